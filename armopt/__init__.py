@@ -1,0 +1,39 @@
+"""armopt: optimize PyTorch inference for Arm servers.
+
+The public names are resolved on first use, so that ``import armopt`` (and the command line's ``--help``) does not
+import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from armopt.compiler import optimize as optimize
+    from armopt.errors import ArmoptError as ArmoptError
+    from armopt.ir import Target as Target
+    from armopt.runtime import load as load
+    from armopt.validate import validate as validate
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "ArmoptError": "armopt.errors",
+    "Target": "armopt.ir",
+    "load": "armopt.runtime",
+    "optimize": "armopt.compiler",
+    "validate": "armopt.validate",
+}
+
+__all__ = ["ArmoptError", "Target", "__version__", "load", "optimize", "validate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'armopt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

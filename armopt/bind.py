@@ -1,0 +1,254 @@
+"""Binds a program to this host: each Linear and convolution gets the calls of a kernel that proved itself here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from armopt import probe, sites
+from armopt.bundle.codec import Program
+from armopt.ir import Site
+from armopt.kernels import table
+from armopt.kernels.base import Call, Kernel
+
+_aten = torch.ops.aten
+
+#: What to try, in order, when a planned kernel can't be had; plain ATen always can.
+FALLBACKS = {
+    "linear": ("conv1x1_bf16", "conv1x1_fastmath", "blas_fp32_w16", "aten_linear"),
+    "conv": ("conv_bf16", "conv_fastmath", "conv_fp32", "conv_transpose_fp32", "aten_conv"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What one node runs on this host: the kernel planned, the kernel chosen, and why where they differ."""
+
+    node: str
+    planned: str
+    kernel: str
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Binder:
+    """Binds the programs of one bundle, which share packed weights and verdicts.
+
+    Attributes:
+        fast_math: Whether oneDNN multiplies FP32 in BF16 in this process (DNNL_DEFAULT_FPMATH_MODE).
+        verdicts: Refusals by kernel and site; filled as probes run.
+    """
+
+    fast_math: bool
+    verdicts: dict[tuple[str, Site], str | None] = field(default_factory=dict)
+    _packed: dict[tuple[Any, ...], list[torch.Tensor]] = field(default_factory=dict)
+    _biases: dict[tuple[str, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    def bind(self, program: Program, progress: Callable[[], None] = lambda: None) -> tuple[fx.GraphModule, list[Bound]]:
+        """A module of the kernels' own calls, and what each node got."""
+        source = program.graph_module
+        root = torch.nn.Module()
+        graph = fx.Graph()
+        output = graph.graph_copy(source.graph, mapping := {})
+        graph.output(output)
+        constants = dict(source.named_buffers())
+        bound = []
+        for old in sites.layers(source.graph):
+            node = mapping[old]
+            site = program.sites[old.name]
+            kernel, weight, reasons = self._choose(site, table.get(str(node.args[-1])), node, constants)
+            bound.append(Bound(old.name, str(node.args[-1]), kernel.name, "; ".join(reasons)))
+            _replace(graph, constants, node, kernel, weight, self._bias(node, kernel, constants), program.shapes[old.name], site)
+            progress()
+        return _finish(root, graph, constants), bound
+
+    def _choose(
+        self, site: Site, planned: Kernel, node: fx.Node, constants: dict[str, torch.Tensor]
+    ) -> tuple[Kernel, torch.Tensor, list[str]]:
+        """The first kernel that is available, takes the site and passes its probe; with its packed weight."""
+        reasons = []
+        others = [table.get(name) for name in FALLBACKS[site.op] if name != planned.name]
+        # a node planned in FP32 stays in FP32
+        allowed = [k for k in others if planned.precision != "fp32" or k.precision == "fp32"]
+        stored = constants[site.weight_key]
+        for kernel in (planned, *allowed):
+            reason: str | None = None
+            if kernel.fast_math and not self.fast_math:
+                reason = "DNNL_DEFAULT_FPMATH_MODE=BF16 was not set when oneDNN started"
+            reason = reason or kernel.refuses(site)
+            if reason is None:
+                weight, reason = self._prove(kernel, site, node, stored, constants)
+                if reason is None:
+                    return kernel, weight, reasons
+            if kernel is planned or kernel.precision == planned.precision:
+                reasons.append(f"{kernel.name}: {reason}")
+        raise AssertionError("plain ATen takes every site")
+
+    def _prove(
+        self, kernel: Kernel, site: Site, node: fx.Node, stored: torch.Tensor, constants: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, str | None]:
+        """Packs the weight, or takes one packed for another shape if that one needs no reorder, and probes."""
+        key = (kernel.name, site.weight_key, site.stride, site.padding, site.dilation, site.groups)
+        held = self._packed.setdefault(key, [])
+        verdict_key = (kernel.name, _shape_class(site))
+        reason: str | None = None
+        for weight in held:
+            if verdict_key in self.verdicts and self.verdicts[verdict_key] is None:
+                return weight, None
+            reason = self._probe(kernel, site, node, weight, constants)
+            if reason is None:
+                self.verdicts[verdict_key] = None
+                return weight, None
+        if verdict_key in self.verdicts and self.verdicts[verdict_key] is not None:
+            return stored, self.verdicts[verdict_key]
+        dtype = kernel.rounding.weights
+        weight = kernel.pack(stored.to(dtype) if kernel.backend != "aten" else stored.float(), site)
+        if verdict_key not in self.verdicts:
+            self.verdicts[verdict_key] = self._probe(kernel, site, node, weight, constants)
+        if self.verdicts[verdict_key] is None:
+            held.append(weight)
+        return weight, self.verdicts[verdict_key]
+
+    def _probe(
+        self, kernel: Kernel, site: Site, node: fx.Node, weight: torch.Tensor, constants: dict[str, torch.Tensor]
+    ) -> str | None:
+        """Runs the kernel's own calls on one node alone."""
+        graph = fx.Graph()
+        local = {"weight": weight}
+        x = graph.placeholder("x")
+        bias = self._bias(node, kernel, constants)
+        weight_node = graph.get_attr("weight")
+        bias_node = None
+        if bias is not None:
+            local["bias"] = bias
+            bias_node = graph.get_attr("bias")
+        marker = graph.call_function(_aten.alias.default, (x,))
+        call = Call(marker, x, weight_node, bias_node, None, "none", _output_shape(site), site)
+        other: fx.Node | None = None
+        if node.args[3] is not None:
+            with graph.inserting_before(marker):
+                other = graph.call_function(_aten.new_zeros.default, (x, _output_shape(site)))
+        call = Call(marker, x, weight_node, bias_node, other, site.post_op, _output_shape(site), site)
+        graph.output(kernel.emit(call))
+        graph.erase_node(marker)
+        return probe.refusal(kernel, site, _finish(torch.nn.Module(), graph, local).forward)
+
+    def _bias(self, node: fx.Node, kernel: Kernel, constants: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        bias = node.args[2]
+        if not isinstance(bias, fx.Node):
+            return None
+        key = (str(bias.target), kernel.activations)
+        if key not in self._biases:
+            self._biases[key] = constants[key[0]].to(kernel.activations)
+        return self._biases[key]
+
+
+def fallback_free(bound: Sequence[Bound]) -> bool:
+    """Whether every node got what was planned."""
+    return all(entry.kernel == entry.planned for entry in bound)
+
+
+def _shape_class(site: Site) -> Site:
+    """A site without its name and weight: what a verdict depends on."""
+    return Site(
+        node="",
+        op=site.op,
+        m=site.m,
+        k=site.k,
+        n=site.n,
+        shape=site.shape,
+        weight=site.weight,
+        stride=site.stride,
+        padding=site.padding,
+        dilation=site.dilation,
+        groups=site.groups,
+        transposed=site.transposed,
+        output_padding=site.output_padding,
+        post_op=site.post_op,
+    )
+
+
+def _output_shape(site: Site) -> list[int]:
+    if site.op == "linear":
+        return [*site.shape[:-1], site.n]
+    from armopt.kernels.ops import output_size
+
+    spatial = output_size(
+        site.shape[2:],
+        site.weight[2:],
+        site.stride,
+        site.padding,
+        site.dilation,
+        site.transposed,
+        site.output_padding,
+    )
+    return [site.shape[0], site.n, *spatial]
+
+
+def _replace(
+    graph: fx.Graph,
+    constants: dict[str, torch.Tensor],
+    node: fx.Node,
+    kernel: Kernel,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: Sequence[int | None],
+    site: Site,
+) -> None:
+    """Puts a kernel's calls in the place of an armopt node, with casts where its dtype is not the planned one's."""
+    planned = table.get(str(node.args[-1]))
+    x, other = node.args[0], node.args[3]
+    assert isinstance(x, fx.Node)
+    if kernel.activations != planned.activations:
+        x = _cast(graph, node, x, kernel.activations)
+        other = _cast(graph, node, other, kernel.activations) if isinstance(other, fx.Node) else None
+    weight_node = _attribute(graph, constants, node, f"{node.name}_packed", weight)
+    bias_node = None if bias is None else _attribute(graph, constants, node, f"{node.name}_bias", bias)
+    shape = _dynamic_shape(graph, node, x, output)
+    call = Call(node, x, weight_node, bias_node, other, site.post_op, shape, site)  # type: ignore[arg-type]
+    result = kernel.emit(call)
+    if kernel.activations != planned.activations:
+        result = _cast(graph, node, result, planned.activations)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _dynamic_shape(graph: fx.Graph, node: fx.Node, x: fx.Node, output: Sequence[int | None]) -> list[Any]:
+    """The output shape with -1 for one dynamic dimension; for more, the sizes are read from the input."""
+    dynamic = [i for i, size in enumerate(output) if size is None]
+    if len(dynamic) <= 1:
+        return [-1 if size is None else size for size in output]
+    with graph.inserting_before(node):
+        return [
+            graph.call_function(_aten.sym_size.int, (x, i)) if size is None else size for i, size in enumerate(output)
+        ]
+
+
+def _cast(graph: fx.Graph, before: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
+    with graph.inserting_before(before):
+        return graph.call_function(_aten._to_copy.default, (source,), {"dtype": dtype})
+
+
+def _attribute(
+    graph: fx.Graph, constants: dict[str, torch.Tensor], before: fx.Node, wanted: str, value: torch.Tensor
+) -> fx.Node:
+    constants[wanted] = value
+    with graph.inserting_before(before):
+        return graph.get_attr(wanted)
+
+
+def _finish(root: torch.nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor]) -> fx.GraphModule:
+    """A module whose constants are plain attributes: nn.Module's lookup would cost on every call."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    module = fx.GraphModule(root, fx.Graph())
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            object.__setattr__(module, str(node.target), constants[str(node.target)])
+    module.graph = graph
+    return module

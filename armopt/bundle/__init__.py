@@ -1,0 +1,1 @@
+"""The bundle: what `optimize` writes and a server reads. See docs/bundle.md."""

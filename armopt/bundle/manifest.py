@@ -1,0 +1,90 @@
+"""The manifest: what a bundle says of itself, as sorted JSON that is checked to the byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from armopt.errors import BundleError
+
+SCHEMA_VERSION = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a bundle says of itself.
+
+    Attributes:
+        schema_version: Of the bundle's format.
+        armopt_version: That wrote it.
+        target: Name of the target.
+        machine: Architecture that its kernels are for, as ``platform.machine()`` has it.
+        required_features: CPU features without which it must not run.
+        environment: Variable -> ``{"value", "why"}``.
+        versions: Package or library -> version, where the bundle was made.
+        files: Every other file of the bundle -> sha256.
+        model: Source, digest, inputs, outputs and symbols.
+        plan: For each bucket: its sizes, policy and decisions.
+        refused: Nodes that run as plain ATen, each with its reason.
+        accuracy: Cosine similarity, errors and the gate.
+        weights: ``bytes`` in the bundle, ``fp32_bytes`` of the model.
+    """
+
+    schema_version: int
+    armopt_version: str
+    target: str
+    machine: str
+    required_features: tuple[str, ...]
+    environment: Mapping[str, Mapping[str, str]]
+    versions: Mapping[str, str]
+    files: Mapping[str, str]
+    model: Mapping[str, Any]
+    plan: tuple[Mapping[str, Any], ...]
+    refused: tuple[Mapping[str, str], ...]
+    accuracy: Mapping[str, Any]
+    weights: Mapping[str, int]
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """Canonical JSON, with the sha256 of everything else as ``digest``."""
+    content = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
+    content["digest"] = hashlib.sha256(_canonical(content)).hexdigest()
+    return _canonical(content)
+
+
+def from_bytes(data: bytes, where: str | Path) -> Manifest:
+    """Reads and checks a manifest.
+
+    Raises:
+        BundleError: Not JSON, changed since it was written, or of a later schema.
+    """
+    damaged = BundleError("was changed or damaged after it was written", where=str(where), hint="Copy the bundle again")
+    try:
+        content = json.loads(data)
+        digest = content.pop("digest")
+        version = content["schema_version"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise damaged from None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BundleError(
+            f"has schema {version}; this armopt reads up to {SCHEMA_VERSION}",
+            where=str(where),
+            hint=f"Install armopt {content.get('armopt_version', '')} or later",
+        )
+    if digest != hashlib.sha256(_canonical(content)).hexdigest():
+        raise damaged
+    if _canonical(content | {"digest": digest}) != data or set(content) != {f.name for f in fields(Manifest)}:
+        raise damaged
+    content["required_features"] = tuple(content["required_features"])
+    content["plan"] = tuple(content["plan"])
+    content["refused"] = tuple(content["refused"])
+    return Manifest(**content)
+
+
+def _canonical(content: Any) -> bytes:
+    return (json.dumps(content, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()

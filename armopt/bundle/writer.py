@@ -1,0 +1,185 @@
+"""Writes a bundle whole or not at all: into a temporary folder beside its place, synced, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from armopt import structure
+from armopt.bundle import codec, manifest
+from armopt.errors import InputError
+
+GRAPH, WEIGHTS, REPORT, ENV, REQUIREMENTS = (
+    "graph.json",
+    "weights.safetensors",
+    "report.json",
+    "env.sh",
+    "requirements.txt",
+)
+
+
+def check_place(path: Path, *, force: bool = False) -> None:
+    """Refuses a place that can't take a bundle, before any work is done.
+
+    Raises:
+        InputError: The parent is missing or not writable, or something is there already.
+    """
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise InputError("the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {parent}")
+    if not os.access(parent, os.W_OK):
+        raise InputError("the folder is not writable", where=str(parent), hint="Choose another place with -o")
+    if path.exists():
+        if not force:
+            raise InputError("is there already", where=str(path), hint="Choose another place with -o, or pass --force")
+        from armopt.bundle import reader
+
+        if not reader.looks_like_bundle(path):
+            raise InputError("is there already and is not a bundle", where=str(path), hint="Choose another place with -o")
+
+
+def write(
+    path: Path,
+    described: manifest.Manifest,
+    programs: Sequence[codec.Program],
+    texts: Mapping[str, str],
+    signature: Mapping[str, structure.Structure],
+    *,
+    force: bool = False,
+) -> manifest.Manifest:
+    """Writes a bundle, as a folder or, where `path` ends in .zip, as one file.
+
+    Args:
+        path: Where to.
+        described: The manifest; its `files` are filled in here.
+        programs: One for each bucket.
+        texts: Other files by name.
+        signature: ``inputs``, ``outputs`` and ``specs`` of the model.
+        force: Replace a bundle that is there.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        InputError: The place can't take it; nothing is left there.
+    """
+    check_place(path, force=force)
+    try:
+        with _temporary(path) as folder:
+            graph = {**signature, "programs": [codec.encode(program) for program in programs]}
+            _write_text(folder / GRAPH, json.dumps(graph, indent=None, sort_keys=True, allow_nan=False) + "\n")
+            save_file(collect_weights(programs), folder / WEIGHTS, metadata={"format": "pt"})
+            _sync(folder / WEIGHTS)
+            for name, text in texts.items():
+                _write_text(folder / name, text)
+            files = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
+            complete = replace(described, files=files)
+            (folder / manifest.NAME).write_bytes(manifest.to_bytes(complete))
+            _sync(folder / manifest.NAME)
+            _put(folder, path)
+    except OSError as error:
+        raise InputError(
+            f"can't write the bundle: {error.strerror or error}",
+            where=str(path),
+            hint="Nothing was left behind. Free some space or choose another place with -o",
+        ) from error
+    except Exception as error:
+        # safetensors reports a full disk in its own way
+        if "os error" in str(error).lower() or "No space left" in str(error):
+            raise InputError(
+                f"can't write the weights: {error}", where=str(path), hint="Nothing was left behind. Free some space"
+            ) from error
+        raise
+    return complete
+
+
+def collect_weights(programs: Sequence[codec.Program]) -> dict[str, torch.Tensor]:
+    """The constants of all programs by name, each stored once."""
+    weights: dict[str, torch.Tensor] = {}
+    for program in programs:
+        for name, tensor in program.graph_module.named_buffers():
+            held = weights.get(name)
+            if held is not None and held.data_ptr() != tensor.data_ptr() and not torch.equal(held, tensor):
+                raise AssertionError(f"two programs have different constants called {name}")
+            weights[name] = tensor if held is None else held
+    return {name: tensor.detach().contiguous().clone() if _shares(tensor) else tensor.detach() for name, tensor in weights.items()}
+
+
+def _shares(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a part of a larger storage or not contiguous: safetensors takes neither."""
+    return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put(folder: Path, path: Path) -> None:
+    """Moves the finished folder to its place; a bundle that is there is only dropped afterwards."""
+    folder.chmod(0o755)
+    ready = folder
+    if path.suffix == ".zip":
+        ready = folder.with_name(folder.name + ".zip")
+        with zipfile.ZipFile(ready, "w", zipfile.ZIP_STORED) as archive:
+            for file in sorted(folder.iterdir()):
+                archive.write(file, file.name)
+        _sync(ready)
+    old = None
+    if path.exists():
+        old = path.with_name(f".{path.name}.old-{os.getpid()}")
+        path.rename(old)
+    try:
+        ready.rename(path)
+    except OSError:
+        if old is not None:
+            old.rename(path)
+        raise
+    finally:
+        if ready != folder:
+            ready.unlink(missing_ok=True)
+    if old is not None:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    if path.is_dir():
+        _sync(path)
+    _sync(path.absolute().parent)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def to_json(value: Any) -> str:
+    """JSON for people: sorted and indented."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"

@@ -1,0 +1,291 @@
+"""`optimize`: capture -> annotate shapes -> plan -> rewrite -> validate -> bundle."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+import armopt
+from armopt import capture, environment, passes, pipeline, plan, sites, sources, targets, validate
+from armopt import graph as g
+from armopt.bundle import codec, manifest, writer
+from armopt.errors import AccuracyError, InputError
+from armopt.ir import Bucket, Captured, Plan, Skip, Target
+
+#: Told the name of each step and how many there are.
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(step: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A captured model, prepared, with one plan for each bucket."""
+
+    captured: Captured
+    prepared: fx.GraphModule
+    target: Target
+    plans: tuple[Plan, ...]
+    records: tuple[pipeline.Record, ...]
+
+    @property
+    def refused(self) -> tuple[Skip, ...]:
+        """What runs as plain ATen: products that are no Linear, and what the plans refuse."""
+        passed = [
+            skip
+            for record in self.records
+            if record.name in ("CanonicaliseLinear", "CanonicaliseConv")
+            for skip in record.skipped
+        ]
+        return tuple(dict.fromkeys([*passed, *(skip for each in self.plans for skip in each.refused)]))
+
+
+def make_plan(
+    captured: Captured,
+    target: Target,
+    policy: plan.Policy,
+    buckets: Sequence[Bucket],
+) -> Planned:
+    """Prepares a captured model and plans each bucket."""
+    prepared, records = pipeline.run(g.copy(captured.graph_module), passes.PREPARE)
+    plans = tuple(
+        plan.make(sites.find(prepared, captured.values(bucket)), target, policy, bucket) for bucket in buckets
+    )
+    return Planned(captured, prepared, target, plans, records)
+
+
+def lower(planned: Planned) -> tuple[codec.Program, ...]:
+    """Carries out each plan on a copy of the graph; the programs share their weights."""
+    rounded: dict[str, torch.Tensor] = {}
+    programs = []
+    for each in planned.plans:
+        module, _ = pipeline.run(g.copy(planned.prepared), passes.lower(each, rounded))
+        programs.append(codec.program(module, each.bucket, planned.captured.values(each.bucket)))
+    return tuple(programs)
+
+
+def optimize(
+    model: torch.nn.Module | torch.export.ExportedProgram | Captured | str | Path,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    output: str | Path,
+    target: str | Target = "graviton3",
+    batch: Sequence[int] = (),
+    policy: plan.Policy | None = None,
+    min_cosine: float = validate.MIN_COSINE,
+    force: bool = False,
+    progress: Progress = _silent,
+) -> manifest.Manifest:
+    """Optimizes a model for a target and writes a bundle.
+
+    Args:
+        model: A module, an exported program, or the path of a model file.
+        example_inputs: Positional inputs as a sequence, or named ones as a mapping; a file or a program may have its own.
+        output: Where the bundle goes; a folder, or one file where it ends in .zip.
+        target: A product's name (see ``armopt targets``), or ``host``.
+        batch: Sizes of the first dimension to plan for; several make it dynamic.
+        policy: How kernels are chosen; the tutorial's threshold by default.
+        min_cosine: The least cosine similarity to FP32 of any output.
+        force: Replace a bundle that is there.
+        progress: Told of each step.
+
+    Returns:
+        The manifest, as in the bundle.
+
+    Raises:
+        InputError: The model, an input or the place is unusable.
+        CaptureError: torch.export can't take the model whole.
+        AccuracyError: The gate failed; the bundle is written and marked as not deployable.
+    """
+    output = Path(output)
+    writer.check_place(output, force=force)
+    chosen = find_target(target)
+    policy = policy or plan.ThresholdPolicy()
+    steps = ("capture", "plan", "rewrite", "validate", "write")
+
+    def step(name: str) -> None:
+        progress(name, steps.index(name), len(steps))
+
+    step("capture")
+    captured = _capture(model, example_inputs, batch)
+    buckets = find_buckets(captured, batch)
+    step("plan")
+    planned = make_plan(captured, chosen, policy, buckets)
+    step("rewrite")
+    programs = lower(planned)
+    step("validate")
+    accuracy = check_accuracy(captured, programs, min_cosine)
+    step("write")
+    variables = environment.variables(chosen)
+    described = _describe(planned, programs, accuracy, variables)
+    texts = {
+        writer.REPORT: writer.to_json(accuracy | {"passes": [_record(record) for record in planned.records]}),
+        writer.ENV: environment.render(variables, "shell"),
+        writer.REQUIREMENTS: _requirements(),
+    }
+    signature = {
+        "inputs": captured.inputs,
+        "outputs": captured.outputs,
+        "specs": [asdict(spec) for spec in captured.input_specs],
+        "symbols": [asdict(symbol) for symbol in captured.symbols],
+    }
+    written = writer.write(output, described, programs, texts, signature, force=force)
+    progress("done", len(steps), len(steps))
+    if not accuracy["passed"]:
+        raise AccuracyError(
+            f"cosine similarity to FP32 is {accuracy['cosine']:.6f}, below {min_cosine}"
+            + ("" if accuracy["finite"] else "; values that are finite in FP32 are not in BF16"),
+            where=str(output),
+            hint="The bundle is marked as not deployable; see its report.json",
+        )
+    return written
+
+
+def find_target(target: str | Target) -> Target:
+    """A target by name; ``host`` is this machine."""
+    if isinstance(target, Target):
+        return target
+    return targets.host() if target == "host" else targets.load(target)
+
+
+def _capture(
+    model: torch.nn.Module | torch.export.ExportedProgram | Captured | str | Path,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None,
+    batch: Sequence[int],
+) -> Captured:
+    if isinstance(model, Captured):
+        return model
+    if isinstance(model, (str, Path)):
+        samples = dict(example_inputs) if isinstance(example_inputs, Mapping) else None
+        return sources.open_model(Path(model), sources.Options(samples=samples, batch=tuple(batch)))
+    kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    args = None if example_inputs is None else () if kwargs else tuple(example_inputs)
+    if isinstance(model, torch.export.ExportedProgram):
+        return capture.exported(model, args, kwargs, source="exported program")
+    if args is None:
+        raise InputError("the model needs example inputs", where=type(model).__name__, hint="Pass example_inputs=(x,)")
+    return capture.module(model, args, kwargs, batch=batch, source=type(model).__name__)
+
+
+def find_buckets(captured: Captured, batch: Sequence[int]) -> tuple[Bucket, ...]:
+    """The points to plan for: `batch` along the first dimension, the example's sizes along all others."""
+    if not captured.symbols:
+        return ({},)
+    sizes: dict[str, int] = {}
+    for spec, tensor in zip(captured.input_specs, captured.example, strict=True):
+        sizes |= {size: tensor.shape[d] for d, size in enumerate(spec.shape) if isinstance(size, str)}
+    example = {symbol.name: sizes[symbol.name] for symbol in captured.symbols}
+    if not batch or "batch" not in example:
+        return (example,)
+    return tuple(example | {"batch": size} for size in sorted(set(batch)))
+
+
+def check_accuracy(captured: Captured, programs: Sequence[codec.Program], min_cosine: float) -> dict[str, Any]:
+    """Runs the captured FP32 graph and each program's twins on the example, batch by batch."""
+    found = {}
+    for program in programs:
+        tensors = example_at(captured, program.bucket)
+        with torch.no_grad():
+            reference = captured.graph_module(*tensors)
+            result = program.graph_module(*tensors)
+        found[bucket_name(program.bucket)] = validate.compare_all(output_names(captured.outputs, len(reference)), reference, result)
+    return validate.summary(found, min_cosine=min_cosine, reference="the model in FP32, on its example inputs")
+
+
+def example_at(captured: Captured, bucket: Bucket) -> tuple[torch.Tensor, ...]:
+    """The example inputs, repeated or cut along the batch to a bucket's size."""
+    tensors = []
+    for spec, tensor in zip(captured.input_specs, captured.example, strict=True):
+        for dimension, size in enumerate(spec.shape):
+            if size == "batch" and "batch" in bucket:
+                repeats = [1] * tensor.dim()
+                repeats[dimension] = -(-bucket["batch"] // tensor.shape[dimension])
+                tensor = tensor.repeat(repeats).narrow(dimension, 0, bucket["batch"])
+        tensors.append(tensor.contiguous())
+    return tuple(tensors)
+
+
+def output_names(outputs: Mapping[str, Any], count: int) -> list[str]:
+    """A name for each flat output: its path in what the model returns."""
+    names = [f"output{i}" for i in range(count)]
+
+    def walk(node: Mapping[str, Any], path: str) -> None:
+        if node["kind"] == "tensor":
+            names[outputs["positions"][node["index"]]] = path or "output"
+        elif node["kind"] != "constant":
+            items = node["items"]
+            pairs = items.items() if isinstance(items, Mapping) else enumerate(items)
+            for key, item in pairs:
+                walk(item, f"{path}.{key}" if path else str(key))
+
+    walk(outputs, "")
+    return names
+
+
+def bucket_name(bucket: Bucket) -> str:
+    """A bucket as text: ``batch=8``; ``static`` where nothing is dynamic."""
+    return ",".join(f"{name}={size}" for name, size in bucket.items()) or "static"
+
+
+def _describe(
+    planned: Planned,
+    programs: Sequence[codec.Program],
+    accuracy: Mapping[str, Any],
+    variables: Mapping[str, environment.Variable],
+) -> manifest.Manifest:
+    captured, target = planned.captured, planned.target
+    weights = writer.collect_weights(programs)
+    half = any(entry.precision.startswith("bf16") for each in planned.plans for entry in each.decisions)
+    host = target.name == "host"
+    return manifest.Manifest(
+        schema_version=manifest.SCHEMA_VERSION,
+        armopt_version=armopt.__version__,
+        target=target.name,
+        machine=platform.machine() if host else "aarch64",
+        required_features=("bf16",) if half and target.bf16 else (),
+        environment={name: asdict(variable) for name, variable in variables.items()},
+        versions=environment.record(),
+        files={},
+        model={
+            "source": captured.source,
+            "digest": captured.digest,
+            "inputs": [asdict(spec) | {"shape": list(spec.shape)} for spec in captured.input_specs],
+            "symbols": [asdict(symbol) for symbol in captured.symbols],
+        },
+        plan=tuple(
+            {
+                "bucket": dict(each.bucket),
+                "policy": each.policy,
+                "nodes": [asdict(entry) | {"shape": list(entry.shape)} for entry in each.decisions],
+            }
+            for each in planned.plans
+        ),
+        accuracy={name: accuracy[name] for name in ("cosine", "max_abs", "finite", "min_cosine", "passed", "reference")},
+        weights={
+            "bytes": sum(_size(tensor) for tensor in weights.values()),
+            "fp32_bytes": sum(_size(tensor) for tensor in captured.graph_module.buffers()),
+        },
+        refused=tuple(asdict(skip) for skip in planned.refused),
+    )
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _record(record: pipeline.Record) -> dict[str, Any]:
+    skipped = [asdict(skip) for skip in record.skipped]
+    return {"name": record.name, "rewritten": list(record.rewritten), "skipped": skipped}
+
+
+def _requirements() -> str:
+    """Versions to install on the server: this armopt, and a torch that armopt knows."""
+    return f"armopt=={armopt.__version__}\ntorch>=2.10,<2.14\nsafetensors\nnumpy\n"

@@ -1,0 +1,399 @@
+"""Prepares the emulated Arm machine: ``python -m armopt.emulation.prepare [--torch 2.10.0] [--cache DIR]``.
+
+Everything comes from the registries this machine already uses: Debian's archive through its own apt settings
+(in private apt folders: nothing is installed, no privilege is needed) and PyPI through pip. Each part is
+built beside its place, stamped, and renamed into it, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from armopt.emulation import stubs
+from armopt.emulation.folder import (
+    BASE_REQUIREMENTS,
+    CORES,
+    QEMU,
+    ROOT,
+    TORCH_VERSIONS,
+    WRAPPERS,
+    Core,
+    Part,
+    PreparedFolder,
+    torch_requirements,
+    write_stamp,
+)
+from armopt.errors import ArmoptError, HostError
+
+MIRROR_VARIABLE = "ARMOPT_DEBIAN_MIRROR"
+_DEBIAN_SUITES = {"bullseye", "bookworm", "trixie", "forky", "sid", "oldstable", "stable", "testing"}
+_KEYRINGS = Path("/usr/share/keyrings")
+_RESUMES = "Then run it again: what is done is kept"
+
+Report = Callable[[str], None]
+
+
+def prepare(
+    torch_versions: Sequence[str] = TORCH_VERSIONS,
+    folder: PreparedFolder | None = None,
+    report: Report = lambda line: None,
+) -> PreparedFolder:
+    """Makes whatever is missing for emulation with these versions of PyTorch.
+
+    Args:
+        torch_versions: The aarch64 PyTorch wheels wanted.
+        folder: Where; the user's cache folder by default.
+        report: Gets one line per part made.
+
+    Raises:
+        HostError: A download or a tool is missing.
+        InputError: A version that PyTorch never had the form of.
+    """
+    folder = folder or PreparedFolder.default()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    wanted = {part.name: part for version in torch_versions for part in folder.parts(version)}
+    with _exclusive(folder.path / ".lock", report):
+        work = folder.path / ".work"
+        shutil.rmtree(work, ignore_errors=True)  # what an interrupted run left; the lock is ours
+        for part in wanted.values():
+            if folder.is_complete(part):
+                continue
+            report(f"preparing {part.name}")
+            work.mkdir()
+            built = work / "built"
+            built.mkdir()
+            _build(part, built, folder, work)
+            write_stamp(built, part.recipe)
+            _replace(folder.path / part.name, built)
+            shutil.rmtree(work)
+    report(f"ready: {folder.path}")
+    return folder
+
+
+def _build(part: Part, into: Path, folder: PreparedFolder, work: Path) -> None:
+    kind, _, torch_version = part.name.partition("-")
+    if kind == "qemu":
+        _build_qemu(into, work)
+    elif kind == "root":
+        _build_root(into, work)
+    elif kind == "cores":
+        for core in CORES.values():
+            _build_sysroot(into / core.name, core)
+    elif kind == "bin":
+        for name, text in WRAPPERS.items():
+            (into / name).write_text(text)
+            (into / name).chmod(0o755)
+    elif kind == "site/base":
+        _pip_install(BASE_REQUIREMENTS, into)
+        _compile(into, folder.base_site)
+    else:
+        _pip_install(torch_requirements(torch_version), into, "--no-deps")
+        shutil.rmtree(into / "torch" / "include", ignore_errors=True)  # for compilers; there is none
+        _stub_cuda(into, folder.root)
+        _compile(into, folder.site(torch_version))
+
+
+# --- Debian ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """Debian's archive as this machine reaches it."""
+
+    uri: str
+    keyring: str
+
+    def line(self, suite: str) -> str:
+        """Returns the one-line entry of a suite for a sources.list."""
+        options = f" [signed-by={self.keyring}]" if self.keyring else ""
+        return f"deb{options} {self.uri} {suite} main\n"
+
+
+def find_mirror(apt_folder: Path = Path("/etc/apt")) -> Mirror:
+    """Finds the mirror of Debian that this machine's apt settings name; ARMOPT_DEBIAN_MIRROR overrides it.
+
+    Raises:
+        HostError: They name none.
+    """
+    default_keyring = _KEYRINGS / "debian-archive-keyring.gpg"
+    keyring = str(default_keyring) if default_keyring.exists() else ""
+    if chosen := os.environ.get(MIRROR_VARIABLE):
+        return Mirror(chosen, keyring)
+    for entry in _apt_entries(apt_folder):
+        uris = entry.get("uris", "").split()
+        if (
+            uris
+            and "main" in entry.get("components", "").split()
+            and not _DEBIAN_SUITES.isdisjoint(entry.get("suites", "").split())
+        ):
+            signed_by = entry.get("signed-by", "")
+            return Mirror(uris[0], keyring or (signed_by if signed_by.startswith("/") else ""))
+    raise HostError(
+        "no mirror of Debian among this machine's apt sources",
+        where=str(apt_folder),
+        hint=f"Set {MIRROR_VARIABLE} to the address of one (QEMU and the arm64 C library come from Debian)",
+    )
+
+
+def _apt_entries(apt_folder: Path) -> Iterator[dict[str, str]]:
+    """Yields each source, of either format, as deb822 fields with lower-case names."""
+    parts = apt_folder / "sources.list.d"
+    for file in [apt_folder / "sources.list", *sorted(parts.glob("*.list"))]:
+        for line in file.read_text().splitlines() if file.is_file() else ():
+            words = line.split("#")[0].replace("[", " [ ").replace("]", " ] ").split()
+            if not words or words[0] != "deb":
+                continue
+            rest = words[words.index("]") + 1 :] if "]" in words else words[1:]
+            if len(rest) >= 2:
+                yield {"uris": rest[0], "suites": rest[1], "components": " ".join(rest[2:])}
+    for file in sorted(parts.glob("*.sources")):
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+        for paragraph in "\n".join(lines).split("\n\n"):
+            fields = (line.partition(":") for line in paragraph.splitlines() if ":" in line)
+            yield {name.strip().lower(): value.strip() for name, _, value in fields}
+
+
+@dataclass(frozen=True)
+class Apt:
+    """apt with folders of its own: it reads this machine's proxy settings, and changes nothing on it."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    @classmethod
+    def create(cls, folder: Path, mirror: Mirror, suite: str, architecture: str) -> Apt:
+        """Makes the folders and fetches the suite's list of packages."""
+        for name in ("lists/partial", "cache/archives/partial", "dpkg"):
+            (folder / name).mkdir(parents=True)
+        (folder / "dpkg" / "status").touch()
+        (folder / "sources.list").write_text(mirror.line(suite))
+        config = folder / "apt.conf"
+        config.write_text(
+            f'Dir::Etc::sourcelist "{folder}/sources.list";\n'
+            'Dir::Etc::sourceparts "-";\n'
+            'Dir::Etc::preferencesparts "-";\n'
+            f'Dir::State "{folder}";\n'
+            f'Dir::State::Lists "{folder}/lists";\n'
+            f'Dir::State::status "{folder}/dpkg/status";\n'
+            f'Dir::Cache "{folder}/cache";\n'
+            f'APT::Architecture "{architecture}";\n'
+            f'#clear APT::Architectures;\nAPT::Architectures {{ "{architecture}"; }};\n'
+            'APT::Install-Recommends "false";\n'
+            'APT::Sandbox::User "root";\n'
+            'Acquire::Languages "none";\n'
+            "Acquire::Retries 3;\n"
+            # Hooks of the host, such as the one that empties the archives folder in containers.
+            "#clear APT::Update::Post-Invoke;\n"
+            "#clear APT::Update::Post-Invoke-Success;\n"
+            "#clear DPkg::Post-Invoke;\n"
+        )
+        apt = cls(folder, {**os.environ, "APT_CONFIG": str(config), "LC_ALL": "C"})
+        _run(["apt-get", "update", "-q", "--error-on=any"], f"Debian {suite}", env=apt.environment)
+        return apt
+
+    def fetch(self, packages: Sequence[str], *, dependencies: bool) -> list[Path]:
+        """Downloads packages, with all they depend on if asked for; returns the .deb files."""
+        archives = self.folder / "cache" / "archives"
+        command = (
+            ["apt-get", "install", "-y", "-q", "--download-only"]
+            if dependencies
+            else ["apt-get", "download", "-q"]
+        )
+        _run([*command, *packages], " ".join(packages), cwd=archives, env=self.environment)
+        return sorted(archives.glob("*.deb"))
+
+
+def _build_qemu(into: Path, work: Path) -> None:
+    apt = Apt.create(work / "apt", find_mirror(), QEMU["suite"], "amd64")
+    (package,) = apt.fetch([QEMU["package"]], dependencies=False)
+    _unpack(package, work / "unpacked")
+    binary = into / "qemu-aarch64"
+    shutil.move(str(work / "unpacked" / "usr" / "bin" / "qemu-aarch64"), binary)
+    version = _run([str(binary), "--version"], "qemu-aarch64").splitlines()[0]
+    if f"version {QEMU['version']}" not in version:
+        raise HostError(
+            f"Debian {QEMU['suite']} has {version!r}, not {QEMU['version']}x: others model the cores differently",
+            where=QEMU["package"],
+            hint=f"Set {MIRROR_VARIABLE} to a mirror that has it",
+        )
+
+
+def _build_root(into: Path, work: Path) -> None:
+    apt = Apt.create(work / "apt", find_mirror(), str(ROOT["suite"]), "arm64")
+    for package in apt.fetch(ROOT["packages"], dependencies=True):
+        _unpack(package, into)
+    # Absolute links would lead to the host's files.
+    for link in into.rglob("*"):
+        if link.is_symlink() and os.path.isabs(target := os.readlink(link)):
+            link.unlink()
+            link.symlink_to(os.path.relpath(into / target.lstrip("/"), link.parent))
+
+
+def _unpack(package: Path, into: Path) -> None:
+    _run(["dpkg", "-x", str(package), str(into)], package.name)
+    package.unlink()
+
+
+def _build_sysroot(into: Path, core: Core) -> None:
+    """Makes what a program on that core sees as /.
+
+    QEMU answers /proc/cpuinfo itself, but ACL and oneDNN also read /sys, where they would find the x86 host.
+    """
+    into.mkdir()
+    for name in ("bin", "etc", "lib", "usr"):
+        (into / name).symlink_to(f"../../root/{name}")
+    cpus = into / "sys" / "devices" / "system" / "cpu"
+    first = cpus / "cpu0"
+    registers = first / "regs" / "identification"
+    registers.mkdir(parents=True)
+    (registers / "midr_el1").write_text(f"0x{core.midr:016x}\n")
+    kinds = ((1, "Data"), (1, "Instruction"), (2, "Unified"), (3, "Unified"))
+    for index, ((level, kind), kib) in enumerate(zip(kinds, core.caches_kib, strict=True)):
+        cache = first / "cache" / f"index{index}"
+        cache.mkdir(parents=True)
+        fields = {
+            "level": level,
+            "type": kind,
+            "size": f"{kib}K",
+            "coherency_line_size": 64,
+            "shared_cpu_list": "0" if level < 3 else "0-63",
+        }
+        for name, value in fields.items():
+            (cache / name).write_text(f"{value}\n")
+    for other in range(1, 64):
+        (cpus / f"cpu{other}").symlink_to("cpu0")
+
+
+# --- PyPI -----------------------------------------------------------------------------------------
+
+
+def _pip_install(requirements: Sequence[str], into: Path, *options: str) -> None:
+    """Unpacks aarch64 wheels, with all they need unless told otherwise; pip checks their hashes."""
+    platforms = [
+        f"--platform={name}_aarch64" for name in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17")
+    ]
+    _run(
+        [
+            *_pip(),
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-warn-conflicts",  # with the host's packages, which are not ours
+            "--no-cache-dir",
+            "--no-compile",
+            "--only-binary=:all:",
+            "--python-version=3.11",
+            "--implementation=cp",
+            *platforms,
+            "--platform=manylinux2014_aarch64",
+            f"--target={into}",
+            *options,
+            *requirements,
+        ],
+        " ".join(requirements),
+    )
+
+
+def _pip() -> list[str]:
+    own = [sys.executable, "-m", "pip"]
+    if subprocess.run([*own, "--version"], capture_output=True, check=False).returncode == 0:
+        return own
+    if other := shutil.which("pip3") or shutil.which("pip"):  # a virtual environment made without pip
+        return [other]
+    raise HostError("pip is missing", where=sys.executable, hint=f"Run `{sys.executable} -m ensurepip`")
+
+
+def _compile(built: Path, final: Path) -> None:
+    """Byte-compiles on the host where it runs the same Python: under emulation it takes minutes."""
+    if sys.version_info[:2] == (3, 11):
+        compileall.compile_dir(built, maxlevels=50, ddir=str(final), quiet=2, workers=os.cpu_count() or 1)
+
+
+def _stub_cuda(site: Path, root: Path) -> None:
+    patterns = ("torch/lib/*.so*", "torch/_C*.so", "torchvision/*.so", "torchvision.libs/*.so*")
+    wheels = [file for pattern in patterns for file in site.glob(pattern)]
+    folders = ("lib", "lib/aarch64-linux-gnu", "usr/lib/aarch64-linux-gnu")
+    system = [file for name in folders for file in (root / name).glob("*.so*") if file.is_file()]
+    # torch's libraries look there for every part of CUDA. A CPU-only wheel misses nothing and gets no stub.
+    stubs.write_stubs(wheels, [*system, root / "usr/bin/python3.11"], site / "nvidia" / "cu13" / "lib")
+
+
+# --- tools ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path, report: Report) -> Iterator[None]:
+    """One prepare at a time: another one waits, and then finds the work done."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"waiting for another prepare ({path})")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _replace(place: Path, built: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.exists():
+        place.rename(built.parent / "old")
+    built.rename(place)
+
+
+def _run(
+    command: Sequence[str], what: str, *, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> str:
+    try:
+        done = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise HostError(
+            f"{command[0]} is missing",
+            where=what,
+            hint="This needs Linux with apt and dpkg (Debian or Ubuntu)",
+        ) from None
+    if done.returncode:
+        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith(("E:", "ERROR:"))] or lines[-3:]
+        tool = next((word for word in command if word in ("pip", "apt-get", "dpkg")), command[0])
+        raise HostError(
+            f"{tool} failed with {done.returncode}: {' | '.join(errors)}",
+            where=what,
+            hint=f"Check that this machine reaches its registries. {_RESUMES}",
+        )
+    return done.stdout
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m armopt.emulation.prepare", description=__doc__)
+    parser.add_argument(
+        "--torch",
+        action="append",
+        metavar="VERSION",
+        help=f"an aarch64 PyTorch (default: {', '.join(TORCH_VERSIONS)})",
+    )
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="the folder to prepare")
+    options = parser.parse_args(arguments)
+    folder = PreparedFolder(options.cache.expanduser().absolute()) if options.cache else None
+    try:
+        prepare(
+            options.torch or TORCH_VERSIONS, folder, lambda line: print(line, file=sys.stderr, flush=True)
+        )
+    except ArmoptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,603 @@
+"""What a result depends on outside the model: recorded with a bundle, set by ``armopt run``, compared at load.
+
+True to the builds of torch 2.10 to 2.13, found in their libraries and under emulation:
+
+- ``DNNL_DEFAULT_FPMATH_MODE`` is read while torch is imported; set from Python later, it is lost silently. oneDNN
+  also takes the prefix ``ONEDNN_``, which wins where both are set.
+- ``THP_MEM_ALLOC_ENABLE`` has no effect on aarch64: mimalloc allocates there and asks for huge pages by itself.
+- ``OMP_PROC_BIND`` other than ``false`` (``OMP_PLACES`` alone implies it) binds the main thread, and so every
+  thread that Python starts from it, to one core. Hence it is off, and ``OMP_PLACES``, void without it, isn't set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import mmap
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from armopt.errors import InputError
+from armopt.ir import Target
+
+FPMATH = "DNNL_DEFAULT_FPMATH_MODE"
+FORMATS = ("shell", "docker", "systemd", "k8s", "json")
+
+#: What it costs not to have a variable as the bundle wants it.
+_COSTS: Mapping[str, str] = {
+    FPMATH: "oneDNN multiplies in FP32: 2.2 times the time at batch 256 (tutorial, Graviton3: 16.2 s for 7.3 s)",
+    "LRU_CACHE_CAPACITY": "oneDNN primitives are built anew when layers alternate: 20-35 % more on small layers",
+    "OMP_NUM_THREADS": "more threads than CPUs wait for each other at every layer; fewer leave CPUs idle",
+    "OMP_PROC_BIND": "the main thread and all threads that Python starts share one core",
+    "TORCH_MKLDNN_MATMUL_MIN_DIM": "Linears left to ATen pack their weights on each call: 2-3 times the time at "
+    "batch 10 to 32 (tutorial, Graviton3)",
+    "THP_MEM_ALLOC_ENABLE": "large tensors live in small pages: 8 % more time at batch 256 (tutorial, Graviton3)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """The value of an environment variable, and one sentence on its effect."""
+
+    value: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One way in which a host differs from what a bundle wants.
+
+    Attributes:
+        severity: ``hard`` (refuse), ``soft`` (probe again and warn), ``info``.
+        what: The feature, variable or version concerned.
+        expected: By the bundle.
+        found: On the host.
+        cost: What is lost.
+        remedy: The next step; empty where there is none.
+    """
+
+    severity: Literal["hard", "soft", "info"]
+    what: str
+    expected: str
+    found: str
+    cost: str
+    remedy: str
+
+    def __str__(self) -> str:
+        text = f"{self.what}: expected {self.expected}, found {self.found}: {self.cost}"
+        return f"{text}. {self.remedy}" if self.remedy else text
+
+
+def variables(
+    target: Target, *, threads: int | None = None, build: Mapping[str, str] | None = None
+) -> dict[str, Variable]:
+    """What to set before torch is imported.
+
+    Args:
+        target: The product that will run.
+        threads: Threads of one worker, see :func:`threads_for_host`; None leaves the number open, as for a host
+            that isn't known yet.
+        build: The torch build that will run, see :func:`installed`; None leaves out what only some builds want.
+    """
+    chosen: dict[str, Variable] = {}
+    if target.bf16:
+        chosen[FPMATH] = Variable(
+            "BF16", "oneDNN multiplies FP32 operands in BF16 (BFMMLA on Arm) and accumulates in FP32"
+        )
+    chosen["LRU_CACHE_CAPACITY"] = Variable(
+        "1024",
+        "keeps oneDNN's primitives: on aarch64 torch keeps one only, so alternating layers rebuild theirs",
+    )
+    chosen["OMP_PROC_BIND"] = Variable(
+        "false", "binding would put the main thread, and all threads that Python starts, on one core"
+    )
+    if threads is not None:
+        chosen["OMP_NUM_THREADS"] = Variable(
+            str(threads), "one thread for each CPU that this worker may use, so that none waits for another"
+        )
+    if build and build.get("blas", "").startswith("OpenBLAS"):
+        # NVPL's sgemm does three times the work of oneDNN's at a batch of 32, so there the default is right.
+        chosen["TORCH_MKLDNN_MATMUL_MIN_DIM"] = Variable(
+            "64", "small Linears left to ATen go to OpenBLAS: oneDNN would pack their weights on each call"
+        )
+    if build and build.get("allocator") == "posix_memalign":
+        chosen["THP_MEM_ALLOC_ENABLE"] = Variable(
+            "1", "torch asks for huge pages for large tensors: fewer TLB misses"
+        )
+    return chosen
+
+
+def threads_for_host(workers: int = 1, *, root: Path = Path("/")) -> int:
+    """Threads for each of `workers` processes: never more, in all, than the CPUs this process may use.
+
+    The least of the cgroup's CPU quota (v1 and v2, rounded down), the scheduler affinity and the physical cores
+    within it (of two hyperthreads one counts; Arm servers have one thread per core), divided by `workers`; at
+    least 1.
+
+    Args:
+        workers: Processes that will run at the same time on this host.
+        root: Where /proc and /sys are found; for tests.
+    """
+    cpus = _affinity()
+    limits = [len(cpus), _physical(cpus, root)]
+    if (quota := _cgroup_quota(root)) is not None:
+        limits.append(int(quota))
+    return max(1, min(limits) // max(1, workers))
+
+
+def installed(*, deep: bool = False) -> dict[str, str]:
+    """Facts about the installed torch, read from its files without importing it; empty where there is none.
+
+    Keys, each only where known: ``torch``, ``torch_git``, ``torch_build`` (``cpu``, ``cuda 13.0``…), ``acl``
+    (version), ``blas`` (``OpenBLAS 0.3.30``, ``NVPL``), ``sbgemm`` (``yes``, ``no``: whether that BLAS
+    multiplies BF16), ``allocator`` (``mimalloc``, ``posix_memalign``).
+
+    Args:
+        deep: Also search libtorch_cpu.so itself (hundreds of MB), where a build may hold ACL or its BLAS.
+    """
+    with suppress(Exception):  # a half-installed torch is reported by what is missing here
+        folder = _torch_folder()
+        if folder:
+            return _installed(folder, deep)
+    return {}
+
+
+def record(*, deep: bool = False) -> dict[str, str]:
+    """Versions and build facts of this process, for a manifest and for comparison; imports torch, never raises.
+
+    Beyond those of :func:`installed`: ``python``, ``machine``, ``system``, ``torchvision`` and ``transformers``
+    where installed, ``cpu_capability``, ``onednn``, ``openmp`` (path of each runtime loaded), ``blas_core`` (the
+    kernels OpenBLAS picked), ``threads`` (as torch uses now), ``threads_for_host``, ``affinity``, ``thp`` (the
+    kernel's setting).
+
+    Args:
+        deep: See :func:`installed`.
+    """
+    facts = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        **installed(deep=deep),
+    }
+    probes: Mapping[str, Callable[[], str]] = {
+        "torchvision": lambda: _distribution("torchvision"),
+        "transformers": lambda: _distribution("transformers"),
+        "cpu_capability": _cpu_capability,
+        "onednn": lambda: _config(r"MKL-DNN v([\d.]+)"),
+        "threads": _torch_threads,
+        "threads_for_host": lambda: str(threads_for_host()),
+        "affinity": lambda: str(len(_affinity())),
+        "thp": thp_setting,
+        # After those that import torch, since these look at what is loaded.
+        "openmp": lambda: ", ".join(_loaded("gomp", "libomp", "iomp5")),
+        "blas_core": _openblas_core,
+    }
+    for name, probe in probes.items():
+        facts |= _fact(name, probe)
+    if "blas" not in facts:
+        facts |= _fact("blas", _linked_blas)
+    return facts
+
+
+def compare(
+    manifest_environment: Mapping[str, Mapping[str, str]],
+    required_features: Collection[str],
+    recorded_versions: Mapping[str, str],
+    host: Target,
+    environ: Mapping[str, str],
+    *,
+    record: Mapping[str, str],
+    late: Collection[str] = (),
+) -> tuple[Difference, ...]:
+    """How this host differs from what the bundle wants, hard differences first.
+
+    Args:
+        manifest_environment: Name -> ``{"value": …, "why": …}``, as in the manifest.
+        required_features: CPU features that the plan relies on.
+        recorded_versions: :func:`record` of the machine that made the bundle.
+        host: This machine, see :func:`armopt.targets.host`.
+        environ: Of this process.
+        record: :func:`record` of this process.
+        late: Variables set after the process started, see :func:`late_variables`.
+    """
+    found = [
+        *_features(required_features, host),
+        *_variables(manifest_environment, environ, host, record, late),
+        *_threads(environ, record),
+        *_versions(recorded_versions, record),
+        *_backends(required_features, host, record),
+        *_huge_pages(record),
+    ]
+    return tuple(sorted(found, key=lambda d: ("hard", "soft", "info").index(d.severity)))
+
+
+def late_variables(
+    names: Iterable[str],
+    *,
+    environ: Mapping[str, str] | None = None,
+    initial: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
+    """Those of `names` whose value isn't the one this process started with.
+
+    Whether that was too late depends on when torch was imported: whatever changed after that has no effect.
+
+    Args:
+        names: Variables to look at.
+        environ: Now; None takes os.environ.
+        initial: At the start; None takes the kernel's copy, and where it keeps none, nothing counts as late.
+    """
+    now = os.environ if environ is None else environ
+    start = _initial_environment() if initial is None else initial
+    if start is None:
+        return ()
+    return tuple(n for n in names if n in now and now[n] != start.get(n))
+
+
+def variables_read(names: Iterable[str], folder: Path | None = None) -> dict[str, tuple[str, ...]]:
+    """Which shared libraries of the installed torch hold the name of each variable: who could read it.
+
+    oneDNN puts its prefix before the name at run time, so for its variables the rest is searched. Reads every
+    library whole (some 0.3 GB).
+
+    Args:
+        names: Variables to look for.
+        folder: Of the torch package; None takes the installed one.
+    """
+    readers: dict[str, list[str]] = {name: [] for name in names}
+    folder = folder or _torch_folder()
+    for library in _libraries(folder) if folder else []:
+        for name, libraries in readers.items():
+            needle = re.sub(r"^(ONEDNN|DNNL)_", "", name).encode()
+            if _search(library, rb"(?<![A-Z_])" + re.escape(needle) + rb"(?![A-Z_])") is not None:
+                libraries.append(library.name)
+    return {name: tuple(libraries) for name, libraries in readers.items()}
+
+
+def thp_setting() -> str:
+    """The kernel's setting for transparent huge pages: ``always``, ``madvise``, ``never``; empty where unknown."""
+    chosen = re.search(r"\[(\w+)\]", _read(Path("/sys/kernel/mm/transparent_hugepage/enabled")))
+    return chosen[1] if chosen else ""
+
+
+def render(chosen: Mapping[str, Variable], format: str) -> str:
+    """The variables as text for `format`, quoted for it, each with its reason as a comment.
+
+    Args:
+        chosen: See :func:`variables`.
+        format: ``shell`` (to be sourced), ``docker`` (ENV lines), ``systemd`` (for [Service]), ``k8s`` (items of
+            a container's ``env:``), ``json``.
+
+    Raises:
+        InputError: An unknown format, or a name or value that the format can't carry.
+    """
+    if format not in FORMATS:
+        raise InputError(f"unknown format {format!r}", hint=f"Known are {', '.join(FORMATS)}")
+    for name, variable in chosen.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise InputError("not a name for an environment variable", where=repr(name))
+        if re.search(r"[\x00-\x1f\x7f\x85\u2028\u2029]", variable.value):
+            raise InputError("the value holds a line break or another control character", where=name)
+    if format == "json":
+        return json.dumps({n: asdict(v) for n, v in sorted(chosen.items())}, indent=2) + "\n"
+    quote = _QUOTES[format]
+    return "".join(
+        f"# {' '.join(variable.why.split())}\n{quote(name, variable.value)}\n"
+        for name, variable in sorted(chosen.items())
+    )
+
+
+def _docker(name: str, value: str) -> str:
+    escaped = re.sub(r'(["\\$])', r"\\\1", value)
+    return f'ENV {name}="{escaped}"'
+
+
+def _systemd(name: str, value: str) -> str:
+    # Environment= expands specifiers (%h) but no variables: systemd.exec(5), systemd.syntax(7).
+    escaped = re.sub(r'(["\\])', r"\\\1", value).replace("%", "%%")
+    return f'Environment="{name}={escaped}"'
+
+
+_QUOTES: Mapping[str, Callable[[str, str], str]] = {
+    "shell": lambda name, value: f"export {name}={shlex.quote(value)}",
+    "docker": _docker,
+    "systemd": _systemd,
+    # A JSON string is a YAML double-quoted one; unquoted, `false` and `64` wouldn't be strings.
+    "k8s": lambda name, value: f"- name: {name}\n  value: {json.dumps(value)}",
+}
+
+
+def _features(required: Collection[str], host: Target) -> list[Difference]:
+    missing = sorted(set(required) - host.isa_features)
+    if not missing:
+        return []
+    expected, found = " ".join(sorted(required)), f"no {' '.join(missing)}"
+    if not _is_arm(host):
+        cost = "the portable twins run: the target's rounding, but not its speed"
+        return [Difference("info", "CPU", "an Arm server", host.core, cost, "")]
+    product = host.provenance.get("product", host.name).split(", ")[0]
+    remedy = f"Re-export with --target {product}"
+    cost = "the kernels of this bundle would stop with an illegal instruction, or run as reference code"
+    return [Difference("hard", "CPU features", expected, f"{host.core} with {found}", cost, remedy)]
+
+
+def _variables(
+    manifest: Mapping[str, Mapping[str, str]],
+    environ: Mapping[str, str],
+    host: Target,
+    record: Mapping[str, str],
+    late: Collection[str],
+) -> list[Difference]:
+    differences = []
+    for name, entry in sorted(manifest.items()):
+        expected, found = entry.get("value", ""), _effective(name, environ, host)
+        cost = _COSTS.get(name) or entry.get("why", "")
+        remedy = "Start with: armopt run BUNDLE -- CMD"
+        if name == "OMP_NUM_THREADS" or (name == FPMATH and not host.bf16):
+            continue  # the first is judged by this host's CPUs; without BF16 the second changes nothing
+        if name == "THP_MEM_ALLOC_ENABLE" and record.get("allocator") == "mimalloc":
+            continue
+        if not _agree(name, expected, found):
+            differences.append(Difference("soft", name, expected, found or "unset", cost, remedy))
+        elif name in late and name in environ:
+            reason = f"if torch was imported before, it has no effect: {cost}"
+            differences.append(
+                Difference(
+                    "soft", name, f"{expected} from the start", "set by the process itself", reason, remedy
+                )
+            )
+    return differences
+
+
+def _effective(name: str, environ: Mapping[str, str], host: Target) -> str:
+    if name == FPMATH:
+        return environ.get("ONEDNN_DEFAULT_FPMATH_MODE") or environ.get(FPMATH, "")
+    if name == "LRU_CACHE_CAPACITY" and name not in environ and not _is_arm(host):
+        return "1024"
+    if name == "OMP_PROC_BIND" and name not in environ:
+        # libgomp binds where places are given and binding isn't mentioned.
+        return "true" if environ.keys() & {"OMP_PLACES", "GOMP_CPU_AFFINITY"} else "false"
+    return environ.get(name, "")
+
+
+def _agree(name: str, expected: str, found: str) -> bool:
+    if name == FPMATH and found.lower() == "any":
+        return True
+    if name == "LRU_CACHE_CAPACITY" and found.isdecimal() and expected.isdecimal():
+        return int(found) >= int(expected)
+    return expected.lower() == found.lower()
+
+
+def _threads(environ: Mapping[str, str], record: Mapping[str, str]) -> list[Difference]:
+    cpus, threads = record.get("threads_for_host", ""), record.get("threads", "")
+    if not (cpus.isdecimal() and threads.isdecimal()) or int(threads) == int(cpus):
+        return []
+    few = int(threads) < int(cpus)
+    if few and environ.get("OMP_NUM_THREADS"):
+        return []  # someone shares the host out among several workers
+    return [
+        Difference(
+            "info" if few else "soft",
+            "OMP_NUM_THREADS",
+            cpus,
+            f"{threads} threads",
+            f"{cpus} CPUs for {threads} threads: {_COSTS['OMP_NUM_THREADS']}",
+            f"Set OMP_NUM_THREADS={cpus}, or start with: armopt run BUNDLE -- CMD",
+        )
+    ]
+
+
+def _versions(recorded: Mapping[str, str], record: Mapping[str, str]) -> list[Difference]:
+    # The bundle is mostly made on another architecture, whose libraries say nothing about this one's.
+    same_machine = recorded.get("machine") == record.get("machine")
+    differences = []
+    for name in ("torch", "torch_build", "onednn", "acl", "blas"):
+        expected, found = recorded.get(name, ""), record.get(name, "")
+        if not expected or expected == found or not (same_machine or name == "torch"):
+            continue
+        if name == "torch" and expected.partition("+")[0] == found.partition("+")[0]:
+            continue  # the flavour is compared on its own
+        cost = "kernels may answer differently, so each is probed again at load"
+        remedy = f"Install torch {expected.partition('+')[0]}" if name == "torch" else ""
+        differences.append(Difference("soft", name, expected, found or "unknown", cost, remedy))
+    return differences
+
+
+def _backends(required: Collection[str], host: Target, record: Mapping[str, str]) -> list[Difference]:
+    if not _is_arm(host) or not record.get("torch"):
+        return []
+    differences = []
+    if not record.get("acl"):
+        cost = "Linears and convolutions run reference or FP32 kernels"
+        remedy = "Install torch from PyPI: its aarch64 wheels hold ACL"
+        found = "none in this torch"
+        differences.append(Difference("soft", "Arm Compute Library", "present", found, cost, remedy))
+    if "bf16" in required and record.get("sbgemm") == "no":
+        differences.append(
+            Difference(
+                "info",
+                "BF16 in BLAS",
+                "sbgemm",
+                f"none in {record.get('blas', 'this BLAS')}",
+                "a BF16 product left to BLAS takes up to 13 times the instructions of OpenBLAS's, at M = 256",
+                "",
+            )
+        )
+    return differences
+
+
+def _huge_pages(record: Mapping[str, str]) -> list[Difference]:
+    if record.get("thp") != "never":
+        return []
+    remedy = "As root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+    cost = _COSTS["THP_MEM_ALLOC_ENABLE"]
+    return [Difference("info", "transparent huge pages", "madvise or always", "never", cost, remedy)]
+
+
+def _is_arm(host: Target) -> bool:
+    return "asimd" in host.isa_features  # every aarch64 has Advanced SIMD, and the name is Arm's
+
+
+def _fact(name: str, probe: Callable[[], str]) -> dict[str, str]:
+    # A host may lack any file, symbol or permission that a probe looks for; a fact that can't be had is left out.
+    with suppress(Exception):
+        if value := probe():
+            return {name: value}
+    return {}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _search(path: Path, pattern: bytes) -> str | None:
+    """The first group of the first match in the file (or the whole match), None without one."""
+    with suppress(OSError, ValueError), path.open("rb") as stream:
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            match = re.search(pattern, content)
+            return match[match.lastindex or 0].decode(errors="replace") if match else None
+    return None
+
+
+def _torch_folder() -> Path | None:
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _libraries(torch: Path) -> list[Path]:
+    folders = (torch / "lib", torch.with_name("torch.libs"))
+    return sorted(p for folder in folders if folder.is_dir() for p in folder.iterdir() if ".so" in p.suffixes)
+
+
+def _installed(folder: Path, deep: bool) -> dict[str, str]:
+    facts: dict[str, str] = {}
+    version = _read(folder / "version.py")
+    for key, name in (("torch", "__version__"), ("torch_git", "git_version"), ("torch_build", "cuda")):
+        if found := re.search(rf"^{name}\b[^=\n]*=\s*'([^']*)'", version, re.MULTILINE):
+            facts[key] = found[1]
+    if "torch" in facts:
+        facts["torch_build"] = f"cuda {facts['torch_build']}" if "torch_build" in facts else "cpu"
+    libraries = _libraries(folder)
+    for library in libraries:
+        name = library.name
+        if name.startswith("libopenblas"):
+            number = _search(library, rb"OpenBLAS (\d+\.\d+\.\d+)")
+            facts["blas"] = f"OpenBLAS {number}" if number else "OpenBLAS"
+            facts["sbgemm"] = "yes" if _search(library, rb"\x00sbgemm_\x00") else "no"
+        elif name.startswith("libnvpl_blas"):
+            facts |= {"blas": "NVPL", "sbgemm": "no"}
+        elif name.startswith("libmkl_core"):
+            facts["blas"] = "MKL"
+        elif name.startswith("libc10.so"):
+            facts["allocator"] = "mimalloc" if _search(library, rb"mimalloc_") else "posix_memalign"
+        may_hold_acl = name.startswith("libarm_compute") or (deep and name.startswith("libtorch_cpu"))
+        if may_hold_acl and (acl := _search(library, rb"arm_compute_version=v?([\w.\-]+)")):
+            facts["acl"] = acl
+    return facts
+
+
+def _distribution(name: str) -> str:
+    from importlib.metadata import version
+
+    return version(name)
+
+
+def _cpu_capability() -> str:
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def _torch_threads() -> str:
+    import torch
+
+    return str(torch.get_num_threads())
+
+
+def _config(pattern: str) -> str:
+    import torch
+
+    found = re.search(pattern, torch.__config__.show())
+    return found[1] if found else ""
+
+
+def _linked_blas() -> str:
+    name = {"mkl": "MKL", "open": "OpenBLAS", "nvpl": "NVPL"}
+    blas = _config(r"BLAS_INFO=(\w+)").lower()
+    number = _config(r"Math Kernel Library Version ([\d.]+)") if blas == "mkl" else ""
+    return f"{name.get(blas, blas)} {number}".strip()
+
+
+def _loaded(*parts: str) -> list[str]:
+    paths = {line.split(maxsplit=5)[5] for line in _read(Path("/proc/self/maps")).splitlines() if "/" in line}
+    return sorted(p for p in paths if any(part in Path(p).name for part in parts))
+
+
+def _openblas_core() -> str:
+    # numpy and scipy load an OpenBLAS of their own, so the one beside torch is asked.
+    folder = str(_torch_folder())
+    for path in _loaded("openblas"):
+        if path.startswith(folder):
+            corename = ctypes.CDLL(path).openblas_get_corename
+            corename.restype = ctypes.c_char_p
+            return str(corename().decode())
+    return ""
+
+
+def _initial_environment() -> dict[str, str] | None:
+    try:
+        content = Path("/proc/self/environ").read_bytes()
+    except OSError:
+        return None
+    entries = (entry.partition(b"=") for entry in content.split(b"\0") if entry)
+    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in entries}
+
+
+def _affinity() -> frozenset[int]:
+    if sys.platform == "linux":
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def _physical(cpus: frozenset[int], root: Path) -> int:
+    base = root / "sys/devices/system/cpu"
+    siblings = {
+        cpu: _read(base / f"cpu{cpu}/topology/thread_siblings_list").strip() or str(cpu) for cpu in cpus
+    }
+    return len(set(siblings.values()))
+
+
+def _cgroup_quota(root: Path) -> float | None:
+    """CPUs that the cgroups of this process allow it, None where none limits it."""
+    quotas: list[float] = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            mounts = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
+        elif "cpu" in controllers.split(","):
+            mounts = [root / f"sys/fs/cgroup/{name}" for name in (controllers, "cpu", "cpu,cpuacct")]
+        else:
+            continue
+        # Any ancestor may set the limit; in a container the path may be the host's, which isn't mounted there.
+        inner = Path(path.strip().lstrip("/"))
+        for mount in mounts:
+            for folder in (mount / inner, *(mount / p for p in inner.parents), mount):
+                quota, period = (*_read(folder / "cpu.max").split(), "", "")[:2]
+                if not quota:
+                    quota = _read(folder / "cpu.cfs_quota_us").strip()
+                    period = _read(folder / "cpu.cfs_period_us").strip()
+                if quota.isdecimal() and period.isdecimal() and int(period):
+                    quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)

@@ -1,0 +1,58 @@
+"""The errors that armopt raises: what happened, where, and what to do next.
+
+The core raises; only :mod:`armopt.cli` prints them and turns them into exit codes.
+"""
+
+from __future__ import annotations
+
+
+class ArmoptError(Exception):
+    """Base of every error that armopt raises on purpose.
+
+    Args:
+        what: What happened, in one sentence without a final full stop.
+        where: The file, node, input or setting concerned; empty where `what` names it.
+        hint: The next step that mends it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}. {self.hint}" if self.hint else text
+
+
+class InputError(ArmoptError):
+    """A model, an input, an option or a bundle that can't be used as given."""
+
+
+class CaptureError(InputError):
+    """A model that torch.export could not take whole."""
+
+
+class BundleError(InputError):
+    """A bundle that is damaged, incomplete, or of an unknown schema."""
+
+
+class HostError(ArmoptError):
+    """This host lacks what the bundle or the command needs."""
+
+    exit_code = 3
+
+
+class AccuracyError(ArmoptError):
+    """An accuracy gate failed."""
+
+    exit_code = 4
+
+
+class PassError(ArmoptError):
+    """A pass broke an invariant of the graph: a bug in armopt, not in the model."""
+
+    exit_code = 1

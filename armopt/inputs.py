@@ -1,0 +1,130 @@
+"""Example inputs: described on the command line (``x=1x3x224x224:float32``) or read from a file."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from armopt.errors import InputError
+
+_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_FORM = "Write NAME=1x3x224x224:float32, or NAME=1x128:int64:30522 for integers below 30522"
+_PATTERN = re.compile(r"(?:(?P<name>[\w.]+)=)?(?P<shape>scalar|\d+(?:x\d+)*)(?::(?P<dtype>\w+))?(?::(?P<below>\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class InputOption:
+    """One ``--input``: name (empty: by position), shape, dtype, and for integers the bound."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    below: int = 2
+
+    def tensor(self, generator: torch.Generator) -> torch.Tensor:
+        """A random tensor: normal for floats, in [0, below) for integers."""
+        if self.dtype == torch.bool:
+            return torch.randint(0, 2, self.shape, generator=generator).bool()
+        if self.dtype.is_floating_point:
+            return torch.randn(self.shape, generator=generator).to(self.dtype)
+        return torch.randint(0, self.below, self.shape, generator=generator).to(self.dtype)
+
+
+def parse(text: str) -> InputOption:
+    """Reads one ``--input``.
+
+    Raises:
+        InputError: It has another form, or an unknown dtype.
+    """
+    match = _PATTERN.fullmatch(text)
+    if match is None:
+        raise InputError(f"can't read {text!r}", where="--input", hint=_FORM)
+    dtype = match["dtype"] or "float32"
+    if dtype not in _DTYPES:
+        raise InputError(f"unknown dtype {dtype!r} in {text!r}", where="--input", hint=f"Known are {', '.join(_DTYPES)}")
+    shape = () if match["shape"] == "scalar" else tuple(int(size) for size in match["shape"].split("x"))
+    return InputOption(match["name"] or "", shape, getattr(torch, dtype), int(match["below"] or 2))
+
+
+def generate(options: Sequence[InputOption], seed: int = 0) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Random tensors: those without a name, in order, and those with one."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [(option.name, option.tensor(generator)) for option in options]
+    return [t for name, t in tensors if not name], {name: t for name, t in tensors if name}
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """Named tensors from a .safetensors, .npz or .pt file (the last without running any pickled code).
+
+    Raises:
+        InputError: The file is missing, damaged, of another kind, or holds something else.
+    """
+    if not path.is_file():
+        raise InputError("there is no such file", where=str(path), hint="Give --inputs a .safetensors, .npz or .pt file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if path.suffix == ".npz":
+            import numpy as np
+
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        if path.suffix in (".pt", ".pth"):
+            found = torch.load(path, weights_only=True, map_location="cpu")
+            if isinstance(found, torch.Tensor):
+                found = {"": found}
+            if isinstance(found, Mapping) and all(isinstance(value, torch.Tensor) for value in found.values()):
+                return dict(found)
+            raise InputError("holds something other than named tensors", where=str(path))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"can't be read: {str(error).splitlines()[0][:200]}", where=str(path)) from error
+    raise InputError(f"unknown kind of file {path.suffix!r}", where=str(path), hint="Known are .safetensors, .npz and .pt")
+
+
+def bind(
+    names: Sequence[str], positional: Sequence[torch.Tensor], named: Mapping[str, torch.Tensor], where: str, *, open_ended: bool = False
+) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """Arranges tensors as a call: as many by position as come first in the signature, the rest by name.
+
+    Args:
+        names: Parameters that can be given by position, in order.
+        positional: Tensors without a name.
+        named: Tensors with one.
+        where: The model, for the message.
+        open_ended: Whether it takes names beyond `names` (``**kwargs``) or any number by position.
+
+    Raises:
+        InputError: A name that the model doesn't take, or too many tensors.
+    """
+    named = dict(named)
+    if "" in named:
+        positional = [*positional, named.pop("")]
+    unknown = [name for name in named if name not in names]
+    if (unknown or len(positional) > len(names)) and not open_ended:
+        what = f"the model takes no input {unknown[0]!r}" if unknown else f"too many inputs: {len(positional)}"
+        raise InputError(what, where=where, hint=f"Its inputs are: {', '.join(names)}")
+    args = list(positional)
+    for name in names[len(args) :]:
+        if name not in named:
+            break
+        args.append(named.pop(name))
+    return tuple(args), named
+
+
+def parameters(model: torch.nn.Module) -> tuple[list[str], list[str], bool]:
+    """What forward takes: by position, by name only, and whether it takes more of either."""
+    kinds = inspect.Parameter
+    found: Any = inspect.signature(model.forward).parameters.values()
+    by_position = [p.name for p in found if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    by_name = [p.name for p in found if p.kind == kinds.KEYWORD_ONLY]
+    return by_position, by_name, any(p.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD) for p in found)

@@ -1,0 +1,1 @@
+"""One file per way to call a backend. :mod:`armopt.kernels.table` lists them all."""

@@ -1,0 +1,108 @@
+"""What a kernel is: data plus how it packs, how it calls, and how it rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from armopt.ir import Site
+from armopt.kernels import post_ops
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How a kernel rounds; this alone makes its portable twin.
+
+    Every kernel accumulates in FP32. `products` is what the multiplier sees of the activations, `weights` the dtype
+    that weights are stored in.
+    """
+
+    products: torch.dtype
+    weights: torch.dtype
+
+    def operand(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations as the multiplier sees them, widened to FP32."""
+        return x.to(self.products).float()
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One way to call a backend.
+
+    Attributes:
+        name: As plans, graphs and reports have it.
+        op: The operation it covers, ``linear`` or ``conv``.
+        backend: ``acl``, ``onednn``, ``blas`` or ``aten``: whose code does the arithmetic.
+        activations: Dtype of input and output.
+        rounding: See :class:`Rounding`.
+        fast_math: Whether it needs DNNL_DEFAULT_FPMATH_MODE=BF16, read when oneDNN is first used.
+        summary: One line for people.
+        refuses: Why it can't take a site; None where it can. Pure.
+        pack: Stored weight and site -> the weight as the call wants it. Runs once, on the host.
+        emit: Inserts the call in front of a node of armopt::linear or armopt::conv; returns the node with the result.
+    """
+
+    name: str
+    op: str
+    backend: str
+    activations: torch.dtype
+    rounding: Rounding
+    summary: str
+    refuses: Callable[[Site], str | None]
+    pack: Callable[[torch.Tensor, Site], torch.Tensor]
+    emit: Callable[[Call], fx.Node]
+    fast_math: bool = False
+
+    @property
+    def precision(self) -> str:
+        """``bf16`` where the products are, ``bf16-weights`` where the weights alone are, else ``fp32``."""
+        if self.rounding.products == torch.bfloat16:
+            return "bf16"
+        return "bf16-weights" if self.rounding.weights == torch.bfloat16 else "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A node to lower: everything an `emit` needs.
+
+    Attributes:
+        node: The armopt node.
+        x: Its input.
+        weight: The packed weight, a get_attr node.
+        bias: In the kernel's dtype, a get_attr node; or None.
+        other: The second tensor of ``add`` and ``add_relu``.
+        post_op: Name of the post-op.
+        shape: Output shape with -1 for the one dynamic dimension, or nodes where more are.
+        site: What the planner knows of the node.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    other: fx.Node | None
+    post_op: str
+    shape: Sequence[Any]
+    site: Site
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Inserts a call in front of the node."""
+        with self.node.graph.inserting_before(self.node):
+            return self.node.graph.call_function(target, args, kwargs)
+
+    def with_post_op(self, y: fx.Node) -> fx.Node:
+        """Inserts the post-op as in-place operations on the fresh tensor `y`."""
+        if self.post_op in (post_ops.ADD, post_ops.ADD_RELU):
+            y = self.call(_aten.add_.Tensor, y, self.other)
+            return self.call(_aten.relu_.default, y) if self.post_op == post_ops.ADD_RELU else y
+        if self.post_op == post_ops.NONE:
+            return y
+        post = post_ops.UNARY[self.post_op]
+        kwargs = {"approximate": "tanh"} if post.algorithm == "tanh" else {}
+        return self.call(post.inplace, y, *post.inplace_args, **kwargs)

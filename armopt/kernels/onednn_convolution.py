@@ -1,0 +1,128 @@
+"""What the kernels that call oneDNN's packed convolution share: packing, the call, and which post-ops it fuses.
+
+Source of what fuses: oneDNN's log on the aarch64 builds 2.10.0 and 2.13.0. On FP32 activations the Compute Library takes
+relu, sigmoid and a residual add (with relu); the others fall to ``gemm:ref`` or to FP32. On BF16 activations any post-op
+gives ``ref:any`` on 2.10.0, so it runs as a separate in-place operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from armopt.ir import Site
+from armopt.kernels import post_ops
+from armopt.kernels.base import Call
+
+_mkldnn = torch.ops.mkldnn
+_FUSED_UNARY = frozenset({"relu", "sigmoid"})
+
+
+def pack_weight(
+    weight: torch.Tensor,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    input_shape: Sequence[int],
+) -> torch.Tensor:
+    """A convolution weight in the layout that oneDNN picks for this input shape; an opaque tensor."""
+    return _mkldnn._reorder_convolution_weight(  # type: ignore[no-any-return]
+        weight.contiguous(), list(padding), list(stride), list(dilation), groups, list(input_shape)
+    )
+
+
+def emit_convolution(
+    call: Call, x: fx.Node, other: fx.Node | None, geometry: tuple[Any, ...], *, fuse: bool
+) -> tuple[fx.Node, bool]:
+    """Inserts the packed convolution.
+
+    Args:
+        call: The node to lower.
+        x: Its input, with the dimensions of a convolution.
+        other: The tensor of a residual add, with the same dimensions; None if there is none.
+        geometry: padding, stride, dilation and groups.
+        fuse: Whether the kernel can fuse post-ops at all.
+
+    Returns:
+        The result, and whether the post-op is in it.
+    """
+    if fuse and other is not None and call.post_op in (post_ops.ADD, post_ops.ADD_RELU):
+        relu = "relu" if call.post_op == post_ops.ADD_RELU else None
+        args = (x, other, call.weight, call.bias, *geometry, "add", 1.0, relu, [], None)
+        return call.call(_mkldnn._convolution_pointwise.binary, *args), True
+    post = post_ops.UNARY.get(call.post_op) if fuse and call.post_op in _FUSED_UNARY else None
+    tail = (post.attribute, list(post.scalars), post.algorithm or "") if post else ("none", [], "")
+    y = call.call(_mkldnn._convolution_pointwise.default, x, call.weight, call.bias, *geometry, *tail)
+    return y, post is not None
+
+
+def pack_convolution(weight: torch.Tensor, site: Site) -> torch.Tensor:
+    """Packs the weight of a convolution; one dimension is taken as two."""
+    shape, padding, stride, dilation = site.shape, site.padding, site.stride, site.dilation
+    if len(shape) == 3:
+        weight, shape = weight.unsqueeze(2), (*shape[:2], 1, shape[2])
+        padding, stride, dilation = (0, *padding), (1, *stride), (1, *dilation)
+    return pack_weight(weight, padding, stride, dilation, site.groups, shape)
+
+
+def emit_conv(call: Call, *, fuse: bool) -> fx.Node:
+    """The call for a convolution of one, two or three dimensions."""
+    site = call.site
+    geometry = (list(site.padding), list(site.stride), list(site.dilation), site.groups)
+    if len(site.shape) != 3:
+        y, fused = emit_convolution(call, call.x, call.other, geometry, fuse=fuse)
+        return y if fused else call.with_post_op(y)
+    unsqueeze, squeeze = torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim
+    x = call.call(unsqueeze, call.x, 2)
+    flat = ([0, *site.padding], [1, *site.stride], [1, *site.dilation], site.groups)
+    y, fused = emit_convolution(call, x, None, flat, fuse=fuse)
+    y = call.call(squeeze, y, 2)
+    return y if fused else call.with_post_op(y)
+
+
+def pack_linear_as_convolution(weight: torch.Tensor, site: Site) -> torch.Tensor:
+    """Packs [N, K] as the weight of a 1x1 convolution over `site.m` images of one pixel."""
+    n, k = weight.shape
+    return pack_weight(weight.reshape(n, k, 1, 1), (0, 0), (1, 1), (1, 1), 1, (site.m, k, 1, 1))
+
+
+def emit_linear(call: Call, *, fuse: bool) -> fx.Node:
+    """The call for a Linear as a 1x1 convolution: [*, K] -> [M, K, 1, 1] -> [M, N, 1, 1] -> [*, N]."""
+    reshape = torch.ops.aten.reshape.default
+    site = call.site
+    x = call.call(reshape, call.x, [-1, site.k, 1, 1])
+    other = call.call(reshape, call.other, [-1, site.n, 1, 1]) if fuse and call.other is not None else None
+    geometry = ([0, 0], [1, 1], [1, 1], 1)
+    y, fused = emit_convolution(call, x, other, geometry, fuse=fuse)
+    y = call.call(reshape, y, list(call.shape))
+    return y if fused else call.with_post_op(y)
+
+
+def refuses_linear(site: Site) -> str | None:
+    """Sites that the Compute Library rejects or that are degenerate."""
+    if site.op != "linear":
+        return f"covers linear, not {site.op}"
+    if min(site.m, site.k, site.n) == 0:
+        return "an empty product"
+    if site.n == 1:
+        return "out_features=1: the Compute Library rejects it"
+    return None
+
+
+def refuses_dense_2d(site: Site) -> str | None:
+    """Convolutions that reach the Compute Library in BF16: dense, one or two dimensions, not transposed."""
+    if site.op != "conv":
+        return f"covers conv, not {site.op}"
+    if site.transposed:
+        return "a transposed convolution in BF16 is `ref` on aarch64"
+    if site.groups > 1:
+        return "a grouped convolution in BF16 is `ref:any` on aarch64 torch 2.10"
+    if len(site.shape) > 4:
+        return "a 3-d convolution in BF16 is `ref:any` on aarch64 torch 2.10"
+    if 0 in site.shape or 0 in site.weight:
+        return "an empty input"
+    return None

@@ -1,0 +1,128 @@
+"""The two operations that passes rewrite to: ``armopt::linear`` and ``armopt::conv``.
+
+Each names its kernel. Run as they stand they are the kernel's portable twin, on any CPU; the runtime replaces them by
+the kernel's own calls where the host has what it takes. Weights are always [N, K] or as torch.nn.functional.conv*d has
+them (transposed: [in, out / groups, …]); the activation's dtype must be the kernel's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from armopt.kernels import post_ops, table
+from armopt.kernels.base import Kernel
+
+_LIBRARY = torch.library.Library("armopt", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? other, str post_op, str kernel) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? other, int[] stride, SymInt[] padding, int[] dilation,"
+    " bool transposed, int[] output_padding, int groups, str post_op, str kernel) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _bias(kernel: Kernel, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A bias as the kernel stores it (in the dtype of its activations), widened to FP32."""
+    return None if bias is None else bias.to(kernel.activations).float()
+
+
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    other: torch.Tensor | None,
+    post_op: str,
+    kernel: str,
+) -> torch.Tensor:
+    kind = table.get(kernel)
+    y = torch.nn.functional.linear(kind.rounding.operand(x), weight.float(), _bias(kind, bias))
+    return post_ops.apply(post_op, y.to(kind.activations), other)
+
+
+def _conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    other: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    post_op: str,
+    kernel: str,
+) -> torch.Tensor:
+    kind = table.get(kernel)
+    y = torch.convolution(
+        kind.rounding.operand(x),
+        weight.float(),
+        _bias(kind, bias),
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+    )
+    return post_ops.apply(post_op, y.to(kind.activations), other)
+
+
+def output_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> list[int]:
+    """Spatial size of a convolution's result; all arguments have one value for each spatial dimension."""
+    rows = zip(size, kernel, stride, padding, dilation, output_padding, strict=True)
+    if transposed:
+        return [(s - 1) * st - 2 * p + d * (k - 1) + o + 1 for s, k, st, p, d, o in rows]
+    return [(s + 2 * p - d * (k - 1) - 1) // st + 1 for s, k, st, p, d, _ in rows]
+
+
+def _fake_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    other: torch.Tensor | None,
+    post_op: str,
+    kernel: str,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=table.get(kernel).activations)
+
+
+def _fake_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    other: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    post_op: str,
+    kernel: str,
+) -> torch.Tensor:
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    spatial = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation, transposed, output_padding)
+    return x.new_empty((x.shape[0], channels, *spatial), dtype=table.get(kernel).activations)
+
+
+_LIBRARY.impl("linear", _linear, "CPU")
+_LIBRARY.impl("conv", _conv, "CPU")
+torch.library.register_fake("armopt::linear", _fake_linear, lib=_LIBRARY)
+torch.library.register_fake("armopt::conv", _fake_conv, lib=_LIBRARY)
+
+LINEAR = torch.ops.armopt.linear.default
+CONV = torch.ops.armopt.conv.default

@@ -1,0 +1,62 @@
+"""Finds the Linear and convolution nodes of a graph and describes each for the planner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from armopt import graph as g
+from armopt.ir import Bucket, Site
+from armopt.kernels.ops import CONV, LINEAR, output_size
+
+
+def layers(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes of armopt::linear and armopt::conv, in order."""
+    return g.calls(graph, LINEAR, CONV)
+
+
+def find(graph_module: fx.GraphModule, bucket: Bucket) -> tuple[Site, ...]:
+    """All sites, with shapes as they are at `bucket`."""
+    return tuple(
+        describe(node, g.concrete_shape(_meta(node.args[0]).shape, bucket), tuple(_meta(node.args[1]).shape))
+        for node in layers(graph_module.graph)
+    )
+
+
+def describe(node: fx.Node, shape: Sequence[int], weight: Sequence[int]) -> Site:
+    """The site of one node whose input has `shape` and whose weight has shape `weight`."""
+    key = str(node.args[1].target) if isinstance(node.args[1], fx.Node) else ""
+    if node.target is LINEAR:
+        n, k = weight
+        m = math.prod(shape[:-1])
+        return Site(node.name, "linear", m, k, n, tuple(shape), tuple(weight), post_op=str(node.args[4]), weight_key=key)
+    arguments: Any = node.args[4:11]
+    stride, padding, dilation, transposed, output_padding, groups, post_op = arguments
+    spatial = output_size(shape[2:], weight[2:], stride, padding, dilation, transposed, output_padding)
+    channels = weight[1] * groups if transposed else weight[0]
+    return Site(
+        node.name,
+        "conv",
+        m=shape[0] * math.prod(spatial),
+        k=math.prod(weight[1:]) if not transposed else weight[0] // groups * math.prod(weight[2:]),
+        n=channels,
+        shape=tuple(shape),
+        weight=tuple(weight),
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        groups=groups,
+        transposed=transposed,
+        output_padding=tuple(output_padding),
+        post_op=post_op,
+        weight_key=key,
+    )
+
+
+def _meta(node: Any) -> torch.Tensor:
+    value: torch.Tensor = node.meta["val"]
+    return value

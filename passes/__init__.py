@@ -1,0 +1,39 @@
+"""The passes, one per file, and their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from armopt.ir import PassResult, Plan
+from armopt.passes.canonicalise_conv import CanonicaliseConv
+from armopt.passes.canonicalise_linear import CanonicaliseLinear
+from armopt.passes.fold_batch_norm import FoldBatchNorm
+from armopt.passes.fold_constants import FoldConstants
+from armopt.passes.fuse_pointwise import FusePointwise
+from armopt.passes.pack_conv import PackConv
+from armopt.passes.pack_linear import PackLinear
+from armopt.passes.propagate_bf16 import PropagateBf16
+from armopt.passes.relax_views import RelaxViews
+from armopt.passes.remove_identities import RemoveIdentities
+
+Pass = Callable[[fx.GraphModule], PassResult]
+
+#: What is true whatever the shapes: runs once, before the plan is made.
+PREPARE: tuple[Pass, ...] = (
+    RemoveIdentities(),
+    RelaxViews(),
+    FoldConstants(),
+    CanonicaliseLinear(),
+    CanonicaliseConv(),
+    FoldBatchNorm(),
+    FusePointwise(),
+)
+
+
+def lower(plan: Plan, rounded: dict[str, torch.Tensor]) -> tuple[Pass, ...]:
+    """What carries out one plan: runs once for each bucket, on a copy. Plans of one model share `rounded`."""
+    decisions = {decision.node: decision for decision in plan.decisions}
+    return (PackLinear(decisions, rounded), PackConv(decisions, rounded), PropagateBf16())

@@ -1,0 +1,63 @@
+"""What pack_linear and pack_conv share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from armopt import graph as g
+from armopt.ir import Decision, PassResult, Skip
+from armopt.kernels import table
+
+_aten = torch.ops.aten
+
+
+def pack(
+    graph_module: fx.GraphModule,
+    target: Any,
+    decisions: Mapping[str, Decision],
+    rounded: dict[str, torch.Tensor],
+    kernel_index: int,
+) -> PassResult:
+    """Gives every node of `target` its planned kernel, weights in the kernel's dtype, and casts at its borders."""
+    rewritten, skipped = [], []
+    for node in g.calls(graph_module.graph, target):
+        decision = decisions.get(node.name)
+        if decision is None or decision.kernel == node.args[kernel_index]:
+            continue
+        kernel = table.get(decision.kernel)
+        if kernel.backend == "aten":
+            skipped.append(Skip(node.name, decision.reason))
+            continue
+        args = list(node.args)
+        args[kernel_index] = kernel.name
+        weight = args[1]
+        assert isinstance(weight, fx.Node)
+        if kernel.rounding.weights == torch.bfloat16:
+            name = str(weight.target)
+            if name not in rounded:
+                rounded[name] = getattr(graph_module, name).detach().to(torch.bfloat16)
+            args[1] = g.add_constant(graph_module, f"{name}_bf16", rounded[name], node)
+        if kernel.activations == torch.bfloat16:
+            for index in (0, 3):  # the input and the second tensor of a residual add
+                if isinstance(args[index], fx.Node):
+                    args[index] = cast(graph_module.graph, node, args[index], torch.bfloat16)
+        packed = g.insert_call(graph_module.graph, node, target, tuple(args))
+        result = packed
+        if kernel.activations == torch.bfloat16:
+            result = cast(graph_module.graph, node, packed, torch.float32)
+        name = node.name
+        node.replace_all_uses_with(result)
+        graph_module.graph.erase_node(node)
+        packed.name = name
+        rewritten.append(name)
+    g.sweep(graph_module)
+    return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
+
+
+def cast(graph: fx.Graph, before: fx.Node, source: Any, dtype: torch.dtype) -> fx.Node:
+    """A cast of `source` in front of `before`."""
+    return g.insert_call(graph, before, _aten._to_copy.default, (source,), {"dtype": dtype})

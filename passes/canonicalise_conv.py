@@ -1,0 +1,98 @@
+"""Gives every convolution with a constant weight one form."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from armopt import graph as g
+from armopt.ir import PassResult, Skip
+from armopt.kernels import aten
+from armopt.kernels.ops import CONV
+
+_aten = torch.ops.aten
+_FORWARD = {_aten.conv1d.default: 1, _aten.conv2d.default: 2, _aten.conv3d.default: 3}
+_STRING_PADDING = {_aten.conv1d.padding: 1, _aten.conv2d.padding: 2, _aten.conv3d.padding: 3}
+_TRANSPOSED = {
+    _aten.conv_transpose1d.default: 1,
+    _aten.conv_transpose2d.input: 2,
+    _aten.conv_transpose3d.input: 3,
+}
+_GENERAL = _aten.convolution.default
+
+
+class _Refused(Exception):
+    """The message is the reason."""
+
+
+@dataclass(frozen=True)
+class CanonicaliseConv:
+    """conv1d, conv2d, conv3d, conv_transpose*d and convolution -> armopt.conv.
+
+    Refuses a weight or bias that is no constant, another dtype than FP32, an input without a batch dimension, and padding
+    that differs between the two sides.
+    """
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Runs the pass."""
+        rewritten, skipped = [], []
+        for node in g.calls(graph_module.graph, *_FORWARD, *_STRING_PADDING, *_TRANSPOSED, _GENERAL):
+            try:
+                x, weight, bias, geometry = _operands(graph_module, node)
+            except _Refused as refusal:
+                skipped.append(Skip(node.name, str(refusal)))
+                continue
+            layer_name = re.sub(r"_?weight(_t)?$", "", str(weight.target)) or node.name
+            args = (x, weight, bias, None, *geometry, "none", aten.CONV.name)
+            replacement = g.insert_call(graph_module.graph, node, CONV, args, name=layer_name)
+            rewritten.append(node.name)
+            g.replace_and_erase(node, replacement)
+        g.sweep(graph_module)
+        return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
+
+
+def _operands(
+    graph_module: fx.GraphModule, node: fx.Node
+) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[Any, ...]]:
+    arguments: Any = node.normalized_arguments(graph_module, normalize_to_only_use_kwargs=True)
+    if arguments is None:
+        raise _Refused("its arguments don't fit the schema")
+    given = arguments.kwargs
+    x, weight, bias = given["input"], given["weight"], given.get("bias")
+    tensor = g.constant(graph_module, weight)
+    if tensor is None:
+        raise _Refused("the weight is not a constant")
+    if bias is not None and g.constant(graph_module, bias) is None:
+        raise _Refused("the bias is not a constant")
+    if not (g.is_float32(x) and tensor.dtype == torch.float32):
+        raise _Refused(f"works on {g.value(x).dtype} and {tensor.dtype}, not FP32".replace("torch.", ""))
+    spatial = tensor.dim() - 2
+    if g.value(x).dim() != spatial + 2:
+        raise _Refused("the input has no batch dimension")
+    stride, dilation = _spread(given["stride"], spatial), _spread(given["dilation"], spatial)
+    if node.target in _STRING_PADDING:
+        padding = _same_padding(given["padding"], tensor.shape[2:], dilation)
+    else:
+        padding = _spread(given["padding"], spatial)
+    transposed = node.target in _TRANSPOSED or bool(given.get("transposed", False))
+    output_padding = _spread(given.get("output_padding") or [0], spatial)
+    return x, weight, bias, (stride, padding, dilation, transposed, output_padding, given["groups"])
+
+
+def _spread(values: Any, spatial: int) -> list[int]:
+    """One value for each spatial dimension: ATen takes a list of one for all."""
+    listed = [values] if isinstance(values, int) else list(values)
+    return listed * spatial if len(listed) == 1 else listed
+
+
+def _same_padding(padding: str, kernel: torch.Size, dilation: list[int]) -> list[int]:
+    if padding == "valid":
+        return [0] * len(dilation)
+    totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+    if any(total % 2 for total in totals):
+        raise _Refused("padding='same' with an even kernel pads one side more")
+    return [total // 2 for total in totals]

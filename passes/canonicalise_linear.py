@@ -1,0 +1,90 @@
+"""Gives every product with a constant weight one form."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from armopt import graph as g
+from armopt.ir import PassResult, Skip
+from armopt.kernels import aten
+from armopt.kernels.ops import LINEAR
+
+_aten = torch.ops.aten
+_FORMS = (_aten.linear.default, _aten.addmm.default, _aten.mm.default, _aten.matmul.default)
+
+
+class _Refused(Exception):
+    """A form that is no Linear; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class CanonicaliseLinear:
+    """linear(x, W, b), addmm(b, x, V), mm(x, V), matmul(x, V) -> armopt.linear(x, W, b) with W = V.T of shape [N, K].
+
+    Refuses a weight or bias that is no constant, another dtype than FP32, a scaled addmm, and a bias that is not one value
+    per output feature.
+    """
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Runs the pass."""
+        rewritten, skipped = [], []
+        transposed: dict[str, torch.Tensor] = {}
+        for node in g.calls(graph_module.graph, *_FORMS):
+            try:
+                x, weight, bias, is_transposed = _operands(graph_module, node)
+            except _Refused as refusal:
+                skipped.append(Skip(node.name, str(refusal)))
+                continue
+            if is_transposed:
+                name = str(weight.target)
+                if name not in transposed:
+                    transposed[name] = getattr(graph_module, name).detach().t().contiguous()
+                weight = g.add_constant(graph_module, f"{name}_t", transposed[name], node)
+            layer_name = re.sub(r"_?weight(_t)?$", "", str(weight.target)) or node.name
+            args = (x, weight, bias, None, "none", aten.LINEAR.name)
+            replacement = g.insert_call(graph_module.graph, node, LINEAR, args, name=layer_name)
+            rewritten.append(node.name)
+            g.replace_and_erase(node, replacement)
+        g.sweep(graph_module)
+        return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
+
+
+def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool]:
+    """Input, weight, bias, and whether the weight is [K, N]."""
+    bias: Any = None
+    x: Any
+    weight: Any
+    if node.target is _aten.linear.default:
+        x, weight, bias = (*node.args, None)[:3]
+    elif node.target is _aten.addmm.default:
+        if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+            raise _Refused("addmm with alpha or beta other than 1")
+        bias, x, weight = node.args
+    else:
+        x, weight = node.args
+    tensor = g.constant(graph_module, weight)
+    if tensor is None:
+        raise _Refused("the weight is not a constant")
+    if tensor.dim() != 2:
+        raise _Refused(f"the weight has {tensor.dim()} dimensions")
+    if not (g.is_float32(x) and tensor.dtype == torch.float32):
+        raise _Refused(f"works on {_dtype(x)} and {tensor.dtype}, not FP32".replace("torch.", ""))
+    if g.value(x).dim() < 1 or min(tensor.shape) == 0:
+        raise _Refused("an empty or scalar operand")
+    features = tensor.shape[0] if node.target is _aten.linear.default else tensor.shape[1]
+    if bias is not None:
+        values = g.constant(graph_module, bias)
+        if values is None:
+            raise _Refused("the bias is not a constant")
+        if values.shape != (features,) or values.dtype != torch.float32:
+            raise _Refused(f"the bias has shape {tuple(values.shape)}, not one FP32 value per output feature")
+    return x, weight, bias, node.target is not _aten.linear.default
+
+
+def _dtype(node: Any) -> str:
+    return str(g.value(node).dtype) if isinstance(node, fx.Node) else type(node).__name__

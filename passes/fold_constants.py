@@ -1,0 +1,67 @@
+"""Evaluates what depends on constants alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from armopt import graph as g
+from armopt.ir import PassResult, Skip
+
+
+@dataclass(frozen=True)
+class FoldConstants:
+    """f(constants) -> constant.
+
+    Refuses a result larger than its inputs and `max_growth` bytes, random or mutable operations, and buffers that the
+    model writes to.
+    """
+
+    max_growth: int = 64 * 1024
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Runs the pass."""
+        written = _written(graph_module)
+        rewritten, skipped = [], []
+        for node in list(graph_module.graph.nodes):
+            if not _foldable(node) or any(str(n.target) in written for n in node.all_input_nodes):
+                continue
+            inputs = [g.constant(graph_module, n) for n in node.all_input_nodes]
+            if any(tensor is None for tensor in inputs):
+                continue
+            size = node.meta["val"].numel() * node.meta["val"].element_size()
+            bound = max([self.max_growth, *(t.numel() * t.element_size() for t in inputs if t is not None)])
+            if size > bound:
+                skipped.append(Skip(node.name, f"the result takes {size} bytes, more than what it is made from"))
+                continue
+            with torch.no_grad():
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: g.constant(graph_module, n))
+                value = node.target(*args, **kwargs)
+            folded = g.add_constant(graph_module, f"folded_{node.name}", value, node)
+            rewritten.append(node.name)
+            g.replace_and_erase(node, folded)
+        g.sweep(graph_module)
+        return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
+
+
+def _written(graph_module: fx.GraphModule) -> set[str]:
+    """Buffers that an operation writes to."""
+    names = set()
+    for node in graph_module.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            names |= {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
+    return names
+
+
+def _foldable(node: fx.Node) -> bool:
+    target: Any = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return False
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or any(not isinstance(size, int) for size in value.shape):
+        return False
+    tags = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+    return g.is_pure(node) and target.namespace == "aten" and not any(tag in target.tags for tag in tags)

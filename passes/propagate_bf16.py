@@ -1,0 +1,114 @@
+"""Keeps activations in BF16 between kernels that work on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from armopt import graph as g
+from armopt.ir import PassResult
+from armopt.passes._pack import cast
+
+_aten = torch.ops.aten
+_CAST = _aten._to_copy.default
+#: Operations that move or select values: BF16 in, the same BF16 out.
+_EXACT = frozenset(
+    {
+        _aten.reshape.default,
+        _aten.permute.default,
+        _aten.transpose.int,
+        _aten.unsqueeze.default,
+        _aten.squeeze.default,
+        _aten.squeeze.dim,
+        _aten.squeeze.dims,
+        _aten.flatten.using_ints,
+        _aten.expand.default,
+        _aten.slice.Tensor,
+        _aten.select.int,
+        _aten.relu.default,
+        _aten.hardtanh.default,
+        _aten.max_pool2d.default,
+        _aten.constant_pad_nd.default,
+        _aten.channel_shuffle.default,
+    }
+)
+#: Operations that compute in FP32 on BF16 operands and round once: one rounding more than in FP32.
+_ROUNDS_ONCE = frozenset({_aten.gelu.default, _aten.silu.default, _aten.hardswish.default})
+
+
+@dataclass(frozen=True)
+class PropagateBf16:
+    """cast_bf16(cast_fp32(x)) -> x; cast_bf16(f(cast_fp32(x))) -> f(x) for an f that moves or selects values.
+
+    The second form reaches through gelu, silu and hardswish as well, which round once more. Refuses an f whose FP32 result is
+    used by anything but casts to BF16.
+    """
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Runs the pass until nothing changes."""
+        rewritten: list[str] = []
+        while changed := _cancel(graph_module) + _sink(graph_module):
+            rewritten += changed
+        g.sweep(graph_module)
+        return PassResult(graph_module, bool(rewritten), tuple(rewritten))
+
+
+def is_cast(node: Any, dtype: torch.dtype) -> bool:
+    """Whether a node only converts to `dtype`."""
+    return (
+        isinstance(node, fx.Node)
+        and node.target is _CAST
+        and dict(node.kwargs) == {"dtype": dtype}
+    )
+
+
+def _cancel(graph_module: fx.GraphModule) -> list[str]:
+    """cast_bf16(cast_fp32(x)) -> x. Equal casts of one tensor become one."""
+    rewritten = []
+    seen: dict[fx.Node, fx.Node] = {}
+    for node in g.calls(graph_module.graph, _CAST):
+        source = node.args[0]
+        if not is_cast(node, torch.bfloat16) or not isinstance(source, fx.Node):
+            continue
+        if is_cast(source, torch.float32) and g.value(source.args[0]).dtype == torch.bfloat16:  # type: ignore[arg-type]
+            replacement = source.args[0]
+        elif source in seen:
+            replacement = seen[source]
+        else:
+            seen[source] = node
+            continue
+        assert isinstance(replacement, fx.Node)
+        rewritten.append(node.name)
+        g.replace_and_erase(node, replacement)
+        if not source.users:
+            graph_module.graph.erase_node(source)
+    return rewritten
+
+
+def _sink(graph_module: fx.GraphModule) -> list[str]:
+    """f(cast_fp32(x)) -> cast_fp32(f(x)) where every reader of f goes back to BF16, so that the casts cancel."""
+    rewritten = []
+    for node in g.calls(graph_module.graph, *_EXACT, *_ROUNDS_ONCE):
+        source = node.args[0]
+        if not is_cast(source, torch.float32) or not _wants_bf16(node):
+            continue
+        assert isinstance(source, fx.Node)
+        half = g.insert_call(
+            graph_module.graph, node, node.target, (source.args[0], *node.args[1:]), dict(node.kwargs)  # type: ignore[arg-type]
+        )
+        rewritten.append(node.name)
+        g.replace_and_erase(node, cast(graph_module.graph, node, half, torch.float32))
+        if not source.users:
+            graph_module.graph.erase_node(source)
+    return rewritten
+
+
+def _wants_bf16(node: fx.Node) -> bool:
+    """Whether all that reads a node, through operations that may run in BF16, converts it to BF16."""
+    return bool(node.users) and all(
+        is_cast(user, torch.bfloat16) or (user.target in _EXACT | _ROUNDS_ONCE and _wants_bf16(user))
+        for user in node.users
+    )

@@ -1,0 +1,199 @@
+"""The emulated Arm machine itself: it is what it says it is, and its workers report faithfully."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from armopt.emulation import (
+    TORCH_VERSIONS,
+    EmulatedError,
+    EmulatedWorker,
+    core_named,
+    emulate,
+    emulated_command,
+)
+
+JOBS = "tests.arm64.jobs_emulation"
+BF16 = {"DNNL_DEFAULT_FPMATH_MODE": "BF16", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def light(require_torch):
+    """A worker without PyTorch, which starts in two seconds."""
+    with EmulatedWorker("graviton3", preload="json", folder=require_torch("2.10.0")) as worker:
+        yield worker
+
+
+def run(cpu, *argv):
+    command, env = emulated_command(cpu, argv)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+# --- the machine ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cpu", "has", "has_not"),
+    [
+        ("graviton2", {"asimddp"}, {"bf16", "sve", "i8mm"}),
+        ("graviton3", {"bf16", "svebf16", "i8mm", "sve"}, {"sve2"}),
+        ("yitian710", {"bf16", "svebf16", "i8mm", "sve", "sve2"}, {"sme"}),
+    ],
+)
+def test_a_core_has_its_features_wherever_a_library_looks(require_torch, cpu, has, has_not):
+    require_torch("2.10.0")
+    with EmulatedWorker(cpu, preload="json") as worker:
+        core, seen = core_named(cpu), worker.call(f"{JOBS}:cpu").value
+    assert has <= seen["features"]
+    assert not has_not & seen["features"]
+    assert seen["hwcap2_bf16"] == ("bf16" in has)
+    assert seen["midr"] == core.midr
+    assert seen["part"] == core.midr >> 4 & 0xFFF
+    assert seen["variant"] == core.midr >> 20 & 0xF
+    assert seen["revision"] == core.midr & 0xF
+
+
+@pytest.mark.parametrize(
+    "restart",
+    [
+        "os.execvp('python3', ['python3', *args])",
+        "os.execv(sys.executable, [sys.executable, *args])",
+        "sys.exit(subprocess.call([sys.executable, *args]))",
+        "sys.exit(subprocess.call('python -c \"' + args[1] + '\"', shell=True))",
+    ],
+)
+def test_what_an_emulated_process_starts_is_emulated_too(require_torch, restart):
+    require_torch("2.10.0")
+    inner = "import platform, os; print(platform.machine(), os.environ['ARMOPT_EMULATED_CPU'])"
+    outer = f"import os, sys, subprocess; args = ['-c', {inner!r}]; {restart}"
+    done = run("yitian710", "python", "-c", outer)
+    assert done.stdout.split() == ["aarch64", "neoverse-n2"], done.stderr
+
+
+def test_the_exit_code_is_the_commands(require_torch):
+    require_torch("2.10.0")
+    assert emulate("graviton3", ["python", "-c", "raise SystemExit(7)"]) == 7
+    assert emulate("graviton3", ["python", "-c", "import os; os.abort()"]) == 128 + signal.SIGABRT
+
+
+def test_signals_reach_the_command(require_torch):
+    require_torch("2.10.0")
+    guest = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+print("up", flush=True)
+time.sleep(60)"""
+    host = f"from armopt.emulation import emulate; exit(emulate('graviton3', ['python', '-c', {guest!r}]))"
+    process = subprocess.Popen([sys.executable, "-c", host], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    assert process.wait(timeout=30) == 3
+
+
+# --- a worker -------------------------------------------------------------------------------------
+
+
+def test_values_cross_the_boundary_unchanged(light):
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    value = light.call(f"{JOBS}:echo", value={"array": array, "text": "é", "nothing": None}).value
+    assert value["text"] == "é"
+    assert value["nothing"] is None
+    np.testing.assert_array_equal(value["array"], array)
+
+
+def test_output_of_python_and_of_c_is_captured_per_call(light):
+    for _ in range(2):
+        result = light.call(f"{JOBS}:write_everywhere")
+        assert sorted(result.stdout.splitlines()) == ["C library", "descriptor", "python"]
+        assert result.stderr == "error\n"
+
+
+def test_a_worker_has_its_own_settings_and_not_the_shells(require_torch, monkeypatch):
+    monkeypatch.setenv("DNNL_DEFAULT_FPMATH_MODE", "BF16")
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "1024")
+    names = ["DNNL_DEFAULT_FPMATH_MODE", "LRU_CACHE_CAPACITY", "OMP_NUM_THREADS"]
+    with EmulatedWorker(
+        "graviton3", env={"OMP_NUM_THREADS": "1"}, preload="json", folder=require_torch("2.10.0")
+    ) as worker:
+        seen = worker.call(f"{JOBS}:read_environment", names=names).value
+    assert seen == dict(zip(names, [None, None, "1"], strict=True))
+
+
+def test_an_exception_there_is_an_error_here_with_its_traceback(light):
+    with pytest.raises(EmulatedError, match="on purpose") as caught:
+        light.call(f"{JOBS}:fail")
+    assert "jobs_emulation.py" in str(caught.value)
+    with pytest.raises(EmulatedError, match="pickle"):
+        light.call(f"{JOBS}:unpicklable")
+    assert light.call(f"{JOBS}:echo", value=1).value == 1
+
+
+def test_a_time_out_kills_the_job_and_costs_nothing_else(light):
+    start = time.monotonic()
+    with pytest.raises(EmulatedError, match="longer than 1 s"):
+        light.call(f"{JOBS}:sleep", timeout=1, seconds=100)
+    assert time.monotonic() - start < 20
+    assert light.call(f"{JOBS}:echo", value=2).value == 2
+
+
+def test_a_crash_says_which_signal_and_the_last_words(light):
+    with pytest.raises(EmulatedError, match="SIGABRT") as caught:
+        light.call(f"{JOBS}:crash")
+    assert "last words" in caught.value.stderr
+    assert light.call(f"{JOBS}:echo", value=3).value == 3
+
+
+def test_closing_ends_the_process(require_torch):
+    worker = EmulatedWorker("graviton3", preload="json", folder=require_torch("2.10.0"))
+    pid = worker.call("os:getpid").value
+    worker.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+# --- PyTorch on it --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("torch_version", TORCH_VERSIONS)
+def test_pytorch_and_torchvision_work(arm64, torch_version):
+    facts = arm64("graviton3", torch_version, BF16).call(f"{JOBS}:torch_facts").value
+    assert facts == {
+        "version": torch_version,
+        "vision": {"2.10.0": "0.25.0", "2.13.0": "0.28.0"}[torch_version],
+        "capability": "SVE256",
+        "cuda": False,
+        "gpus": 0,
+        "nms": [1],
+        "inverse": 0.25,
+    }
+
+
+def test_tensors_cross_the_boundary(arm64):
+    left, right = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    product = arm64("graviton3", "2.10.0", BF16).call(f"{JOBS}:tensor_product", left=left, right=right).value
+    # float64 sums of 4 products, in another order at most: a few units in the last place
+    torch.testing.assert_close(product, left @ right, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(("torch_version", "linear"), [("2.10.0", ",acl,"), ("2.13.0", ",gemm:ref,")])
+def test_onednns_log_can_be_switched_on_for_one_call(arm64, torch_version, linear):
+    result = arm64("graviton3", torch_version, BF16).call(f"{JOBS}:packed_calls")
+    _, convolution_log, linear_log = result.stdout.split("# ")
+    runs = {
+        name: [line for line in log.splitlines() if ",exec," in line]
+        for name, log in (("convolution", convolution_log), ("linear", linear_log))
+    }
+    (convolution,), (packed_linear,) = runs["convolution"], runs["linear"]  # one primitive each: no reorder
+    assert ",convolution,gemm:acl," in convolution
+    assert "wei:bf16" in convolution
+    assert linear in packed_linear  # the trap of oneDNN >= 3.10
+    # BF16 weights keep 8 bits of mantissa; over 64 products the angle stays far below this.
+    assert result.value["convolution"] > 0.9999
+    assert result.value["linear"] > 0.9999

@@ -1,0 +1,644 @@
+"""torchvision's operators against plain loops, references to models, and the models made for the tests."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from armopt import zoo
+from armopt.errors import InputError
+
+zoo.ensure_torchvision()
+
+import torchvision  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+THRESHOLDS = (0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0)
+
+
+def loop_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
+    """Greedy suppression as its definition says, in the arithmetic of the boxes' type."""
+    order = sorted(range(len(scores)), key=lambda i: -float(scores[i]))  # sorted() is stable
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    zero = boxes.dtype.type(0)
+    keep: list[int] = []
+    with np.errstate(all="ignore"):
+        for j in order:
+            for i in keep:
+                w = max(zero, min(boxes[i, 2], boxes[j, 2]) - max(boxes[i, 0], boxes[j, 0]))
+                h = max(zero, min(boxes[i, 3], boxes[j, 3]) - max(boxes[i, 1], boxes[j, 1]))
+                inter = w * h
+                if float(inter / (areas[i] + areas[j] - inter)) > threshold:
+                    break
+            else:
+                keep.append(j)
+    return keep
+
+
+def loop_roi_align(
+    image: np.ndarray, rois: np.ndarray, scale: float, ph: int, pw: int, ratio: int, aligned: bool
+) -> np.ndarray:
+    """One sample at a time, in the arithmetic of the image's type."""
+    t = image.dtype.type
+    _, channels, _height, _width = image.shape
+    out = np.zeros((len(rois), channels, ph, pw), image.dtype)
+    for k, (index, *box) in enumerate(rois):
+        x1, y1, x2, y2 = (t(t(v) * t(scale) - t(0.5 if aligned else 0)) for v in box)
+        w, h = t(x2 - x1), t(y2 - y1)
+        if not aligned:
+            w, h = max(w, t(1)), max(h, t(1))
+        bin_h, bin_w = t(h / t(ph)), t(w / t(pw))
+        rows = ratio if ratio > 0 else math.ceil(bin_h)
+        columns = ratio if ratio > 0 else math.ceil(bin_w)
+        for i in range(ph):
+            for j in range(pw):
+                total = np.zeros(channels, image.dtype)
+                for row in range(rows):
+                    y = y1 + t(i) * bin_h + t(row + 0.5) * bin_h / t(rows)
+                    for column in range(columns):
+                        x = x1 + t(j) * bin_w + t(column + 0.5) * bin_w / t(columns)
+                        total += bilinear(image[int(index)], y, x)
+                out[k, :, i, j] = total / t(max(rows * columns, 1))
+    return out
+
+
+def bilinear(image: np.ndarray, y: Any, x: Any) -> np.ndarray:
+    """Zero further than one pixel outside; clamped to the edge within it."""
+    _, height, width = image.shape
+    t = image.dtype.type
+    if y < -1 or y > height or x < -1 or x > width:
+        return np.zeros(image.shape[0], image.dtype)
+    y, x = max(y, t(0)), max(x, t(0))
+    y0, x0 = min(int(y), height - 1), min(int(x), width - 1)
+    y, x = min(y, t(height - 1)), min(x, t(width - 1))
+    y_next, x_next = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
+    ly, lx = t(y - t(y0)), t(x - t(x0))
+    hy, hx = t(t(1) - ly), t(t(1) - lx)
+    upper = hy * hx * image[:, y0, x0] + hy * lx * image[:, y0, x_next]
+    return upper + ly * hx * image[:, y_next, x0] + ly * lx * image[:, y_next, x_next]
+
+
+def random_boxes(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count, 2, generator=generator, dtype=dtype) * 100
+    size = torch.rand(count, 2, generator=generator, dtype=dtype) * 40
+    return torch.cat([corner, corner + size], 1), torch.rand(count, generator=generator, dtype=dtype)
+
+
+# Whole coordinates: the reference's arithmetic is then exact, and overlaps meet the thresholds exactly.
+corners = st.tuples(*[st.integers(0, 12)] * 4)
+
+
+class TestNms:
+    @settings(max_examples=200, deadline=None)
+    @given(
+        st.lists(st.tuples(corners, st.integers(0, 3)), max_size=40),
+        st.sampled_from(THRESHOLDS),
+        st.sampled_from([torch.float32, torch.float64]),
+    )
+    def test_equals_the_loop_with_ties_and_degenerate_boxes(
+        self, items: list[tuple[tuple[int, ...], int]], threshold: float, dtype: torch.dtype
+    ) -> None:
+        boxes = torch.tensor([list(box) for box, _ in items], dtype=dtype).reshape(-1, 4)
+        scores = torch.tensor([score for _, score in items], dtype=dtype)
+        kept = torch.ops.torchvision.nms(boxes, scores, threshold)
+        assert kept.dtype == torch.int64
+        assert kept.tolist() == loop_nms(boxes.numpy(), scores.numpy(), threshold)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("threshold", THRESHOLDS)
+    def test_many_boxes_cross_blocks(self, dtype: torch.dtype, threshold: float) -> None:
+        boxes, scores = random_boxes(700, dtype)
+        kept = torchvision.ops.nms(boxes, scores, threshold)
+        assert kept.tolist() == loop_nms(boxes.numpy(), scores.numpy(), threshold)
+
+    @pytest.mark.parametrize(("block", "columns"), [(1, 1), (2, 3), (64, 7)])
+    def test_blocks_do_not_matter(self, block: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        boxes, scores = random_boxes(150)
+        expected = zoo._nms(boxes, scores, 0.3)
+        monkeypatch.setattr(zoo, "_NMS_BLOCK", block)
+        monkeypatch.setattr(zoo, "_NMS_COLUMNS", columns)
+        assert zoo._nms(boxes, scores, 0.3).equal(expected)
+
+    def test_chain_in_which_each_box_suppresses_the_next(self) -> None:
+        boxes = torch.arange(600.0)[:, None] + torch.tensor([0.0, 0.0, 3.0, 3.0])
+        scores = torch.arange(600.0, 0, -1)
+        assert zoo._nms(boxes, scores, 0.2).tolist() == list(range(0, 600, 2))
+
+    def test_threshold_is_compared_as_a_double(self) -> None:
+        # Overlap of 1/10. In float32 that is a little more than the double 0.1, in float64 the same.
+        boxes = torch.tensor([[0.0, 0.0, 10.0, 1.0], [0.0, 0.0, 1.0, 1.0]])
+        scores = torch.tensor([2.0, 1.0])
+        assert torchvision.ops.nms(boxes, scores, 0.1).tolist() == [0]
+        assert torchvision.ops.nms(boxes.double(), scores.double(), 0.1).tolist() == [0, 1]
+
+    def test_no_boxes(self) -> None:
+        kept = torchvision.ops.nms(torch.empty(0, 4), torch.empty(0), 0.5)
+        assert kept.shape == (0,)
+        assert kept.dtype == torch.int64
+
+    def test_nan_suppresses_nothing(self) -> None:
+        boxes = torch.tensor([[math.nan, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]])
+        assert torchvision.ops.nms(boxes, torch.tensor([3.0, 2.0, 1.0]), 0.5).tolist() == [0, 1]
+
+    @pytest.mark.parametrize(
+        ("boxes", "scores", "message"),
+        [
+            (torch.zeros(4), torch.zeros(4), "2d tensor"),
+            (torch.zeros(3, 5), torch.zeros(3), "4 elements"),
+            (torch.zeros(3, 4), torch.zeros(3, 1), "1d tensor"),
+            (torch.zeros(3, 4), torch.zeros(2), "same number"),
+            (torch.zeros(3, 4), torch.zeros(3, dtype=torch.float64), "same type"),
+        ],
+    )
+    def test_wrong_shapes(self, boxes: Tensor, scores: Tensor, message: str) -> None:
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.torchvision.nms(boxes, scores, 0.5)
+
+    def test_bfloat16(self) -> None:
+        boxes, scores = (tensor.bfloat16() for tensor in random_boxes(100))
+        assert zoo._nms(boxes, scores, 0.5).equal(zoo._nms(boxes.float(), scores.float(), 0.5))
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.lists(st.tuples(corners, st.integers(0, 255)), max_size=30), st.sampled_from(THRESHOLDS))
+    def test_quantized(self, items: list[tuple[tuple[int, ...], int]], threshold: float) -> None:
+        boxes = torch.tensor([list(box) for box, _ in items], dtype=torch.uint8).reshape(-1, 4)
+        scores = torch.tensor([score for _, score in items], dtype=torch.uint8)
+        expected = loop_nms(boxes.float().numpy(), scores.float().numpy(), threshold)
+        assert zoo._qnms(boxes, scores, threshold).tolist() == expected  # 0.25's compiled library has no qnms
+        quantized = [torch._make_per_tensor_quantized_tensor(tensor, 0.5, 0) for tensor in (boxes, scores)]
+        assert torchvision.ops.nms(*quantized, threshold).tolist() == expected
+
+    @pytest.mark.parametrize("count", [300, 1500])  # torchvision goes class by class above 1000 boxes
+    def test_batched(self, count: int) -> None:
+        boxes, scores = random_boxes(count, torch.float64)
+        classes = torch.randint(0, 3, (count,), generator=torch.Generator().manual_seed(0))
+        kept = torchvision.ops.batched_nms(boxes, scores, classes, 0.4).tolist()
+        expected = []
+        for label in range(3):
+            index = (classes == label).nonzero().flatten()
+            survivors = loop_nms(boxes[index].numpy(), scores[index].numpy(), 0.4)
+            expected += index[survivors].tolist()
+        assert sorted(kept) == sorted(expected)
+        assert scores[kept].tolist() == sorted(scores[kept].tolist(), reverse=True)
+
+
+class TestRoiAlign:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+        corners=st.lists(
+            st.tuples(*[st.floats(-6, 14, width=32)] * 2, *[st.floats(0, 12, width=32)] * 2), max_size=4
+        ),
+        scale=st.sampled_from([1.0, 0.5, 0.3]),
+        size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+        ratio=st.sampled_from([-1, 0, 1, 2, 3]),
+        aligned=st.booleans(),
+        dtype=st.sampled_from([torch.float32, torch.float64]),
+    )
+    def test_equals_the_loop_to_the_bit(
+        self,
+        shape: tuple[int, ...],
+        corners: list[tuple[float, ...]],
+        scale: float,
+        size: tuple[int, int],
+        ratio: int,
+        aligned: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        image = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        rows = [[k % shape[0], x, y, x + w, y + h] for k, (x, y, w, h) in enumerate(corners)]
+        rois = torch.tensor(rows, dtype=dtype).reshape(-1, 5)
+        pooled = torch.ops.torchvision.roi_align(image, rois, scale, *size, ratio, aligned)
+        expected = loop_roi_align(image.numpy(), rois.numpy(), scale, *size, ratio, aligned)
+        # To the bit: the order of every sum is the reference's.
+        torch.testing.assert_close(pooled, torch.from_numpy(expected), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("ratio", [-1, 2])
+    @pytest.mark.parametrize("aligned", [False, True])
+    def test_equals_torchvisions_own_python(self, ratio: int, aligned: bool) -> None:
+        reference = sys.modules["torchvision.ops.roi_align"]._roi_align.__wrapped__
+        image = torch.randn(2, 5, 30, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        boxes = torch.cat([box for box, _ in [random_boxes(40, torch.float64)]]).clamp(1, 115)
+        rois = torch.cat([torch.arange(40)[:, None] % 2, boxes], 1)
+        pooled = torchvision.ops.roi_align(image, rois, (7, 5), 0.25, ratio, aligned)
+        expected = reference(image, rois, 0.25, 7, 5, ratio, aligned)
+        torch.testing.assert_close(pooled, expected, rtol=1e-12, atol=1e-12)  # the order of the sum differs
+
+    def test_chunks_do_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        image = torch.randn(1, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+        boxes, _ = random_boxes(30)
+        rois = torch.cat([torch.zeros(30, 1), boxes / 6], 1)
+        expected = zoo._roi_align(image, rois, 1.0, 3, 3, -1, False)
+        monkeypatch.setattr(zoo, "_ROI_CHUNK", 1)
+        assert zoo._roi_align(image, rois, 1.0, 3, 3, -1, False).equal(expected)
+
+    def test_strided_image(self) -> None:
+        image = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+        rois = torch.tensor([[1, 2.0, 3, 12, 15]])
+        expected = torchvision.ops.roi_align(image, rois, 4)
+        strided = image.to(memory_format=torch.channels_last)
+        assert torchvision.ops.roi_align(strided, rois, 4).equal(expected)
+
+    def test_no_regions_and_no_area(self) -> None:
+        image = torch.randn(1, 3, 8, 8)
+        assert torchvision.ops.roi_align(image, torch.empty(0, 5), (2, 3)).shape == (0, 3, 2, 3)
+        inverted = torch.tensor([[0, 5.0, 5, 2, 2]])
+        assert torchvision.ops.roi_align(image, inverted, 2, aligned=True).eq(0).all()
+
+    def test_nan_and_far_outside_give_zero(self) -> None:
+        image = torch.randn(1, 3, 8, 8)
+        rois = torch.tensor([[0, math.nan, 1, 4, 4], [0, 50.0, 50, 60, 60], [0, -60.0, -60, -50, -50]])
+        # Ours by name: torchvision 0.25's compiled one reads out of bounds here and crashes.
+        assert zoo._roi_align(image, rois, 1.0, 2, 2, 2, False).eq(0).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, dtype: torch.dtype) -> None:
+        image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+        rois = torch.tensor([[0, 1.0, 2, 9, 12], [0, 4.0, 4, 15, 15]], dtype=dtype)
+        pooled = zoo._roi_align(image, rois, 0.5, 3, 3, 2, True)
+        assert pooled.dtype == dtype
+        expected = zoo._roi_align(image.double(), rois.double(), 0.5, 3, 3, 2, True)
+        # Values of about 1, four samples, some ten roundings each of 2**-9 (bfloat16) at most.
+        torch.testing.assert_close(pooled.double(), expected, rtol=0, atol=0.02)
+
+    def test_wrong_arguments(self) -> None:
+        image = torch.zeros(1, 3, 8, 8)
+        with pytest.raises(RuntimeError, match="K, 5"):
+            torch.ops.torchvision.roi_align(image, torch.zeros(2, 4), 1.0, 2, 2, 2, False)
+        with pytest.raises(RuntimeError, match="same type"):
+            torch.ops.torchvision.roi_align(image, torch.zeros(2, 5).double(), 1.0, 2, 2, 2, False)
+
+    def test_exports_as_one_node(self) -> None:
+        class Pool(nn.Module):
+            def forward(self, image: Tensor, rois: Tensor) -> Tensor:
+                return torchvision.ops.roi_align(image, rois, (3, 2))
+
+        inputs = (torch.randn(1, 3, 8, 8), torch.tensor([[0, 1.0, 1, 5, 5]]))
+        program = torch.export.export(Pool().eval(), inputs, strict=False)
+        targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+        assert targets == [torch.ops.torchvision.roi_align.default]
+        assert program.module()(*inputs).equal(Pool()(*inputs))
+
+
+def run_python(code: str, cwd: Path = ROOT, path: str = str(ROOT)) -> str:
+    start = f"import sys; sys.path[:0] = {path.split(':')!r}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", start + code], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+class TestEnsureTorchvision:
+    def test_before_torchvision(self) -> None:
+        code = """
+from armopt.zoo import ensure_torchvision
+ensure_torchvision(); ensure_torchvision()
+import torch, torchvision
+print(torchvision.ops.nms(torch.tensor([[0., 0, 1, 1]]), torch.ones(1), .5).tolist())
+"""
+        assert run_python(code) == "[0]"
+
+    def test_after_a_failed_import_and_for_transformers(self) -> None:
+        code = """
+import contextlib
+with contextlib.suppress(Exception):
+    import torchvision
+with contextlib.suppress(Exception):
+    from transformers import ViTModel
+from armopt.zoo import ensure_torchvision
+ensure_torchvision()
+import torchvision
+from torchvision.ops import nms
+from transformers import ViTModel
+import transformers.image_utils
+print(ViTModel.__name__, torchvision.models.resnet18.__name__)
+"""
+        assert run_python(code) == "ViTModel resnet18"
+
+    def test_from_many_threads(self) -> None:
+        code = """
+import threading
+from armopt.zoo import ensure_torchvision
+failed = []
+def call():
+    try:
+        ensure_torchvision()
+        import torchvision
+        torchvision.models.resnet18
+    except Exception as error:
+        failed.append(error)
+threads = [threading.Thread(target=call) for _ in range(8)]
+[thread.start() for thread in threads]; [thread.join() for thread in threads]
+print(failed)
+"""
+        assert run_python(code) == "[]"
+
+    def test_leaves_working_operators_alone(self, tmp_path: Path) -> None:
+        package = tmp_path / "torchvision"
+        package.mkdir()
+        (package / "__init__.py").write_text("from . import extension\n")
+        (package / "extension.py").write_text("def _has_ops(): return True\n")
+        code = """
+from armopt import zoo
+zoo.ensure_torchvision()
+import torch
+print(zoo._library, hasattr(torch.ops.torchvision, "nms"))
+"""
+        assert run_python(code, path=f"{tmp_path}:{ROOT}") == "None False"
+
+    @pytest.mark.parametrize(
+        ("broken", "message"),
+        [("raise ValueError('torn page')", "torn page"), ("import not_there", "not_there")],
+    )
+    def test_another_failure_is_told(self, tmp_path: Path, broken: str, message: str) -> None:
+        package = tmp_path / "torchvision"
+        package.mkdir()
+        (package / "__init__.py").write_text(broken + "\n")
+        code = """
+from armopt.zoo import ensure_torchvision
+from armopt.errors import InputError
+try:
+    ensure_torchvision()
+except InputError as error:
+    print(error)
+"""
+        told = run_python(code, path=f"{tmp_path}:{ROOT}")
+        assert message in told
+        assert "Reinstall" in told
+
+    def test_not_installed(self) -> None:
+        code = """
+import sys
+sys.modules["torchvision"] = None
+from armopt.zoo import resolve
+from armopt.errors import InputError
+try:
+    resolve("torchvision:resnet18")
+except InputError as error:
+    print(error)
+"""
+        assert "torchvision is not installed" in run_python(code)
+
+    def test_rare_operators_keep_torchvisions_error(self) -> None:
+        if torchvision.extension._has_ops():
+            pytest.skip("the compiled operators work here")
+        with pytest.raises(RuntimeError, match="custom C\\+\\+ ops"):
+            torchvision.ops.roi_pool(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5), 2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    return tmp_path
+
+
+class TestResolve:
+    def test_torchvision_without_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("a download")
+
+        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+        for name in ("mobilenet_v3_small", "lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"):
+            assert isinstance(zoo.resolve(f"torchvision:{name}")(), nn.Module)
+
+    def test_each_call_builds_a_model(self) -> None:
+        factory = zoo.resolve("torchvision:squeezenet1_1")
+        assert factory() is not factory()
+
+    @pytest.mark.filterwarnings("error")
+    def test_googlenet_does_not_warn(self) -> None:
+        assert isinstance(zoo.resolve("torchvision:googlenet")(), nn.Module)
+
+    def test_package_function_class_instance_and_nested(self, folder: Path) -> None:
+        (folder / "zoo_case_good.py").write_text(
+            "from torch import nn\n"
+            "def build(): return nn.Linear(2, 3)\n"
+            "class Net(nn.Identity): pass\n"
+            "ready = nn.Linear(4, 5)\n"
+            "class Models:\n    build = staticmethod(build)\n"
+        )
+        assert zoo.resolve("zoo_case_good:build")().weight.shape == (3, 2)
+        assert type(zoo.resolve("zoo_case_good:Net")()).__name__ == "Net"
+        assert zoo.resolve("zoo_case_good:ready")().weight.shape == (5, 4)
+        assert zoo.resolve("zoo_case_good:Models.build")().weight.shape == (3, 2)
+
+    @pytest.mark.parametrize(
+        ("reference", "parts"),
+        [
+            ("resnet50", ["not a reference", "torchvision:NAME"]),
+            ("torchvision/resnet50", ["not a reference"]),
+            ("module:", ["not a reference"]),
+            (":factory", ["not a reference"]),
+            ("torchvision:resnet55", ["no model 'resnet55'", "Did you mean", "resnet5"]),
+            ("torchvision:zzzz", ["no model 'zzzz'", "list_models()"]),
+            ("no_such_package_x:build", ["no module 'no_such_package_x'", "Install"]),
+            ("torch.no_such_part:build", ["no module 'torch.no_such_part'"]),
+            ("torch.nn:Linaer", ["no 'Linaer' in torch.nn", "Did you mean", "Linear"]),
+            ("math:pi", ["a float is not a factory"]),
+        ],
+    )
+    def test_names_nothing(self, reference: str, parts: list[str]) -> None:
+        with pytest.raises(InputError) as caught:
+            zoo.resolve(reference)
+        assert caught.value.hint
+        for part in [reference, *parts]:
+            assert part in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            ("import not_installed_x", "needs the module 'not_installed_x'"),
+            ("1 / 0", "raised ZeroDivisionError"),
+            ("def build(:", "raised SyntaxError"),
+        ],
+    )
+    def test_module_that_does_not_import(
+        self, folder: Path, source: str, message: str, request: pytest.FixtureRequest
+    ) -> None:
+        (folder / "zoo_case_broken.py").write_text(source)
+        with pytest.raises(InputError, match=message):
+            zoo.resolve("zoo_case_broken:build")
+
+    def test_factory_that_fails_or_returns_something_else(self, folder: Path) -> None:
+        (folder / "zoo_case_bad.py").write_text(
+            "def needs(size): ...\ndef fails(): raise ValueError('no luck')\ndef other(): return {'w': 1}\n"
+        )
+        for name, message in (
+            ("needs", "raised TypeError"),
+            ("fails", "ValueError: no luck"),
+            ("other", "returned a dict, not an nn.Module"),
+        ):
+            with pytest.raises(InputError, match=message) as caught:
+                zoo.resolve(f"zoo_case_bad:{name}")()
+            assert caught.value.where == f"zoo_case_bad:{name}"
+
+
+class TestEntries:
+    def test_every_classification_and_segmentation_model_is_listed(self) -> None:
+        listed = [found.name for found in zoo.classification_and_segmentation()]
+        models = torchvision.models
+        assert listed == models.list_models(models) + models.list_models(models.segmentation)
+        assert len(listed) >= 86
+
+    def test_every_model_has_inputs(self) -> None:
+        kinds = set()
+        for name in torchvision.models.list_models():
+            for size in ("natural", "smallest"):
+                found = zoo.entry(name, size)
+                kinds.add(found.kind)
+                assert all(3 in shape[:2] for shape in found.input_shapes)
+            smallest = math.prod(found.input_shapes[0])
+            assert smallest <= math.prod(zoo.entry(name).input_shapes[0])
+        assert kinds == {
+            "classification",
+            "segmentation",
+            "detection",
+            "video",
+            "quantization",
+            "optical_flow",
+        }
+
+    def test_example_inputs_are_seeded(self) -> None:
+        one, again, other = (zoo.example_inputs("torchvision:resnet18", seed=seed)[0] for seed in (0, 0, 1))
+        assert one.shape == (1, 3, 224, 224)
+        assert one.equal(again)
+        assert not one.equal(other)
+
+    def test_example_inputs_of_another_model(self) -> None:
+        with pytest.raises(InputError, match="--input"):
+            zoo.example_inputs("package:factory")
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "squeezenet1_1",
+            "lraspp_mobilenet_v3_large",
+            "convnext_tiny",
+            "swin_t",
+            "quantized_resnet18",
+            "r3d_18",
+        ],
+    )
+    def test_smallest_input_runs(self, name: str) -> None:
+        found = zoo.entry(name, "smallest")
+        model = zoo.randomize(zoo.resolve(found.reference)(), found.input_shapes)
+        with torch.no_grad():
+            outputs = [
+                pytree.tree_leaves(model(*zoo.example_inputs(found.reference, "smallest", seed)))[0]
+                for seed in (0, 1)
+            ]
+        assert outputs[0].isfinite().all()
+        assert 1e-3 < outputs[0].std() < 1e3
+        assert not torch.allclose(*outputs, rtol=1e-3)  # 1e-3: it depends on the input, not on rounding
+
+    def test_detection_runs(self) -> None:
+        reference = "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn"
+        model = zoo.resolve(reference)().eval()
+        with torch.no_grad():
+            (found,) = model(*zoo.example_inputs(reference, "smallest"))
+        assert set(found) == {"boxes", "labels", "scores"}
+        assert found["boxes"].shape[1] == 4
+
+
+class Scaled(nn.Module):
+    """What initialisation leaves flat: a layer scale, a zero head, norms, biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8, momentum=0.3)
+        self.scale = nn.Parameter(torch.full((8, 1, 1), 1e-6))
+        self.head = nn.Linear(8, 5)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.norm(self.conv(x) * 1e4) * self.scale).mean((2, 3)))
+
+
+class TestRandomize:
+    @staticmethod
+    def model() -> Scaled:
+        torch.manual_seed(0)
+        return Scaled()
+
+    def test_outputs_become_telling(self) -> None:
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        assert self.model().eval()(x).eq(0).all()
+        model = zoo.randomize(self.model(), [(1, 3, 8, 8)])
+        assert not model.training
+        assert not model.norm.training
+        assert model.norm.momentum == 0.3
+        assert model.norm.running_var.mean() > 1e6  # what a factor of 1e4 before it makes
+        y = model(x)
+        assert y.isfinite().all()
+        assert 1e-2 < y.std() < 10
+        assert not torch.allclose(y[0], y[1], rtol=1e-3)  # 1e-3: it depends on the input, not on rounding
+
+    def test_seeded(self) -> None:
+        one, again, other = (
+            zoo.randomize(self.model(), [(1, 3, 8, 8)], seed=seed).state_dict() for seed in (0, 0, 1)
+        )
+        assert all(one[name].equal(again[name]) for name in one)
+        assert not one["head.weight"].equal(other["head.weight"])
+
+    def test_leaves_drawn_weights_and_the_global_generator_alone(self) -> None:
+        model, before = self.model(), self.model().conv.weight
+        state = torch.get_rng_state()
+        zoo.randomize(model, [(1, 3, 8, 8)])
+        assert model.conv.weight.equal(before)
+        assert torch.get_rng_state().equal(state)
+
+
+class TestModelsOfTheTests:
+    @staticmethod
+    def load() -> Any:
+        sys.path.insert(0, str(ROOT))
+        try:
+            from tests import zoo_models
+        finally:
+            sys.path.remove(str(ROOT))
+        return zoo_models
+
+    def test_each_has_an_example(self) -> None:
+        module = self.load()
+        assert set(module.MODELS) == set(module.EXAMPLES)
+
+    def test_each_runs_exports_and_is_seeded(self) -> None:
+        module = self.load()
+        for name, factory in module.MODELS.items():
+            inputs = module.EXAMPLES[name]()
+            with torch.no_grad():
+                expected = pytree.tree_leaves(factory()(**inputs))
+                program = torch.export.export(factory(), (), inputs, strict=False)
+                actual = pytree.tree_leaves(program.module()(**inputs))
+            for wanted, got in zip(expected, actual, strict=True):
+                if isinstance(wanted, Tensor):
+                    assert wanted.isfinite().all(), name
+                    # The same kernels on the same numbers: only threads may sum in another order.
+                    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5, msg=name)
+                else:
+                    assert got == wanted, name
+
+
+def test_ready_flag_is_shared_between_threads() -> None:
+    seen: list[bool] = []
+    thread = threading.Thread(target=lambda: (zoo.ensure_torchvision(), seen.append(zoo._ready)))
+    thread.start()
+    thread.join()
+    assert seen == [True]
