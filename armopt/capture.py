@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,7 +57,12 @@ def module(
     dynamic = _dynamic_shapes(model, args, kwargs) if len(batch) > 1 else None
     with _eval_mode(model), torch.no_grad():
         try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            model(*args, **kwargs)
+        except Exception as error:
+            raise _unfit(error, source) from error
+        try:
+            with quiet():
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             raise _explain(error, source, dynamic is not None) from error
     return exported(program, args, kwargs, source=source, signature=_parameter_names(model))
@@ -82,11 +89,12 @@ def exported(
             )
         args, kwargs = program.example_inputs
     kwargs = dict(kwargs or {})
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         program = program.run_decompositions({})
     graph_module = _unlift(program, source)
     inputs, tensors = structure.describe({"args": list(args), "kwargs": kwargs}, _is_tensor, "inputs")
     names = _input_names(graph_module, tensors)
+    _check_tensors(graph_module, tensors, source)
     outputs = _outputs(program, source)
     symbols = _symbols(program, graph_module)
     called: dict[Dim, Dim] = {symbol.expression: symbol.name for symbol in symbols}
@@ -217,29 +225,64 @@ def _dynamic_shapes(model: torch.nn.Module, args: Args, kwargs: dict[str, Any]) 
     return shapes.dynamic_shapes(model, args, kwargs)
 
 
-def _explain(error: Exception, source: str, dynamic: bool) -> CaptureError | InputError:
+def _unfit(error: Exception, source: str) -> InputError:
+    return InputError(
+        f"the model fails on the example inputs: {type(error).__name__}: {_first_line(error)}",
+        where=source,
+        hint="Check the names, shapes and dtypes given with --input",
+    )
+
+
+def _explain(error: Exception, source: str, dynamic: bool) -> CaptureError:
     """torch.export's error in one sentence, with the next step."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0] if lines else type(error).__name__
-    if dynamic and ("Constraints violated" in first or "specialized" in str(error) or "batch" in first):
+    if dynamic and ("Constraints violated" in str(error) or "specialized" in str(error)):
         return CaptureError(
             "the model fixes its batch size, so it can't serve several",
             where=source,
             hint="Give one size with --batch, and make one bundle for each",
         )
-    if isinstance(error, (RuntimeError, TypeError, ValueError, IndexError)) and not type(error).__module__.startswith(
-        ("torch._dynamo", "torch.fx", "torch._export")
-    ):
-        return InputError(
-            f"the model fails on the example inputs: {type(error).__name__}: {first[:300]}",
-            where=source,
-            hint="Check the names, shapes and dtypes given with --input",
-        )
     return CaptureError(
-        f"torch.export can't take the model whole: {first[:300]}",
+        f"torch.export can't take the model whole: {_first_line(error)}",
         where=source,
         hint="See docs/capture.md for what keeps a model from being exported",
     )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps torch's own warnings and logs of an export to itself: what matters comes as one error."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_tensors(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor], source: str) -> None:
+    """Compares inputs with what the program was exported for."""
+    for node, tensor in zip(placeholders(graph_module), tensors, strict=True):
+        expected = g.value(node)
+        fits = tensor.dim() == expected.dim() and all(
+            not isinstance(size, int) or size == found
+            for size, found in zip(expected.shape, tensor.shape, strict=True)
+        )
+        if not fits or tensor.dtype != expected.dtype:
+            wanted = f"{list(g.symbolic_shape(expected.shape))} {expected.dtype}".replace("torch.", "")
+            found = f"{list(tensor.shape)} {tensor.dtype}".replace("torch.", "")
+            raise InputError(
+                f"input {node.target} is {found}, the model takes {wanted}",
+                where=source,
+                hint="Give it with --input or --inputs as the model takes it",
+            )
 
 
 def _unlift(program: ExportedProgram, source: str) -> fx.GraphModule:

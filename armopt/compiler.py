@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 import armopt
-from armopt import capture, environment, passes, pipeline, plan, sites, sources, targets, validate
+from armopt import capture, environment, passes, pipeline, plan, sites, sources, structure, targets, validate
 from armopt import graph as g
 from armopt.bundle import codec, manifest, writer
 from armopt.errors import AccuracyError, InputError
@@ -196,7 +196,9 @@ def check_accuracy(captured: Captured, programs: Sequence[codec.Program], min_co
         with torch.no_grad():
             reference = captured.graph_module(*tensors)
             result = program.graph_module(*tensors)
-        found[bucket_name(program.bucket)] = validate.compare_all(output_names(captured.outputs, len(reference)), reference, result)
+        found[validate.bucket_name(program.bucket)] = validate.compare_all(
+            structure.output_names(captured.outputs, len(reference)), reference, result
+        )
     return validate.summary(found, min_cosine=min_cosine, reference="the model in FP32, on its example inputs")
 
 
@@ -211,28 +213,6 @@ def example_at(captured: Captured, bucket: Bucket) -> tuple[torch.Tensor, ...]:
                 tensor = tensor.repeat(repeats).narrow(dimension, 0, bucket["batch"])
         tensors.append(tensor.contiguous())
     return tuple(tensors)
-
-
-def output_names(outputs: Mapping[str, Any], count: int) -> list[str]:
-    """A name for each flat output: its path in what the model returns."""
-    names = [f"output{i}" for i in range(count)]
-
-    def walk(node: Mapping[str, Any], path: str) -> None:
-        if node["kind"] == "tensor":
-            names[outputs["positions"][node["index"]]] = path or "output"
-        elif node["kind"] != "constant":
-            items = node["items"]
-            pairs = items.items() if isinstance(items, Mapping) else enumerate(items)
-            for key, item in pairs:
-                walk(item, f"{path}.{key}" if path else str(key))
-
-    walk(outputs, "")
-    return names
-
-
-def bucket_name(bucket: Bucket) -> str:
-    """A bucket as text: ``batch=8``; ``static`` where nothing is dynamic."""
-    return ",".join(f"{name}={size}" for name, size in bucket.items()) or "static"
 
 
 def _describe(

@@ -86,8 +86,8 @@ class Execution:
     def reorders(self, shapes: Collection[tuple[int, ...]]) -> bool:
         """Whether this is a reorder of a tensor with one of `shapes`: PyTorch's shapes of the weights.
 
-        oneDNN splits the groups off (``4x8x4x3x3`` for 32x4x3x3), and a Linear run as a convolution has ones
-        at the end, so both are compared with that undone.
+        oneDNN splits the groups off (``4x8x4x3x3`` for 32x4x3x3), a matmul sees a Linear's weight transposed,
+        and a Linear run as a convolution has ones at the end: all that is undone before comparing.
         """
         if self.primitive != "reorder" or not re.fullmatch(r"\d{1,18}(x\d{1,18})*", self.problem):
             return False
@@ -95,6 +95,8 @@ class Execution:
         found = {_squeeze(dims)}
         if len(dims) > 2:
             found.add(_squeeze((dims[0] * dims[1], *dims[2:])))
+        else:
+            found.add(_squeeze(dims[::-1]))
         return any(_squeeze(shape) in found for shape in shapes)
 
 
@@ -210,8 +212,9 @@ def _redirect() -> _Restore:
     _flush()
     try:
         stdout = os.dup(1)
-    except OSError:  # a daemon may have closed it
-        stdout = -1
+    except OSError:  # a daemon may have closed it; the next descriptor opened would become number 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        stdout = os.dup(1)
     fd = _scratch()
     os.dup2(fd, 1)
     return _Restore(stdout, fd)
@@ -226,17 +229,13 @@ class _Restore:
 
     def __call__(self, keep_log: bool) -> str:
         _flush()
-        if self.stdout >= 0:
-            os.dup2(self.stdout, 1)
-            os.close(self.stdout)
-        else:
-            os.close(1)
+        os.dup2(self.stdout, 1)
+        os.close(self.stdout)
         os.lseek(self.scratch, 0, os.SEEK_SET)
         with os.fdopen(self.scratch, "rb") as stream:
             content = stream.read()
-        if self.stdout >= 0:
-            lines = content.splitlines(keepends=True)
-            _write(b"".join(line for line in lines if keep_log or not line.startswith(b"onednn_verbose,")))
+        lines = content.splitlines(keepends=True)
+        _write(b"".join(line for line in lines if keep_log or not line.startswith(b"onednn_verbose,")))
         return content.decode(errors="replace")
 
 

@@ -73,10 +73,13 @@ class Model:
         Raises:
             InputError: An input's name, shape or dtype is not what the model was captured with.
         """
-        tensors = self.flatten(args, kwargs)
-        with torch.no_grad():
-            results = self._select(tensors)(*tensors)
+        results = self.run_flat(self.flatten(args, kwargs))
         return self._build([results[i] for i in self._positions])
+
+    def run_flat(self, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
+        """The graph's flat outputs from its flat inputs, unchecked."""
+        with torch.no_grad():
+            return self._select(tensors)(*tensors)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors of a call, in the order of the graph's inputs, checked."""

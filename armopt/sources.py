@@ -109,7 +109,8 @@ def _kind_of_zip(path: Path) -> Kind:
 def _from_pt2(path: Path, options: Options) -> Captured:
     zoo.ensure_torchvision_if_installed()
     try:
-        program = torch.export.load(path)
+        with capture.quiet():
+            program = torch.export.load(path)
     except Exception as error:
         raise InputError(f"torch.export can't load it: {_first_line(error)}", where=str(path), hint="Export it again with this torch") from error
     for name, tensor in program.state_dict.items():
@@ -152,7 +153,7 @@ def _from_torchscript(path: Path, options: Options) -> Captured:
     try:
         from torch._export.converter import TS2EPConverter
 
-        with torch.no_grad():
+        with torch.no_grad(), capture.quiet():
             program = TS2EPConverter(script.eval(), args, kwargs).convert()
     except Exception as error:
         raise InputError(

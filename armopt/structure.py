@@ -179,6 +179,22 @@ def _pairs(structure: Structure, tree: Any, path: str) -> Iterator[tuple[str, An
         yield from _pairs(item, named[key], f"{path}.{key}")
 
 
+def output_names(outputs: Structure, count: int) -> list[str]:
+    """A name for each of `count` flat outputs: its path in what the model returns."""
+    names = [f"output{i}" for i in range(count)]
+
+    def walk(node: Structure, path: str) -> None:
+        if node["kind"] == "tensor":
+            names[outputs["positions"][node["index"]]] = path or "output"
+        elif node["kind"] != "constant":
+            items = node["items"]
+            for key, item in items.items() if isinstance(items, Mapping) else enumerate(items):
+                walk(item, f"{path}.{key}" if path else str(key))
+
+    walk(outputs, "")
+    return names
+
+
 def _shown(tree: Any) -> str:
     if isinstance(tree, Mapping):
         return f"fields {sorted(map(str, tree))}"

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from armopt import inputs as inputs_module
+from armopt import structure
 from armopt.errors import InputError
 from armopt.kernels import aten
 from armopt.kernels.ops import CONV, LINEAR
+
+if TYPE_CHECKING:
+    from armopt.bundle.reader import Bundle
 
 #: TorchBench's bound for BF16.
 MIN_COSINE = 0.99
@@ -120,3 +127,115 @@ class InFp32(fx.Interpreter):
             plain = aten.LINEAR if target is LINEAR else aten.CONV
             args = (*args[:-1], plain.name)
         return super().call_function(target, args, kwargs)
+
+
+def validate(
+    bundle: str | Path,
+    *,
+    against: str | Path | torch.nn.Module | None = None,
+    model: str = "",
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    min_cosine: float = MIN_COSINE,
+    trust_pickle: bool = False,
+) -> dict[str, Any]:
+    """Compares a bundle, as it runs on this host, with FP32.
+
+    Args:
+        bundle: The bundle.
+        against: The original: a module, or its file. Without it the reference is the bundle's own graph with its stored
+            weights and all activations in FP32, which leaves the rounding of weights out; the report says so.
+        model: Reference to the class of `against`, where that is a state dict.
+        inputs: Named inputs; by default seeded random ones for each bucket.
+        min_cosine: The gate.
+        trust_pickle: Whether unpickling `against` may run code.
+
+    Returns:
+        ``cosine`` (the worst), ``passed``, ``reference``, ``inputs``, ``ran`` and every output's metrics by bucket.
+
+    Raises:
+        InputError: The original doesn't fit the bundle, or the inputs don't fit the model.
+    """
+    from armopt import runtime
+    from armopt.bundle import reader
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", runtime.ArmoptWarning)
+        loaded = runtime.load(bundle)
+    read = reader.read(bundle)
+    original = _original(read, against, model, trust_pickle)
+    found: dict[str, list[Accuracy]] = {}
+    for program in read.programs:
+        tensors = _tensors(read.signature, program.bucket, inputs)
+        result = loaded.run_flat(tensors)
+        with torch.no_grad():
+            reference = InFp32(program.graph_module).run(*tensors) if original is None else original(*tensors)
+        positions = read.signature["outputs"]["positions"]
+        if len(reference) != len(result):
+            raise InputError(f"the original has {len(reference)} outputs, the bundle {len(result)}", where=str(against))
+        names = structure.output_names(read.signature["outputs"], len(result))
+        found[bucket_name(program.bucket)] = compare_all(
+            [names[i] for i in positions], [reference[i] for i in positions], [result[i] for i in positions]
+        )
+        if inputs is not None:
+            break
+    if original is None:
+        said = "the bundle's own graph with FP32 activations (weights as stored; pass --against for the original)"
+    else:
+        said = f"the original in FP32 ({against if isinstance(against, (str, Path)) else type(against).__name__})"
+    report = summary(found, min_cosine=min_cosine, reference=said)
+    ran = "portable twins on this host" if loaded.portable else "the kernels of this host"
+    return report | {"inputs": "given" if inputs is not None else "random, seeded", "ran": ran}
+
+
+def bucket_name(bucket: Mapping[str, int]) -> str:
+    """A bucket as text: ``batch=8``; ``static`` where nothing is dynamic."""
+    return ",".join(f"{name}={size}" for name, size in bucket.items()) or "static"
+
+
+def _original(
+    read: Bundle, against: str | Path | torch.nn.Module | None, model: str, trust_pickle: bool
+) -> fx.GraphModule | None:
+    """The original as a flat graph that takes the bundle's inputs."""
+    if against is None:
+        return None
+    from armopt import capture, sources
+
+    specs = read.signature["specs"]
+    bucket = read.programs[0].bucket
+    tensors = dict(zip([spec["name"] for spec in specs], _tensors(read.signature, bucket, None), strict=True))
+    sizes = tuple(sorted({program.bucket["batch"] for program in read.programs if "batch" in program.bucket}))
+    batch = sizes if len(sizes) > 1 else ()
+    if isinstance(against, torch.nn.Module):
+        args, kwargs = inputs_module.bind(inputs_module.parameters(against)[0], [], tensors, "original", open_ended=True)
+        captured = capture.module(against, args, kwargs, batch=batch, source=type(against).__name__)
+    else:
+        options = sources.Options(model=model, samples=tensors, batch=batch, trust_pickle=trust_pickle)
+        captured = sources.open_model(Path(against), options)
+    if len(captured.input_specs) != len(specs):
+        raise InputError(
+            f"takes {len(captured.input_specs)} inputs, the bundle {len(specs)}",
+            where=captured.source,
+            hint="Is the bundle made from this model?",
+        )
+    return captured.graph_module
+
+
+def _tensors(
+    signature: Mapping[str, Any], bucket: Mapping[str, int], given: Mapping[str, torch.Tensor] | None
+) -> list[torch.Tensor]:
+    """Inputs in the graph's order: the given ones, or seeded random ones at a bucket's sizes."""
+    if given is not None:
+        names = [spec["name"] for spec in signature["specs"]]
+        missing = [name for name in names if name not in given]
+        if missing:
+            raise InputError(f"lacks {', '.join(missing)}", where="--inputs", hint=f"The model takes {', '.join(names)}")
+        return [given[name] for name in names]
+    generator = torch.Generator().manual_seed(0)
+    return [
+        inputs_module.InputOption(
+            spec["name"],
+            tuple(bucket.get(size, 1) if isinstance(size, str) else size for size in spec["shape"]),
+            getattr(torch, spec["dtype"]),
+        ).tensor(generator)
+        for spec in signature["specs"]
+    ]

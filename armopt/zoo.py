@@ -89,6 +89,13 @@ def ensure_torchvision() -> None:
         _ready = True
 
 
+def ensure_torchvision_if_installed() -> None:
+    """The same where torchvision may be missing: whoever needs it says so at its own import."""
+    if importlib.util.find_spec("torchvision") is not None:
+        with contextlib.suppress(InputError):
+            ensure_torchvision()
+
+
 def _import_torchvision() -> None:
     """Import torchvision afresh: what a failed import left behind would be taken for loaded."""
     if "torchvision" not in sys.modules:
@@ -377,10 +384,7 @@ def resolve(reference: str) -> ModelFactory:
     module_name, colon, attribute = reference.partition(":")
     if not colon or not attribute or not all(part.isidentifier() for part in module_name.split(".")):
         raise InputError("not a reference to a model", where=repr(reference), hint=_FORMS)
-    # The user's module may import torchvision or transformers; where that can't work, its own import says so.
-    if importlib.util.find_spec("torchvision") is not None:
-        with contextlib.suppress(InputError):
-            ensure_torchvision()
+    ensure_torchvision_if_installed()
     target: object = _import_user_module(module_name, reference)
     for name in attribute.split("."):
         if not hasattr(target, name):

@@ -63,21 +63,25 @@ def prepare(
     folder.path.mkdir(parents=True, exist_ok=True)
     wanted = {part.name: part for version in torch_versions for part in folder.parts(version)}
     with _exclusive(folder.path / ".lock", report):
-        work = folder.path / ".work"
-        shutil.rmtree(work, ignore_errors=True)  # what an interrupted run left; the lock is ours
         for part in wanted.values():
-            if folder.is_complete(part):
-                continue
-            report(f"preparing {part.name}")
-            work.mkdir()
-            built = work / "built"
-            built.mkdir()
-            _build(part, built, folder, work)
-            write_stamp(built, part.recipe)
-            _replace(folder.path / part.name, built)
-            shutil.rmtree(work)
+            if not folder.is_complete(part):
+                report(f"preparing {part.name}")
+                _make(part, folder)
     report(f"ready: {folder.path}")
     return folder
+
+
+def _make(part: Part, folder: PreparedFolder) -> None:
+    work = folder.path / ".work"
+    shutil.rmtree(work, ignore_errors=True)  # what a killed run left; the lock is ours
+    try:
+        built = work / "built"
+        built.mkdir(parents=True)
+        _build(part, built, folder, work)
+        write_stamp(built, part.recipe)
+        _replace(folder.path / part.name, built)
+    finally:
+        shutil.rmtree(work)
 
 
 def _build(part: Part, into: Path, folder: PreparedFolder, work: Path) -> None:
@@ -222,7 +226,7 @@ def _build_qemu(into: Path, work: Path) -> None:
     version = _run([str(binary), "--version"], "qemu-aarch64").splitlines()[0]
     if f"version {QEMU['version']}" not in version:
         raise HostError(
-            f"Debian {QEMU['suite']} has {version!r}, not {QEMU['version']}x: others model the cores differently",
+            f"Debian {QEMU['suite']} has {version!r}, not {QEMU['version']}x (others differ in their cores)",
             where=QEMU["package"],
             hint=f"Set {MIRROR_VARIABLE} to a mirror that has it",
         )
@@ -366,7 +370,7 @@ def _run(
         errors = [line for line in lines if line.startswith(("E:", "ERROR:"))] or lines[-3:]
         tool = next((word for word in command if word in ("pip", "apt-get", "dpkg")), command[0])
         raise HostError(
-            f"{tool} failed with {done.returncode}: {' | '.join(errors)}",
+            f"{tool} failed with {done.returncode}: {' | '.join(errors).rstrip('.')}",
             where=what,
             hint=f"Check that this machine reaches its registries. {_RESUMES}",
         )

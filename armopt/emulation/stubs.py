@@ -2,8 +2,8 @@
 
 PyPI's aarch64 PyTorch is a CUDA build from 2.11 on. Its CPU side needs none of CUDA, but the dynamic loader
 wants every library named in DT_NEEDED and every versioned symbol before ``import torch`` returns. This module
-reads from the wheel's own libraries what is missing and writes ELF files that export exactly that; every function
-returns 0. No compiler, no assembler: an aarch64 library with two instructions is small enough to write by hand.
+reads from the wheel's own libraries what is missing and writes ELF files that export exactly that; every
+function returns 0. No compiler: an aarch64 library with two instructions is small enough to write by hand.
 """
 
 from __future__ import annotations

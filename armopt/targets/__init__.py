@@ -241,12 +241,18 @@ def hwcap_names(hwcap: int, hwcap2: int) -> frozenset[str]:
 
 
 def _fits(value: Any, kind: type) -> bool:
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, kind):
         return False
-    if kind in (list, dict):
-        items = value.values() if kind is dict else value
-        return bool(items) and all(isinstance(item, str) and item for item in items)
-    return bool(value > 0 if kind is int else value)
+    if isinstance(value, int):
+        return value > 0
+    if isinstance(value, str):
+        return bool(value)
+    items: list[Any] = []
+    if isinstance(value, dict):
+        items = [*value.values()]
+    elif isinstance(value, list):
+        items = value
+    return bool(items) and all(isinstance(item, str) and item for item in items)
 
 
 def _read(path: str) -> str:

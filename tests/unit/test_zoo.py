@@ -467,9 +467,7 @@ class TestResolve:
             ("def build(:", "raised SyntaxError"),
         ],
     )
-    def test_module_that_does_not_import(
-        self, folder: Path, source: str, message: str, request: pytest.FixtureRequest
-    ) -> None:
+    def test_module_that_does_not_import(self, folder: Path, source: str, message: str) -> None:
         (folder / "zoo_case_broken.py").write_text(source)
         with pytest.raises(InputError, match=message):
             zoo.resolve("zoo_case_broken:build")

@@ -1,0 +1,5 @@
+"""``python -m armopt``."""
+
+from armopt.cli.app import main
+
+main()

@@ -1,0 +1,70 @@
+"""``armopt inspect``: what is in a bundle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from armopt.cli import options, sink
+
+if TYPE_CHECKING:
+    from armopt.bundle.manifest import Manifest
+
+
+def inspect(bundle: options.BundlePath, as_json: options.Json = False) -> None:
+    """Show a bundle: every layer's kernel and reason, weights, accuracy, environment. Checks all hashes."""
+    from armopt.bundle import reader
+
+    read = reader.read(bundle)
+    out = sink.Sink(as_json)
+    out.result(to_json(read.manifest), lambda: _text(read.manifest))
+
+
+def to_json(manifest: Manifest) -> dict[str, Any]:
+    """The bundle as one object."""
+    several = len(manifest.plan) > 1
+    nodes = []
+    for each in manifest.plan:
+        for node in each["nodes"]:
+            entry = {key: node[key] for key in ("op", "shape", "kernel", "precision", "layout", "reason")}
+            nodes.append({"name": node["node"], **entry, **({"bucket": each["bucket"]} if several else {})})
+    return {
+        "target": manifest.target,
+        "armopt_version": manifest.armopt_version,
+        "model": manifest.model,
+        "nodes": nodes,
+        "weights_bytes": manifest.weights["bytes"],
+        "fp32_weights_bytes": manifest.weights["fp32_bytes"],
+        "refused": [{"name": entry["node"], "reason": entry["reason"]} for entry in manifest.refused],
+        "accuracy": dict(manifest.accuracy),
+        "environment": {name: dict(entry) for name, entry in manifest.environment.items()},
+        "required_features": list(manifest.required_features),
+        "versions": dict(manifest.versions),
+        "files": dict(manifest.files),
+    }
+
+
+def _text(manifest: Manifest) -> str:
+    inputs = ", ".join(f"{i['name']} [{', '.join(map(str, i['shape']))}] {i['dtype']}" for i in manifest.model["inputs"])
+    needs = ", ".join(manifest.required_features) or "nothing special"
+    verdict = "deployable" if manifest.accuracy["passed"] else "NOT deployable: the accuracy gate failed"
+    lines = [
+        f"target    {manifest.target} ({manifest.machine}; needs {needs})",
+        f"model     {manifest.model['source']}, sha256 {manifest.model['digest'][:16]}…",
+        f"inputs    {inputs}",
+        f"weights   {sink.size(manifest.weights['bytes'])}, FP32 {sink.size(manifest.weights['fp32_bytes'])}",
+        f"accuracy  cosine {manifest.accuracy['cosine']:.6f} against {manifest.accuracy['reference']}; {verdict}",
+        "",
+    ]
+    for each in manifest.plan:
+        if each["bucket"]:
+            lines.append(", ".join(f"{name}={value}" for name, value in each["bucket"].items()) + ":")
+        rows = [
+            (n["node"], n["op"], "x".join(map(str, n["shape"])), n["kernel"], n["precision"], n["reason"])
+            for n in each["nodes"]
+        ]
+        lines += [sink.table(("node", "op", "input", "kernel", "precision", "reason"), rows), ""]
+    if manifest.refused:
+        rows_refused = [(entry["node"], entry["reason"]) for entry in manifest.refused]
+        lines += ["Plain ATen:", sink.table(("node", "reason"), rows_refused), ""]
+    lines += ["environment:", *(f"  {name}={entry['value']}" for name, entry in manifest.environment.items())]
+    return "\n".join(lines)

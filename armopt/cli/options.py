@@ -1,0 +1,102 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from armopt.ir import Captured
+    from armopt.plan import Policy
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle: a folder, or a zip of it.")]
+ModelPath = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A .pt2, a TorchScript file, a pickled module or a state dict (.pt, .safetensors). Left out, --model alone is taken.",
+        show_default=False,
+    ),
+]
+TargetName = Annotated[str, typer.Option("--target", help="The product that will serve: see armopt targets; or host.")]
+Reference = Annotated[
+    str, typer.Option("--model", metavar="REF", help="torchvision:NAME or package.module:factory.", show_default=False)
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="NAME=SHAPE:DTYPE", help="An example input, e.g. x=1x3x224x224:float32. Repeatable."),
+]
+Samples = Annotated[
+    Path | None, typer.Option("--inputs", metavar="FILE", help="Example inputs by name: .safetensors, .npz or .pt.")
+]
+Batch = Annotated[
+    str, typer.Option("--batch", metavar="1,8,32", help="Batch sizes to plan for; several make the batch dynamic.", show_default=False)
+]
+PolicyName = Annotated[
+    str, typer.Option("--policy", help="How kernels are chosen: threshold[=64], the tutorial's rule.")
+]
+TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle a module: this runs code from the file.")]
+
+
+def parse_batch(text: str) -> tuple[int, ...]:
+    """Sizes from ``1,8,32``.
+
+    Raises:
+        InputError: Something in it is no positive number.
+    """
+    from armopt.errors import InputError
+
+    sizes = []
+    for part in filter(None, text.split(",")):
+        if not part.strip().isdigit() or int(part) < 1:
+            raise InputError(f"{part!r} is no batch size", where="--batch", hint="Write numbers from 1, e.g. --batch 1,8,32")
+        sizes.append(int(part))
+    return tuple(sizes)
+
+
+def parse_policy(text: str) -> Policy:
+    """A policy from ``threshold`` or ``threshold=64``.
+
+    Raises:
+        InputError: There is no such policy.
+    """
+    from armopt.errors import InputError
+    from armopt.plan import ThresholdPolicy
+
+    name, _, value = text.partition("=")
+    if name == "threshold" and (not value or value.isdigit()):
+        return ThresholdPolicy(int(value)) if value else ThresholdPolicy()
+    raise InputError(f"unknown policy {text!r}", where="--policy", hint="Write threshold or threshold=ROWS")
+
+
+def open_model(
+    model: Path | None,
+    reference: str,
+    described: list[str] | None,
+    samples: Path | None,
+    batch: tuple[int, ...],
+    trust_pickle: bool,
+) -> Captured:
+    """Captures what the options name.
+
+    Raises:
+        InputError: They name nothing, or something unusable.
+    """
+    from armopt import inputs, sources
+    from armopt.errors import InputError
+
+    options = sources.Options(
+        model=reference,
+        inputs=tuple(inputs.parse(text) for text in described or ()),
+        samples=inputs.read(samples) if samples else None,
+        batch=batch,
+        trust_pickle=trust_pickle,
+    )
+    if model is not None:
+        return sources.open_model(model, options)
+    if not reference:
+        raise InputError("no model given", hint="Give a model file, or --model torchvision:resnet50")
+    return sources.from_reference(options)

@@ -1,0 +1,65 @@
+"""``armopt plan``: decides and explains, writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from armopt.cli import options, sink
+
+if TYPE_CHECKING:
+    from armopt.compiler import Planned
+
+
+def plan(
+    model: options.ModelPath = None,
+    target: options.TargetName = "graviton3",
+    reference: options.Reference = "",
+    described: options.Inputs = None,
+    samples: options.Samples = None,
+    batch: options.Batch = "",
+    policy: options.PolicyName = "threshold",
+    trust_pickle: options.TrustPickle = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show which kernel each layer would get, and why. Writes nothing."""
+    from armopt import compiler
+
+    out = sink.Sink(as_json)
+    chosen, policy_chosen, sizes = (
+        compiler.find_target(target),
+        options.parse_policy(policy),
+        options.parse_batch(batch),
+    )
+    with out.progress() as progress:
+        progress("capture", 0, 2)
+        captured = options.open_model(model, reference, described, samples, sizes, trust_pickle)
+        progress("plan", 1, 2)
+        planned = compiler.make_plan(captured, chosen, policy_chosen, compiler.find_buckets(captured, sizes))
+    out.result(_to_json(planned), lambda: _text(planned))
+
+
+def _to_json(planned: Planned) -> dict[str, Any]:
+    return {
+        "target": planned.target.name,
+        "buckets": [
+            {"bucket": dict(each.bucket), "policy": each.policy, "nodes": [asdict(entry) for entry in each.decisions]}
+            for each in planned.plans
+        ],
+        "refused": [{"name": skip.node, "reason": skip.reason} for skip in planned.refused],
+    }
+
+
+def _text(planned: Planned) -> str:
+    parts = []
+    for each in planned.plans:
+        where = ", ".join(f"{name}={value}" for name, value in each.bucket.items())
+        parts.append(f"{planned.target.name}, {each.policy}" + (f", {where}" if where else "") + ":")
+        rows = [
+            (d.node, d.op, "x".join(map(str, d.shape)), d.kernel, d.precision, d.reason) for d in each.decisions
+        ]
+        parts.append(sink.table(("node", "op", "input", "kernel", "precision", "reason"), rows) + "\n")
+    if planned.refused:
+        rows_refused = [(skip.node, skip.reason) for skip in planned.refused]
+        parts.append("Plain ATen:\n" + sink.table(("node", "reason"), rows_refused))
+    return "\n".join(parts)

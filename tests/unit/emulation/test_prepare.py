@@ -1,0 +1,200 @@
+"""Preparing the folder, without any download: what is rebuilt, kept, refused, and how failures read."""
+
+import sys
+import threading
+import time
+
+import pytest
+
+from armopt.emulation import prepare as module
+from armopt.emulation.folder import PreparedFolder, torch_requirements
+from armopt.emulation.prepare import find_mirror, main, prepare
+from armopt.errors import HostError, InputError
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The names of the parts that were built, each as one library."""
+    names = []
+
+    def build(part, into, folder, work):
+        names.append(part.name)
+        (into / "libpart.so").write_bytes(b"content")
+
+    monkeypatch.setattr(module, "_build", build)
+    return names
+
+
+PARTS = ["qemu", "root", "cores", "bin", "site/base", "site/torch-2.10.0"]
+
+
+def test_everything_is_built_once(tmp_path, built):
+    folder = PreparedFolder(tmp_path / "cache")
+    prepare(["2.10.0"], folder)
+    assert built == PARTS
+    prepare(["2.10.0"], folder)
+    assert built == PARTS
+    folder.require("2.10.0")
+    assert sorted(path.name for path in folder.path.iterdir()) == [
+        ".lock",
+        "bin",
+        "cores",
+        "qemu",
+        "root",
+        "site",
+    ]
+
+
+def test_another_pytorch_shares_the_rest(tmp_path, built):
+    folder = PreparedFolder(tmp_path)
+    prepare(["2.10.0"], folder)
+    built.clear()
+    prepare(["2.10.0", "2.13.0"], folder)
+    assert built == ["site/torch-2.13.0"]
+
+
+@pytest.mark.parametrize("damage", ["shorten", "delete", "unstamp", "other recipe"])
+def test_a_damaged_part_is_noticed_and_only_it_is_rebuilt(tmp_path, built, damage):
+    folder = PreparedFolder(tmp_path)
+    prepare(["2.10.0"], folder)
+    built.clear()
+    library, stamp = folder.root / "libpart.so", folder.root / ".armopt-complete.json"
+    if damage == "shorten":
+        library.write_bytes(b"cont")
+    elif damage == "delete":
+        library.unlink()
+    elif damage == "unstamp":
+        stamp.unlink()
+    else:
+        stamp.write_text(stamp.read_text().replace("bookworm", "bullseye"))
+    with pytest.raises(HostError, match=r"not prepared \(root\).*--torch 2\.10\.0"):
+        folder.require("2.10.0")
+    prepare(["2.10.0"], folder)
+    assert built == ["root"]
+    folder.require("2.10.0")
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, built, monkeypatch):
+    folder = PreparedFolder(tmp_path)
+    build = module._build
+
+    def interrupted(part, into, *rest):
+        if part.name == "site/base":
+            (into / "half.so").touch()
+            raise KeyboardInterrupt
+        build(part, into, *rest)
+
+    monkeypatch.setattr(module, "_build", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(["2.10.0"], folder)
+    assert folder.missing("2.10.0") == ["site/base", "site/torch-2.10.0"]
+    assert not folder.base_site.exists()  # nothing half made is ever in place
+    assert not (folder.path / ".work").exists()
+    built.clear()
+    monkeypatch.setattr(module, "_build", build)
+    prepare(["2.10.0"], folder)
+    assert built == ["site/base", "site/torch-2.10.0"]
+    assert not (folder.base_site / "half.so").exists()
+
+
+def test_two_at_once_do_the_work_once(tmp_path, built, monkeypatch):
+    build, lines = module._build, []
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        build(*arguments)
+
+    monkeypatch.setattr(module, "_build", slow)
+    folder = PreparedFolder(tmp_path)
+    threads = [threading.Thread(target=prepare, args=(["2.10.0"], folder, lines.append)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert built == PARTS
+    assert any("waiting for another prepare" in line for line in lines)
+
+
+def test_requirements_pair_torchvision_with_its_pytorch():
+    assert torch_requirements("2.10.0") == ["torch==2.10.0", "torchvision==0.25.0"]
+    assert torch_requirements("2.9.1") == ["torch==2.9.1", "torchvision==0.24.1"]
+    for version in ("1.13.1", "2.10", "latest"):
+        with pytest.raises(InputError, match=version):
+            torch_requirements(version)
+
+
+# --- the mirror ---
+
+DEB822 = """\
+Types: deb
+# a comment
+URIs: mirror://debian
+Suites: bookworm bookworm-updates
+Components: main
+Signed-By: /keys/debian.gpg
+
+Types: deb
+URIs: mirror://debian-security
+Suites: bookworm-security
+Components: main
+"""
+
+
+@pytest.fixture
+def apt(tmp_path, monkeypatch):
+    monkeypatch.delenv("ARMOPT_DEBIAN_MIRROR", raising=False)
+    monkeypatch.setattr(module, "_KEYRINGS", tmp_path / "keyrings")
+    (tmp_path / "sources.list.d").mkdir()
+    return tmp_path
+
+
+def test_the_mirror_is_this_machines_in_either_format(apt):
+    (apt / "sources.list.d" / "other.list").write_text("deb mirror://vendor vendor-bookworm main\n")
+    (apt / "sources.list.d" / "debian.sources").write_text(DEB822)
+    assert find_mirror(apt) == module.Mirror("mirror://debian", "/keys/debian.gpg")
+    (apt / "sources.list").write_text(
+        "# deb mirror://no bookworm main\n"
+        "deb-src mirror://no bookworm main\n"
+        "deb [arch=amd64 signed-by=/x.gpg] mirror://first bookworm main contrib # here\n"
+    )
+    assert find_mirror(apt).uri == "mirror://first"
+
+
+def test_debians_own_keyring_is_used_where_it_is_installed(apt):
+    (apt / "keyrings").mkdir()
+    (apt / "keyrings" / "debian-archive-keyring.gpg").touch()
+    (apt / "sources.list").write_text("deb mirror://first bookworm main\n")
+    keyring = str(apt / "keyrings" / "debian-archive-keyring.gpg")
+    assert find_mirror(apt).line("trixie") == f"deb [signed-by={keyring}] mirror://first trixie main\n"
+
+
+def test_no_mirror_says_how_to_name_one(apt, monkeypatch):
+    (apt / "sources.list").write_text(
+        "deb mirror://ubuntu noble main\ndeb mirror://x bookworm-security main\n"
+    )
+    with pytest.raises(HostError, match="Set ARMOPT_DEBIAN_MIRROR"):
+        find_mirror(apt)
+    monkeypatch.setenv("ARMOPT_DEBIAN_MIRROR", "mirror://chosen")
+    assert find_mirror(apt).line("trixie") == "deb mirror://chosen trixie main\n"
+
+
+# --- failures ---
+
+
+def test_a_failed_download_says_what_where_and_what_next(tmp_path, monkeypatch, capsys):
+    def fail(part, into, folder, work):
+        script = "import sys; sys.exit('WARNING: noise\\nERROR: No matching distribution found')"
+        module._run([sys.executable, "-c", script], "torch==2.10.0")
+
+    monkeypatch.setattr(module, "_build", fail)
+    assert main(["--torch", "2.10.0", "--cache", str(tmp_path)]) == HostError.exit_code
+    said = capsys.readouterr().err
+    assert "torch==2.10.0" in said
+    assert "ERROR: No matching distribution found" in said
+    assert "noise" not in said
+    assert "run it again" in said
+
+
+def test_a_missing_tool_is_named():
+    with pytest.raises(HostError, match="apt-of-nowhere is missing"):
+        module._run(["apt-of-nowhere"], "qemu-user")

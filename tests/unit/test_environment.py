@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from armopt import environment as env
+from armopt import targets
+from armopt.errors import InputError
+from armopt.ir import Target
+
+CPUINFO = Path(__file__).parents[1] / "data" / "cpuinfo"
+#: What `record` gave on the emulated Graviton3 with torch 2.10.0 from PyPI.
+RECORD = {
+    "machine": "aarch64",
+    "torch": "2.10.0+cpu",
+    "torch_build": "cpu",
+    "acl": "52.6.0",
+    "allocator": "mimalloc",
+    "blas": "OpenBLAS 0.3.30",
+    "blas_core": "neoversev1",
+    "sbgemm": "yes",
+    "onednn": "3.7.1",
+    "threads": "2",
+    "threads_for_host": "2",
+    "thp": "madvise",
+}
+FEATURES = ("asimd", "bf16")
+GOOD = {"DNNL_DEFAULT_FPMATH_MODE": "BF16", "LRU_CACHE_CAPACITY": "1024", "OMP_PROC_BIND": "false"}
+
+
+def host(name: str = "graviton3") -> Target:
+    return targets.host((CPUINFO / f"{name}.txt").read_text())
+
+
+def manifest(target: str = "graviton3") -> dict[str, dict[str, str]]:
+    chosen = env.variables(targets.load(target))
+    return {name: {"value": v.value, "why": v.why} for name, v in chosen.items()}
+
+
+def compare(
+    environ: Mapping[str, str] = GOOD,
+    *,
+    on: str = "graviton3",
+    versions: Mapping[str, str] | None = None,
+    late: tuple[str, ...] = (),
+    **record: str,
+) -> dict[str, env.Difference]:
+    facts = {k: v for k, v in (RECORD | record).items() if v}
+    found = env.compare(manifest(), FEATURES, versions or RECORD, host(on), environ, record=facts, late=late)
+    assert len({d.what for d in found}) == len(found)
+    return {d.what: d for d in found}
+
+
+def test_variables_follow_target_and_build() -> None:
+    assert {n: v.value for n, v in env.variables(targets.load("graviton3")).items()} == GOOD
+    assert "DNNL_DEFAULT_FPMATH_MODE" not in env.variables(targets.load("graviton2"))
+    arm = env.variables(targets.load("graviton3"), threads=4, build=RECORD)
+    assert arm["OMP_NUM_THREADS"].value == "4"
+    assert arm["TORCH_MKLDNN_MATMUL_MIN_DIM"].value == "64"
+    assert "THP_MEM_ALLOC_ENABLE" not in arm
+    nvpl = env.variables(targets.load("graviton3"), build={"blas": "NVPL", "allocator": "posix_memalign"})
+    assert "TORCH_MKLDNN_MATMUL_MIN_DIM" not in nvpl
+    assert nvpl["THP_MEM_ALLOC_ENABLE"].value == "1"
+
+
+def test_every_variable_is_read_by_the_installed_libraries() -> None:
+    emitted = env.variables(targets.load("graviton3"), threads=1, build=env.installed())
+    readers = env.variables_read([*emitted, "ARMOPT_NO_SUCH_VARIABLE"])
+    assert readers.pop("ARMOPT_NO_SUCH_VARIABLE") == ()
+    assert all(readers.values()), readers
+    assert "libtorch_cpu.so" in readers["DNNL_DEFAULT_FPMATH_MODE"]
+
+
+def test_the_same_host_does_not_differ() -> None:
+    assert compare() == {}
+    assert compare({**GOOD, "DNNL_DEFAULT_FPMATH_MODE": "any", "LRU_CACHE_CAPACITY": "4096"}) == {}
+
+
+def test_a_missing_feature_is_hard_and_names_a_target_that_fits() -> None:
+    found = compare(on="altra")["CPU features"]
+    assert (found.severity, found.found) == ("hard", "neoverse-n1 with no bf16")
+    assert found.remedy == "Re-export with --target altra or graviton2"
+
+
+def test_a_laptop_is_told_of_the_twins_only() -> None:
+    found = compare({"DNNL_DEFAULT_FPMATH_MODE": "BF16"}, on="x86-avx512-bf16")
+    assert {d.severity for d in found.values()} == {"info"}
+    assert "twins" in found["CPU"].cost
+
+
+def test_variables_unset_or_different_are_soft_and_say_what_they_cost() -> None:
+    found = compare({"DNNL_DEFAULT_FPMATH_MODE": "STRICT", "OMP_PLACES": "cores"})
+    assert {n: d.found for n, d in found.items()} == {
+        "DNNL_DEFAULT_FPMATH_MODE": "STRICT",
+        "LRU_CACHE_CAPACITY": "unset",
+        "OMP_PROC_BIND": "true",
+    }
+    assert {d.severity for d in found.values()} == {"soft"}
+    assert "2.2 times" in str(found["DNNL_DEFAULT_FPMATH_MODE"])
+
+
+def test_onednns_own_prefix_wins() -> None:
+    assert "DNNL_DEFAULT_FPMATH_MODE" in compare({**GOOD, "ONEDNN_DEFAULT_FPMATH_MODE": "strict"})
+    rest = {k: v for k, v in GOOD.items() if k != env.FPMATH}
+    assert compare({**rest, "ONEDNN_DEFAULT_FPMATH_MODE": "bf16"}) == {}
+
+
+def test_a_variable_set_late() -> None:
+    assert env.late_variables(GOOD, environ=GOOD, initial={"LRU_CACHE_CAPACITY": "1024"}) == (
+        "DNNL_DEFAULT_FPMATH_MODE",
+        "OMP_PROC_BIND",
+    )
+    found = compare(late=("DNNL_DEFAULT_FPMATH_MODE",))["DNNL_DEFAULT_FPMATH_MODE"]
+    assert found.found == "set by the process itself"
+    assert "no effect" in found.cost
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps the initial environment")
+def test_late_variables_of_a_real_process() -> None:
+    code = (
+        "import os; from armopt.environment import late_variables as late\n"
+        "os.environ['B'] = '2'; os.environ['A'] = '1'\n"
+        "print(late(['A', 'B', 'C', 'D']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "A": "1", "D": "4"}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "('B',)"
+
+
+def test_another_build() -> None:
+    found = compare(torch="2.13.0+cu130", torch_build="cuda 13.0", onednn="3.12.0", blas="NVPL", sbgemm="no")
+    assert {n: d.severity for n, d in found.items()} == {
+        **dict.fromkeys(("torch", "torch_build", "onednn", "blas"), "soft"),
+        "BF16 in BLAS": "info",
+    }
+    x86 = {"machine": "x86_64", "torch": "2.13.0+cpu", "onednn": "3.12.0", "blas": "MKL 2024.2"}
+    assert set(compare(versions=x86)) == {"torch"}
+    assert compare(versions={**x86, "torch": "2.10.0"}) == {}
+
+
+def test_a_wheel_without_acl() -> None:
+    found = compare(acl="", versions={})["Arm Compute Library"]
+    assert found.severity == "soft"
+    assert "PyPI" in found.remedy
+
+
+def test_threads_and_huge_pages() -> None:
+    many = compare(threads="64")["OMP_NUM_THREADS"]
+    assert (many.severity, many.remedy[:21]) == ("soft", "Set OMP_NUM_THREADS=2")
+    assert compare(threads="1")["OMP_NUM_THREADS"].severity == "info"
+    assert compare({**GOOD, "OMP_NUM_THREADS": "1"}, threads="1") == {}
+    assert compare(thp="never")["transparent huge pages"].severity == "info"
+
+
+def test_hard_comes_first() -> None:
+    found = env.compare(manifest(), FEATURES, RECORD, host("graviton2"), {}, record=RECORD | {"thp": "never"})
+    assert [d.severity for d in found] == sorted(
+        (d.severity for d in found), key=("hard", "soft", "info").index
+    )
+    assert found[0].severity == "hard"
+
+
+def write(root: Path, files: Mapping[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "workers", "threads"),
+    [
+        ({}, 1, 8),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 1, 8),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "350000 100000\n"}, 1, 3),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1, 1),
+        (
+            {
+                "proc/self/cgroup": "0::/pod/main\n",
+                "sys/fs/cgroup/pod/cpu.max": "200000 100000\n",
+                "sys/fs/cgroup/pod/main/cpu.max": "max 100000\n",
+            },
+            1,
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/x\n3:cpu,cpuacct:/docker/abc\n0::/\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "400000\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            },
+            2,
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": "1:cpu:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            3,
+            2,
+        ),
+        ({}, 100, 1),
+    ],
+)
+def test_threads_for_host(
+    files: Mapping[str, str], workers: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert env.threads_for_host(workers, root=write(tmp_path, files)) == threads
+
+
+def test_of_two_hyperthreads_one_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    topology = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    root = write(tmp_path, {topology.format(i): f"{i % 4},{i % 4 + 4}\n" for i in range(8)})
+    assert env.threads_for_host(root=root) == 4
+
+
+def test_record_of_this_process() -> None:
+    import torch
+
+    start = time.perf_counter()
+    facts = env.record()
+    assert time.perf_counter() - start < 0.5
+    assert all(isinstance(v, str) and v for v in facts.values())
+    assert facts["torch"] == torch.__version__
+    assert facts["torch_build"] == ("cpu" if torch.version.cuda is None else f"cuda {torch.version.cuda}")
+    assert facts["onednn"].startswith("3.")
+    assert facts["threads"] == str(torch.get_num_threads())
+    assert "gomp" in facts["openmp"]
+    assert facts.items() >= env.installed().items()
+
+
+def test_installed_does_not_import_torch() -> None:
+    code = (
+        "import sys; from armopt.environment import installed; installed(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("libraries", "facts"),
+    [
+        (
+            {
+                "libarm_compute.so": b"..arm_compute_version=v52.6.0 Build options: {}\0",
+                "libopenblas-24fd393f.so.0": b"\0OpenBLAS 0.3.30 DYNAMIC_ARCH USE_OPENMP \0\0sbgemm_\0",
+                "libc10.so": b"\0mimalloc_verbose\0",
+            },
+            {"acl": "52.6.0", "blas": "OpenBLAS 0.3.30", "sbgemm": "yes", "allocator": "mimalloc"},
+        ),
+        (
+            {"libopenblas.so": b"OpenBLAS 0.3.20 \0sgemm_\0", "libc10.so": b"posix_memalign"},
+            {"blas": "OpenBLAS 0.3.20", "sbgemm": "no", "allocator": "posix_memalign"},
+        ),
+        ({"libnvpl_blas_core.so.0": b"x"}, {"blas": "NVPL", "sbgemm": "no"}),
+        ({"libarm_compute.so": b""}, {}),
+    ],
+)
+def test_libraries_of_each_build(
+    libraries: Mapping[str, bytes], facts: Mapping[str, str], tmp_path: Path
+) -> None:
+    """Strings as found in the wheels of torch 2.10.0 and 2.13.0 for aarch64."""
+    torch = tmp_path / "torch"
+    (torch / "lib").mkdir(parents=True)
+    (torch / "version.py").write_text(
+        "__version__ = '2.10.0+cpu'\ndebug = False\ncuda: Optional[str] = None\ngit_version = 'abc'\n"
+    )
+    for name, content in libraries.items():
+        (torch / "lib" / name).write_bytes(content)
+    expected = {"torch": "2.10.0+cpu", "torch_git": "abc", "torch_build": "cpu", **facts}
+    assert env._installed(torch, deep=False) == expected
+
+
+AWKWARD = {
+    "A": env.Variable("plain", "one\nline"),
+    "B": env.Variable("a b\"c'd$e\\f%h`g`#", "all that needs quoting"),
+    "C": env.Variable("", "empty"),
+    "D": env.Variable("false", "not a boolean"),
+}
+WANTED = {name: v.value for name, v in AWKWARD.items()}
+
+
+def test_shell_text_can_be_sourced() -> None:
+    script = env.render(AWKWARD, "shell") + 'printf "%s\\n" "$A" "$B" "$C" "$D"'
+    done = subprocess.run(["sh", "-euc", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:4] == list(WANTED.values())
+    assert "# one line\n" in script
+
+
+def test_k8s_text_is_yaml() -> None:
+    assert {e["name"]: e["value"] for e in yaml.safe_load(env.render(AWKWARD, "k8s"))} == WANTED
+
+
+def test_json_text() -> None:
+    assert {n: v["value"] for n, v in json.loads(env.render(AWKWARD, "json")).items()} == WANTED
+
+
+def test_docker_and_systemd_text() -> None:
+    docker, systemd = env.render(AWKWARD, "docker"), env.render(AWKWARD, "systemd")
+    assert r'ENV B="a b\"c' + "'" + r"d\$e\\f%h`g`#" + '"' in docker.splitlines()
+    assert r'Environment="B=a b\"c' + "'" + r"d$e\\f%%h`g`#" + '"' in systemd.splitlines()
+    assert 'ENV C=""' in docker.splitlines()
+
+
+@pytest.mark.parametrize("format", env.FORMATS)
+def test_what_no_format_can_carry(format: str) -> None:
+    with pytest.raises(InputError, match="line break"):
+        env.render({"A": env.Variable("x\nRUN evil", "")}, format)
+    with pytest.raises(InputError, match="not a name"):
+        env.render({"A; evil": env.Variable("x", "")}, format)
+
+
+def test_an_unknown_format() -> None:
+    with pytest.raises(InputError, match="unknown format 'toml'"):
+        env.render(AWKWARD, "toml")
+
+
+@given(st.text(st.characters(exclude_categories=["Cc", "Cn", "Cs", "Zl", "Zp"])))
+def test_any_value_survives_quoting(value: str) -> None:
+    chosen = {"A": env.Variable(value, "why")}
+    assert yaml.safe_load(env.render(chosen, "k8s"))[0]["value"] == value
+    assert shlex.split(env.render(chosen, "shell").splitlines()[-1]) == ["export", f"A={value}"]
