@@ -14,6 +14,7 @@ from armopt.bundle.codec import Program
 from armopt.ir import Site
 from armopt.kernels import table
 from armopt.kernels.base import Call, Kernel
+from armopt.kernels.ops import KERNEL, output_size
 
 _aten = torch.ops.aten
 
@@ -60,9 +61,19 @@ class Binder:
         for old in sites.layers(source.graph):
             node = mapping[old]
             site = program.sites[old.name]
-            kernel, weight, reasons = self._choose(site, table.get(str(node.args[-1])), node, constants)
-            bound.append(Bound(old.name, str(node.args[-1]), kernel.name, "; ".join(reasons)))
-            _replace(graph, constants, node, kernel, weight, self._bias(node, kernel, constants), program.shapes[old.name], site)
+            planned = table.get(str(node.args[KERNEL[node.target]]))
+            kernel, weight, reasons = self._choose(site, planned, node, constants)
+            bound.append(Bound(old.name, planned.name, kernel.name, "; ".join(reasons)))
+            _replace(
+                graph,
+                constants,
+                node,
+                kernel,
+                weight,
+                self._bias(node, kernel, constants),
+                program.shapes[old.name],
+                site,
+            )
             progress()
         return _finish(root, graph, constants), bound
 
@@ -175,8 +186,6 @@ def _shape_class(site: Site) -> Site:
 def _output_shape(site: Site) -> list[int]:
     if site.op == "linear":
         return [*site.shape[:-1], site.n]
-    from armopt.kernels.ops import output_size
-
     spatial = output_size(
         site.shape[2:],
         site.weight[2:],
@@ -200,7 +209,7 @@ def _replace(
     site: Site,
 ) -> None:
     """Puts a kernel's calls in the place of an armopt node, with casts where its dtype is not the planned one's."""
-    planned = table.get(str(node.args[-1]))
+    planned = table.get(str(node.args[KERNEL[node.target]]))
     x, other = node.args[0], node.args[3]
     assert isinstance(x, fx.Node)
     if kernel.activations != planned.activations:

@@ -272,8 +272,7 @@ def _check_tensors(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]
     for node, tensor in zip(placeholders(graph_module), tensors, strict=True):
         expected = g.value(node)
         fits = tensor.dim() == expected.dim() and all(
-            not isinstance(size, int) or size == found
-            for size, found in zip(expected.shape, tensor.shape, strict=True)
+            not isinstance(size, int) or size == found for size, found in zip(expected.shape, tensor.shape, strict=True)
         )
         if not fits or tensor.dtype != expected.dtype:
             wanted = f"{list(g.symbolic_shape(expected.shape))} {expected.dtype}".replace("torch.", "")
@@ -352,7 +351,9 @@ def _apply_mutations(
             copied.meta["val"] = mapped.meta["val"]
         else:
             raise CaptureError(
-                f"the model writes into its input ({spec.kind.name.lower()})", where=source, hint="Clone it in forward first"
+                f"the model writes into its input ({spec.kind.name.lower()})",
+                where=source,
+                hint="Clone it in forward first",
             )
     return results
 

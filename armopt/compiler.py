@@ -248,7 +248,9 @@ def _describe(
             }
             for each in planned.plans
         ),
-        accuracy={name: accuracy[name] for name in ("cosine", "max_abs", "finite", "min_cosine", "passed", "reference")},
+        accuracy={
+            name: accuracy[name] for name in ("cosine", "max_abs", "finite", "min_cosine", "passed", "reference")
+        },
         weights={
             "bytes": sum(_size(tensor) for tensor in weights.values()),
             "fp32_bytes": sum(_size(tensor) for tensor in captured.graph_module.buffers()),

@@ -110,9 +110,7 @@ def variables(
             "64", "small Linears left to ATen go to OpenBLAS: oneDNN would pack their weights on each call"
         )
     if build and build.get("allocator") == "posix_memalign":
-        chosen["THP_MEM_ALLOC_ENABLE"] = Variable(
-            "1", "torch asks for huge pages for large tensors: fewer TLB misses"
-        )
+        chosen["THP_MEM_ALLOC_ENABLE"] = Variable("1", "torch asks for huge pages for large tensors: fewer TLB misses")
     return chosen
 
 
@@ -350,9 +348,7 @@ def _variables(
         elif name in late and name in environ:
             reason = f"if torch was imported before, it has no effect: {cost}"
             differences.append(
-                Difference(
-                    "soft", name, f"{expected} from the start", "set by the process itself", reason, remedy
-                )
+                Difference("soft", name, f"{expected} from the start", "set by the process itself", reason, remedy)
             )
     return differences
 
@@ -462,7 +458,7 @@ def _read(path: Path) -> str:
 
 
 def _search(path: Path, literal: bytes, pattern: bytes = b"") -> str | None:
-    """The first group of `pattern` matched where `literal` first stands in the file, None where it doesn't.
+    """The first group of `pattern` where it matches at an occurrence of `literal`, None where it doesn't.
 
     Looking for a literal first is what makes this fast: memmem at some GB/s, a regular expression at 0.05.
     """
@@ -471,17 +467,19 @@ def _search(path: Path, literal: bytes, pattern: bytes = b"") -> str | None:
         path.open("rb") as stream,
         mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
-        start = content.find(literal)
-        if start < 0:
-            return None
-        match = re.match(pattern, content[start : start + 256])
-        return match[match.lastindex or 0].decode(errors="replace") if match else None
+        compiled = re.compile(pattern)
+        at = content.find(literal)
+        while at >= 0:
+            # From the start of the file, so that a look behind sees what stands before.
+            if match := compiled.match(content, at):
+                return match[match.lastindex or 0].decode(errors="replace")
+            at = content.find(literal, at + 1)
     return None
 
 
 def _holds(path: Path, name: bytes) -> bool:
-    """Whether the file holds `name` as a C string of its own."""
-    return _search(path, b"\x00" + name + b"\x00") is not None
+    """Whether the file holds `name` as a word of its own."""
+    return _search(path, name, rb"(?<![A-Za-z0-9_])" + re.escape(name) + rb"(?![A-Za-z0-9_])") is not None
 
 
 def _torch_folder() -> Path | None:
@@ -514,9 +512,7 @@ def _installed(folder: Path, deep: bool) -> dict[str, str]:
         elif name.startswith("libmkl_core"):
             facts["blas"] = "MKL"
         elif name.startswith("libc10.so"):
-            facts["allocator"] = (
-                "mimalloc" if _search(library, b"mimalloc_") is not None else "posix_memalign"
-            )
+            facts["allocator"] = "mimalloc" if _search(library, b"mimalloc_") is not None else "posix_memalign"
         may_hold_acl = name.startswith("libarm_compute") or (deep and name.startswith("libtorch_cpu"))
         if may_hold_acl and (acl := _search(library, b"arm_compute_version=", rb"[^=]+=v?([\w.\-]+)")):
             facts["acl"] = acl
@@ -588,9 +584,7 @@ def _affinity() -> frozenset[int]:
 
 def _physical(cpus: frozenset[int], root: Path) -> int:
     base = root / "sys/devices/system/cpu"
-    siblings = {
-        cpu: _read(base / f"cpu{cpu}/topology/thread_siblings_list").strip() or str(cpu) for cpu in cpus
-    }
+    siblings = {cpu: _read(base / f"cpu{cpu}/topology/thread_siblings_list").strip() or str(cpu) for cpu in cpus}
     return len(set(siblings.values()))
 
 

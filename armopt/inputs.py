@@ -47,7 +47,9 @@ def parse(text: str) -> InputOption:
         raise InputError(f"can't read {text!r}", where="--input", hint=_FORM)
     dtype = match["dtype"] or "float32"
     if dtype not in _DTYPES:
-        raise InputError(f"unknown dtype {dtype!r} in {text!r}", where="--input", hint=f"Known are {', '.join(_DTYPES)}")
+        raise InputError(
+            f"unknown dtype {dtype!r} in {text!r}", where="--input", hint=f"Known are {', '.join(_DTYPES)}"
+        )
     shape = () if match["shape"] == "scalar" else tuple(int(size) for size in match["shape"].split("x"))
     return InputOption(match["name"] or "", shape, getattr(torch, dtype), int(match["below"] or 2))
 
@@ -66,7 +68,9 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         InputError: The file is missing, damaged, of another kind, or holds something else.
     """
     if not path.is_file():
-        raise InputError("there is no such file", where=str(path), hint="Give --inputs a .safetensors, .npz or .pt file")
+        raise InputError(
+            "there is no such file", where=str(path), hint="Give --inputs a .safetensors, .npz or .pt file"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -88,11 +92,18 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:
         raise InputError(f"can't be read: {str(error).splitlines()[0][:200]}", where=str(path)) from error
-    raise InputError(f"unknown kind of file {path.suffix!r}", where=str(path), hint="Known are .safetensors, .npz and .pt")
+    raise InputError(
+        f"unknown kind of file {path.suffix!r}", where=str(path), hint="Known are .safetensors, .npz and .pt"
+    )
 
 
 def bind(
-    names: Sequence[str], positional: Sequence[torch.Tensor], named: Mapping[str, torch.Tensor], where: str, *, open_ended: bool = False
+    names: Sequence[str],
+    positional: Sequence[torch.Tensor],
+    named: Mapping[str, torch.Tensor],
+    where: str,
+    *,
+    open_ended: bool = False,
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     """Arranges tensors as a call: as many by position as come first in the signature, the rest by name.
 

@@ -166,6 +166,7 @@ class Decision:
         layout: Of the activations the kernel works on: ``channels_last`` or ``plain``.
         shape: Of the input, concrete.
         reason: One sentence.
+        block: Terms after which the kernel rounds its sum to BF16; 0 where it stays in FP32.
     """
 
     node: str
@@ -175,6 +176,7 @@ class Decision:
     layout: str
     shape: tuple[int, ...]
     reason: str
+    block: int = 0
 
 
 @dataclass(frozen=True, slots=True)

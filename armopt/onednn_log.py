@@ -164,9 +164,7 @@ def references(executions: Iterable[Execution]) -> tuple[Execution, ...]:
     return tuple(e for e in executions if e.is_reference)
 
 
-def weight_reorders(
-    executions: Iterable[Execution], shapes: Collection[tuple[int, ...]]
-) -> tuple[Execution, ...]:
+def weight_reorders(executions: Iterable[Execution], shapes: Collection[tuple[int, ...]]) -> tuple[Execution, ...]:
     """The reorders of a weight with one of `shapes`: from the second call on there should be none."""
     return tuple(e for e in executions if e.reorders(shapes))
 

@@ -93,6 +93,7 @@ def make(sites: Sequence[Site], target: Target, policy: Policy, bucket: Bucket) 
                 layout="channels_last" if channels_last else "plain",
                 shape=site.shape,
                 reason=choice.reason,
+                block=kernel.block(site, target),
             )
         )
     if not target.bf16:

@@ -95,7 +95,9 @@ class Model:
                     hint=f"Convert it with .to(torch.{_short(dtype)})",
                 )
             if len(shape) != tensor.dim() or any(
-                size != expected for size, expected in zip(tensor.shape, shape, strict=True) if isinstance(expected, int)
+                size != expected
+                for size, expected in zip(tensor.shape, shape, strict=True)
+                if isinstance(expected, int)
             ):
                 raise InputError(
                     f"expected shape {_shape(shape)}, found {_shape(tensor.shape)}",

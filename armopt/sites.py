@@ -33,7 +33,9 @@ def describe(node: fx.Node, shape: Sequence[int], weight: Sequence[int]) -> Site
     if node.target is LINEAR:
         n, k = weight
         m = math.prod(shape[:-1])
-        return Site(node.name, "linear", m, k, n, tuple(shape), tuple(weight), post_op=str(node.args[4]), weight_key=key)
+        return Site(
+            node.name, "linear", m, k, n, tuple(shape), tuple(weight), post_op=str(node.args[4]), weight_key=key
+        )
     arguments: Any = node.args[4:11]
     stride, padding, dilation, transposed, output_padding, groups, post_op = arguments
     spatial = output_size(shape[2:], weight[2:], stride, padding, dilation, transposed, output_padding)

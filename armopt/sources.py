@@ -70,7 +70,9 @@ def find_kind(path: Path) -> Kind:
         with path.open("rb") as file:
             head = file.read(16)
     except FileNotFoundError:
-        raise InputError("there is no such file", where=where, hint="Give the path of a .pt2, .pt or .safetensors file") from None
+        raise InputError(
+            "there is no such file", where=where, hint="Give the path of a .pt2, .pt or .safetensors file"
+        ) from None
     except OSError as error:
         raise InputError(f"can't be read: {error.strerror}", where=where) from None
     if head[:2] == b"PK":
@@ -103,7 +105,9 @@ def _kind_of_zip(path: Path) -> Kind:
         return "torchscript"
     if "data.pkl" in tails:
         return "torch.save"
-    raise InputError("is a zip file without a model in it", where=str(path), hint="Save it with torch.export.save or torch.save")
+    raise InputError(
+        "is a zip file without a model in it", where=str(path), hint="Save it with torch.export.save or torch.save"
+    )
 
 
 def _from_pt2(path: Path, options: Options) -> Captured:
@@ -112,7 +116,9 @@ def _from_pt2(path: Path, options: Options) -> Captured:
         with capture.quiet():
             program = torch.export.load(path)
     except Exception as error:
-        raise InputError(f"torch.export can't load it: {_first_line(error)}", where=str(path), hint="Export it again with this torch") from error
+        raise InputError(
+            f"torch.export can't load it: {_first_line(error)}", where=str(path), hint="Export it again with this torch"
+        ) from error
     for name, tensor in program.state_dict.items():
         if isinstance(tensor, torch.nn.Parameter) and tensor.dtype != torch.float32:
             raise capture.wrong_dtype(name, tensor.dtype, str(path))
@@ -170,7 +176,9 @@ def _from_torch_save(path: Path, options: Options) -> Captured:
     except pickle.UnpicklingError:
         return _from_pickle(path, options)
     except Exception as error:
-        raise InputError(f"is truncated or damaged: {_first_line(error)}", where=str(path), hint="Save the model again") from error
+        raise InputError(
+            f"is truncated or damaged: {_first_line(error)}", where=str(path), hint="Save the model again"
+        ) from error
     return _from_state(content, path, options)
 
 
@@ -204,13 +212,17 @@ def _read_safetensors(path: Path) -> Mapping[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"is truncated or damaged: {_first_line(error)}", where=str(path), hint="Copy it again") from error
+        raise InputError(
+            f"is truncated or damaged: {_first_line(error)}", where=str(path), hint="Copy it again"
+        ) from error
 
 
 def _from_state(content: Any, path: Path, options: Options) -> Captured:
     state = _find_state(content)
     if state is None:
-        raise InputError(f"holds a {type(content).__name__}, not a state dict", where=str(path), hint="Save model.state_dict()")
+        raise InputError(
+            f"holds a {type(content).__name__}, not a state dict", where=str(path), hint="Save model.state_dict()"
+        )
     if not options.model:
         raise InputError(
             f"holds a state dict of {len(state)} tensors, which doesn't say what model it is",
@@ -287,7 +299,9 @@ def _inputs(
     names: Sequence[Any], options: Options, source: str, *, open_ended: bool = False
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     positional, named = inputs.generate(options.inputs)
-    return inputs.bind([str(n) for n in names], positional, {**named, **(options.samples or {})}, source, open_ended=open_ended)
+    return inputs.bind(
+        [str(n) for n in names], positional, {**named, **(options.samples or {})}, source, open_ended=open_ended
+    )
 
 
 def _first_line(error: BaseException) -> str:

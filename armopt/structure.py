@@ -129,7 +129,7 @@ def _constructor(structure: Structure) -> Callable[..., Any]:
     if isinstance(found, type) and _takes_fields(found):
         return found
     if structure["kind"] == "namedtuple":
-        return collections.namedtuple(qualname, fields)  # type: ignore[misc]  # noqa: PYI024
+        return collections.namedtuple(qualname, fields)  # type: ignore[misc]
     return type(qualname, (Record,), {"__module__": module_name})
 
 

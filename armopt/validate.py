@@ -16,7 +16,7 @@ from armopt import inputs as inputs_module
 from armopt import structure
 from armopt.errors import InputError
 from armopt.kernels import aten
-from armopt.kernels.ops import CONV, LINEAR
+from armopt.kernels.ops import CONV, KERNEL, LINEAR
 
 if TYPE_CHECKING:
     from armopt.bundle.reader import Bundle
@@ -125,7 +125,7 @@ class InFp32(fx.Interpreter):
             return args[0]
         if target in (LINEAR, CONV):
             plain = aten.LINEAR if target is LINEAR else aten.CONV
-            args = (*args[:-1], plain.name)
+            args = (*args[: KERNEL[target]], plain.name, 0)
         return super().call_function(target, args, kwargs)
 
 
@@ -206,7 +206,9 @@ def _original(
     sizes = tuple(sorted({program.bucket["batch"] for program in read.programs if "batch" in program.bucket}))
     batch = sizes if len(sizes) > 1 else ()
     if isinstance(against, torch.nn.Module):
-        args, kwargs = inputs_module.bind(inputs_module.parameters(against)[0], [], tensors, "original", open_ended=True)
+        args, kwargs = inputs_module.bind(
+            inputs_module.parameters(against)[0], [], tensors, "original", open_ended=True
+        )
         captured = capture.module(against, args, kwargs, batch=batch, source=type(against).__name__)
     else:
         options = sources.Options(model=model, samples=tensors, batch=batch, trust_pickle=trust_pickle)
@@ -228,7 +230,9 @@ def _tensors(
         names = [spec["name"] for spec in signature["specs"]]
         missing = [name for name in names if name not in given]
         if missing:
-            raise InputError(f"lacks {', '.join(missing)}", where="--inputs", hint=f"The model takes {', '.join(names)}")
+            raise InputError(
+                f"lacks {', '.join(missing)}", where="--inputs", hint=f"The model takes {', '.join(names)}"
+            )
         return [given[name] for name in names]
     generator = torch.Generator().manual_seed(0)
     return [

@@ -572,9 +572,7 @@ def _input_shapes(name: str, kind: Kind, size: Size) -> tuple[tuple[int, ...], .
     name = name.removeprefix("quantized_")
     side = _NATURAL.get(name, 224)
     if small:
-        side = next(
-            (least for stem, least in _SMALLEST_EXCEPTIONS.items() if name.startswith(stem)), _SMALLEST
-        )
+        side = next((least for stem, least in _SMALLEST_EXCEPTIONS.items() if name.startswith(stem)), _SMALLEST)
     return ((1, 3, side, side),)
 
 
@@ -656,9 +654,7 @@ def _roughen(parameter: Tensor, generator: torch.Generator) -> None:
         parameter.add_(0.1 * noise)
 
 
-def _calibrate_batch_norm(
-    model: nn.Module, shapes: Sequence[Sequence[int]], generator: torch.Generator
-) -> None:
+def _calibrate_batch_norm(model: nn.Module, shapes: Sequence[Sequence[int]], generator: torch.Generator) -> None:
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.running_mean is not None]
     if not norms:

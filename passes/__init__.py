@@ -36,4 +36,5 @@ PREPARE: tuple[Pass, ...] = (
 def lower(plan: Plan, rounded: dict[str, torch.Tensor]) -> tuple[Pass, ...]:
     """What carries out one plan: runs once for each bucket, on a copy. Plans of one model share `rounded`."""
     decisions = {decision.node: decision for decision in plan.decisions}
-    return (PackLinear(decisions, rounded), PackConv(decisions, rounded), PropagateBf16())
+    blocks = {decision.node: decision.block for decision in plan.decisions}
+    return (PackLinear(decisions, blocks, rounded), PackConv(decisions, blocks, rounded), PropagateBf16())

@@ -11,6 +11,7 @@ from torch import fx
 from armopt import graph as g
 from armopt.ir import Decision, PassResult, Skip
 from armopt.kernels import table
+from armopt.kernels.ops import BLOCK, KERNEL
 
 _aten = torch.ops.aten
 
@@ -19,21 +20,21 @@ def pack(
     graph_module: fx.GraphModule,
     target: Any,
     decisions: Mapping[str, Decision],
+    blocks: Mapping[str, int],
     rounded: dict[str, torch.Tensor],
-    kernel_index: int,
 ) -> PassResult:
     """Gives every node of `target` its planned kernel, weights in the kernel's dtype, and casts at its borders."""
     rewritten, skipped = [], []
     for node in g.calls(graph_module.graph, target):
         decision = decisions.get(node.name)
-        if decision is None or decision.kernel == node.args[kernel_index]:
+        if decision is None or decision.kernel == node.args[KERNEL[target]]:
             continue
         kernel = table.get(decision.kernel)
         if kernel.backend == "aten":
             skipped.append(Skip(node.name, decision.reason))
             continue
         args = list(node.args)
-        args[kernel_index] = kernel.name
+        args[KERNEL[target]], args[BLOCK[target]] = kernel.name, blocks.get(node.name, 0)
         weight = args[1]
         assert isinstance(weight, fx.Node)
         if kernel.rounding.weights == torch.bfloat16:

@@ -47,7 +47,7 @@ class CanonicaliseConv:
                 skipped.append(Skip(node.name, str(refusal)))
                 continue
             layer_name = re.sub(r"_?weight(_t)?$", "", str(weight.target)) or node.name
-            args = (x, weight, bias, None, *geometry, "none", aten.CONV.name)
+            args = (x, weight, bias, None, *geometry, "none", aten.CONV.name, 0)
             replacement = g.insert_call(graph_module.graph, node, CONV, args, name=layer_name)
             rewritten.append(node.name)
             g.replace_and_erase(node, replacement)
@@ -55,9 +55,7 @@ class CanonicaliseConv:
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
-def _operands(
-    graph_module: fx.GraphModule, node: fx.Node
-) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[Any, ...]]:
+def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[Any, ...]]:
     arguments: Any = node.normalized_arguments(graph_module, normalize_to_only_use_kwargs=True)
     if arguments is None:
         raise _Refused("its arguments don't fit the schema")

@@ -10,7 +10,7 @@ from torch import fx
 
 from armopt import graph as g
 from armopt.ir import PassResult, Skip
-from armopt.kernels.ops import CONV, LINEAR
+from armopt.kernels.ops import CONV, LINEAR, POST_OP
 
 _aten = torch.ops.aten
 _NORMS = (_aten._native_batch_norm_legit_no_training.default, _aten.batch_norm.default)
@@ -86,7 +86,7 @@ def _refusal(graph_module: fx.GraphModule, layer: fx.Node, norm: _Norm | None) -
         return "not a batch norm at inference"
     if len(layer.users) > 1:
         return f"{layer.name} is used by {len(layer.users)} nodes"
-    if layer.args[4 if layer.target is LINEAR else 10] != "none":
+    if layer.args[POST_OP[layer.target]] != "none":
         return f"{layer.name} has a fused post-op"
     if any(c is not None and g.constant(graph_module, c) is None for c in norm.constants):
         return "its statistics are not constants"

@@ -10,7 +10,7 @@ from torch import fx
 from armopt import graph as g
 from armopt.ir import PassResult, Skip
 from armopt.kernels import post_ops
-from armopt.kernels.ops import CONV, LINEAR
+from armopt.kernels.ops import OTHER, POST_OP
 
 _aten = torch.ops.aten
 _UNARY = {
@@ -21,9 +21,6 @@ _UNARY = {
     _aten.sigmoid.default: "sigmoid",
     _aten.tanh.default: "tanh",
 }
-#: Where `other` and `post_op` stand among the arguments of the two operations.
-_OTHER = 3
-_POST_OP = {LINEAR: 4, CONV: 10}
 
 
 @dataclass(frozen=True)
@@ -64,20 +61,20 @@ def _unary(node: fx.Node) -> str | None:
 
 
 def _layer(node: object) -> fx.Node | None:
-    return node if isinstance(node, fx.Node) and node.target in _POST_OP else None
+    return node if isinstance(node, fx.Node) and node.target in POST_OP else None
 
 
 def _fuse_unary(node: fx.Node, name: str, rewritten: list[str], skipped: list[Skip]) -> None:
     layer = _layer(node.args[0])
     if layer is None:
         return
-    present = layer.args[_POST_OP[layer.target]]  # type: ignore[index]
+    present = layer.args[POST_OP[layer.target]]  # type: ignore[index]
     if len(layer.users) > 1:
         skipped.append(Skip(node.name, f"{layer.name} is used by {len(layer.users)} nodes"))
     elif present == post_ops.NONE:
         _rewrite(node, layer, name, None, rewritten)
     elif present == post_ops.ADD and name == "relu":
-        _rewrite(node, layer, post_ops.ADD_RELU, layer.args[_OTHER], rewritten)
+        _rewrite(node, layer, post_ops.ADD_RELU, layer.args[OTHER], rewritten)
     else:
         skipped.append(Skip(node.name, f"{layer.name} has {present} fused already"))
 
@@ -87,7 +84,7 @@ def _fuse_add(node: fx.Node, order: dict[fx.Node, int], rewritten: list[str], sk
     layers = [n for n in (_layer(first), _layer(second)) if n is not None]
     if not layers:
         return
-    free = [n for n in layers if n.args[_POST_OP[n.target]] == post_ops.NONE and len(n.users) == 1]  # type: ignore[index]
+    free = [n for n in layers if n.args[POST_OP[n.target]] == post_ops.NONE and len(n.users) == 1]  # type: ignore[index]
     if not free or first is second:
         names = " and ".join(n.name for n in layers)
         skipped.append(Skip(node.name, f"{names}: used elsewhere, or with a post-op already"))
@@ -108,8 +105,8 @@ def _fuse_add(node: fx.Node, order: dict[fx.Node, int], rewritten: list[str], sk
 def _rewrite(node: fx.Node, layer: fx.Node, post_op: str, other: object, rewritten: list[str]) -> None:
     """Moves the layer to where `node` is, so that everything it reads is defined."""
     args = list(layer.args)
-    args[_OTHER] = other  # type: ignore[call-overload]
-    args[_POST_OP[layer.target]] = post_op  # type: ignore[index]
+    args[OTHER] = other  # type: ignore[call-overload]
+    args[POST_OP[layer.target]] = post_op  # type: ignore[index]
     node.prepend(layer)
     layer.args = tuple(args)
     rewritten.append(node.name)

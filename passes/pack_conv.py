@@ -21,9 +21,11 @@ class PackConv:
     """
 
     decisions: Mapping[str, Decision]
+    #: Terms between roundings of the sum, by node (see Kernel.block).
+    blocks: Mapping[str, int] = field(default_factory=dict)
     #: BF16 weights by the FP32 weight's name; one dictionary for all plans of a model, so that they share.
     rounded: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
-        return _pack.pack(graph_module, CONV, self.decisions, self.rounded, kernel_index=11)
+        return _pack.pack(graph_module, CONV, self.decisions, self.blocks, self.rounded)

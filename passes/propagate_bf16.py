@@ -58,11 +58,7 @@ class PropagateBf16:
 
 def is_cast(node: Any, dtype: torch.dtype) -> bool:
     """Whether a node only converts to `dtype`."""
-    return (
-        isinstance(node, fx.Node)
-        and node.target is _CAST
-        and dict(node.kwargs) == {"dtype": dtype}
-    )
+    return isinstance(node, fx.Node) and node.target is _CAST and dict(node.kwargs) == {"dtype": dtype}
 
 
 def _cancel(graph_module: fx.GraphModule) -> list[str]:
@@ -97,7 +93,11 @@ def _sink(graph_module: fx.GraphModule) -> list[str]:
             continue
         assert isinstance(source, fx.Node)
         half = g.insert_call(
-            graph_module.graph, node, node.target, (source.args[0], *node.args[1:]), dict(node.kwargs)  # type: ignore[arg-type]
+            graph_module.graph,
+            node,
+            node.target,
+            (source.args[0], *node.args[1:]),
+            dict(node.kwargs),  # type: ignore[arg-type]
         )
         rewritten.append(node.name)
         g.replace_and_erase(node, cast(graph_module.graph, node, half, torch.float32))

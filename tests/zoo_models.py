@@ -159,9 +159,7 @@ class SeparableNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.SiLU()
-        )
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.SiLU())
         self.body = nn.Sequential(
             nn.Conv2d(16, 32, 3, padding=1, groups=4),
             nn.GELU(),

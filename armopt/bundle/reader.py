@@ -59,7 +59,9 @@ def read(path: Path | str) -> Bundle:
     for name in sorted(set(described.files) - present):
         raise BundleError("is missing", where=str(path / name), hint="Copy the bundle again")
     for name in sorted(present - set(described.files)):
-        raise BundleError("does not belong to the bundle", where=str(path / name), hint="Remove it, or copy the bundle again")
+        raise BundleError(
+            "does not belong to the bundle", where=str(path / name), hint="Remove it, or copy the bundle again"
+        )
     content = {}
     for name, digest in described.files.items():
         data = source.read(name)
@@ -105,7 +107,9 @@ class _Source:
             return (self._path / name).read_bytes()
         except zipfile.BadZipFile:
             raise BundleError(
-                "was changed or damaged after it was written", where=str(self._path / name), hint="Copy the bundle again"
+                "was changed or damaged after it was written",
+                where=str(self._path / name),
+                hint="Copy the bundle again",
             ) from None
         except OSError as error:
             raise InputError(f"can't be read: {error.strerror}", where=str(self._path / name)) from error

@@ -47,7 +47,9 @@ def check_place(path: Path, *, force: bool = False) -> None:
         from armopt.bundle import reader
 
         if not reader.looks_like_bundle(path):
-            raise InputError("is there already and is not a bundle", where=str(path), hint="Choose another place with -o")
+            raise InputError(
+                "is there already and is not a bundle", where=str(path), hint="Choose another place with -o"
+            )
 
 
 def write(
@@ -114,7 +116,10 @@ def collect_weights(programs: Sequence[codec.Program]) -> dict[str, torch.Tensor
             if held is not None and held.data_ptr() != tensor.data_ptr() and not torch.equal(held, tensor):
                 raise AssertionError(f"two programs have different constants called {name}")
             weights[name] = tensor if held is None else held
-    return {name: tensor.detach().contiguous().clone() if _shares(tensor) else tensor.detach() for name, tensor in weights.items()}
+    return {
+        name: tensor.detach().contiguous().clone() if _shares(tensor) else tensor.detach()
+        for name, tensor in weights.items()
+    }
 
 
 def _shares(tensor: torch.Tensor) -> bool:

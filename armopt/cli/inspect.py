@@ -44,7 +44,9 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def _text(manifest: Manifest) -> str:
-    inputs = ", ".join(f"{i['name']} [{', '.join(map(str, i['shape']))}] {i['dtype']}" for i in manifest.model["inputs"])
+    inputs = ", ".join(
+        f"{i['name']} [{', '.join(map(str, i['shape']))}] {i['dtype']}" for i in manifest.model["inputs"]
+    )
     needs = ", ".join(manifest.required_features) or "nothing special"
     verdict = "deployable" if manifest.accuracy["passed"] else "NOT deployable: the accuracy gate failed"
     lines = [

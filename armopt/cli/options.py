@@ -27,13 +27,18 @@ Reference = Annotated[
 ]
 Inputs = Annotated[
     list[str] | None,
-    typer.Option("--input", metavar="NAME=SHAPE:DTYPE", help="An example input, e.g. x=1x3x224x224:float32. Repeatable."),
+    typer.Option(
+        "--input", metavar="NAME=SHAPE:DTYPE", help="An example input, e.g. x=1x3x224x224:float32. Repeatable."
+    ),
 ]
 Samples = Annotated[
     Path | None, typer.Option("--inputs", metavar="FILE", help="Example inputs by name: .safetensors, .npz or .pt.")
 ]
 Batch = Annotated[
-    str, typer.Option("--batch", metavar="1,8,32", help="Batch sizes to plan for; several make the batch dynamic.", show_default=False)
+    str,
+    typer.Option(
+        "--batch", metavar="1,8,32", help="Batch sizes to plan for; several make the batch dynamic.", show_default=False
+    ),
 ]
 PolicyName = Annotated[
     str, typer.Option("--policy", help="How kernels are chosen: threshold[=64], the tutorial's rule.")
@@ -52,7 +57,9 @@ def parse_batch(text: str) -> tuple[int, ...]:
     sizes = []
     for part in filter(None, text.split(",")):
         if not part.strip().isdigit() or int(part) < 1:
-            raise InputError(f"{part!r} is no batch size", where="--batch", hint="Write numbers from 1, e.g. --batch 1,8,32")
+            raise InputError(
+                f"{part!r} is no batch size", where="--batch", hint="Write numbers from 1, e.g. --batch 1,8,32"
+            )
         sizes.append(int(part))
     return tuple(sizes)
 

@@ -55,9 +55,7 @@ def _text(planned: Planned) -> str:
     for each in planned.plans:
         where = ", ".join(f"{name}={value}" for name, value in each.bucket.items())
         parts.append(f"{planned.target.name}, {each.policy}" + (f", {where}" if where else "") + ":")
-        rows = [
-            (d.node, d.op, "x".join(map(str, d.shape)), d.kernel, d.precision, d.reason) for d in each.decisions
-        ]
+        rows = [(d.node, d.op, "x".join(map(str, d.shape)), d.kernel, d.precision, d.reason) for d in each.decisions]
         parts.append(sink.table(("node", "op", "input", "kernel", "precision", "reason"), rows) + "\n")
     if planned.refused:
         rows_refused = [(skip.node, skip.reason) for skip in planned.refused]

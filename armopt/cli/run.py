@@ -15,7 +15,9 @@ from armopt.cli import options
 def run(
     bundle: options.BundlePath,
     command: Annotated[list[str], typer.Argument(metavar="-- CMD", help="The command, after --.")],
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="OMP_NUM_THREADS; by default what the host has.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="OMP_NUM_THREADS; by default what the host has.")
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="How many such processes share this host.")] = 1,
 ) -> None:
     """Run a command in the environment that a bundle wants. The command's exit code is the exit code."""

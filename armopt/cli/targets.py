@@ -24,7 +24,9 @@ def targets(as_json: options.Json = False) -> None:
         }
         for t in found
     ]
-    rows = [(t.name, t.core, "yes" if t.bf16 else "no", f"{t.simd_pipes}x{t.vector_bits}", t.l2_kib, t.cores) for t in found]
+    rows = [
+        (t.name, t.core, "yes" if t.bf16 else "no", f"{t.simd_pipes}x{t.vector_bits}", t.l2_kib, t.cores) for t in found
+    ]
     sink.Sink(as_json).result(
         {"targets": described}, lambda: sink.table(("target", "core", "BF16", "SIMD", "L2 KiB", "cores"), rows)
     )

@@ -60,9 +60,7 @@ def core_named(cpu: str) -> Core:
         return CORES[PRODUCTS.get(cpu, cpu)]
     except KeyError:
         known = ", ".join([*PRODUCTS, *CORES])
-        raise InputError(
-            f"QEMU 10.0 has no model of {cpu!r}", where="--cpu", hint=f"Choose one of {known}"
-        ) from None
+        raise InputError(f"QEMU 10.0 has no model of {cpu!r}", where="--cpu", hint=f"Choose one of {known}") from None
 
 
 # --- what the folder is made of: a change of any of these rebuilds that part and no other ---------
@@ -105,9 +103,7 @@ def torch_requirements(torch_version: str) -> list[str]:
     except ValueError:
         major = minor = patch = 0
     if major != 2:
-        raise InputError(
-            f"{torch_version!r} is not a version of PyTorch 2", where="--torch", hint="Say e.g. 2.10.0"
-        )
+        raise InputError(f"{torch_version!r} is not a version of PyTorch 2", where="--torch", hint="Say e.g. 2.10.0")
     return [f"torch=={torch_version}", f"torchvision==0.{minor + 15}.{patch}"]
 
 
@@ -168,9 +164,7 @@ class PreparedFolder:
             Part("cores", _recipe([asdict(core) for core in CORES.values()])),
             Part("bin", _recipe(WRAPPERS)),
             Part("site/base", _recipe(BASE_REQUIREMENTS)),
-            Part(
-                f"site/torch-{torch_version}", _recipe([torch_requirements(torch_version), _STUBS_REVISION])
-            ),
+            Part(f"site/torch-{torch_version}", _recipe([torch_requirements(torch_version), _STUBS_REVISION])),
         )
 
     def is_complete(self, part: Part) -> bool:

@@ -209,9 +209,7 @@ class Apt:
         """Downloads packages, with all they depend on if asked for; returns the .deb files."""
         archives = self.folder / "cache" / "archives"
         command = (
-            ["apt-get", "install", "-y", "-q", "--download-only"]
-            if dependencies
-            else ["apt-get", "download", "-q"]
+            ["apt-get", "install", "-y", "-q", "--download-only"] if dependencies else ["apt-get", "download", "-q"]
         )
         _run([*command, *packages], " ".join(packages), cwd=archives, env=self.environment)
         return sorted(archives.glob("*.deb"))
@@ -283,9 +281,7 @@ def _build_sysroot(into: Path, core: Core) -> None:
 
 def _pip_install(requirements: Sequence[str], into: Path, *options: str) -> None:
     """Unpacks aarch64 wheels, with all they need unless told otherwise; pip checks their hashes."""
-    platforms = [
-        f"--platform={name}_aarch64" for name in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17")
-    ]
+    platforms = [f"--platform={name}_aarch64" for name in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17")]
     _run(
         [
             *_pip(),
@@ -354,9 +350,7 @@ def _replace(place: Path, built: Path) -> None:
     built.rename(place)
 
 
-def _run(
-    command: Sequence[str], what: str, *, cwd: Path | None = None, env: dict[str, str] | None = None
-) -> str:
+def _run(command: Sequence[str], what: str, *, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
     try:
         done = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, check=False)
     except FileNotFoundError:
@@ -390,9 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = PreparedFolder(options.cache.expanduser().absolute()) if options.cache else None
     try:
-        prepare(
-            options.torch or TORCH_VERSIONS, folder, lambda line: print(line, file=sys.stderr, flush=True)
-        )
+        prepare(options.torch or TORCH_VERSIONS, folder, lambda line: print(line, file=sys.stderr, flush=True))
     except ArmoptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -83,9 +83,7 @@ def read_interface(path: Path) -> Interface:
         return strings[offset : strings.index(b"\0", offset)].decode()
 
     needed = tuple(text(value) for tag, value in struct.iter_unpack("<qQ", dynamic) if tag == _DT_NEEDED)
-    versions = {
-        index: (text(library), text(version)) for index, library, version in _required_versions(verneed)
-    }
+    versions = {index: (text(library), text(version)) for index, library, version in _required_versions(verneed)}
     imports: list[Import] = []
     exports: set[str] = set()
     for position, (name, info, _, section, _, _) in enumerate(struct.iter_unpack("<IBBHQQ", symbols)):
@@ -130,9 +128,7 @@ def missing_symbols(users: Iterable[Path], providers: Iterable[Path]) -> dict[st
     present = {path.name: read_interface(path) for path in providers}
     offered = frozenset().union(*(item.exports for item in (*interfaces.values(), *present.values())))
     needed = {name for item in interfaces.values() for name in item.needed}
-    missing: dict[str, dict[str, str]] = {
-        name: {} for name in sorted(needed - interfaces.keys() - present.keys())
-    }
+    missing: dict[str, dict[str, str]] = {name: {} for name in sorted(needed - interfaces.keys() - present.keys())}
     if not missing:
         return missing
     catch_all = next(iter(missing))
@@ -205,9 +201,7 @@ def stub_library(soname: str, symbols: Mapping[str, str]) -> bytes:
     read, write, execute = 4, 2, 1
     header = (
         struct.pack("<16sHHI", b"\x7fELF\x02\x01\x01", _ET_DYN, _EM_AARCH64, 1)
-        + struct.pack(
-            "<QQQI", 0, 64, 0, 0
-        )  # no entry point; program headers follow this one; no sections, flags
+        + struct.pack("<QQQI", 0, 64, 0, 0)  # no entry point; program headers follow this one; no sections, flags
         + struct.pack("<HHHHHH", 64, 56, 4, 64, 0, 0)  # sizes and counts of headers: 4 segments
         + _segment(_PT_LOAD, read | execute, 0, 0, text_end, _PAGE)
         + _segment(_PT_LOAD, read | write, dynamic_at, dynamic_address, len(dynamic), _PAGE)

@@ -47,9 +47,7 @@ class EmulatedError(ArmoptError):
 
     exit_code = 1
 
-    def __init__(
-        self, what: str, *, where: str = "", hint: str = "", stdout: str = "", stderr: str = ""
-    ) -> None:
+    def __init__(self, what: str, *, where: str = "", hint: str = "", stdout: str = "", stderr: str = "") -> None:
         super().__init__(what, where=where, hint=hint)
         self.stdout = stdout
         self.stderr = stderr
@@ -134,9 +132,7 @@ class EmulatedWorker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def call(
-        self, job: str | Callable[..., Any], *, timeout: float = 600.0, **arguments: Any
-    ) -> EmulatedResult:
+    def call(self, job: str | Callable[..., Any], *, timeout: float = 600.0, **arguments: Any) -> EmulatedResult:
         """Runs a function there and returns what it returned and wrote.
 
         Args:
@@ -178,9 +174,7 @@ class EmulatedWorker:
         if self._channel and self._process and self._process.poll() is None:
             return self._channel
         self.close()
-        inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith(_TUNING_PREFIXES)
-        }
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(_TUNING_PREFIXES)}
         ours, theirs = socket.socketpair()
         with theirs:
             serve = f"from armopt.emulation import worker; worker.serve({theirs.fileno()}, {self._preload!r})"
@@ -232,9 +226,7 @@ class EmulatedWorker:
         return self._error(f"the emulated {self.cpu} {ended}\n{tail}".rstrip(), job)
 
     def _error(self, what: str, job: str, hint: str = "") -> EmulatedError:
-        return EmulatedError(
-            what, where=job, hint=hint, stdout=self._stdout.read(), stderr=self._stderr.read()
-        )
+        return EmulatedError(what, where=job, hint=hint, stdout=self._stdout.read(), stderr=self._stderr.read())
 
     def _mark(self) -> None:
         for output in (self._stdout, self._stderr):

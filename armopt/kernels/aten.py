@@ -30,7 +30,5 @@ def _takes_all(site: Site) -> str | None:
     return None
 
 
-LINEAR = Kernel(
-    "aten_linear", "linear", "aten", torch.float32, _FP32, "plain ATen", _takes_all, _pack, _emit_linear
-)
+LINEAR = Kernel("aten_linear", "linear", "aten", torch.float32, _FP32, "plain ATen", _takes_all, _pack, _emit_linear)
 CONV = Kernel("aten_conv", "conv", "aten", torch.float32, _FP32, "plain ATen", _takes_all, _pack, _emit_conv)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from armopt.ir import Site
+from armopt.ir import Site, Target
 from armopt.kernels import post_ops
 
 _aten = torch.ops.aten
@@ -19,7 +19,7 @@ _aten = torch.ops.aten
 class Rounding:
     """How a kernel rounds; this alone makes its portable twin.
 
-    Every kernel accumulates in FP32. `products` is what the multiplier sees of the activations, `weights` the dtype
+    `products` is what the multiplier sees of the activations, `weights` the dtype
     that weights are stored in.
     """
 
@@ -29,6 +29,11 @@ class Rounding:
     def operand(self, x: torch.Tensor) -> torch.Tensor:
         """Activations as the multiplier sees them, widened to FP32."""
         return x.to(self.products).float()
+
+
+def _whole(site: Site, target: Target) -> int:
+    """A sum that stays in FP32 to the end."""
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class Kernel:
         refuses: Why it can't take a site; None where it can. Pure.
         pack: Stored weight and site -> the weight as the call wants it. Runs once, on the host.
         emit: Inserts the call in front of a node of armopt::linear or armopt::conv; returns the node with the result.
+        block: Terms after which the sum is rounded to BF16 on a target; 0 where it stays in FP32. Pure.
     """
 
     name: str
@@ -58,6 +64,7 @@ class Kernel:
     pack: Callable[[torch.Tensor, Site], torch.Tensor]
     emit: Callable[[Call], fx.Node]
     fast_math: bool = False
+    block: Callable[[Site, Target], int] = _whole
 
     @property
     def precision(self) -> str:

@@ -23,4 +23,5 @@ KERNEL = Kernel(
     refuses=onednn.refuses_linear,
     pack=onednn.pack_linear_as_convolution,
     emit=functools.partial(onednn.emit_linear, fuse=False),
+    block=onednn.bf16_block,
 )

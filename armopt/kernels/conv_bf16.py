@@ -19,4 +19,5 @@ KERNEL = Kernel(
     refuses=onednn.refuses_dense_2d,
     pack=onednn.pack_convolution,
     emit=functools.partial(onednn.emit_conv, fuse=False),
+    block=onednn.bf16_block,
 )

@@ -7,6 +7,7 @@ them (transposed: [in, out / groups, …]); the activation's dtype must be the k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,12 +17,12 @@ from armopt.kernels.base import Kernel
 
 _LIBRARY = torch.library.Library("armopt", "DEF")
 _LIBRARY.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? other, str post_op, str kernel) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? other, str post_op, str kernel, int block) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
     "conv(Tensor x, Tensor weight, Tensor? bias, Tensor? other, int[] stride, SymInt[] padding, int[] dilation,"
-    " bool transposed, int[] output_padding, int groups, str post_op, str kernel) -> Tensor",
+    " bool transposed, int[] output_padding, int groups, str post_op, str kernel, int block) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -31,6 +32,43 @@ def _bias(kernel: Kernel, bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.to(kernel.activations).float()
 
 
+def _in_blocks(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block: int) -> torch.Tensor:
+    """A product whose sum is rounded to BF16 after every `block` terms, as the Compute Library does with BF16 results."""
+    y = torch.nn.functional.linear(x[..., :block], weight[:, :block], bias).bfloat16()
+    for start in range(block, x.shape[-1], block):
+        part = torch.nn.functional.linear(x[..., start : start + block], weight[:, start : start + block])
+        y = (y.float() + part).bfloat16()
+    return y
+
+
+def _conv_in_blocks(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    block: int,
+) -> torch.Tensor:
+    """The same for a dense convolution: its terms run over kernel rows, columns, then input channels padded to four."""
+    size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation, False, [0] * len(stride))
+    if len(stride) == 1:
+        x, weight = x.unsqueeze(2), weight.unsqueeze(2)
+        stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+    batch, channels = x.shape[:2]
+    extra = _padded(channels) - channels
+    columns = torch.nn.functional.unfold(x, weight.shape[2:], dilation, padding, stride)  # type: ignore[arg-type]
+    columns = columns.reshape(batch, channels, -1, columns.shape[-1]).permute(0, 3, 2, 1)
+    columns = torch.nn.functional.pad(columns, (0, extra)).flatten(2)
+    rows = torch.nn.functional.pad(weight.flatten(2).transpose(1, 2), (0, extra)).flatten(1)
+    y = _in_blocks(columns, rows, bias, block)
+    return y.transpose(1, 2).reshape(batch, weight.shape[0], *size)
+
+
+def _padded(channels: int) -> int:
+    return -(-channels // 4) * 4
+
+
 def _linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -38,9 +76,14 @@ def _linear(
     other: torch.Tensor | None,
     post_op: str,
     kernel: str,
+    block: int,
 ) -> torch.Tensor:
     kind = table.get(kernel)
-    y = torch.nn.functional.linear(kind.rounding.operand(x), weight.float(), _bias(kind, bias))
+    x, wide = kind.rounding.operand(x), weight.float()
+    if block and x.shape[-1] > block:
+        y = _in_blocks(x, wide, _bias(kind, bias), block)
+    else:
+        y = torch.nn.functional.linear(x, wide, _bias(kind, bias))
     return post_ops.apply(post_op, y.to(kind.activations), other)
 
 
@@ -57,19 +100,14 @@ def _conv(
     groups: int,
     post_op: str,
     kernel: str,
+    block: int,
 ) -> torch.Tensor:
     kind = table.get(kernel)
-    y = torch.convolution(
-        kind.rounding.operand(x),
-        weight.float(),
-        _bias(kind, bias),
-        stride,
-        padding,
-        dilation,
-        transposed,
-        output_padding,
-        groups,
-    )
+    x, wide, wide_bias = kind.rounding.operand(x), weight.float(), _bias(kind, bias)
+    if block and _padded(weight.shape[1]) * math.prod(weight.shape[2:]) > block:
+        y = _conv_in_blocks(x, wide, wide_bias, stride, padding, dilation, block)
+    else:
+        y = torch.convolution(x, wide, wide_bias, stride, padding, dilation, transposed, output_padding, groups)
     return post_ops.apply(post_op, y.to(kind.activations), other)
 
 
@@ -96,6 +134,7 @@ def _fake_linear(
     other: torch.Tensor | None,
     post_op: str,
     kernel: str,
+    block: int,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=table.get(kernel).activations)
 
@@ -113,6 +152,7 @@ def _fake_conv(
     groups: int,
     post_op: str,
     kernel: str,
+    block: int,
 ) -> torch.Tensor:
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
     spatial = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation, transposed, output_padding)
@@ -126,3 +166,8 @@ torch.library.register_fake("armopt::conv", _fake_conv, lib=_LIBRARY)
 
 LINEAR = torch.ops.armopt.linear.default
 CONV = torch.ops.armopt.conv.default
+#: Where arguments stand in both.
+OTHER = 3
+POST_OP = {LINEAR: 4, CONV: 10}
+KERNEL = {LINEAR: 5, CONV: 11}
+BLOCK = {LINEAR: 6, CONV: 12}

@@ -51,9 +51,7 @@ UNARY = {
         _unary("hardsigmoid", _aten.hardsigmoid.default, _aten.hardsigmoid_.default, "hardsigmoid"),
         _unary("sigmoid", _aten.sigmoid.default, _aten.sigmoid_.default, "sigmoid"),
         _unary("tanh", _aten.tanh.default, _aten.tanh_.default, "tanh"),
-        _unary(
-            "relu6", _aten.hardtanh.default, _aten.hardtanh_.default, "hardtanh", 0.0, 6.0, scalars=(0.0, 6.0)
-        ),
+        _unary("relu6", _aten.hardtanh.default, _aten.hardtanh_.default, "hardtanh", 0.0, 6.0, scalars=(0.0, 6.0)),
     )
 }
 NONE = "none"

@@ -10,9 +10,7 @@ import pytest
 from armopt.emulation import EmulatedWorker, PreparedFolder
 from armopt.errors import HostError
 
-REQUIRE_VARIABLE = (
-    "ARMOPT_REQUIRE_ARM64"  # "1": an unprepared folder fails these tests, it does not skip them
-)
+REQUIRE_VARIABLE = "ARMOPT_REQUIRE_ARM64"  # "1": an unprepared folder fails these tests, it does not skip them
 HERE = Path(__file__).parent
 
 RequireTorch = Callable[[str], PreparedFolder]

@@ -166,9 +166,7 @@ def test_threads_and_huge_pages() -> None:
 
 def test_hard_comes_first() -> None:
     found = env.compare(manifest(), FEATURES, RECORD, host("graviton2"), {}, record=RECORD | {"thp": "never"})
-    assert [d.severity for d in found] == sorted(
-        (d.severity for d in found), key=("hard", "soft", "info").index
-    )
+    assert [d.severity for d in found] == sorted((d.severity for d in found), key=("hard", "soft", "info").index)
     assert found[0].severity == "hard"
 
 
@@ -247,9 +245,7 @@ def test_record_of_this_process() -> None:
 
 
 def test_installed_does_not_import_torch() -> None:
-    code = (
-        "import sys; from armopt.environment import installed; installed(); sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; from armopt.environment import installed; installed(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -272,9 +268,7 @@ def test_installed_does_not_import_torch() -> None:
         ({"libarm_compute.so": b""}, {}),
     ],
 )
-def test_libraries_of_each_build(
-    libraries: Mapping[str, bytes], facts: Mapping[str, str], tmp_path: Path
-) -> None:
+def test_libraries_of_each_build(libraries: Mapping[str, bytes], facts: Mapping[str, str], tmp_path: Path) -> None:
     """Strings as found in the wheels of torch 2.10.0 and 2.13.0 for aarch64."""
     torch = tmp_path / "torch"
     (torch / "lib").mkdir(parents=True)

@@ -147,7 +147,5 @@ def test_any_cpuinfo_can_be_read(text: str) -> None:
 
 
 def test_importing_does_not_import_torch() -> None:
-    code = (
-        "import sys, armopt.targets, armopt.environment, armopt.onednn_log; sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys, armopt.targets, armopt.environment, armopt.onednn_log; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -199,9 +199,7 @@ class TestRoiAlign:
     @settings(max_examples=60, deadline=None)
     @given(
         shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
-        corners=st.lists(
-            st.tuples(*[st.floats(-6, 14, width=32)] * 2, *[st.floats(0, 12, width=32)] * 2), max_size=4
-        ),
+        corners=st.lists(st.tuples(*[st.floats(-6, 14, width=32)] * 2, *[st.floats(0, 12, width=32)] * 2), max_size=4),
         scale=st.sampled_from([1.0, 0.5, 0.3]),
         size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
         ratio=st.sampled_from([-1, 0, 1, 2, 3]),
@@ -295,9 +293,7 @@ class TestRoiAlign:
 
 def run_python(code: str, cwd: Path = ROOT, path: str = str(ROOT)) -> str:
     start = f"import sys; sys.path[:0] = {path.split(':')!r}\n"
-    done = subprocess.run(
-        [sys.executable, "-c", start + code], cwd=cwd, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", start + code], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -537,8 +533,7 @@ class TestEntries:
         model = zoo.randomize(zoo.resolve(found.reference)(), found.input_shapes)
         with torch.no_grad():
             outputs = [
-                pytree.tree_leaves(model(*zoo.example_inputs(found.reference, "smallest", seed)))[0]
-                for seed in (0, 1)
+                pytree.tree_leaves(model(*zoo.example_inputs(found.reference, "smallest", seed)))[0] for seed in (0, 1)
             ]
         assert outputs[0].isfinite().all()
         assert 1e-3 < outputs[0].std() < 1e3
@@ -589,9 +584,7 @@ class TestRandomize:
         assert not torch.allclose(y[0], y[1], rtol=1e-3)  # 1e-3: it depends on the input, not on rounding
 
     def test_seeded(self) -> None:
-        one, again, other = (
-            zoo.randomize(self.model(), [(1, 3, 8, 8)], seed=seed).state_dict() for seed in (0, 0, 1)
-        )
+        one, again, other = (zoo.randomize(self.model(), [(1, 3, 8, 8)], seed=seed).state_dict() for seed in (0, 0, 1))
         assert all(one[name].equal(again[name]) for name in one)
         assert not one["head.weight"].equal(other["head.weight"])
 

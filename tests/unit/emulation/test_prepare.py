@@ -169,9 +169,7 @@ def test_debians_own_keyring_is_used_where_it_is_installed(apt):
 
 
 def test_no_mirror_says_how_to_name_one(apt, monkeypatch):
-    (apt / "sources.list").write_text(
-        "deb mirror://ubuntu noble main\ndeb mirror://x bookworm-security main\n"
-    )
+    (apt / "sources.list").write_text("deb mirror://ubuntu noble main\ndeb mirror://x bookworm-security main\n")
     with pytest.raises(HostError, match="Set ARMOPT_DEBIAN_MIRROR"):
         find_mirror(apt)
     monkeypatch.setenv("ARMOPT_DEBIAN_MIRROR", "mirror://chosen")
