@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from armopt.accuracy import validate as validate
     from armopt.compiler import optimize as optimize
     from armopt.errors import ArmoptError as ArmoptError
     from armopt.ir import Target as Target
     from armopt.runtime import load as load
-    from armopt.validate import validate as validate
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,7 @@ _PUBLIC = {
     "Target": "armopt.ir",
     "load": "armopt.runtime",
     "optimize": "armopt.compiler",
-    "validate": "armopt.validate",
+    "validate": "armopt.accuracy",
 }
 
 __all__ = ["ArmoptError", "Target", "__version__", "load", "optimize", "validate"]

@@ -54,7 +54,8 @@ class Binder:
         source = program.graph_module
         root = torch.nn.Module()
         graph = fx.Graph()
-        output = graph.graph_copy(source.graph, mapping := {})
+        mapping: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(source.graph, mapping)
         graph.output(output)
         constants = dict(source.named_buffers())
         bound = []
@@ -81,7 +82,7 @@ class Binder:
         self, site: Site, planned: Kernel, node: fx.Node, constants: dict[str, torch.Tensor]
     ) -> tuple[Kernel, torch.Tensor, list[str]]:
         """The first kernel that is available, takes the site and passes its probe; with its packed weight."""
-        reasons = []
+        reasons: list[str] = []
         others = [table.get(name) for name in FALLBACKS[site.op] if name != planned.name]
         # a node planned in FP32 stays in FP32
         allowed = [k for k in others if planned.precision != "fp32" or k.precision == "fp32"]

@@ -149,7 +149,8 @@ def digest(graph_module: fx.GraphModule) -> str:
     for name, tensor in sorted([*graph_module.named_parameters(), *graph_module.named_buffers()]):
         state.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         data = tensor.detach().contiguous()
-        state.update(data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b"")
+        if data.numel():
+            state.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
@@ -217,7 +218,7 @@ def resize_batch_of(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, dict[s
 def _dynamic_shapes(model: torch.nn.Module, args: Args, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_tensor(leaf) and leaf.dim() > 0]
     dimension = torch.export.Dim("batch", min=1)
-    shapes = torch.export.ShapesCollection()
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     size = tensors[0].shape[0]
     for tensor in {id(t): t for t in tensors}.values():
         if tensor.shape[0] == size:

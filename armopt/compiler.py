@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 import armopt
-from armopt import capture, environment, passes, pipeline, plan, sites, sources, structure, targets, validate
+from armopt import accuracy as metrics
+from armopt import capture, environment, passes, pipeline, plan, sites, sources, structure, targets
 from armopt import graph as g
 from armopt.bundle import codec, manifest, writer
 from armopt.errors import AccuracyError, InputError
@@ -80,7 +81,7 @@ def optimize(
     target: str | Target = "graviton3",
     batch: Sequence[int] = (),
     policy: plan.Policy | None = None,
-    min_cosine: float = validate.MIN_COSINE,
+    min_cosine: float = metrics.MIN_COSINE,
     force: bool = False,
     progress: Progress = _silent,
 ) -> manifest.Manifest:
@@ -88,7 +89,7 @@ def optimize(
 
     Args:
         model: A module, an exported program, or the path of a model file.
-        example_inputs: Positional inputs as a sequence, or named ones as a mapping; a file or a program may have its own.
+        example_inputs: Positional inputs as a sequence, or named ones as a mapping; a file may have its own.
         output: Where the bundle goes; a folder, or one file where it ends in .zip.
         target: A product's name (see ``armopt targets``), or ``host``.
         batch: Sizes of the first dimension to plan for; several make it dynamic.
@@ -131,7 +132,7 @@ def optimize(
         writer.ENV: environment.render(variables, "shell"),
         writer.REQUIREMENTS: _requirements(),
     }
-    signature = {
+    signature: dict[str, Any] = {
         "inputs": captured.inputs,
         "outputs": captured.outputs,
         "specs": [asdict(spec) for spec in captured.input_specs],
@@ -196,10 +197,10 @@ def check_accuracy(captured: Captured, programs: Sequence[codec.Program], min_co
         with torch.no_grad():
             reference = captured.graph_module(*tensors)
             result = program.graph_module(*tensors)
-        found[validate.bucket_name(program.bucket)] = validate.compare_all(
+        found[metrics.bucket_name(program.bucket)] = metrics.compare_all(
             structure.output_names(captured.outputs, len(reference)), reference, result
         )
-    return validate.summary(found, min_cosine=min_cosine, reference="the model in FP32, on its example inputs")
+    return metrics.summary(found, min_cosine=min_cosine, reference="the model in FP32, on its example inputs")
 
 
 def example_at(captured: Captured, bucket: Bucket) -> tuple[torch.Tensor, ...]:

@@ -49,7 +49,7 @@ def run(graph_module: fx.GraphModule, passes: Iterable[Pass]) -> tuple[fx.GraphM
 
 
 def check(graph_module: fx.GraphModule) -> None:
-    """The invariants: a well-formed graph, constants that exist, a true fake tensor on every node with a tensor result."""
+    """The invariants: a well-formed graph, constants that exist, a fake tensor on every node."""
     graph_module.graph.lint()
     for node in graph_module.graph.nodes:
         if node.op not in ("placeholder", "get_attr", "call_function", "output"):

@@ -23,7 +23,7 @@ def refusal(kernel: Kernel, site: Site, run: Callable[[torch.Tensor], object]) -
         run: Calls the kernel on an input of that shape, with the weight packed already.
 
     Returns:
-        The reason: a reference implementation, a weight reordered on every call, or FP32 weights where BF16 was planned.
+        The reason: a reference implementation, a weight reordered on every call, or weights that are not BF16.
     """
     if kernel.backend not in ("acl", "onednn"):
         return None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from armopt import structure
+from armopt import environment, structure, targets
 from armopt.bind import Binder, Bound
 from armopt.bundle import reader
 from armopt.bundle.codec import Program
@@ -120,9 +120,8 @@ class Model:
         expected_kwargs = self._inputs["items"]["kwargs"]["items"]
         if len(given) == self._positional and named.keys() == expected_kwargs.keys():
             return given, named
-        for name in self._names[len(given) : self._positional]:
-            if name in named and name not in expected_kwargs:
-                given.append(named.pop(name))
+        wanted = [name for name in self._names[len(given) : self._positional] if name not in expected_kwargs]
+        given += [named.pop(name) for name in wanted if name in named]
         for i, name in enumerate(self._names[self._positional : len(given)], start=self._positional):
             if name in expected_kwargs and name not in named:
                 named[name] = given[i]
@@ -156,8 +155,8 @@ def load(path: str | Path, *, strict: bool = False) -> Model:
     """Loads a bundle for this host.
 
     On the target's architecture each kernel is run once with oneDNN's log on; one that answers with a reference
-    implementation, or reorders its weight on every call, is replaced by the next best, with a warning. On another architecture
-    the portable twins run: the target's rounding, not its speed.
+    implementation, or reorders its weight on every call, is replaced by the next best, with a warning. On another
+    architecture the portable twins run: the target's rounding, not its speed.
 
     Args:
         path: The bundle, a folder or a zip.
@@ -174,8 +173,8 @@ def load(path: str | Path, *, strict: bool = False) -> Model:
     portable = platform.machine() != bundle.manifest.machine
     if portable:
         warnings.warn(
-            f"this host is {platform.machine()}, the bundle is for {bundle.manifest.target} ({bundle.manifest.machine}): "
-            f"running portable twins with the target's rounding; their speed says nothing about {bundle.manifest.target}",
+            f"the bundle is for {bundle.manifest.target} ({bundle.manifest.machine}), this host is {platform.machine()}: "
+            "portable twins run, with the target's rounding but not its speed",
             ArmoptWarning,
             stacklevel=2,
         )
@@ -218,24 +217,26 @@ def fast_math(environ: Mapping[str, str]) -> bool:
 
 
 def _check_host(manifest: Manifest, strict: bool) -> None:
-    from armopt import targets
-
+    """Compares this host and process with the manifest: refuses what can't run, warns of what costs."""
     host = targets.host()
-    missing = [feature for feature in manifest.required_features if feature not in host.isa_features]
-    if missing:
-        raise HostError(
-            f"the bundle is for {manifest.target} and needs {', '.join(missing)}; this host ({host.core}) has none",
-            hint=f"Optimize the model again with --target {_nearest(host.core)}",
-        )
-
-
-def _nearest(core: str) -> str:
-    from armopt import targets
-
-    for name in targets.names():
-        if targets.load(name).core == core:
-            return name
-    return "host"
+    differences = environment.compare(
+        manifest.environment,
+        manifest.required_features,
+        # versions of a machine of another kind say nothing about this one
+        manifest.versions if manifest.versions.get("machine") == platform.machine() else {},
+        host,
+        os.environ,
+        record=environment.record(),
+        late=environment.late_variables(manifest.environment),
+    )
+    for difference in differences:
+        if difference.severity == "hard":
+            found = f"{difference.what}: expected {difference.expected}, found {difference.found}"
+            raise HostError(f"the bundle is for {manifest.target}. {found}", hint=difference.remedy)
+        if difference.severity == "soft":
+            if strict:
+                raise HostError(str(difference), hint="Start the process with: armopt run BUNDLE -- CMD")
+            warnings.warn(str(difference), ArmoptWarning, stacklevel=3)
 
 
 def _short(dtype: torch.dtype) -> str:

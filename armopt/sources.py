@@ -140,7 +140,9 @@ def _from_pt2(path: Path, options: Options) -> Captured:
 def _from_torchscript(path: Path, options: Options) -> Captured:
     zoo.ensure_torchvision_if_installed()
     try:
-        script = torch.jit.load(path, map_location="cpu")
+        script: Any = torch.jit.load(  # type: ignore[no-untyped-call]
+            path, map_location="cpu"
+        )
     except Exception as error:
         raise InputError(f"TorchScript can't load it: {_first_line(error)}", where=str(path)) from error
     capture.check_dtypes(script, str(path))
@@ -210,7 +212,8 @@ def _read_safetensors(path: Path) -> Mapping[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        state: Mapping[str, torch.Tensor] = load_file(path)
+        return state
     except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(
             f"is truncated or damaged: {_first_line(error)}", where=str(path), hint="Copy it again"

@@ -1,8 +1,9 @@
 """How nested arguments and results map to a flat list of tensors, as plain data that a bundle can hold.
 
 A structure is a dictionary with a ``kind``:
-``tensor`` (with its index), ``constant`` (None, bool, int, float, str), ``list``, ``tuple``, ``dict``, ``namedtuple`` and
-``record`` (a dataclass or a model output, by field). Classes are kept by name only: nothing is imported to rebuild them.
+``tensor`` (with its index), ``constant`` (None, bool, int, float, str), ``list``, ``tuple``, ``dict``, ``namedtuple``
+and ``record`` (a dataclass or a model output, by field). Classes are kept by name only: nothing is imported to rebuild
+them.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def _constructor(structure: Structure) -> Callable[..., Any]:
     if isinstance(found, type) and _takes_fields(found):
         return found
     if structure["kind"] == "namedtuple":
-        return collections.namedtuple(qualname, fields)  # type: ignore[misc]
+        return collections.namedtuple(qualname, fields)
     return type(qualname, (Record,), {"__module__": module_name})
 
 

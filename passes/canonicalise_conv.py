@@ -25,7 +25,7 @@ _TRANSPOSED = {
 _GENERAL = _aten.convolution.default
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """The message is the reason."""
 
 
@@ -33,8 +33,8 @@ class _Refused(Exception):
 class CanonicaliseConv:
     """conv1d, conv2d, conv3d, conv_transpose*d and convolution -> armopt.conv.
 
-    Refuses a weight or bias that is no constant, another dtype than FP32, an input without a batch dimension, and padding
-    that differs between the two sides.
+    Refuses a weight or bias that is no constant, another dtype than FP32, an input without a batch dimension, and
+    padding that differs between the two sides.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -43,7 +43,7 @@ class CanonicaliseConv:
         for node in g.calls(graph_module.graph, *_FORWARD, *_STRING_PADDING, *_TRANSPOSED, _GENERAL):
             try:
                 x, weight, bias, geometry = _operands(graph_module, node)
-            except _Refused as refusal:
+            except _RefusedError as refusal:
                 skipped.append(Skip(node.name, str(refusal)))
                 continue
             layer_name = re.sub(r"_?weight(_t)?$", "", str(weight.target)) or node.name
@@ -58,19 +58,19 @@ class CanonicaliseConv:
 def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[Any, ...]]:
     arguments: Any = node.normalized_arguments(graph_module, normalize_to_only_use_kwargs=True)
     if arguments is None:
-        raise _Refused("its arguments don't fit the schema")
+        raise _RefusedError("its arguments don't fit the schema")
     given = arguments.kwargs
     x, weight, bias = given["input"], given["weight"], given.get("bias")
     tensor = g.constant(graph_module, weight)
     if tensor is None:
-        raise _Refused("the weight is not a constant")
+        raise _RefusedError("the weight is not a constant")
     if bias is not None and g.constant(graph_module, bias) is None:
-        raise _Refused("the bias is not a constant")
+        raise _RefusedError("the bias is not a constant")
     if not (g.is_float32(x) and tensor.dtype == torch.float32):
-        raise _Refused(f"works on {g.value(x).dtype} and {tensor.dtype}, not FP32".replace("torch.", ""))
+        raise _RefusedError(f"works on {g.value(x).dtype} and {tensor.dtype}, not FP32".replace("torch.", ""))
     spatial = tensor.dim() - 2
     if g.value(x).dim() != spatial + 2:
-        raise _Refused("the input has no batch dimension")
+        raise _RefusedError("the input has no batch dimension")
     stride, dilation = _spread(given["stride"], spatial), _spread(given["dilation"], spatial)
     if node.target in _STRING_PADDING:
         padding = _same_padding(given["padding"], tensor.shape[2:], dilation)
@@ -92,5 +92,5 @@ def _same_padding(padding: str, kernel: torch.Size, dilation: list[int]) -> list
         return [0] * len(dilation)
     totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
     if any(total % 2 for total in totals):
-        raise _Refused("padding='same' with an even kernel pads one side more")
+        raise _RefusedError("padding='same' with an even kernel pads one side more")
     return [total // 2 for total in totals]

@@ -18,7 +18,7 @@ _aten = torch.ops.aten
 _FORMS = (_aten.linear.default, _aten.addmm.default, _aten.mm.default, _aten.matmul.default)
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """A form that is no Linear; the message is the reason."""
 
 
@@ -26,8 +26,8 @@ class _Refused(Exception):
 class CanonicaliseLinear:
     """linear(x, W, b), addmm(b, x, V), mm(x, V), matmul(x, V) -> armopt.linear(x, W, b) with W = V.T of shape [N, K].
 
-    Refuses a weight or bias that is no constant, another dtype than FP32, a scaled addmm, and a bias that is not one value
-    per output feature.
+    Refuses a weight or bias that is no constant, another dtype than FP32, a scaled addmm, and a bias that is not one
+    value per output feature.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -37,7 +37,7 @@ class CanonicaliseLinear:
         for node in g.calls(graph_module.graph, *_FORMS):
             try:
                 x, weight, bias, is_transposed = _operands(graph_module, node)
-            except _Refused as refusal:
+            except _RefusedError as refusal:
                 skipped.append(Skip(node.name, str(refusal)))
                 continue
             if is_transposed:
@@ -63,26 +63,26 @@ def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.
         x, weight, bias = (*node.args, None)[:3]
     elif node.target is _aten.addmm.default:
         if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
-            raise _Refused("addmm with alpha or beta other than 1")
+            raise _RefusedError("addmm with alpha or beta other than 1")
         bias, x, weight = node.args
     else:
         x, weight = node.args
     tensor = g.constant(graph_module, weight)
     if tensor is None:
-        raise _Refused("the weight is not a constant")
+        raise _RefusedError("the weight is not a constant")
     if tensor.dim() != 2:
-        raise _Refused(f"the weight has {tensor.dim()} dimensions")
+        raise _RefusedError(f"the weight has {tensor.dim()} dimensions")
     if not (g.is_float32(x) and tensor.dtype == torch.float32):
-        raise _Refused(f"works on {_dtype(x)} and {tensor.dtype}, not FP32".replace("torch.", ""))
+        raise _RefusedError(f"works on {_dtype(x)} and {tensor.dtype}, not FP32".replace("torch.", ""))
     if g.value(x).dim() < 1 or min(tensor.shape) == 0:
-        raise _Refused("an empty or scalar operand")
+        raise _RefusedError("an empty or scalar operand")
     features = tensor.shape[0] if node.target is _aten.linear.default else tensor.shape[1]
     if bias is not None:
         values = g.constant(graph_module, bias)
         if values is None:
-            raise _Refused("the bias is not a constant")
+            raise _RefusedError("the bias is not a constant")
         if values.shape != (features,) or values.dtype != torch.float32:
-            raise _Refused(f"the bias has shape {tuple(values.shape)}, not one FP32 value per output feature")
+            raise _RefusedError(f"the bias has shape {tuple(values.shape)}, not one FP32 value per output feature")
     return x, weight, bias, node.target is not _aten.linear.default
 
 

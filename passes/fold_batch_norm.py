@@ -34,8 +34,8 @@ class _Norm:
 class FoldBatchNorm:
     """batch_norm(conv(x, W, b)) -> conv(x, W', b'); linear likewise.
 
-    W' and b' are computed in FP64. Refuses a layer whose result is used elsewhere, a fused post-op, running statistics that
-    are no constants, and a weight shared with a layer that has another batch norm.
+    W' and b' are computed in FP64. Refuses a layer whose result is used elsewhere, a fused post-op, running statistics
+    that are no constants, and a weight shared with a layer that has another batch norm.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:

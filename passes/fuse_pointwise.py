@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,7 +14,7 @@ from armopt.kernels import post_ops
 from armopt.kernels.ops import OTHER, POST_OP
 
 _aten = torch.ops.aten
-_UNARY = {
+_UNARY: dict[Any, str] = {
     _aten.relu.default: "relu",
     _aten.silu.default: "silu",
     _aten.hardswish.default: "hardswish",
@@ -27,8 +28,8 @@ _UNARY = {
 class FusePointwise:
     """relu(layer(x)), layer(x) + y, relu(layer(x) + y)… -> layer(x, post_op=…).
 
-    Refuses a layer whose result is used elsewhere, an addition that broadcasts or scales, and a second function behind the
-    first other than relu behind add.
+    Refuses a layer whose result is used elsewhere, an addition that broadcasts or scales, and a second function behind
+    the first other than relu behind add.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -57,7 +58,7 @@ def _unary(node: fx.Node) -> str | None:
         return "relu6" if bounds == (0, 6) else None
     if node.target is _aten.clamp_min.default and node.args[1] == 0:
         return "relu"
-    return _UNARY.get(node.target)  # type: ignore[arg-type]
+    return _UNARY.get(node.target)
 
 
 def _layer(node: object) -> fx.Node | None:
@@ -68,7 +69,7 @@ def _fuse_unary(node: fx.Node, name: str, rewritten: list[str], skipped: list[Sk
     layer = _layer(node.args[0])
     if layer is None:
         return
-    present = layer.args[POST_OP[layer.target]]  # type: ignore[index]
+    present = layer.args[POST_OP[layer.target]]
     if len(layer.users) > 1:
         skipped.append(Skip(node.name, f"{layer.name} is used by {len(layer.users)} nodes"))
     elif present == post_ops.NONE:
@@ -84,7 +85,7 @@ def _fuse_add(node: fx.Node, order: dict[fx.Node, int], rewritten: list[str], sk
     layers = [n for n in (_layer(first), _layer(second)) if n is not None]
     if not layers:
         return
-    free = [n for n in layers if n.args[POST_OP[n.target]] == post_ops.NONE and len(n.users) == 1]  # type: ignore[index]
+    free = [n for n in layers if n.args[POST_OP[n.target]] == post_ops.NONE and len(n.users) == 1]
     if not free or first is second:
         names = " and ".join(n.name for n in layers)
         skipped.append(Skip(node.name, f"{names}: used elsewhere, or with a post-op already"))
@@ -104,9 +105,9 @@ def _fuse_add(node: fx.Node, order: dict[fx.Node, int], rewritten: list[str], sk
 
 def _rewrite(node: fx.Node, layer: fx.Node, post_op: str, other: object, rewritten: list[str]) -> None:
     """Moves the layer to where `node` is, so that everything it reads is defined."""
-    args = list(layer.args)
-    args[OTHER] = other  # type: ignore[call-overload]
-    args[POST_OP[layer.target]] = post_op  # type: ignore[index]
+    args: list[Any] = list(layer.args)
+    args[OTHER] = other
+    args[POST_OP[layer.target]] = post_op
     node.prepend(layer)
     layer.args = tuple(args)
     rewritten.append(node.name)

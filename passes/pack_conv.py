@@ -17,7 +17,8 @@ from armopt.passes import _pack
 class PackConv:
     """armopt.conv(x, W, kernel=aten) -> cast(armopt.conv(cast(x), W', kernel=planned)).
 
-    W' is W in the dtype that the kernel packs; nodes that share W share W'. Refuses what the plan refuses, with its reason.
+    W' is W in the dtype that the kernel packs; nodes that share W share W'. Refuses what the plan refuses, with its
+    reason.
     """
 
     decisions: Mapping[str, Decision]

@@ -43,8 +43,8 @@ _ROUNDS_ONCE = frozenset({_aten.gelu.default, _aten.silu.default, _aten.hardswis
 class PropagateBf16:
     """cast_bf16(cast_fp32(x)) -> x; cast_bf16(f(cast_fp32(x))) -> f(x) for an f that moves or selects values.
 
-    The second form reaches through gelu, silu and hardswish as well, which round once more. Refuses an f whose FP32 result is
-    used by anything but casts to BF16.
+    The second form reaches through gelu, silu and hardswish as well, which round once more. Refuses an f whose FP32
+    result is used by anything but casts to BF16.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -92,12 +92,13 @@ def _sink(graph_module: fx.GraphModule) -> list[str]:
         if not is_cast(source, torch.float32) or not _wants_bf16(node):
             continue
         assert isinstance(source, fx.Node)
+        target: Any = node.target
         half = g.insert_call(
             graph_module.graph,
             node,
-            node.target,
+            target,
             (source.args[0], *node.args[1:]),
-            dict(node.kwargs),  # type: ignore[arg-type]
+            dict(node.kwargs),
         )
         rewritten.append(node.name)
         g.replace_and_erase(node, cast(graph_module.graph, node, half, torch.float32))

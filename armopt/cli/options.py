@@ -17,7 +17,7 @@ ModelPath = Annotated[
     Path | None,
     typer.Argument(
         metavar="MODEL",
-        help="A .pt2, a TorchScript file, a pickled module or a state dict (.pt, .safetensors). Left out, --model alone is taken.",
+        help="A .pt2, TorchScript, a pickled module or a state dict (.pt, .safetensors). May be left out with --model.",
         show_default=False,
     ),
 ]

@@ -21,17 +21,17 @@ def run(
     workers: Annotated[int, typer.Option("--workers", min=1, help="How many such processes share this host.")] = 1,
 ) -> None:
     """Run a command in the environment that a bundle wants. The command's exit code is the exit code."""
-    from armopt import environment
+    from armopt import environment, targets
     from armopt.bundle import reader
     from armopt.errors import HostError, InputError
 
     manifest = reader.read_manifest(bundle)
     if not command:
         raise InputError("no command", hint="Write it after --: armopt run BUNDLE -- python serve.py")
+    count = threads or environment.threads_for_host(workers)
+    here = environment.variables(targets.load(manifest.target), threads=count, build=environment.installed())
     chosen = {name: entry["value"] for name, entry in manifest.environment.items()}
-    chosen.setdefault("OMP_NUM_THREADS", str(threads or environment.threads_for_host(workers)))
-    if threads is not None:
-        chosen["OMP_NUM_THREADS"] = str(threads)
+    chosen |= {name: variable.value for name, variable in here.items()}
     if shutil.which(command[0]) is None:
         raise InputError("there is no such command", where=command[0], hint="Check the words after --")
     environ = {**os.environ, **chosen}

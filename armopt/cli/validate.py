@@ -20,12 +20,11 @@ def validate(
     as_json: options.Json = False,
 ) -> None:
     """Compare a bundle with FP32: cosine similarity, SQNR, largest error. Exit code 4 if the gate fails."""
-    from armopt import inputs
-    from armopt import validate as core
+    from armopt import accuracy, inputs
     from armopt.errors import AccuracyError
 
     out = sink.Sink(as_json)
-    report = core.validate(
+    report = accuracy.validate(
         bundle,
         against=against,
         model=reference,

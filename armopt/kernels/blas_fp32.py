@@ -1,7 +1,7 @@
 """Linear through BLAS in FP32: addmm on a weight stored [K, N].
 
-That layout goes to BLAS on every build at every size, with mkldnn left on, so it is thread-safe; a call costs a tenth of a
-packed convolution before any arithmetic. Weights are kept in BF16 in the bundle and widened once.
+That layout goes to BLAS on every build at every size, with mkldnn left on, so it is thread-safe; a call costs a tenth
+of a packed convolution before any arithmetic. Weights are kept in BF16 in the bundle and widened once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Linear as a packed 1x1 convolution on BF16 activations.
 
-The Compute Library answers with BFMMLA on every aarch64 build seen. The bias has to be BF16 too: with an FP32 bias torch
-2.10 answers ``ref:any``.
+The Compute Library answers with BFMMLA on every aarch64 build seen. The bias has to be BF16 too: with an FP32 bias
+torch 2.10 answers ``ref:any``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the kernels that call oneDNN's packed convolution share: packing, the call, and which post-ops it fuses.
 
-Source of what fuses: oneDNN's log on the aarch64 builds 2.10.0 and 2.13.0. On FP32 activations the Compute Library takes
-relu, sigmoid and a residual add (with relu); the others fall to ``gemm:ref`` or to FP32. On BF16 activations any post-op
-gives ``ref:any`` on 2.10.0, so it runs as a separate in-place operation.
+Source of what fuses: oneDNN's log on the aarch64 builds 2.10.0 and 2.13.0. On FP32 activations the Compute Library
+takes relu, sigmoid and a residual add (with relu); the others fall to ``gemm:ref`` or to FP32. On BF16 activations any
+post-op gives ``ref:any`` on 2.10.0, so it runs as a separate in-place operation.
 """
 
 from __future__ import annotations
@@ -132,16 +132,18 @@ def refuses_dense_2d(site: Site) -> str | None:
 def bf16_block(site: Site, target: Target) -> int:
     """Terms that the Compute Library sums in FP32 before it rounds to a BF16 result and goes on from there.
 
-    Its interleaved GEMM splits K so that one block of the wider operand fills half of a 32 KiB L1 cache, then evenly. With BF16
-    results the running sum is kept in the result. The SVE kernel is 3 vectors of FP32 wide, the NEON one 12 columns, which is
-    taken where it pads more than a quarter less.
+    Its interleaved GEMM splits K so that one block of the wider operand fills half of a 32 KiB L1 cache, then evenly.
+    With BF16 results the running sum is kept in the result. The SVE kernel is 3 vectors of FP32 wide, the NEON one 12
+    columns, which is taken where it pads over a quarter less, and where batch and height together are less than the
+    filter's height.
 
-    Source: agrees to the bit with torch 2.10.0 on emulated Neoverse-V1 and N2 (tests/arm64/test_rounding.py).
+    Source: agrees with torch 2.10.0 on emulated Neoverse-V1 and N2 (tests/arm64/test_rounding.py).
     """
-    channels = site.weight[1]
-    total = -(-channels // 4) * 4 * math.prod(site.weight[2:])
-    wide = 3 * target.vector_bits // 32 if "sve" in target.isa_features else 12
-    width = wide if _up(site.n, wide) <= 1.25 * _up(site.n, 12) else 12
+    filters = site.weight[2:]
+    total = _up(site.weight[1], 4) * math.prod(filters)
+    sve = 3 * target.vector_bits // 32 if "sve" in target.isa_features else 12
+    low = len(filters) == 2 and site.shape[0] * site.shape[2] < filters[0]
+    width = 12 if low or _up(site.n, sve) > 1.25 * _up(site.n, 12) else sve
     most = 32 * 1024 // 2 // (2 * max(width, 8)) // 4 * 4
     return _up(-(-total // -(-total // most)), 4) if total > most else 0
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from armopt.kernels import post_ops, table
 from armopt.kernels.base import Kernel
 
-_LIBRARY = torch.library.Library("armopt", "DEF")
+_LIBRARY: Any = torch.library.Library("armopt", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? other, str post_op, str kernel, int block) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -33,7 +34,7 @@ def _bias(kernel: Kernel, bias: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _in_blocks(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block: int) -> torch.Tensor:
-    """A product whose sum is rounded to BF16 after every `block` terms, as the Compute Library does with BF16 results."""
+    """A product whose sum is rounded to BF16 after every `block` terms: the Compute Library's, with BF16 results."""
     y = torch.nn.functional.linear(x[..., :block], weight[:, :block], bias).bfloat16()
     for start in range(block, x.shape[-1], block):
         part = torch.nn.functional.linear(x[..., start : start + block], weight[:, start : start + block])
@@ -168,6 +169,6 @@ LINEAR = torch.ops.armopt.linear.default
 CONV = torch.ops.armopt.conv.default
 #: Where arguments stand in both.
 OTHER = 3
-POST_OP = {LINEAR: 4, CONV: 10}
-KERNEL = {LINEAR: 5, CONV: 11}
-BLOCK = {LINEAR: 6, CONV: 12}
+POST_OP: dict[Any, int] = {LINEAR: 4, CONV: 10}
+KERNEL: dict[Any, int] = {LINEAR: 5, CONV: 11}
+BLOCK: dict[Any, int] = {LINEAR: 6, CONV: 12}
