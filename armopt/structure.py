@@ -144,17 +144,17 @@ def flatten(structure: Structure, tree: Any, where: str) -> list[Any]:
     Raises:
         InputError: `tree` nests otherwise, or a constant differs from the one captured.
     """
-    flat: list[Any] = []
+    flat: dict[int, Any] = {}
     for kind, expected, found, path in _pairs(structure, tree, where):
         if kind == "tensor":
-            flat.append(found)
+            flat[expected] = found
         elif kind == "constant" and not (expected is found or expected == found):
             raise InputError(
                 f"the model was captured with {expected!r}, not {found!r}",
                 where=path,
                 hint="Optimize it again with this value",
             )
-    return flat
+    return [flat[index] for index in sorted(flat)]
 
 
 def _pairs(structure: Structure, tree: Any, path: str) -> Iterator[tuple[str, Any, Any, str]]:

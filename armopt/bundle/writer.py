@@ -80,8 +80,9 @@ def write(
     check_place(path, force=force)
     try:
         with _temporary(path) as folder:
+            # not sorted: the order of fields is part of what the model takes and returns
             graph = {**signature, "programs": [codec.encode(program) for program in programs]}
-            _write_text(folder / GRAPH, json.dumps(graph, indent=None, sort_keys=True, allow_nan=False) + "\n")
+            _write_text(folder / GRAPH, json.dumps(graph, allow_nan=False) + "\n")
             save_file(collect_weights(programs), folder / WEIGHTS, metadata={"format": "pt"})
             _sync(folder / WEIGHTS)
             for name, text in texts.items():
