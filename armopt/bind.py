@@ -20,7 +20,7 @@ _aten = torch.ops.aten
 
 #: What to try, in order, when a planned kernel can't be had; plain ATen always can.
 FALLBACKS = {
-    "linear": ("conv1x1_bf16", "conv1x1_fastmath", "blas_fp32_w16", "aten_linear"),
+    "linear": ("conv1x1_bf16", "conv1x1_fastmath", "blas_fp32_w16", "blas_fp32", "aten_linear"),
     "conv": ("conv_bf16", "conv_fastmath", "conv_fp32", "conv_transpose_fp32", "aten_conv"),
 }
 
@@ -84,6 +84,7 @@ class Binder:
         """The first kernel that is available, takes the site and passes its probe; with its packed weight."""
         reasons: list[str] = []
         others = [table.get(name) for name in FALLBACKS[site.op] if name != planned.name]
+        others.sort(key=lambda kernel: kernel.activations != planned.activations)  # the same dtype needs no casts
         # a node planned in FP32 stays in FP32
         allowed = [k for k in others if planned.precision != "fp32" or k.precision == "fp32"]
         stored = constants[site.weight_key]

@@ -133,7 +133,9 @@ class Site:
         output_padding: Of a transposed convolution.
         post_op: What is fused behind it (``none``, ``relu``, ``add_relu``…).
         weight_key: The parameter; sites that share it share storage.
-        producers: Sites whose output reaches this input through dtype-agnostic operations alone.
+        source: The node that makes the input, looking through operations that only move or select values.
+        residual: The same for the second tensor of a fused addition; empty where there is none.
+        escapes: Whether the result is read, through such operations, by anything but sites.
     """
 
     node: str
@@ -151,7 +153,9 @@ class Site:
     output_padding: tuple[int, ...] = ()
     post_op: str = "none"
     weight_key: str = ""
-    producers: tuple[str, ...] = ()
+    source: str = ""
+    residual: str = ""
+    escapes: bool = True
 
 
 @dataclass(frozen=True, slots=True)

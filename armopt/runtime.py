@@ -172,8 +172,9 @@ def load(path: str | Path, *, strict: bool = False) -> Model:
     bundle = reader.read(path)
     portable = platform.machine() != bundle.manifest.machine
     if portable:
+        aim = f"{bundle.manifest.target} ({bundle.manifest.machine})"
         warnings.warn(
-            f"the bundle is for {bundle.manifest.target} ({bundle.manifest.machine}), this host is {platform.machine()}: "
+            f"the bundle is for {aim}, this host is {platform.machine()}: "
             "portable twins run, with the target's rounding but not its speed",
             ArmoptWarning,
             stacklevel=2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import fx
 
 from armopt import graph as g
 from armopt.ir import Bucket, Site
-from armopt.kernels.ops import CONV, LINEAR, output_size
+from armopt.kernels.ops import CONV, LINEAR, OTHER, output_size
+from armopt.transparent import origin, readers
 
 
 def layers(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -21,9 +23,18 @@ def layers(graph: fx.Graph) -> Iterator[fx.Node]:
 
 def find(graph_module: fx.GraphModule, bucket: Bucket) -> tuple[Site, ...]:
     """All sites, with shapes as they are at `bucket`."""
-    return tuple(
-        describe(node, g.concrete_shape(_meta(node.args[0]).shape, bucket), tuple(_meta(node.args[1]).shape))
-        for node in layers(graph_module.graph)
+    return tuple(_connected(node, bucket) for node in layers(graph_module.graph))
+
+
+def _connected(node: fx.Node, bucket: Bucket) -> Site:
+    """The site of one node, with what it is connected to."""
+    site = describe(node, g.concrete_shape(_meta(node.args[0]).shape, bucket), tuple(_meta(node.args[1]).shape))
+    other = node.args[OTHER]
+    return replace(
+        site,
+        source=origin(node.args[0]).name,
+        residual="" if other is None else origin(other).name,
+        escapes=any(reader.target not in (LINEAR, CONV) for reader in readers(node)),
     )
 
 

@@ -11,32 +11,10 @@ from torch import fx
 from armopt import graph as g
 from armopt.ir import PassResult
 from armopt.passes._pack import cast
+from armopt.transparent import TRANSPARENT
 
 _aten = torch.ops.aten
 _CAST = _aten._to_copy.default
-#: Operations that move or select values: BF16 in, the same BF16 out.
-_EXACT = frozenset(
-    {
-        _aten.reshape.default,
-        _aten.permute.default,
-        _aten.transpose.int,
-        _aten.unsqueeze.default,
-        _aten.squeeze.default,
-        _aten.squeeze.dim,
-        _aten.squeeze.dims,
-        _aten.flatten.using_ints,
-        _aten.expand.default,
-        _aten.slice.Tensor,
-        _aten.select.int,
-        _aten.relu.default,
-        _aten.hardtanh.default,
-        _aten.max_pool2d.default,
-        _aten.constant_pad_nd.default,
-        _aten.channel_shuffle.default,
-    }
-)
-#: Operations that compute in FP32 on BF16 operands and round once: one rounding more than in FP32.
-_ROUNDS_ONCE = frozenset({_aten.gelu.default, _aten.silu.default, _aten.hardswish.default})
 
 
 @dataclass(frozen=True)
@@ -87,7 +65,7 @@ def _cancel(graph_module: fx.GraphModule) -> list[str]:
 def _sink(graph_module: fx.GraphModule) -> list[str]:
     """f(cast_fp32(x)) -> cast_fp32(f(x)) where every reader of f goes back to BF16, so that the casts cancel."""
     rewritten = []
-    for node in g.calls(graph_module.graph, *_EXACT, *_ROUNDS_ONCE):
+    for node in g.calls(graph_module.graph, *TRANSPARENT):
         source = node.args[0]
         if not is_cast(source, torch.float32) or not _wants_bf16(node):
             continue
@@ -110,6 +88,5 @@ def _sink(graph_module: fx.GraphModule) -> list[str]:
 def _wants_bf16(node: fx.Node) -> bool:
     """Whether all that reads a node, through operations that may run in BF16, converts it to BF16."""
     return bool(node.users) and all(
-        is_cast(user, torch.bfloat16) or (user.target in _EXACT | _ROUNDS_ONCE and _wants_bf16(user))
-        for user in node.users
+        is_cast(user, torch.bfloat16) or (user.target in TRANSPARENT and _wants_bf16(user)) for user in node.users
     )

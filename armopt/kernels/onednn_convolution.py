@@ -139,6 +139,8 @@ def bf16_block(site: Site, target: Target) -> int:
 
     Source: agrees with torch 2.10.0 on emulated Neoverse-V1 and N2 (tests/arm64/test_rounding.py).
     """
+    if "asimd" not in target.isa_features:
+        return 0
     filters = site.weight[2:]
     total = _up(site.weight[1], 4) * math.prod(filters)
     sve = 3 * target.vector_bits // 32 if "sve" in target.isa_features else 12

@@ -13,6 +13,7 @@ from armopt.kernels import (
     conv_fastmath,
     conv_fp32,
     conv_transpose_fp32,
+    linear_fastmath,
 )
 from armopt.kernels.base import Kernel
 
@@ -20,6 +21,7 @@ ALL = (
     conv1x1_bf16.KERNEL,
     conv1x1_fastmath.KERNEL,
     conv1x1_fp32.KERNEL,
+    linear_fastmath.KERNEL,
     blas_fp32.KERNEL,
     blas_fp32.KERNEL_BF16_WEIGHTS,
     conv_bf16.KERNEL,

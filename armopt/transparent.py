@@ -1,0 +1,52 @@
+"""Operations through which activations may stay in BF16: they move or select values, or round once more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+_aten = torch.ops.aten
+
+#: Move or select values: BF16 in, the same BF16 out.
+EXACT = frozenset(
+    {
+        _aten.reshape.default,
+        _aten.permute.default,
+        _aten.transpose.int,
+        _aten.unsqueeze.default,
+        _aten.squeeze.default,
+        _aten.squeeze.dim,
+        _aten.squeeze.dims,
+        _aten.flatten.using_ints,
+        _aten.expand.default,
+        _aten.slice.Tensor,
+        _aten.select.int,
+        _aten.relu.default,
+        _aten.hardtanh.default,
+        _aten.max_pool2d.default,
+        _aten.constant_pad_nd.default,
+        _aten.pad.default,
+        _aten.channel_shuffle.default,
+    }
+)
+#: Compute in FP32 on BF16 operands and round once: one rounding more than in FP32.
+ROUNDS_ONCE = frozenset({_aten.gelu.default, _aten.silu.default, _aten.hardswish.default})
+TRANSPARENT = EXACT | ROUNDS_ONCE
+
+
+def origin(node: Any) -> fx.Node:
+    """The node that makes a value, looking through transparent operations."""
+    while node.op == "call_function" and node.target in TRANSPARENT:
+        node = node.args[0]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a value, looking through transparent operations."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += readers(user) if user.target in TRANSPARENT else [user]
+    return found

@@ -1,0 +1,131 @@
+"""What test_bundles.py sends to the emulated side: bundles to load and call, as a server would."""
+
+import json
+import os
+import runpy
+import sys
+import time
+import warnings
+
+#: What `armopt run` may set.
+VARIABLES = (
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "LRU_CACHE_CAPACITY",
+    "OMP_NUM_THREADS",
+    "OMP_PROC_BIND",
+    "TORCH_MKLDNN_MATMUL_MIN_DIM",
+    "THP_MEM_ALLOC_ENABLE",
+)
+
+
+def run_environment(bundle, threads):
+    """What `armopt run BUNDLE --threads N -- CMD` adds to the environment; without importing torch."""
+    from pathlib import Path
+
+    from armopt import environment, targets
+    from armopt.bundle import manifest
+
+    file = Path(bundle) / manifest.NAME
+    described = manifest.from_bytes(file.read_bytes(), file)
+    here = environment.variables(targets.load(described.target), threads=threads, build=environment.installed())
+    assert "torch" not in sys.modules
+    return {name: entry["value"] for name, entry in described.environment.items()} | {
+        name: variable.value for name, variable in here.items()
+    }
+
+
+def seen_environment():
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def run(bundle, calls, captured=1, environ=None, strict=False):
+    """Loads a bundle, makes all calls once, then each again with oneDNN's log on.
+
+    `environ` is set first: too late, since torch is imported.
+    """
+    import torch
+
+    import armopt
+    from armopt import onednn_log
+
+    os.environ.update(environ or {})
+    start = time.monotonic()
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model = armopt.load(bundle, strict=strict)
+    finally:
+        for name in environ or {}:
+            del os.environ[name]
+    loaded = time.monotonic()
+    for inputs in calls:
+        _call(model, inputs)
+    runs = []
+    for inputs in calls:
+        with onednn_log.capture_verbose() as log:
+            for _ in range(captured):
+                result = _call(model, inputs)
+        runs.append({"output": _first(result), "log": log.text})
+    return {
+        "kernels": [[(b.node, b.planned, b.kernel, b.reason) for b in bucket] for bucket in model.kernels],
+        "portable": model.portable,
+        "warnings": [str(entry.message) for entry in said],
+        "runs": runs,
+        "torch": torch.__version__,
+        "seconds": (round(loaded - start, 1), round(time.monotonic() - loaded, 1)),
+    }
+
+
+def load_error(bundle, strict=False):
+    """The error that loading ends with: its class, exit code and text."""
+    import armopt
+
+    try:
+        armopt.load(bundle, strict=strict)
+    except armopt.ArmoptError as error:
+        return type(error).__name__, error.exit_code, str(error)
+    return None
+
+
+def command(*, arguments):
+    """`python -m armopt ARGUMENTS`, in this process, where torch is imported already; returns its exit code."""
+    before = sys.argv
+    sys.argv = ["armopt", *arguments]
+    try:
+        runpy.run_module("armopt", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _call(model, inputs):
+    return model(inputs[""]) if "" in inputs else model(**inputs)
+
+
+def _first(result):
+    import torch
+
+    if isinstance(result, torch.Tensor):
+        return result
+    return _first(next(iter(result.values() if hasattr(result, "values") else result)))
+
+
+if __name__ == "__main__":  # the script of a user: python jobs_bundles.py BUNDLE INPUT OUTPUT
+    import armopt
+
+    bundle_path, input_path, output_path = sys.argv[1:]
+    from safetensors.torch import load_file, save_file
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded_model = armopt.load(bundle_path)
+    output = loaded_model(load_file(input_path)["x"])
+    save_file({"y": output.contiguous()}, output_path)
+    kernels = sorted({bound.kernel for bucket in loaded_model.kernels for bound in bucket})
+    print(
+        json.dumps(
+            {"environment": seen_environment(), "kernels": kernels, "warnings": [str(w.message) for w in caught]}
+        )
+    )

@@ -1,0 +1,324 @@
+"""What the tests of all passes share: cases, the text form of a graph, and the tests that every pass has.
+
+A test file lists its :class:`Case` objects in a subclass of :class:`Contract`, which runs four tests on each: golden text,
+idempotence, numerics against the graph before, and true metadata on every node.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from armopt import capture, pipeline, plan, sites, targets
+from armopt import graph as g
+from armopt.bundle import codec
+from armopt.ir import Captured, PassResult, Plan
+from armopt.passes import PREPARE, Pass
+
+GOLDEN = Path(__file__).parent / "golden"
+_SHORT = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "bool",
+    torch.complex64: "c64",
+}
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    """Normal numbers, the same each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """A module in eval mode whose parameters and statistics are random and far from a batch norm's 0 and 1."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build().eval()
+        for part in model.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                for name, tensor in part.state_dict().items():
+                    if tensor.is_floating_point():
+                        tensor.copy_(torch.rand_like(tensor) + 0.5 if "var" in name else torch.randn_like(tensor))
+    return model
+
+
+def until(last: type | None) -> tuple[Pass, ...]:
+    """The passes of PREPARE in front of `last`; all of them for None."""
+    kinds = [type(step) for step in PREPARE]
+    return PREPARE if last is None else PREPARE[: kinds.index(last)]
+
+
+def plan_for(target: str, graph_module: fx.GraphModule, rows: int = 64) -> Plan:
+    """The threshold policy's plan for a static graph."""
+    policy = plan.ThresholdPolicy(rows)
+    return plan.make(sites.find(graph_module, {}), targets.load(target), policy, {})
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One model in front of one pass.
+
+    Attributes:
+        name: Also of its golden file.
+        model: Builds the module; seeded.
+        inputs: By position.
+        batch: As ``--batch``; two sizes make the first dimension dynamic.
+        ops: Operations that must be there afterwards, and how often.
+        absent: Operations that must be gone.
+        skips: The reasons for which nodes are skipped, in order.
+        rewritten: How many nodes are rewritten; None where the golden text says it well enough.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    inputs: tuple[Tensor, ...]
+    batch: tuple[int, ...] = ()
+    ops: Mapping[str, int] = field(default_factory=dict)
+    absent: Sequence[str] = ()
+    skips: Sequence[str] = ()
+    rewritten: int | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@functools.cache
+def _captured(case: Case) -> Captured:
+    return capture.module(seeded(case.model), case.inputs, batch=case.batch, source=case.name)
+
+
+class Contract:
+    """The tests of one pass. A subclass says which pass it is, what runs in front of it, and on what."""
+
+    cases: Sequence[Case] = ()
+    #: For golden files: the pass's file name.
+    folder = ""
+    #: Largest allowed error as a share of the largest value of the graph before; the subclass says why.
+    tolerance = 0.0
+
+    def before(self, graph_module: fx.GraphModule) -> fx.GraphModule:
+        """What runs in front of the pass."""
+        raise NotImplementedError
+
+    def make(self, graph_module: fx.GraphModule) -> Pass:
+        """The pass; it may depend on the graph, as a plan does."""
+        raise NotImplementedError
+
+    def graphs(self, case: Case) -> tuple[fx.GraphModule, fx.GraphModule, PassResult, Captured]:
+        """The graph before, the graph after, what the pass said, and what was captured."""
+        captured = _captured(case)
+        before = self.before(g.copy(captured.graph_module))
+        result = self.make(before)(g.copy(before))
+        return before, result.graph_module, result, captured
+
+    def test_golden(self, case: Case, update_golden: bool) -> None:
+        before, after, result, captured = self.graphs(case)
+        found = golden_text(case, self, before, after, result)
+        path = GOLDEN / self.folder / f"{case.name}.txt"
+        if update_golden:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(found)
+        assert path.exists(), f"no {path}: look at `git diff` after pytest tests/passes --update-golden"
+        assert found == path.read_text(), "if this change is meant: pytest tests/passes --update-golden"
+
+    def test_declared(self, case: Case) -> None:
+        _, after, result, _ = self.graphs(case)
+        names = [codec.target_name(node.target) for node in after.graph.nodes if node.op == "call_function"]
+        assert {op: names.count(op) for op in case.ops} == dict(case.ops)
+        assert not set(case.absent) & set(names)
+        assert [skip.reason for skip in result.skipped] == list(case.skips)
+        assert all(skip.node for skip in result.skipped)
+        assert case.rewritten is None or len(result.rewritten) == case.rewritten
+        assert result.modified == bool(result.rewritten)
+
+    def test_idempotent(self, case: Case) -> None:
+        before, after, _, _ = self.graphs(case)
+        text = graph_text(after)
+        second = self.make(before)(after)
+        assert second.modified is False
+        assert second.rewritten == ()
+        assert graph_text(second.graph_module) == text
+
+    def test_numerics(self, case: Case) -> None:
+        before, after, _, captured = self.graphs(case)
+        with torch.no_grad():
+            expected, found = before(*captured.example), after(*captured.example)
+        assert len(expected) == len(found) > 0
+        for a, b in zip(expected, found, strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert torch.isfinite(b).all()
+            if a.numel():
+                error = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30))
+                assert error <= self.tolerance, f"off by {error} of the largest value"
+
+    def test_metadata(self, case: Case) -> None:
+        _, after, _, captured = self.graphs(case)
+        pipeline.check(after)
+        check_metadata(after, captured.example)
+
+
+class TrueMetadata(fx.Interpreter):
+    """Runs a graph and compares every value with its node's ``meta["val"]``: shape (symbols too) and dtype."""
+
+    def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+        super().__init__(graph_module)
+        self.checked = 0
+        self.sizes: dict[str, int] = {}
+        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        for node, tensor in zip(placeholders, inputs, strict=True):
+            for size, real in zip(node.meta["val"].shape, tensor.shape, strict=True):
+                if not isinstance(size, int) and size.node.expr.is_symbol:
+                    self.sizes[str(size.node.expr)] = real
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op != "output":
+            self._compare(n, n.meta["val"], result)
+            self.checked += 1
+        return result
+
+    def _compare(self, node: fx.Node, said: Any, found: Any) -> None:
+        if isinstance(said, (tuple, list)):
+            for part, real in zip(said, found, strict=True):
+                self._compare(node, part, real)
+        elif isinstance(said, Tensor):
+            assert said.dtype == found.dtype, f"{node.name} is {found.dtype}, its metadata says {said.dtype}"
+            expected = g.concrete_shape(said.shape, self.sizes)
+            assert expected == tuple(found.shape), f"{node.name} is {tuple(found.shape)}, not {expected}"
+        elif isinstance(said, (int, torch.SymInt)):
+            assert g.concrete(said, self.sizes) == int(found)
+
+
+def check_metadata(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    """Every node's ``meta["val"]`` is what the node gives on real inputs."""
+    interpreter = TrueMetadata(graph_module, inputs)
+    with torch.no_grad():
+        interpreter.run(*inputs)
+    assert interpreter.checked == len(graph_module.graph.nodes) - 1
+
+
+def graph_text(graph_module: fx.GraphModule) -> str:
+    """One line for each node: name, dtype and shape, operation."""
+    lines = []
+    for node in graph_module.graph.nodes:
+        if node.op == "output":
+            lines.append(f"return {_shown(node.args[0])}")
+            continue
+        if node.op == "placeholder":
+            call = "input"
+        elif node.op == "get_attr":
+            call = "weight" if node.name == node.target else f"weight {node.target}"
+        else:
+            arguments = [_shown(arg) for arg in node.args]
+            arguments += [f"{key}={_shown(value)}" for key, value in node.kwargs.items()]
+            call = f"{codec.target_name(node.target)}({', '.join(arguments)})"
+        lines.append(f"{node.name}: {_type(node.meta.get('val'))} = {call}")
+    return "\n".join(lines)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{_SHORT.get(value.dtype, str(value.dtype))}[{','.join(map(str, g.symbolic_shape(value.shape)))}]"
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(_type(part) for part in value) + ")"
+    return type(value).__name__
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_shown(item) for item in value) + "]"
+    return str(value).removeprefix("torch.")
+
+
+def golden_text(
+    case: Case, contract: Contract, before: fx.GraphModule, after: fx.GraphModule, result: PassResult
+) -> str:
+    """The golden file's content."""
+    module = str(seeded(case.model)).replace("\n", "\n    ")
+    shapes = ", ".join(_type(tensor) for tensor in case.inputs)
+    parts = [
+        f"# pytest tests/passes --update-golden writes this file; {type(contract).__name__}[{case.name}] compares",
+        f"module: {module}",
+        f"inputs: {shapes}" + (f", --batch {','.join(map(str, case.batch))}" if case.batch else ""),
+        f"\nbefore:\n{graph_text(before)}",
+        f"\nafter:\n{graph_text(after)}",
+        "\nrewritten: " + (", ".join(result.rewritten) or "nothing"),
+        *[f"skipped: {skip.node}: {skip.reason}" for skip in result.skipped],
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def run_pass(step: Pass, model: Callable[[], nn.Module], *inputs: Tensor, before: Sequence[Pass] = ()) -> PassResult:
+    """The result of one pass on a captured model, after `before`."""
+    captured = capture.module(seeded(model), inputs)
+    graph_module, _ = pipeline.run(g.copy(captured.graph_module), before)
+    return step(graph_module)
+
+
+def by_hand(*inputs: Tensor, constants: Mapping[str, Tensor], build: Callable[..., Any]) -> fx.GraphModule:
+    """A graph written by hand, for what torch.export never emits. `build(graph, call, x…, **constants)` returns the result.
+
+    ``call(target, *args)`` inserts a call with true metadata.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    root = nn.Module()
+    graph = fx.Graph()
+    placed = []
+    for i, tensor in enumerate(inputs):
+        node = graph.placeholder(f"x{i}")
+        node.meta["val"] = mode.from_tensor(tensor)
+        placed.append(node)
+    held = {}
+    for name, tensor in constants.items():
+        root.register_buffer(name, tensor)
+        held[name] = graph.get_attr(name)
+        held[name].meta["val"] = mode.from_tensor(tensor)
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = graph.call_function(target, args, kwargs)
+        with mode:
+            node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
+        return node
+
+    graph.output((build(call, *placed, **held),))
+    return fx.GraphModule(root, graph)
+
+
+def storages(graph_module: fx.GraphModule) -> int:
+    """How many different pieces of memory the constants take."""
+    return len({tensor.untyped_storage().data_ptr() for tensor in graph_module.buffers()})
+
+
+class Forward(nn.Module):
+    """Runs a function of its parts and the inputs: ``Forward(lambda s, x: s.conv(x), conv=nn.Conv2d(…))``."""
+
+    def __init__(self, function: Callable[..., Any], **parts: nn.Module | Tensor) -> None:
+        super().__init__()
+        self._function = function
+        for name, part in parts.items():
+            if isinstance(part, nn.Module | nn.Parameter):
+                setattr(self, name, part)
+            else:
+                self.register_buffer(name, part)
+
+    def forward(self, x: Tensor) -> Any:
+        return self._function(self, x)
+
+
+class Forward2(Forward):
+    """The same with two inputs."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self._function(self, x, y)
