@@ -14,7 +14,8 @@ from armopt.bundle.codec import Program
 from armopt.ir import Site
 from armopt.kernels import table
 from armopt.kernels.base import Call, Kernel
-from armopt.kernels.ops import KERNEL, output_size
+from armopt.kernels.geometry import output_size
+from armopt.kernels.ops import KERNEL
 
 _aten = torch.ops.aten
 

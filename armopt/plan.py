@@ -63,7 +63,7 @@ class ThresholdPolicy:
 
 
 def _conv(site: Site, target: Target) -> Choice:
-    wanted = ["conv_bf16"] if target.bf16 else []
+    wanted = ["conv_bf16", "conv_fastmath"] if target.bf16 else []
     reasons = [] if target.bf16 else [f"{target.core} has no BF16"]
     for name in (*wanted, "conv_fp32", "conv_transpose_fp32"):
         kernel = table.get(name)

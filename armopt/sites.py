@@ -12,7 +12,8 @@ from torch import fx
 
 from armopt import graph as g
 from armopt.ir import Bucket, Site
-from armopt.kernels.ops import CONV, LINEAR, OTHER, output_size
+from armopt.kernels.geometry import output_size
+from armopt.kernels.ops import CONV, LINEAR, OTHER
 from armopt.transparent import origin, readers
 
 

@@ -6,8 +6,16 @@ import functools
 
 import torch
 
+from armopt.ir import Site
 from armopt.kernels import onednn_convolution as onednn
 from armopt.kernels.base import Kernel, Rounding
+
+
+def _refuses(site: Site) -> str | None:
+    if any(step > 1 for step in site.dilation):
+        return "a dilated convolution in BF16 is `ref:any` on aarch64 torch 2.10"
+    return onednn.refuses_dense_2d(site)
+
 
 KERNEL = Kernel(
     name="conv_bf16",
@@ -16,7 +24,7 @@ KERNEL = Kernel(
     activations=torch.bfloat16,
     rounding=Rounding(torch.bfloat16, torch.bfloat16),
     summary="packed convolution, BF16 in and out (oneDNN + Compute Library)",
-    refuses=onednn.refuses_dense_2d,
+    refuses=_refuses,
     pack=onednn.pack_convolution,
     emit=functools.partial(onednn.emit_conv, fuse=False),
     block=onednn.bf16_block,

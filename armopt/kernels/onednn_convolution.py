@@ -17,6 +17,7 @@ from torch import fx
 from armopt.ir import Site, Target
 from armopt.kernels import post_ops
 from armopt.kernels.base import Call
+from armopt.kernels.geometry import output_size
 
 _mkldnn = torch.ops.mkldnn
 _FUSED_UNARY = frozenset({"relu", "sigmoid"})
@@ -134,20 +135,25 @@ def bf16_block(site: Site, target: Target) -> int:
 
     Its interleaved GEMM splits K so that one block of the wider operand fills half of a 32 KiB L1 cache, then evenly.
     With BF16 results the running sum is kept in the result. The SVE kernel is 3 vectors of FP32 wide, the NEON one 12
-    columns, which is taken where it pads over a quarter less, and where batch and height together are less than the
-    filter's height.
+    columns. NEON is taken where it pads so much less that its rate (31.62 terms a cycle against 39.90) is made up for,
+    and where there are fewer output rows in the batch than filter rows, because the estimate is then zero for both.
 
-    Source: agrees with torch 2.10.0 on emulated Neoverse-V1 and N2 (tests/arm64/test_rounding.py).
+    Source: the Compute Library's estimates for BF16, fixed-format kernels; agrees with torch 2.10.0 on emulated Neoverse-V1 and N2 (tests/arm64/test_rounding.py).
     """
     if "asimd" not in target.isa_features:
         return 0
     filters = site.weight[2:]
     total = _up(site.weight[1], 4) * math.prod(filters)
     sve = 3 * target.vector_bits // 32 if "sve" in target.isa_features else 12
-    low = len(filters) == 2 and site.shape[0] * site.shape[2] < filters[0]
-    width = 12 if low or _up(site.n, sve) > 1.25 * _up(site.n, 12) else sve
+    few = len(filters) == 2 and site.shape[0] * _output_rows(site) < filters[0]
+    width = 12 if few or _up(site.n, sve) / 39.90 > _up(site.n, 12) / 31.62 else sve
     most = 32 * 1024 // 2 // (2 * max(width, 8)) // 4 * 4
     return _up(-(-total // -(-total // most)), 4) if total > most else 0
+
+
+def _output_rows(site: Site) -> int:
+    geometry = (site.stride, site.padding, site.dilation, site.transposed, site.output_padding)
+    return output_size(site.shape[2:], site.weight[2:], *geometry)[0]
 
 
 def _up(value: int, step: int) -> int:

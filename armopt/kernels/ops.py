@@ -15,6 +15,7 @@ import torch
 
 from armopt.kernels import post_ops, table
 from armopt.kernels.base import Kernel
+from armopt.kernels.geometry import output_size
 
 _LIBRARY: Any = torch.library.Library("armopt", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
@@ -110,22 +111,6 @@ def _conv(
     else:
         y = torch.convolution(x, wide, wide_bias, stride, padding, dilation, transposed, output_padding, groups)
     return post_ops.apply(post_op, y.to(kind.activations), other)
-
-
-def output_size(
-    size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-) -> list[int]:
-    """Spatial size of a convolution's result; all arguments have one value for each spatial dimension."""
-    rows = zip(size, kernel, stride, padding, dilation, output_padding, strict=True)
-    if transposed:
-        return [(s - 1) * st - 2 * p + d * (k - 1) + o + 1 for s, k, st, p, d, o in rows]
-    return [(s + 2 * p - d * (k - 1) - 1) // st + 1 for s, k, st, p, d, _ in rows]
 
 
 def _fake_linear(

@@ -93,18 +93,20 @@ def _torchvision(name: str) -> nn.Module:
     ensure_torchvision()
     import torchvision
 
-    model = getattr(torchvision.models, name)()
-    for block in model.modules():  # as in a trained network, where one block changes little
+    model = randomize(getattr(torchvision.models, name)(), [(4, 3, 64, 64)])
+    for block in model.modules():  # as in a trained network, a block changes its input by little
         if isinstance(block, torchvision.models.resnet.Bottleneck):
-            nn.init.constant_(block.bn3.weight, 0.2)
-    return randomize(model, [(4, 3, 64, 64)])
+            block.bn3.weight.data.mul_(0.2)
+        if isinstance(block, torchvision.models.mobilenetv2.InvertedResidual) and block.use_res_connect:
+            block.conv[-1].weight.data.mul_(0.2)
+    return model
 
 
 def _gpt2() -> nn.Module:
     ensure_torchvision()
     import transformers
 
-    config = transformers.GPT2Config(vocab_size=500, n_positions=96, n_embd=256, n_layer=1, n_head=4, use_cache=False)
+    config = transformers.GPT2Config(vocab_size=500, n_positions=96, n_embd=256, n_layer=1, n_head=4, use_cache=False, bos_token_id=1, eos_token_id=2)
     return randomize(transformers.GPT2LMHeadModel(config))
 
 
