@@ -138,7 +138,8 @@ def bf16_block(site: Site, target: Target) -> int:
     columns. NEON is taken where it pads so much less that its rate (31.62 terms a cycle against 39.90) is made up for,
     and where there are fewer output rows in the batch than filter rows, because the estimate is then zero for both.
 
-    Source: the Compute Library's estimates for BF16, fixed-format kernels; agrees with torch 2.10.0 on emulated Neoverse-V1 and N2 (tests/arm64/test_rounding.py).
+    Source: the Compute Library's estimates for its BF16 fixed-format kernels; agrees with torch 2.10.0 on emulated
+    Neoverse-V1 and N2 (tests/arm64/test_rounding.py).
     """
     if "asimd" not in target.isa_features:
         return 0

@@ -8,7 +8,6 @@ them (transposed: [in, out / groups, …]); the activation's dtype must be the k
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch

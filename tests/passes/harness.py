@@ -318,7 +318,7 @@ class Forward(nn.Module):
 
 
 class Forward2(Forward):
-    """The same with two inputs."""
+    """The same with two inputs, ``x`` and ``y``."""
 
     def forward(self, x: Tensor, y: Tensor) -> Any:
         return self._function(self, x, y)
