@@ -4,7 +4,8 @@ True to the builds of torch 2.10 to 2.13, found in their libraries and under emu
 
 - ``DNNL_DEFAULT_FPMATH_MODE`` is read while torch is imported; set from Python later, it is lost silently.
   oneDNN also takes the prefix ``ONEDNN_``, which wins where both are set.
-- ``THP_MEM_ALLOC_ENABLE`` has no effect on aarch64: mimalloc allocates there and asks for huge pages itself.
+- ``THP_MEM_ALLOC_ENABLE`` has no effect on aarch64: mimalloc allocates there and asks for huge pages itself,
+  unless, from 2.13, ``MIMALLOC_ALLOW_THP=0`` forbids it (QEMU's log of system calls, see docs/knobs.md).
 - ``OMP_PROC_BIND`` other than ``false`` (``OMP_PLACES`` alone implies it) binds the main thread, and so every
   thread that Python starts from it, to one core. Hence it is off; ``OMP_PLACES``, void then, isn't set.
 """
@@ -31,6 +32,11 @@ from armopt.ir import Target
 
 FPMATH = "DNNL_DEFAULT_FPMATH_MODE"
 FORMATS = ("shell", "docker", "systemd", "k8s", "json")
+FRAMEWORKS = ("pytorch", "tensorflow")
+#: The torch whose aarch64 wheel from PyPI is for CPUs alone and holds OpenBLAS and ACL; later ones are CUDA builds.
+CPU_TORCH = "2.10.0"
+#: Read by the OpenMP runtime, which may lie outside torch's own folders.
+_OPENMP = "OMP_"
 
 #: What it costs not to have a variable as the bundle wants it.
 _COSTS: Mapping[str, str] = {
@@ -42,6 +48,8 @@ _COSTS: Mapping[str, str] = {
     "the time at batch 10 to 32 (tutorial, Graviton3)",
     "THP_MEM_ALLOC_ENABLE": "large tensors live in small pages: 8 % more time at batch 256 (tutorial)",
 }
+_THREADS_WHY = "one thread for each CPU that this worker may use, so that none waits for another"
+_FPMATH_WHY = "oneDNN multiplies FP32 operands in BF16 (BFMMLA on Arm) and accumulates in FP32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +86,33 @@ class Difference:
 
 
 def variables(
-    target: Target, *, threads: int | None = None, build: Mapping[str, str] | None = None
+    target: Target,
+    *,
+    threads: int | None = None,
+    build: Mapping[str, str] | None = None,
+    framework: str = "pytorch",
+    left_to_aten: bool = True,
 ) -> dict[str, Variable]:
-    """What to set before torch is imported.
+    """What to set before torch, or TensorFlow, is imported.
 
     Args:
         target: The product that will run.
         threads: Threads of one worker, see :func:`threads_for_host`; None leaves the number open, as for a
             host that isn't known yet.
         build: The torch build that will run, see :func:`installed`; None leaves out what only some want.
+        framework: ``pytorch`` or ``tensorflow``.
+        left_to_aten: Whether any Linear or product runs as plain ATen, which alone looks at the size of a product.
+
+    Raises:
+        InputError: Another framework.
     """
+    if framework == "tensorflow":
+        return _tensorflow(target, threads)
+    if framework != "pytorch":
+        raise InputError(f"unknown framework {framework!r}", hint=f"Known are {', '.join(FRAMEWORKS)}")
     chosen: dict[str, Variable] = {}
     if target.bf16:
-        chosen[FPMATH] = Variable(
-            "BF16", "oneDNN multiplies FP32 operands in BF16 (BFMMLA on Arm) and accumulates in FP32"
-        )
+        chosen[FPMATH] = Variable("BF16", _FPMATH_WHY)
     chosen["LRU_CACHE_CAPACITY"] = Variable(
         "1024",
         "keeps oneDNN's primitives: on aarch64 torch keeps one only, so alternating layers rebuild theirs",
@@ -101,10 +121,8 @@ def variables(
         "false", "binding would put the main thread, and all threads that Python starts, on one core"
     )
     if threads is not None:
-        chosen["OMP_NUM_THREADS"] = Variable(
-            str(threads), "one thread for each CPU that this worker may use, so that none waits for another"
-        )
-    if build and build.get("blas", "").startswith("OpenBLAS"):
+        chosen["OMP_NUM_THREADS"] = Variable(str(threads), _THREADS_WHY)
+    if left_to_aten and build and build.get("blas", "").startswith("OpenBLAS"):
         # NVPL's sgemm does three times the work of oneDNN's at a batch of 32, so there the default is right.
         chosen["TORCH_MKLDNN_MATMUL_MIN_DIM"] = Variable(
             "64", "small Linears left to ATen go to OpenBLAS: oneDNN would pack their weights on each call"
@@ -112,6 +130,66 @@ def variables(
     if build and build.get("allocator") == "posix_memalign":
         chosen["THP_MEM_ALLOC_ENABLE"] = Variable("1", "torch asks for huge pages for large tensors: fewer TLB misses")
     return chosen
+
+
+def _tensorflow(target: Target, threads: int | None) -> dict[str, Variable]:
+    """Checked on the emulated Graviton3 with TensorFlow 2.21.0 for aarch64 from PyPI: tests/arm64."""
+    chosen = {
+        "TF_ENABLE_ONEDNN_OPTS": Variable("1", "TensorFlow calls oneDNN, and so the Arm Compute Library, not Eigen"),
+        "TF_ONEDNN_ASSUME_FROZEN_WEIGHTS": Variable(
+            "1", "convolutions pack their filter once for ACL, else oneDNN's gemm:ref runs; unset it for training"
+        ),
+    }
+    if target.bf16:
+        chosen[FPMATH] = Variable("BF16", _FPMATH_WHY)
+    if threads is not None:
+        chosen["TF_NUM_INTRAOP_THREADS"] = Variable(str(threads), "oneDNN runs in TensorFlow's own pool of threads")
+        chosen["OMP_NUM_THREADS"] = Variable(str(threads), _THREADS_WHY)
+    return chosen
+
+
+def for_process(
+    wanted: Mapping[str, Variable], environ: Mapping[str, str], *, limit: int
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The environment of a process that is to have the variables `wanted`, and what is worth saying about it.
+
+    Whatever else is in `environ` stays. oneDNN's own prefix would win, so it goes where it says something else.
+
+    Args:
+        wanted: See :func:`variables`.
+        environ: Of this process.
+        limit: CPUs that all workers on this host share, see :func:`threads_for_host`.
+    """
+    found, remarks = dict(environ), []
+    for name, variable in sorted(wanted.items()):
+        found[name] = variable.value
+    own = "ONEDNN" + FPMATH.removeprefix("DNNL")
+    if FPMATH in wanted and own in found and not _agree(FPMATH, wanted[FPMATH].value, found[own]):
+        remarks.append(f"{own}={found.pop(own)} would win over {FPMATH}={wanted[FPMATH].value}: removed")
+    threads = found.get("OMP_NUM_THREADS", "")
+    if "OMP_NUM_THREADS" in wanted and threads.isdecimal() and int(threads) > limit:
+        remarks.append(f"OMP_NUM_THREADS={threads} on {limit} CPUs: {_COSTS['OMP_NUM_THREADS']}")
+    return found, tuple(remarks)
+
+
+def only_read(wanted: Mapping[str, Variable], folder: Path | None = None) -> dict[str, Variable]:
+    """Those of `wanted` that some library of the installed framework reads.
+
+    All of them where there is no such framework here; OMP_* always, since the OpenMP runtime may be the system's.
+
+    Args:
+        wanted: See :func:`variables`.
+        folder: Of the framework's package; None takes the installed torch.
+    """
+    folder = folder or _torch_folder()
+    if not folder or not (libraries := _libraries(folder)):
+        return dict(wanted)
+    largest_first = sorted(libraries, key=lambda p: -p.stat().st_size)
+    return {
+        name: variable
+        for name, variable in wanted.items()
+        if name.startswith(_OPENMP) or any(_holds(library, _needle(name)) for library in largest_first)
+    }
 
 
 def threads_for_host(workers: int = 1, *, root: Path = Path("/")) -> int:
@@ -137,7 +215,8 @@ def installed(*, deep: bool = False) -> dict[str, str]:
 
     Keys, each only where known: ``torch``, ``torch_git``, ``torch_build`` (``cpu``, ``cuda 13.0``…), ``acl``
     (version), ``blas`` (``OpenBLAS 0.3.30``, ``NVPL``), ``sbgemm`` (``yes``, ``no``: whether that BLAS
-    multiplies BF16), ``allocator`` (``mimalloc``, ``posix_memalign``).
+    multiplies BF16), ``allocator`` (``mimalloc``, ``posix_memalign``), ``thp_switch`` (the variable that decides on
+    huge pages for tensors, or ``none``).
 
     Args:
         deep: Also search libtorch_cpu.so itself (hundreds of MB), where a build may hold ACL or its BLAS.
@@ -153,7 +232,7 @@ def record(*, deep: bool = False) -> dict[str, str]:
     """Versions and build facts of this process, for a manifest or a comparison; imports torch, never raises.
 
     Beyond those of :func:`installed`: ``python``, ``machine``, ``system``, ``torchvision`` and
-    ``transformers`` where installed, ``cpu_capability``, ``onednn``, ``openmp`` (path of each runtime),
+    ``transformers`` where installed, ``cpu_capability``, ``onednn``, ``openmp`` (file of each runtime loaded),
     ``blas_core`` (the kernels OpenBLAS picked), ``threads`` (as torch uses now), ``threads_for_host``,
     ``affinity``, ``thp`` (the kernel's setting).
 
@@ -176,7 +255,7 @@ def record(*, deep: bool = False) -> dict[str, str]:
         "affinity": lambda: str(len(_affinity())),
         "thp": thp_setting,
         # After those that import torch, since these look at what is loaded.
-        "openmp": lambda: ", ".join(_loaded("gomp", "libomp", "iomp5")),
+        "openmp": lambda: ", ".join(Path(p).name for p in _loaded("gomp", "libomp", "iomp5")),
         "blas_core": _openblas_core,
     }
     for name, probe in probes.items():
@@ -213,7 +292,7 @@ def compare(
         *_threads(environ, record),
         *_versions(recorded_versions, record),
         *_backends(required_features, host, record),
-        *_huge_pages(record),
+        *_huge_pages(record, environ),
     ]
     return tuple(sorted(found, key=lambda d: ("hard", "soft", "info").index(d.severity)))
 
@@ -254,10 +333,33 @@ def variables_read(names: Iterable[str], folder: Path | None = None) -> dict[str
     folder = folder or _torch_folder()
     for library in _libraries(folder) if folder else []:
         for name, libraries in readers.items():
-            needle = re.sub(r"^(ONEDNN|DNNL)_", "", name).encode()
-            if _holds(library, needle):
+            if _holds(library, _needle(name)):
                 libraries.append(library.name)
     return {name: tuple(libraries) for name, libraries in readers.items()}
+
+
+def import_remark(environ: Mapping[str, str] | None = None, *, started: Mapping[str, str] | None = None) -> str:
+    """What a process lost that imported torch on an Arm core with BF16 without fast math; empty where it lost nothing.
+
+    Cheap, and imports nothing: for ``import armopt`` itself.
+
+    Args:
+        environ: Now; None takes os.environ.
+        started: The environment at the start of the process; None asks the kernel.
+    """
+    if "torch" not in sys.modules or platform.machine() != "aarch64":
+        return ""
+    from armopt import targets
+
+    host, now = targets.host(), os.environ if environ is None else environ
+    start = _initial_environment() if started is None else started
+    if not host.bf16 or _agree(FPMATH, "BF16", _effective(FPMATH, now if start is None else start, host)):
+        return ""
+    how = "set after the process started" if _effective(FPMATH, now, host) else "not set"
+    return (
+        f"torch was imported before armopt, and {FPMATH} was {how}: {_COSTS[FPMATH]}. "
+        "Start the process with: armopt run BUNDLE -- CMD"
+    )
 
 
 def thp_setting() -> str:
@@ -430,12 +532,15 @@ def _backends(required: Collection[str], host: Target, record: Mapping[str, str]
     return differences
 
 
-def _huge_pages(record: Mapping[str, str]) -> list[Difference]:
-    if record.get("thp") != "never":
-        return []
-    remedy = "As root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+def _huge_pages(record: Mapping[str, str], environ: Mapping[str, str]) -> list[Difference]:
     cost = _COSTS["THP_MEM_ALLOC_ENABLE"]
-    return [Difference("info", "transparent huge pages", "madvise or always", "never", cost, remedy)]
+    if record.get("thp") == "never":
+        remedy = "As root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+        return [Difference("info", "transparent huge pages", "madvise or always", "never", cost, remedy)]
+    switch = "MIMALLOC_ALLOW_THP"
+    if record.get("thp_switch") == switch and environ.get(switch, "1").lower() in ("0", "false", "no", "off"):
+        return [Difference("soft", switch, "1 or unset", environ[switch], cost, f"unset {switch}")]
+    return []
 
 
 def _is_arm(host: Target) -> bool:
@@ -487,9 +592,15 @@ def _torch_folder() -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def _libraries(torch: Path) -> list[Path]:
-    folders = (torch / "lib", torch.with_name("torch.libs"))
+def _libraries(package: Path) -> list[Path]:
+    """The shared libraries of torch (in lib and torch.libs) or of TensorFlow (beside its __init__.py)."""
+    folders = (package, package / "lib", package.with_name(f"{package.name}.libs"))
     return sorted(p for folder in folders if folder.is_dir() for p in folder.iterdir() if ".so" in p.suffixes)
+
+
+def _needle(variable: str) -> bytes:
+    """What a library that reads `variable` holds of its name: oneDNN puts its prefix before it at run time."""
+    return re.sub(r"^(ONEDNN|DNNL)_", "", variable).encode()
 
 
 def _installed(folder: Path, deep: bool) -> dict[str, str]:
@@ -512,7 +623,11 @@ def _installed(folder: Path, deep: bool) -> dict[str, str]:
         elif name.startswith("libmkl_core"):
             facts["blas"] = "MKL"
         elif name.startswith("libc10.so"):
-            facts["allocator"] = "mimalloc" if _search(library, b"mimalloc_") is not None else "posix_memalign"
+            if _search(library, b"mimalloc_") is None:
+                facts |= {"allocator": "posix_memalign", "thp_switch": "THP_MEM_ALLOC_ENABLE"}
+            else:
+                switch = "MIMALLOC_ALLOW_THP" if _holds(library, b"allow_thp") else "none"
+                facts |= {"allocator": "mimalloc", "thp_switch": switch}
         may_hold_acl = name.startswith("libarm_compute") or (deep and name.startswith("libtorch_cpu"))
         if may_hold_acl and (acl := _search(library, b"arm_compute_version=", rb"[^=]+=v?([\w.\-]+)")):
             facts["acl"] = acl

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
+from safetensors.torch import load, load_file
 
 from armopt.bundle import codec, manifest
-from armopt.bundle.writer import GRAPH, REPORT, WEIGHTS
+from armopt.bundle.writer import GRAPH, REPORT, WEIGHTS, hash_file
 from armopt.errors import BundleError, InputError
 
 
@@ -62,19 +62,18 @@ def read(path: Path | str) -> Bundle:
         raise BundleError(
             "does not belong to the bundle", where=str(path / name), hint="Remove it, or copy the bundle again"
         )
-    content = {}
     for name, digest in described.files.items():
-        data = source.read(name)
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise BundleError(
-                "was changed or damaged after it was written", where=str(path / name), hint="Copy the bundle again"
-            )
-        content[name] = data
-    weights: dict[str, torch.Tensor] = load_tensors(content.pop(WEIGHTS))
-    graph = json.loads(content[GRAPH])
+        if source.hash(name) != digest:
+            raise _damaged(path / name)
+    weights = source.tensors(WEIGHTS)
+    graph = json.loads(source.read(GRAPH))
     where = str(path / GRAPH)
     programs = tuple(codec.decode(program, weights, where) for program in graph.pop("programs"))
-    return Bundle(path, described, graph, programs, json.loads(content[REPORT]))
+    return Bundle(path, described, graph, programs, json.loads(source.read(REPORT)))
+
+
+def _damaged(path: Path) -> BundleError:
+    return BundleError("was changed or damaged after it was written", where=str(path), hint="Copy the bundle again")
 
 
 class _Source:
@@ -106,10 +105,17 @@ class _Source:
                 return self._archive.read(name)
             return (self._path / name).read_bytes()
         except zipfile.BadZipFile:
-            raise BundleError(
-                "was changed or damaged after it was written",
-                where=str(self._path / name),
-                hint="Copy the bundle again",
-            ) from None
+            raise _damaged(self._path / name) from None
         except OSError as error:
             raise InputError(f"can't be read: {error.strerror}", where=str(self._path / name)) from error
+
+    def hash(self, name: str) -> str:
+        if self._archive is None and (self._path / name).is_file():
+            return hash_file(self._path / name)
+        return hashlib.sha256(self.read(name)).hexdigest()
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The weights; those of a folder are mapped, not copied into memory."""
+        found: dict[str, torch.Tensor]
+        found = load(self.read(name)) if self._archive is not None else load_file(self._path / name)
+        return found

@@ -35,7 +35,7 @@ def optimize(
     out = sink.Sink(as_json)
     writer.check_place(output, force=force)
     chosen = compiler.find_target(target)
-    policy_chosen, sizes = options.parse_policy(policy), options.parse_batch(batch)
+    policy_chosen, sizes = options.parse_policy(policy, chosen), options.parse_batch(batch)
     with out.progress() as progress:
         progress("capture", 0, 5)
         captured = options.open_model(model, reference, described, samples, sizes, trust_pickle)

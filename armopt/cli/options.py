@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from armopt.ir import Captured
+    from armopt.ir import Captured, Target
     from armopt.plan import Policy
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -64,19 +64,23 @@ def parse_batch(text: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def parse_policy(text: str) -> Policy:
-    """A policy from ``threshold`` or ``threshold=64``.
+def parse_policy(text: str, target: Target) -> Policy:
+    """A policy for a target from ``cost``, ``cost=2.13`` (a torch release), ``threshold`` or ``threshold=64``.
 
     Raises:
         InputError: There is no such policy.
     """
+    from armopt import costs
+    from armopt.cost_policy import CostPolicy
     from armopt.errors import InputError
     from armopt.plan import ThresholdPolicy
 
     name, _, value = text.partition("=")
+    if name == "cost":
+        return CostPolicy(costs.find(target, value or "2.10"))
     if name == "threshold" and (not value or value.isdigit()):
         return ThresholdPolicy(int(value)) if value else ThresholdPolicy()
-    raise InputError(f"unknown policy {text!r}", where="--policy", hint="Write threshold or threshold=ROWS")
+    raise InputError(f"unknown policy {text!r}", where="--policy", hint="Write cost, threshold or threshold=ROWS")
 
 
 def open_model(

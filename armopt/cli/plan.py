@@ -26,11 +26,8 @@ def plan(
     from armopt import compiler
 
     out = sink.Sink(as_json)
-    chosen, policy_chosen, sizes = (
-        compiler.find_target(target),
-        options.parse_policy(policy),
-        options.parse_batch(batch),
-    )
+    chosen = compiler.find_target(target)
+    policy_chosen, sizes = options.parse_policy(policy, chosen), options.parse_batch(batch)
     with out.progress() as progress:
         progress("capture", 0, 2)
         captured = options.open_model(model, reference, described, samples, sizes, trust_pickle)

@@ -51,6 +51,7 @@ class Kernel:
         refuses: Why it can't take a site; None where it can. Pure.
         pack: Stored weight and site -> the weight as the call wants it. Runs once, on the host.
         emit: Inserts the call in front of a node of armopt::linear or armopt::conv; returns the node with the result.
+        fuses: Post-ops that are part of the call.
         block: Terms after which the sum is rounded to BF16 on a target; 0 where it stays in FP32. Pure.
     """
 
@@ -64,6 +65,7 @@ class Kernel:
     pack: Callable[[torch.Tensor, Site], torch.Tensor]
     emit: Callable[[Call], fx.Node]
     fast_math: bool = False
+    fuses: frozenset[str] = frozenset()
     block: Callable[[Site, Target], int] = _whole
 
     @property

@@ -28,5 +28,6 @@ KERNEL = Kernel(
     refuses=onednn.refuses_linear,
     pack=_pack,
     emit=functools.partial(onednn.emit_linear, fuse=True),
+    fuses=onednn.FUSED,
     fast_math=True,
 )

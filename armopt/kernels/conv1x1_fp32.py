@@ -19,4 +19,5 @@ KERNEL = Kernel(
     refuses=onednn.refuses_linear,
     pack=onednn.pack_linear_as_convolution,
     emit=functools.partial(onednn.emit_linear, fuse=True),
+    fuses=onednn.FUSED,
 )

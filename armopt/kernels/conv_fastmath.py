@@ -25,5 +25,6 @@ KERNEL = Kernel(
     refuses=onednn.refuses_dense_2d,
     pack=_pack,
     emit=functools.partial(onednn.emit_conv, fuse=True),
+    fuses=onednn.FUSED,
     fast_math=True,
 )

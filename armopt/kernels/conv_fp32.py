@@ -34,4 +34,5 @@ KERNEL = Kernel(
     refuses=_refuses,
     pack=onednn.pack_convolution,
     emit=functools.partial(onednn.emit_conv, fuse=True),
+    fuses=onednn.FUSED,
 )

@@ -21,6 +21,8 @@ from armopt.kernels.geometry import output_size
 
 _mkldnn = torch.ops.mkldnn
 _FUSED_UNARY = frozenset({"relu", "sigmoid"})
+#: Post-ops that the call takes on FP32 activations.
+FUSED = _FUSED_UNARY | {post_ops.ADD, post_ops.ADD_RELU}
 
 
 def pack_weight(

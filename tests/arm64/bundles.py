@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Prefer:
 def mlp(*sizes: int) -> nn.Module:
     """The tutorial's: Linear and relu in turn."""
     layers: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -106,7 +107,17 @@ def _gpt2() -> nn.Module:
     ensure_torchvision()
     import transformers
 
-    config = transformers.GPT2Config(vocab_size=500, n_positions=96, n_embd=256, n_layer=1, n_head=4, use_cache=False, bos_token_id=1, eos_token_id=2)
+    config = transformers.GPT2Config(
+        vocab_size=500,
+        n_positions=96,
+        n_embd=256,
+        n_layer=1,
+        n_head=4,
+        use_cache=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    )
     return randomize(transformers.GPT2LMHeadModel(config))
 
 

@@ -1,25 +1,50 @@
 """Workers on emulated cores, one per (core, PyTorch, environment) for the whole session."""
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from armopt.emulation import EmulatedWorker, PreparedFolder
+from armopt.emulation import EmulatedResult, EmulatedWorker, PreparedFolder
 from armopt.errors import HostError
+from tests.arm64 import bundles
 
 REQUIRE_VARIABLE = "ARMOPT_REQUIRE_ARM64"  # "1": an unprepared folder fails these tests, it does not skip them
 HERE = Path(__file__).parent
+JOBS = "tests.arm64.jobs_bundles"
 
 RequireTorch = Callable[[str], PreparedFolder]
+#: What is worth knowing of a run that no assertion tells; printed at the end.
+FIGURES = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FIGURES] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.arm64)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if lines := config.stash[FIGURES]:
+        terminalreporter.section("on the emulated cores")
+        for line in lines:
+            terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def figures(request: pytest.FixtureRequest) -> list[str]:
+    """Lines for the end of the session."""
+    return request.config.stash[FIGURES]
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +82,91 @@ def arm64(require_torch: RequireTorch) -> Iterator[Callable[..., EmulatedWorker]
     yield worker
     for started in workers.values():
         started.close()
+
+
+# --- servers: processes started as `armopt run BUNDLE -- python …` starts them ------------------
+
+
+@dataclass(frozen=True)
+class Host:
+    """A kind of server: what it is, which PyTorch it has, and what its environment lacks."""
+
+    cpu: str
+    torch_version: str = "2.10.0"
+    lacks: tuple[str, ...] = ()
+
+
+HOSTS = {
+    "graviton3": Host("graviton3"),
+    "graviton3-torch2.13": Host("graviton3", "2.13.0"),
+    "graviton3-no-fpmath": Host("graviton3", lacks=("DNNL_DEFAULT_FPMATH_MODE",)),
+    "yitian710": Host("yitian710"),
+    "graviton2": Host("graviton2"),
+}
+
+
+@dataclass
+class Server:
+    """A worker in the environment of a bundle, with a queue of jobs: at most two servers work at a time."""
+
+    host: Host
+    worker: EmulatedWorker
+    turn: threading.Semaphore
+    queue: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    def submit(self, job: str, **arguments: Any) -> "Future[EmulatedResult]":
+        """Queues a job."""
+
+        def run() -> EmulatedResult:
+            with self.turn:
+                return self.worker.call(job, **arguments)
+
+        return self.queue.submit(run)
+
+    def call(self, job: str, **arguments: Any) -> Any:
+        """Runs a job and returns its value."""
+        return self.submit(job, **arguments).result().value
+
+    def close(self) -> None:
+        self.queue.shutdown(cancel_futures=True)
+        self.worker.close()
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], bundles.Made]:
+    """made(example, target): a bundle, made on this machine once."""
+    folder = tmp_path_factory.mktemp("bundles")
+    known: dict[tuple[str, str], bundles.Made] = {}
+
+    def make(example: str, target: str) -> bundles.Made:
+        if (example, target) not in known:
+            known[example, target] = bundles.make(example, target, folder)
+        return known[example, target]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def server(require_torch: RequireTorch, made: Callable[[str, str], bundles.Made]) -> Iterator[Callable[[str], Server]]:
+    """server(name): one of HOSTS, with the environment that `armopt run` gives on it."""
+    started: dict[str, Server] = {}
+    asked: dict[str, EmulatedWorker] = {}  # to know that environment, no torch is needed
+    turn = threading.Semaphore(2)
+
+    def start(name: str) -> Server:
+        if name not in started:
+            host = HOSTS[name]
+            folder = require_torch(host.torch_version)
+            if host.torch_version not in asked:
+                asked[host.torch_version] = EmulatedWorker(host.cpu, host.torch_version, preload="json", folder=folder)
+            bundle = made("convnet", host.cpu).path
+            env = asked[host.torch_version].call(f"{JOBS}:run_environment", bundle=bundle, threads=1).value
+            env = {name: value for name, value in env.items() if name not in host.lacks}
+            started[name] = Server(host, EmulatedWorker(host.cpu, host.torch_version, env, folder=folder), turn)
+        return started[name]
+
+    yield start
+    for worker in asked.values():
+        worker.close()
+    for each in started.values():
+        each.close()

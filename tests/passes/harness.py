@@ -116,8 +116,7 @@ class Contract:
 
     def graphs(self, case: Case) -> tuple[fx.GraphModule, fx.GraphModule, PassResult, Captured]:
         """The graph before, the graph after, what the pass said, and what was captured."""
-        captured = _captured(case)
-        before = self.before(g.copy(captured.graph_module))
+        captured, before = _prepared(type(self), case)
         result = self.make(before)(g.copy(before))
         return before, result.graph_module, result, captured
 
@@ -165,6 +164,13 @@ class Contract:
         _, after, _, captured = self.graphs(case)
         pipeline.check(after)
         check_metadata(after, captured.example)
+
+
+@functools.cache
+def _prepared(contract: type[Contract], case: Case) -> tuple[Captured, fx.GraphModule]:
+    """The capture and the graph before, once for all tests of a case; nobody may change them."""
+    captured = _captured(case)
+    return captured, contract().before(g.copy(captured.graph_module))
 
 
 class TrueMetadata(fx.Interpreter):

@@ -1,0 +1,146 @@
+"""Chooses kernels by cost over the whole graph: neighbours in BF16 share their casts. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+
+from armopt.costs import CostTable
+from armopt.ir import Site, Target
+from armopt.kernels import post_ops, table
+from armopt.kernels.base import Kernel
+from armopt.plan import Choice
+
+_BF16, _FP32 = "bf16", "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """The cheapest kernel on one dtype of activations, and its rival."""
+
+    kernel: Kernel
+    cost: float
+    rival: str = ""
+    ratio: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class CostPolicy:
+    """The fewest instructions over the graph, from a table measured on the target's core.
+
+    Each site works on activations in BF16 or in FP32; a value that is made in one and read in the other is cast once.
+    The cheapest labelling is a minimum cut, found exactly.
+
+    Attributes:
+        costs: The table.
+        near: Kernels whose cost is within this factor of the best count as equal; the one that reads fewer bytes of
+            weights is then taken, because one row is bound by them.
+    """
+
+    costs: CostTable
+    near: float = 1.03
+
+    @property
+    def name(self) -> str:
+        """`cost` and the table's core and build."""
+        return f"cost ({self.costs.core}, torch {self.costs.torch})"
+
+    def choose(self, sites: Sequence[Site], target: Target) -> Sequence[Choice]:
+        """The labelling of least cost; a site that no kernel takes stays plain ATen."""
+        options = [self._options(site, target) for site in sites]
+        in_bf16 = _cut(sites, options, self.costs.element("cast"))
+        return [self._choice(site, options[i], site.node in in_bf16) for i, site in enumerate(sites)]
+
+    def _options(self, site: Site, target: Target) -> dict[str, _Option]:
+        """The best kernel on BF16 and on FP32 activations."""
+        found: dict[str, list[tuple[float, Kernel]]] = {_BF16: [], _FP32: []}
+        for kernel in table.ALL:
+            if kernel.backend == "aten" or kernel.refuses(site) is not None or not _allowed(kernel, target):
+                continue
+            cost = self.costs.estimate(kernel.name, site, target.vector_bits)
+            if cost is not None:
+                label = _BF16 if kernel.activations == torch.bfloat16 else _FP32
+                found[label].append((cost + self._post_op(site, kernel), kernel))
+        return {label: self._best(entries) for label, entries in found.items() if entries}
+
+    def _best(self, entries: list[tuple[float, Kernel]]) -> _Option:
+        entries.sort(key=lambda entry: entry[0])
+        close = [entry for entry in entries if entry[0] <= entries[0][0] * self.near]
+        cost, kernel = min(close, key=lambda entry: (_weight_bytes(entry[1]), entry[0]))
+        rivals = [entry for entry in entries if entry[1] is not kernel]
+        if not rivals:
+            return _Option(kernel, cost)
+        return _Option(kernel, cost, rivals[0][1].name, rivals[0][0] / cost)
+
+    def _post_op(self, site: Site, kernel: Kernel) -> float:
+        """What the post-op costs behind this kernel: nothing where it is fused."""
+        if site.post_op == post_ops.NONE or site.post_op in kernel.fuses:
+            return 0.0
+        label = _BF16 if kernel.activations == torch.bfloat16 else _FP32
+        parts = ("add", "relu") if site.post_op == post_ops.ADD_RELU else (site.post_op,)
+        return site.m * site.n * sum(self.costs.element(f"{label}:{part}") for part in parts)
+
+    def _choice(self, site: Site, options: Mapping[str, _Option], in_bf16: bool) -> Choice:
+        if not options:
+            return Choice(None, "no kernel takes it")
+        label = _BF16 if in_bf16 else _FP32
+        chosen = options[label]
+        other = options.get(_FP32 if in_bf16 else _BF16)
+        rival, ratio = chosen.rival, chosen.ratio
+        if other is not None and (not rival or other.cost / chosen.cost < ratio):
+            rival, ratio = other.kernel.name, other.cost / chosen.cost
+        reason = f"{chosen.cost / 1e6:.3g} M instructions"
+        return Choice(chosen.kernel, f"{reason}; {rival} {ratio:.2f}x" if rival else reason)
+
+
+def _allowed(kernel: Kernel, target: Target) -> bool:
+    """BF16 where the core has it. There FP32 weights are kept only where no kernel takes BF16 ones."""
+    if not target.bf16:
+        return kernel.rounding.weights == torch.float32 and not kernel.fast_math
+    return kernel.rounding.weights == torch.bfloat16 or kernel.op == "conv"
+
+
+def _weight_bytes(kernel: Kernel) -> int:
+    """Bytes read for each weight: BLAS in FP32 widens them at load."""
+    return 2 if kernel.precision == "bf16" else 4
+
+
+def _cut(sites: Sequence[Site], options: Sequence[Mapping[str, _Option]], cast: float) -> set[str]:
+    """The sites that work in BF16, in the labelling of least cost.
+
+    The source side is BF16. A value that is made on one side and read on the other costs one cast, whoever reads it: an
+    auxiliary node for each direction stands for all readers.
+    """
+    graph = nx.DiGraph()
+    graph.add_edge("bf16", "fp32", capacity=0.0)
+    by_name = {site.node: site for site in sites}
+    for site, choices in zip(sites, options, strict=True):
+        graph.add_edge(("site", site.node), "fp32", capacity=choices[_BF16].cost if _BF16 in choices else math.inf)
+        graph.add_edge("bf16", ("site", site.node), capacity=choices[_FP32].cost if _FP32 in choices else math.inf)
+        if not choices:  # plain ATen works in FP32
+            graph["bf16"][("site", site.node)]["capacity"] = 0.0
+    readers: dict[str, list[Site]] = {}
+    for site in sites:
+        for source in {site.source, site.residual} - {""}:
+            readers.setdefault(source, []).append(site)
+    for source in {*readers, *by_name}:
+        made = by_name.get(source)
+        maker = ("site", source) if made is not None else "fp32"
+        elements = made.m * made.n if made is not None else max(math.prod(r.shape) for r in readers[source])
+        price = cast * elements
+        for reader in readers.get(source, []):
+            graph.add_edge(("site", reader.node), ("narrow", source), capacity=math.inf)
+            if made is not None:
+                graph.add_edge(("wide", source), ("site", reader.node), capacity=math.inf)
+        if readers.get(source):
+            graph.add_edge(("narrow", source), maker, capacity=price)
+        if made is not None:
+            graph.add_edge(maker, ("wide", source), capacity=price)
+            if made.escapes:
+                graph.add_edge(("wide", source), "fp32", capacity=math.inf)
+    _, (side, _) = nx.minimum_cut(graph, "bf16", "fp32")
+    return {node[1] for node in side if isinstance(node, tuple) and node[0] == "site"}

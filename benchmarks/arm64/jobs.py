@@ -1,0 +1,215 @@
+"""What is counted: each function here prepares one call, on the emulated side, and returns it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from armopt.ir import Site
+from armopt.kernels import table
+from armopt.kernels.base import Call
+
+Prepared = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class GraphCall:
+    """A call of a graph that can also be counted node by node."""
+
+    graph_module: fx.GraphModule
+    inputs: Sequence[torch.Tensor]
+
+    def __call__(self) -> Any:
+        return self.graph_module.forward(*self.inputs)
+
+
+@dataclass(frozen=True)
+class BundleCall:
+    """A call of a loaded bundle, checks and structure of the inputs included, as users call it."""
+
+    model: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+
+    def __call__(self) -> Any:
+        return self.model(*self.args, **self.kwargs)
+
+    @property
+    def inputs(self) -> Sequence[torch.Tensor]:
+        """The flat tensors that the graph gets."""
+        return self.model.flatten(self.args, self.kwargs)  # type: ignore[no-any-return]
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The bound graph of the bucket that these inputs select."""
+        return self.model._select(self.inputs).__self__  # type: ignore[no-any-return]
+
+
+def bundle(path: str, inputs: str = "") -> BundleCall:
+    """A bundle on this host.
+
+    Args:
+        path: The bundle.
+        inputs: A file made by torch.save of ``(args, kwargs)``; by default zeros of the shapes in the manifest.
+    """
+    import armopt
+
+    model = armopt.load(path)
+    fallen = [bound for entries in model.kernels for bound in entries if bound.kernel != bound.planned]
+    for bound in fallen[:5]:
+        warnings.warn(f"{bound.node}: {bound.kernel} instead of {bound.planned}: {bound.reason}", stacklevel=1)
+    if inputs:
+        args, kwargs = torch.load(inputs, weights_only=True)
+        return BundleCall(model, args, kwargs)
+    bucket = dict(model.manifest.plan[0]["bucket"])
+    tensors = {
+        spec["name"]: torch.zeros([bucket.get(size, size) for size in spec["shape"]], dtype=getattr(torch, spec["dtype"]))
+        for spec in model.manifest.model["inputs"]
+    }
+    return BundleCall(model, (), tensors)
+
+
+# --- one kernel -----------------------------------------------------------------------------------
+
+
+def linear_kernel(kernel: str, m: int, k: int, n: int, post_op: str = "none") -> GraphCall:
+    """One of armopt's kernels on one Linear with bias, the weight packed, activations in the kernel's dtype."""
+    return kernel_call(kernel, Site("layer", "linear", m, k, n, (m, k), (n, k), post_op=post_op))
+
+
+def conv_kernel(
+    kernel: str,
+    shape: Sequence[int],
+    weight: Sequence[int],
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+    post_op: str = "none",
+) -> GraphCall:
+    """One of armopt's kernels on one convolution of two dimensions with bias, channels_last."""
+    out = [(size + 2 * padding - k) // stride + 1 for size, k in zip(shape[2:], weight[2:], strict=True)]
+    site = Site(
+        "layer",
+        "conv",
+        m=shape[0] * out[0] * out[1],
+        k=weight[1] * weight[2] * weight[3],
+        n=weight[0],
+        shape=tuple(shape),
+        weight=tuple(weight),
+        stride=(stride, stride),
+        padding=(padding, padding),
+        dilation=(1, 1),
+        output_padding=(0, 0),
+        groups=groups,
+        post_op=post_op,
+    )
+    return kernel_call(kernel, site)
+
+
+def kernel_call(name: str, site: Site) -> GraphCall:
+    """The calls that a kernel emits for one site, as a graph of their own."""
+    kernel = table.get(name)
+    torch.manual_seed(0)
+    if reason := kernel.refuses(site):
+        raise ValueError(f"{name} refuses: {reason}")
+    stored = torch.randn(site.weight).to(kernel.rounding.weights)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    residual = "add" in site.post_op
+    inputs = [_activation(site.shape, kernel.activations)]
+    output = [*site.shape[:-1], site.n] if site.op == "linear" else _conv_output(site)
+    other = None
+    if residual:
+        other = graph.placeholder("other")
+        inputs.append(_activation(output, kernel.activations))
+    weight, bias = graph.get_attr("weight"), graph.get_attr("bias")
+    marker = graph.call_function(torch.ops.aten.alias.default, _marker_args(name, site, x, weight, bias))
+    graph.output(kernel.emit(Call(marker, x, weight, bias, other, site.post_op, output, site)))
+    graph.erase_node(marker)
+    module = fx.GraphModule(nn.Module(), fx.Graph())
+    object.__setattr__(module, "weight", kernel.pack(stored, site))
+    object.__setattr__(module, "bias", torch.randn(site.n).to(kernel.activations))
+    module.graph = graph
+    return GraphCall(module, inputs)
+
+
+def _marker_args(name: str, site: Site, x: fx.Node, weight: fx.Node, bias: fx.Node) -> tuple[Any, ...]:
+    """Arguments as an armopt node has them: plain ATen reads a convolution's geometry there."""
+    if site.op == "linear":
+        return (x, weight, bias, None, site.post_op, name, 0)
+    geometry = (list(site.stride), list(site.padding), list(site.dilation), False, [0, 0], site.groups)
+    return (x, weight, bias, None, *geometry, site.post_op, name, 0)
+
+
+def _conv_output(site: Site) -> list[int]:
+    rows = zip(site.shape[2:], site.weight[2:], site.stride, site.padding, strict=True)
+    return [site.shape[0], site.n, *((size + 2 * p - k) // s + 1 for size, k, s, p in rows)]
+
+
+def _activation(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(tuple(shape)).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+# --- what else users could call -------------------------------------------------------------------
+
+
+def linear_contender(how: str, m: int, k: int, n: int) -> Prepared:
+    """One Linear with bias, called in another way: see CONTENDERS."""
+    torch.manual_seed(0)
+    return CONTENDERS[how](torch.randn(m, k), torch.randn(n, k), torch.randn(n))
+
+
+def _packed_linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Prepared:
+    ops = torch.ops.mkldnn
+    packed = ops._reorder_linear_weight(w, x.shape[0])
+    return lambda: ops._linear_pointwise(x, packed, b, "none", [], "")
+
+
+def _cast_conv(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Prepared:
+    call = linear_kernel("conv1x1_bf16", x.shape[0], x.shape[1], w.shape[0])
+    forward = call.graph_module.forward
+    return lambda: forward(x.bfloat16()).float()
+
+
+def _linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Prepared:
+    return lambda: functional.linear(x, w, b)
+
+
+def _linear_bf16(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Prepared:
+    return _linear(x.bfloat16(), w.bfloat16(), b.bfloat16())
+
+
+def _addmm(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Prepared:
+    transposed = w.t().contiguous()
+    return lambda: torch.addmm(b, x, transposed)
+
+
+def _without_mkldnn(make: Callable[..., Prepared]) -> Callable[..., Prepared]:
+    def prepare(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Prepared:
+        call = make(x, w, b)
+
+        def run() -> Any:
+            with torch.backends.mkldnn.flags(enabled=False):
+                return call()
+
+        return run
+
+    return prepare
+
+
+#: Ways to call one Linear that are not armopt's, by name.
+CONTENDERS: dict[str, Callable[..., Prepared]] = {
+    "F.linear": _linear,
+    "F.linear bf16": _linear_bf16,
+    "BLAS f32 (addmm on [K, N])": _addmm,
+    "BLAS bf16 (mkldnn off)": _without_mkldnn(_linear_bf16),
+    "_linear_pointwise, packed": _packed_linear,
+    "conv1x1_bf16 with casts": _cast_conv,
+}

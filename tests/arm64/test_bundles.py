@@ -1,0 +1,219 @@
+"""Bundles made on this machine with torch 2.13, run by the real aarch64 PyTorch on emulated cores.
+
+Each run loads a bundle in a process with the environment of `armopt run`, makes all calls once, and is judged by
+oneDNN's log of the next ones: which implementation answered, with which weights.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from armopt import onednn_log
+from armopt.ir import Site
+from armopt.kernels import table
+from tests.arm64 import bundles
+
+JOBS = "tests.arm64.jobs_bundles"
+RUNS = (
+    "mlp@graviton3",
+    "convnet@yitian710",
+    "fast-math@graviton3",
+    "mlp@yitian710",
+    "resnet50@graviton3",
+    "bert@yitian710",
+    "gpt2@graviton3",
+    "convnet@graviton2",
+    "mobilenet@graviton3",
+    "mlp@graviton2",
+    "bert@graviton3",
+    "mlp@graviton3-torch2.13",
+    "convnet@graviton3",
+    "convnet@graviton3-torch2.13",
+    "mlp-full-size@graviton3",
+    "fast-math@graviton3-torch2.13",
+)
+#: Where a second PyTorch may answer otherwise than the plan expects: then the load says so, and nothing is `ref`.
+OTHER_BUILD = "graviton3-torch2.13"
+#: Cosine similarity to FP32 that issue 3 asks for.
+LEAST_COSINE = 0.999
+#: The twin's error predicts the server's. In a deep model one value rounded the other way early on moves much of what
+#: comes later, so single values can't be compared there; the size of the error can.
+PREDICTED_WITHIN = 0.2
+
+_COMPUTE = ("convolution", "deconvolution", "matmul", "inner_product")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One bundle on one server: what was planned here and what happened there."""
+
+    name: str
+    made: bundles.Made
+    value: dict[str, Any]
+    captured: int
+
+    @property
+    def kernels(self) -> list[dict[str, str]]:
+        """For each bucket, the kernel that each node ran."""
+        return [{node: kernel for node, _, kernel, _ in bucket} for bucket in self.value["kernels"]]
+
+    @property
+    def logs(self) -> list[tuple[onednn_log.Execution, ...]]:
+        return [onednn_log.parse(entry["log"]).executions for entry in self.value["runs"]]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of all weights."""
+        return [site.weight for bucket in self.made.sites for site in bucket.values()]
+
+
+@pytest.fixture(scope="session")
+def runs(request, server, made):
+    """runs(name): all that the session's tests need are queued at the first call, so that two cores work."""
+    queued = {}
+
+    def queue(name):
+        example, _, host = name.partition("@")
+        where = server(host)
+        bundle = made(example, where.host.cpu)
+        captured = 1 if example in ("resnet50", "mlp-full-size", "mlp") else 2
+        future = where.submit(f"{JOBS}:run", bundle=bundle.path, calls=bundle.calls, captured=captured)
+        queued[name] = (bundle, future, captured)
+
+    def run(name):
+        if not queued:
+            wanted = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
+            for each in dict.fromkeys(n for n in wanted if n in RUNS):
+                queue(each)
+        bundle, future, captured = queued[name]
+        return Run(name, bundle, future.result().value, captured)
+
+    return run
+
+
+@pytest.fixture
+def run(runs, name):
+    return runs(name)
+
+
+every_run = pytest.mark.parametrize("name", RUNS)
+
+
+@every_run
+def test_every_layer_runs_the_kernel_that_was_planned(run):
+    changed = [
+        f"{node}: {kernel} ({reason})"
+        for bucket in run.value["kernels"]
+        for node, planned, kernel, reason in bucket
+        if kernel != planned
+    ]
+    assert not run.value["portable"]
+    if run.name.endswith(OTHER_BUILD):
+        said = " ".join(run.value["warnings"])
+        assert not changed or "another kernel than planned" in said
+    else:
+        assert not changed
+        assert run.value["warnings"] == []
+
+
+@every_run
+def test_the_log_holds_just_the_planned_products(run):
+    """For each node of oneDNN one execution per call: its shape, its weights' dtype, and whose code it is."""
+    for kernels, sites, executions in zip(run.kernels, run.made.sites, run.logs, strict=True):
+        expected: Counter[object] = Counter()
+        for node, name in kernels.items():
+            kernel = table.get(name)
+            if kernel.backend in ("acl", "onednn"):
+                dtype = "bf16" if kernel.precision == "bf16" else "f32"
+                expected[(*_problem_of(sites[node]), dtype)] += run.captured
+        convolutions = [e for e in executions if e.primitive in ("convolution", "deconvolution")]
+        assert Counter((*_problem(e), e.weight_dtype) for e in convolutions) == expected
+        for execution in convolutions:
+            native = execution.is_acl or re.match(r"(jit|brg)", execution.implementation)
+            assert native, execution
+            # BF16 products are the Compute Library's
+            assert execution.is_acl or execution.weight_dtype == "f32", execution
+
+
+@every_run
+def test_no_reference_implementation_ran(run):
+    found = [e for log in run.logs for e in onednn_log.references(log)]
+    assert not found
+
+
+@every_run
+def test_no_weight_was_reordered_after_the_first_call(run, figures):
+    assert not [e for log in run.logs for e in onednn_log.weight_reorders(log, run.shapes)]
+    others = Counter(e.problem for log in run.logs for e in log if e.primitive == "reorder")
+    if others:
+        figures.append(f"{run.name}: reorders of activations in {run.captured} calls: {dict(others)}")
+
+
+@every_run
+def test_what_was_planned_for_blas_is_not_in_the_log(run):
+    for kernels, sites, executions in zip(run.kernels, run.made.sites, run.logs, strict=True):
+        left = {(sites[n].k, sites[n].n) for n, kernel in kernels.items() if table.get(kernel).backend == "blas"}
+        products = [e for e in executions if e.primitive in ("matmul", "inner_product")]
+        weights = {tuple(map(int, e.problem.split(":")[1].split("x")[-2:])) for e in products if ":" in e.problem}
+        assert not left & weights
+
+
+@every_run
+def test_outputs_are_those_of_fp32_and_the_twin_predicts_their_error(run, figures):
+    for call, (inputs, reference, twin, there) in enumerate(
+        zip(run.made.calls, run.made.reference, run.made.twin, run.value["runs"], strict=True)
+    ):
+        found = there["output"]
+        rows = next(iter(inputs.values())).shape[0]
+        assert found.dtype == reference.dtype
+        assert found.shape == reference.shape
+        cosine = torch.nn.functional.cosine_similarity(found.double().flatten(), reference.double().flatten(), 0)
+        real, predicted = _error(found, reference), _error(twin, reference)
+        figures.append(
+            f"{run.name} batch {rows}: cosine to FP32 {cosine:.7f}, error {real:.3e}, twin's {predicted:.3e}, "
+            f"difference between them {_error(found, twin):.1e}"
+        )
+        assert cosine >= LEAST_COSINE, call
+        if run.made.manifest.required_features:
+            assert abs(predicted - real) <= PREDICTED_WITHIN * real, call
+        else:  # all in FP32: sums in another order, over some dozen layers
+            assert max(real, predicted) < 1e-5, call
+
+
+def test_the_environment_was_that_of_armopt_run(server):
+    """The worker's; what `armopt run` itself does is proved by test_command_line.py."""
+    seen = server("graviton3").call(f"{JOBS}:seen_environment")
+    assert seen == {
+        "DNNL_DEFAULT_FPMATH_MODE": "BF16",
+        "LRU_CACHE_CAPACITY": "1024",
+        "OMP_NUM_THREADS": "1",
+        "OMP_PROC_BIND": "false",
+        "TORCH_MKLDNN_MATMUL_MIN_DIM": "64",
+    }
+
+
+# --- helpers --------------------------------------------------------------------------------------
+
+
+def _error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative, in the Euclidean norm."""
+    difference = found.double() - reference.double()
+    return float(difference.norm() / reference.double().norm())
+
+
+def _problem_of(site: Site) -> tuple[int, ...]:
+    """groups, batch, channels in and out, input height and width, filter height and width, stride."""
+    if site.op == "linear":
+        return (1, site.m, site.k, site.n, 1, 1, 1, 1, 1)
+    return (site.groups, site.shape[0], site.shape[1], site.n, *site.shape[2:], *site.weight[2:], site.stride[0])
+
+
+def _problem(execution: onednn_log.Execution) -> tuple[int, ...]:
+    sizes = {name: int(size) for name, size in re.findall(r"([a-z]+)(\d+)", execution.problem)}
+    names: Sequence[str] = ("g", "mb", "ic", "oc", "ih", "iw", "kh", "kw", "sh")
+    return tuple(sizes.get(name, 1) for name in names)

@@ -1,0 +1,109 @@
+"""The cut finds the labelling that trying them all finds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from armopt import cost_policy, plan, targets
+from armopt.cost_policy import CostPolicy
+from armopt.costs import TERMS, CostTable, Regime
+from armopt.ir import Site
+from armopt.kernels import table
+
+GRAVITON3 = targets.load("graviton3")
+
+
+def _site(name: str, source: str, *, m: int = 8, k: int = 64, n: int = 64, residual: str = "", escapes: bool) -> Site:
+    post_op = "add" if residual else "none"
+    return Site(
+        name, "linear", m, k, n, (m, k), (n, k), post_op=post_op, source=source, residual=residual, escapes=escapes
+    )
+
+
+def _table(per_call: dict[str, float], cast: float) -> CostTable:
+    """A table whose kernels cost the same whatever the shape."""
+    fixed = {name: (Regime(None, (cost, *[0.0] * (len(TERMS) - 1))),) for name, cost in per_call.items()}
+    return CostTable("neoverse-v1", "2.10.0", fixed, {"cast": cast, "bf16:add": 0.0, "fp32:add": 0.0}, {})
+
+
+def _cost_of(labels: dict[str, bool], sites: list[Site], options: list[dict], cast: float) -> float:
+    """What a labelling costs, from the definition: the kernels, and one cast of each value in each direction needed."""
+    total = sum(options[i]["bf16" if labels[s.node] else "fp32"].cost for i, s in enumerate(sites))
+    by_name = {s.node: s for s in sites}
+    for value in {s.source for s in sites} | {s.residual for s in sites} | set(by_name):
+        if not value:
+            continue
+        made_in_bf16 = labels.get(value, False)
+        readers = [labels[s.node] for s in sites if value in (s.source, s.residual)]
+        if value in by_name and by_name[value].escapes:
+            readers.append(False)
+        maker = by_name.get(value)
+        inputs = [math.prod(s.shape) for s in sites if value in (s.source, s.residual)]
+        elements = maker.m * maker.n if maker else max(inputs)
+        if any(reader != made_in_bf16 for reader in readers):
+            total += cast * elements
+    return total
+
+
+@st.composite
+def _chains(draw: st.DrawFn) -> list[Site]:
+    count = draw(st.integers(1, 6))
+    sites = []
+    for i in range(count):
+        names = ["x", *(f"s{j}" for j in range(i))]
+        source = draw(st.sampled_from(names))
+        residual = draw(st.sampled_from(["", *names]))
+        sites.append(_site(f"s{i}", source, residual=residual, escapes=draw(st.booleans()) or i == count - 1))
+    return sites
+
+
+@settings(max_examples=200, deadline=None)
+@given(_chains(), st.lists(st.integers(1, 1000), min_size=3, max_size=3), st.floats(0, 0.2))
+def test_the_cut_is_the_best_labelling(sites: list[Site], costs: list[int], cast: float) -> None:
+    names = ("conv1x1_bf16", "conv1x1_fastmath", "blas_fp32_w16")
+    policy = CostPolicy(_table(dict(zip(names, map(float, costs), strict=True)), cast), near=1.0)
+    options = [policy._options(site, GRAVITON3) for site in sites]
+    chosen = cost_policy._cut(sites, options, cast)
+    found = _cost_of({s.node: s.node in chosen for s in sites}, sites, options, cast)
+    best = min(
+        _cost_of(dict(zip([s.node for s in sites], labels, strict=True)), sites, options, cast)
+        for labels in itertools.product((False, True), repeat=len(sites))
+    )
+    assert math.isclose(found, best, rel_tol=1e-9)
+
+
+def test_a_chain_in_bf16_is_cheaper_than_its_parts() -> None:
+    """Alone, each BF16 kernel loses by its two casts; in a chain of three they share two."""
+    costs = _table({"conv1x1_bf16": 900.0, "conv1x1_fastmath": 1000.0}, cast=0.15)
+    policy = CostPolicy(costs, near=1.0)
+    alone = policy.choose([_site("a", "x", escapes=True)], GRAVITON3)
+    assert [choice.kernel.name for choice in alone if choice.kernel] == ["conv1x1_fastmath"]
+    chain = [_site(f"s{i}", f"s{i - 1}" if i else "x", escapes=i == 15) for i in range(16)]
+    chosen = policy.choose(chain, GRAVITON3)
+    assert {choice.kernel.name for choice in chosen if choice.kernel} == {"conv1x1_bf16"}
+
+
+def test_never_bf16_where_the_core_has_none() -> None:
+    names = [kernel.name for kernel in table.ALL]
+    policy = CostPolicy(_table(dict.fromkeys(names, 1.0), 0.0))
+    graviton2 = targets.load("graviton2")
+    made = plan.make([_site("a", "x", escapes=True)], graviton2, policy, {})
+    assert table.get(made.decisions[0].kernel).precision == "fp32"
+
+
+def test_what_reads_fewer_bytes_wins_a_tie() -> None:
+    policy = CostPolicy(_table({"conv1x1_fastmath": 102.0, "blas_fp32_w16": 100.0}, 0.0))
+    choice = policy.choose([_site("a", "x", m=1, escapes=True)], GRAVITON3)[0]
+    assert choice.kernel is not None
+    assert choice.kernel.name == "conv1x1_fastmath"
+    assert "blas_fp32_w16" in choice.reason
+
+
+def test_a_site_that_no_kernel_takes_stays_with_aten() -> None:
+    policy = CostPolicy(_table({"conv1x1_bf16": 1.0}, 0.0))
+    choice = policy.choose([_site("a", "x", n=1, escapes=True)], GRAVITON3)[0]
+    assert choice.kernel is None
