@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from armopt import probe, sites
+from armopt import probe, sites, verdicts
 from armopt.bundle.codec import Program
 from armopt.ir import Site
 from armopt.kernels import table
@@ -42,12 +42,12 @@ class Binder:
 
     Attributes:
         fast_math: Whether oneDNN multiplies FP32 in BF16 in this process (DNNL_DEFAULT_FPMATH_MODE).
-        verdicts: Refusals by kernel and site; filled as probes run.
+        verdicts: Refusals, or None, by :func:`armopt.verdicts.key`; filled as probes run.
     """
 
     fast_math: bool
-    verdicts: dict[tuple[str, Site], str | None] = field(default_factory=dict)
-    _packed: dict[tuple[Any, ...], list[torch.Tensor]] = field(default_factory=dict)
+    verdicts: dict[str, str | None] = field(default_factory=dict)
+    _packed: dict[tuple[Any, ...], list[tuple[tuple[int, ...], torch.Tensor]]] = field(default_factory=dict)
     _biases: dict[tuple[str, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def bind(self, program: Program, progress: Callable[[], None] = lambda: None) -> tuple[fx.GraphModule, list[Bound]]:
@@ -105,27 +105,35 @@ class Binder:
     def _prove(
         self, kernel: Kernel, site: Site, node: fx.Node, stored: torch.Tensor, constants: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, str | None]:
-        """Packs the weight, or takes one packed for another shape if that one needs no reorder, and probes."""
+        """A packed weight with which the kernel passes its probe: one packed for another shape, or a new one."""
         key = (kernel.name, site.weight_key, site.stride, site.padding, site.dilation, site.groups)
         held = self._packed.setdefault(key, [])
-        verdict_key = (kernel.name, _shape_class(site))
-        reason: str | None = None
-        for weight in held:
-            if verdict_key in self.verdicts and self.verdicts[verdict_key] is None:
+        for packed_for, weight in held:
+            if self._verdict(kernel, site, packed_for, node, weight, constants) is None:
                 return weight, None
-            reason = self._probe(kernel, site, node, weight, constants)
-            if reason is None:
-                self.verdicts[verdict_key] = None
-                return weight, None
-        if verdict_key in self.verdicts and self.verdicts[verdict_key] is not None:
-            return stored, self.verdicts[verdict_key]
-        dtype = kernel.rounding.weights
-        weight = kernel.pack(stored.to(dtype) if kernel.backend != "aten" else stored.float(), site)
-        if verdict_key not in self.verdicts:
-            self.verdicts[verdict_key] = self._probe(kernel, site, node, weight, constants)
-        if self.verdicts[verdict_key] is None:
-            held.append(weight)
-        return weight, self.verdicts[verdict_key]
+        known = self.verdicts.get(verdicts.key(kernel.name, site, site.shape))
+        if known is not None:
+            return stored, known
+        weight = kernel.pack(stored.float() if kernel.backend == "aten" else stored.to(kernel.rounding.weights), site)
+        reason = self._verdict(kernel, site, site.shape, node, weight, constants)
+        if reason is None:
+            held.append((site.shape, weight))
+        return weight, reason
+
+    def _verdict(
+        self,
+        kernel: Kernel,
+        site: Site,
+        packed_for: tuple[int, ...],
+        node: fx.Node,
+        weight: torch.Tensor,
+        constants: dict[str, torch.Tensor],
+    ) -> str | None:
+        """What the probe says, now or earlier, of a kernel with a weight that was packed for a shape."""
+        key = verdicts.key(kernel.name, site, packed_for)
+        if key not in self.verdicts:
+            self.verdicts[key] = self._probe(kernel, site, node, weight, constants)
+        return self.verdicts[key]
 
     def _probe(
         self, kernel: Kernel, site: Site, node: fx.Node, weight: torch.Tensor, constants: dict[str, torch.Tensor]
@@ -164,26 +172,6 @@ class Binder:
 def fallback_free(bound: Sequence[Bound]) -> bool:
     """Whether every node got what was planned."""
     return all(entry.kernel == entry.planned for entry in bound)
-
-
-def _shape_class(site: Site) -> Site:
-    """A site without its name and weight: what a verdict depends on."""
-    return Site(
-        node="",
-        op=site.op,
-        m=site.m,
-        k=site.k,
-        n=site.n,
-        shape=site.shape,
-        weight=site.weight,
-        stride=site.stride,
-        padding=site.padding,
-        dilation=site.dilation,
-        groups=site.groups,
-        transposed=site.transposed,
-        output_padding=site.output_padding,
-        post_op=site.post_op,
-    )
 
 
 def _output_shape(site: Site) -> list[int]:

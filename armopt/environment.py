@@ -172,16 +172,15 @@ def for_process(
     return found, tuple(remarks)
 
 
-def only_read(wanted: Mapping[str, Variable], folder: Path | None = None) -> dict[str, Variable]:
+def only_read(wanted: Mapping[str, Variable], folder: Path | None) -> dict[str, Variable]:
     """Those of `wanted` that some library of the installed framework reads.
 
     All of them where there is no such framework here; OMP_* always, since the OpenMP runtime may be the system's.
 
     Args:
         wanted: See :func:`variables`.
-        folder: Of the framework's package; None takes the installed torch.
+        folder: Of the framework's package, see :func:`package_folder`.
     """
-    folder = folder or _torch_folder()
     if not folder or not (libraries := _libraries(folder)):
         return dict(wanted)
     largest_first = sorted(libraries, key=lambda p: -p.stat().st_size)
@@ -222,7 +221,7 @@ def installed(*, deep: bool = False) -> dict[str, str]:
         deep: Also search libtorch_cpu.so itself (hundreds of MB), where a build may hold ACL or its BLAS.
     """
     with suppress(Exception):  # a half-installed torch is reported by what is missing here
-        folder = _torch_folder()
+        folder = package_folder()
         if folder:
             return _installed(folder, deep)
     return {}
@@ -330,7 +329,7 @@ def variables_read(names: Iterable[str], folder: Path | None = None) -> dict[str
         folder: Of the torch package; None takes the installed one.
     """
     readers: dict[str, list[str]] = {name: [] for name in names}
-    folder = folder or _torch_folder()
+    folder = folder or package_folder()
     for library in _libraries(folder) if folder else []:
         for name, libraries in readers.items():
             if _holds(library, _needle(name)):
@@ -338,22 +337,23 @@ def variables_read(names: Iterable[str], folder: Path | None = None) -> dict[str
     return {name: tuple(libraries) for name, libraries in readers.items()}
 
 
-def import_remark(environ: Mapping[str, str] | None = None, *, started: Mapping[str, str] | None = None) -> str:
-    """What a process lost that imported torch on an Arm core with BF16 without fast math; empty where it lost nothing.
+def import_remark(
+    host: Target, environ: Mapping[str, str] | None = None, *, started: Mapping[str, str] | None = None
+) -> str:
+    """What a process loses that imported torch without fast math on an Arm core with BF16; empty where nothing.
 
     Cheap, and imports nothing: for ``import armopt`` itself.
 
     Args:
+        host: This machine.
         environ: Now; None takes os.environ.
         started: The environment at the start of the process; None asks the kernel.
     """
-    if "torch" not in sys.modules or platform.machine() != "aarch64":
-        return ""
-    from armopt import targets
-
-    host, now = targets.host(), os.environ if environ is None else environ
+    now = os.environ if environ is None else environ
     start = _initial_environment() if started is None else started
-    if not host.bf16 or _agree(FPMATH, "BF16", _effective(FPMATH, now if start is None else start, host)):
+    if "torch" not in sys.modules or not _is_arm(host) or not host.bf16:
+        return ""
+    if _agree(FPMATH, "BF16", _effective(FPMATH, now if start is None else start, host)):
         return ""
     how = "set after the process started" if _effective(FPMATH, now, host) else "not set"
     return (
@@ -587,8 +587,9 @@ def _holds(path: Path, name: bytes) -> bool:
     return _search(path, name, rb"(?<![A-Za-z0-9_])" + re.escape(name) + rb"(?![A-Za-z0-9_])") is not None
 
 
-def _torch_folder() -> Path | None:
-    spec = importlib.util.find_spec("torch")
+def package_folder(framework: str = "pytorch") -> Path | None:
+    """Where the installed torch or TensorFlow is; None where there is none. Doesn't import it."""
+    spec = importlib.util.find_spec("tensorflow" if framework == "tensorflow" else "torch")
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
@@ -673,7 +674,7 @@ def _loaded(*parts: str) -> list[str]:
 
 def _openblas_core() -> str:
     # numpy and scipy load an OpenBLAS of their own, so the one beside torch is asked.
-    folder = str(_torch_folder())
+    folder = str(package_folder())
     for path in _loaded("openblas"):
         if path.startswith(folder):
             corename = ctypes.CDLL(path).openblas_get_corename

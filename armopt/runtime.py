@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from armopt import environment, structure, targets
+from armopt import environment, structure, targets, verdicts
 from armopt.bind import Binder, Bound
 from armopt.bundle import reader
 from armopt.bundle.codec import Program
 from armopt.bundle.manifest import Manifest
 from armopt.errors import HostError, InputError
 
+#: Names of oneDNN's fast-math mode; the first wins.
+_FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 Forward = Callable[..., Sequence[torch.Tensor]]
 
 
@@ -181,11 +183,17 @@ def load(path: str | Path, *, strict: bool = False) -> Model:
         )
         return _model(bundle, [(p, p.graph_module.forward, []) for p in bundle.programs], portable=True)
     _check_host(bundle.manifest, strict)
-    binder = Binder(fast_math=fast_math(os.environ))
+    remembered = verdicts.path_for(_build_facts())
+    # a variable set after the start may have come too late for oneDNN: such a process neither learns nor teaches
+    reliable = not environment.late_variables(_FAST_MATH)
+    known = verdicts.read(remembered) if reliable else {}
+    binder = Binder(fast_math=fast_math(os.environ), verdicts=dict(known))
     bound = []
     for program in bundle.programs:
         module, entries = binder.bind(program)
         bound.append((program, module.forward, entries))
+    if reliable and binder.verdicts != known:
+        verdicts.write(remembered, binder.verdicts)
     changed = {entry.node: entry for _, _, entries in bound for entry in entries if entry.kernel != entry.planned}
     if changed:
         first = next(iter(changed.values()))
@@ -211,9 +219,18 @@ def _model(
     )
 
 
+def _build_facts() -> dict[str, str]:
+    """What a probe's verdict depends on besides the layer: the core, the libraries, and the fast-math mode."""
+    host, record = targets.host(), environment.record()
+    names = ("torch", "torch_git", "torch_build", "onednn", "acl", "blas", "threads")
+    facts = {name: record.get(name, "") for name in names}
+    features = " ".join(sorted(host.isa_features))
+    return facts | {"core": host.core, "features": features, "fast_math": str(fast_math(os.environ))}
+
+
 def fast_math(environ: Mapping[str, str]) -> bool:
     """Whether oneDNN reads BF16 fast math from these variables."""
-    value = environ.get("ONEDNN_DEFAULT_FPMATH_MODE", environ.get("DNNL_DEFAULT_FPMATH_MODE", ""))
+    value = next((environ[name] for name in _FAST_MATH if name in environ), "")
     return value.upper() in ("BF16", "ANY")
 
 

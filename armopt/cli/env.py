@@ -2,23 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from armopt.cli import options, sink
 
+if TYPE_CHECKING:
+    from armopt.environment import Variable
+
+Framework = Annotated[
+    str, typer.Option("--framework", help="Without a BUNDLE: pytorch or tensorflow.", show_default=False)
+]
+Target = Annotated[str, typer.Option("--target", help="Without a BUNDLE: the product, graviton3 by default; or host.")]
+
 
 def env(
-    bundle: options.BundlePath,
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="[BUNDLE]", help="A bundle: a folder, or a zip of it.")
+    ] = None,
     form: Annotated[str, typer.Option("--format", help="shell, docker, systemd, k8s or json.")] = "shell",
+    framework: Framework = "",
+    target: Target = "",
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="OMP_NUM_THREADS; left open if not given.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Print the environment that a bundle wants, for a shell, Docker, systemd or Kubernetes."""
+    """Print the environment that a bundle, or a framework on a target, wants: for a shell, Docker, systemd, k8s."""
     from armopt import environment
-    from armopt.bundle import reader
 
+    chosen = wanted(bundle, framework, target, threads)
+    sink.Sink(as_json).text(environment.render(chosen, "json" if as_json else form))
+
+
+def wanted(bundle: Path | None, framework: str, target: str, threads: int | None) -> dict[str, Variable]:
+    """The variables that a bundle, or a framework on a target, wants of this host's build, if it is for this host.
+
+    Raises:
+        InputError: Neither is given, or both are.
+    """
+    import platform
+
+    from armopt import environment, targets
+    from armopt.bundle import reader
+    from armopt.errors import InputError
+
+    if bundle is None:
+        if not framework and not target:
+            raise InputError("no bundle given", hint="Give a BUNDLE, or e.g. --framework tensorflow --target graviton3")
+        product = targets.load(target or "graviton3")
+        here = platform.machine() == "aarch64" or target == targets.HOST
+        build = environment.installed() if here else None
+        chosen = environment.variables(product, threads=threads, build=build, framework=framework or "pytorch")
+        return environment.only_read(chosen, environment.package_folder(framework)) if here else chosen
+    if framework or target:
+        raise InputError("a bundle has its own framework and target", hint="Leave out --framework and --target")
     manifest = reader.read_manifest(bundle)
-    variables = {name: environment.Variable(e["value"], e["why"]) for name, e in manifest.environment.items()}
-    text = environment.render(variables, "json" if as_json else form)
-    sink.Sink(as_json).text(text)
+    left = bool(manifest.refused) or any(n["kernel"].startswith("aten") for p in manifest.plan for n in p["nodes"])
+    here = manifest.machine == platform.machine()
+    chosen = {name: environment.Variable(e["value"], e["why"]) for name, e in manifest.environment.items()}
+    chosen |= environment.variables(
+        targets.load(manifest.target),
+        threads=threads,
+        build=environment.installed() if here else None,
+        left_to_aten=left,
+    )
+    return environment.only_read(chosen, environment.package_folder()) if here else chosen

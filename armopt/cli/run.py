@@ -5,36 +5,44 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from armopt.cli import options
+from armopt.cli import env, sink
 
 
 def run(
-    bundle: options.BundlePath,
-    command: Annotated[list[str], typer.Argument(metavar="-- CMD", help="The command, after --.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[BUNDLE] -- CMD", help="The bundle, unless --framework or --target; the command after --."
+        ),
+    ],
+    framework: env.Framework = "",
+    target: env.Target = "",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="OMP_NUM_THREADS; by default what the host has.")
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="How many such processes share this host.")] = 1,
 ) -> None:
     """Run a command in the environment that a bundle wants. The command's exit code is the exit code."""
-    from armopt import environment, targets
-    from armopt.bundle import reader
+    from armopt import environment
     from armopt.errors import HostError, InputError
 
-    manifest = reader.read_manifest(bundle)
+    bundle, command = (None, words) if framework or target else (Path(words[0]), words[1:])
+    limit = environment.threads_for_host()
+    wanted = env.wanted(bundle, framework, target, threads or environment.threads_for_host(workers))
     if not command:
         raise InputError("no command", hint="Write it after --: armopt run BUNDLE -- python serve.py")
-    count = threads or environment.threads_for_host(workers)
-    here = environment.variables(targets.load(manifest.target), threads=count, build=environment.installed())
-    chosen = {name: entry["value"] for name, entry in manifest.environment.items()}
-    chosen |= {name: variable.value for name, variable in here.items()}
     if shutil.which(command[0]) is None:
-        raise InputError("there is no such command", where=command[0], hint="Check the words after --")
-    environ = {**os.environ, **chosen}
+        both = bundle is None and Path(command[0]).exists()
+        hint = "With --framework or --target there is no BUNDLE" if both else "Check the words after --"
+        raise InputError("there is no such command", where=command[0], hint=hint)
+    environ, remarks = environment.for_process(wanted, os.environ, limit=max(1, limit // workers))
+    for remark in remarks:
+        sink.Sink(as_json=False).note(f"armopt: {remark}")
     sys.stdout.flush()
     sys.stderr.flush()
     try:

@@ -117,7 +117,6 @@ def _gpt2() -> nn.Module:
         bos_token_id=1,
         eos_token_id=2,
     )
-    )
     return randomize(transformers.GPT2LMHeadModel(config))
 
 

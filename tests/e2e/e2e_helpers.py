@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 class TwoInputs(nn.Module):
-    """tokens and context have one shape, so that only their names tell them apart; nor are they in order of the alphabet."""
+    """Inputs of one shape, so that only their names tell them apart, and not in order of the alphabet."""
 
     def __init__(self):
         super().__init__()

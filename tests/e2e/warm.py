@@ -13,8 +13,14 @@ import sys
 
 
 def main() -> None:
-    from armopt import compiler  # noqa: F401  what every command imports; nothing here starts a thread
+    import torch
+
+    from armopt import capture, zoo
     from armopt.cli import app
+
+    # What commands import on the way, imported here once. With OMP_NUM_THREADS=1 nothing starts a thread.
+    zoo.ensure_torchvision()
+    capture.module(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.ReLU()), (torch.ones(1, 1, 2, 2),))
 
     for line in sys.stdin:
         request = json.loads(line)

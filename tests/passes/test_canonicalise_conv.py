@@ -30,7 +30,12 @@ class TestCanonicaliseConv(Contract):
 
     cases = (
         Case("conv1d", zoo_models.conv1d, (noise(1, 8, 40),), ops={CONV: 3}, absent=("aten.conv1d.default",)),
-        Case("conv2d_strided", lambda: nn.Conv2d(3, 4, 3, stride=(2, 1), padding=(1, 0)), (noise(2, 3, 7, 7),), ops={CONV: 1}),
+        Case(
+            "conv2d_strided",
+            lambda: nn.Conv2d(3, 4, 3, stride=(2, 1), padding=(1, 0)),
+            (noise(2, 3, 7, 7),),
+            ops={CONV: 1},
+        ),
         Case("conv3d", zoo_models.conv3d, (noise(1, 3, 6, 12, 12),), ops={CONV: 3}),
         Case("grouped", lambda: nn.Conv2d(4, 8, 3, groups=2, bias=False), (noise(1, 4, 5, 5),), ops={CONV: 1}),
         Case("depthwise", lambda: nn.Conv2d(4, 8, 3, padding=1, groups=4), (noise(1, 4, 5, 5),), ops={CONV: 1}),
@@ -38,8 +43,18 @@ class TestCanonicaliseConv(Contract):
         Case("transposed", zoo_models.conv_transpose2d, (noise(1, 8, 6, 6),), ops={CONV: 3}),
         Case("transposed_1d", zoo_models.conv_transpose1d, (noise(1, 8, 10),), ops={CONV: 3}),
         Case("transposed_3d", zoo_models.conv_transpose3d, (noise(1, 8, 4, 4, 4),), ops={CONV: 3}),
-        Case("same_odd", lambda: nn.Conv2d(3, 4, (3, 5), padding="same", dilation=(2, 1)), (noise(1, 3, 8, 8),), ops={CONV: 1}),
-        Case("same_even_but_dilated", lambda: nn.Conv1d(3, 4, 4, padding="same", dilation=2), (noise(1, 3, 9),), ops={CONV: 1}),
+        Case(
+            "same_odd",
+            lambda: nn.Conv2d(3, 4, (3, 5), padding="same", dilation=(2, 1)),
+            (noise(1, 3, 8, 8),),
+            ops={CONV: 1},
+        ),
+        Case(
+            "same_even_but_dilated",
+            lambda: nn.Conv1d(3, 4, 4, padding="same", dilation=2),
+            (noise(1, 3, 9),),
+            ops={CONV: 1},
+        ),
         Case("valid", lambda: nn.Conv3d(2, 3, 2, padding="valid"), (noise(1, 2, 4, 4, 4),), ops={CONV: 1}),
         Case(
             "same_even",
@@ -51,8 +66,10 @@ class TestCanonicaliseConv(Contract):
         Case(
             "one_value_for_all_dimensions",
             lambda: Forward(
-                lambda s, x: aten.convolution(x, s.w, None, [2], [1], [1], False, [0], 1)
-                + aten.convolution(x, s.w, s.b, [2, 2], [1, 1], [1, 1], False, [0, 0], 1),
+                lambda s, x: (
+                    aten.convolution(x, s.w, None, [2], [1], [1], False, [0], 1)
+                    + aten.convolution(x, s.w, s.b, [2, 2], [1, 1], [1, 1], False, [0, 0], 1)
+                ),
                 w=nn.Parameter(noise(4, 3, 3, 3)),
                 b=nn.Parameter(noise(4)),
             ),
@@ -63,12 +80,18 @@ class TestCanonicaliseConv(Contract):
         Case(
             "general_transposed",
             lambda: Forward(
-                lambda s, x: aten.convolution(x, s.w, None, [2], [1], [1], True, [1], 3), w=nn.Parameter(noise(3, 2, 3, 3))
+                lambda s, x: aten.convolution(x, s.w, None, [2], [1], [1], True, [1], 3),
+                w=nn.Parameter(noise(3, 2, 3, 3)),
             ),
             (noise(1, 3, 6, 6),),
             ops={CONV: 1},
         ),
-        Case("used_twice", lambda: Forward(lambda s, x: s.conv(s.conv(x).relu()), conv=nn.Conv2d(3, 3, 3, padding=1)), (noise(1, 3, 6, 6),), ops={CONV: 2}),
+        Case(
+            "used_twice",
+            lambda: Forward(lambda s, x: s.conv(s.conv(x).relu()), conv=nn.Conv2d(3, 3, 3, padding=1)),
+            (noise(1, 3, 6, 6),),
+            ops={CONV: 2},
+        ),
         Case("dynamic_batch", lambda: nn.Conv2d(3, 4, 3, padding=1), (noise(2, 3, 6, 6),), batch=(1, 4), ops={CONV: 1}),
         Case(
             "unbatched",
@@ -113,7 +136,9 @@ def test_a_bias_given_as_input_is_refused() -> None:
     ],
     ids=["1d", "2d", "3d", "transposed"],
 )
-def test_an_input_without_a_batch_dimension_is_refused(shape: tuple[int, ...], weight: tuple[int, ...], op: object) -> None:
+def test_an_input_without_a_batch_dimension_is_refused(
+    shape: tuple[int, ...], weight: tuple[int, ...], op: object
+) -> None:
     graph_module = by_hand(
         noise(*shape), constants={"weight": noise(*weight)}, build=lambda call, x, weight: call(op, x, weight)
     )
@@ -124,7 +149,9 @@ def test_an_input_without_a_batch_dimension_is_refused(shape: tuple[int, ...], w
 
 def test_arguments_that_fit_no_schema_are_refused() -> None:
     graph_module = by_hand(
-        noise(1, 3, 6), constants={"weight": noise(4, 3, 3)}, build=lambda call, x, weight: call(aten.conv1d.default, x, weight)
+        noise(1, 3, 6),
+        constants={"weight": noise(4, 3, 3)},
+        build=lambda call, x, weight: call(aten.conv1d.default, x, weight),
     )
     node = next(node for node in graph_module.graph.nodes if node.op == "call_function")
     node.args = (*node.args, None, [1], [0], [1], 1, "surplus")

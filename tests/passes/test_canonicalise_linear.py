@@ -58,8 +58,18 @@ class TestCanonicaliseLinear(Contract):
             ops={LINEAR: 2},
             absent=("aten.mm.default", "aten.matmul.default"),
         ),
-        Case("matmul_3d", lambda: Forward(lambda s, x: x @ s.w, w=nn.Parameter(noise(6, 8))), (noise(2, 5, 6),), ops={LINEAR: 1}),
-        Case("matmul_1d", lambda: Forward(lambda s, x: x @ s.w, w=nn.Parameter(noise(6, 8))), (noise(6),), ops={LINEAR: 1}),
+        Case(
+            "matmul_3d",
+            lambda: Forward(lambda s, x: x @ s.w, w=nn.Parameter(noise(6, 8))),
+            (noise(2, 5, 6),),
+            ops={LINEAR: 1},
+        ),
+        Case(
+            "matmul_1d",
+            lambda: Forward(lambda s, x: x @ s.w, w=nn.Parameter(noise(6, 8))),
+            (noise(6),),
+            ops={LINEAR: 1},
+        ),
         Case(
             "tied_embedding",
             lambda: Forward(lambda s, x: s.table(x.long()) @ s.table.weight.T, table=nn.Embedding(9, 4)),
@@ -67,7 +77,13 @@ class TestCanonicaliseLinear(Contract):
             ops={LINEAR: 1, "aten.embedding.default": 1},
         ),
         Case("shared_layer", zoo_models.shared_weights, (noise(2, 64),), ops={LINEAR: 3}),
-        Case("dynamic_batch", lambda: Forward(lambda s, x: s.fc(x) @ s.w, fc=nn.Linear(4, 5), w=nn.Parameter(noise(5, 3))), (noise(2, 4),), batch=(1, 4), ops={LINEAR: 2}),
+        Case(
+            "dynamic_batch",
+            lambda: Forward(lambda s, x: s.fc(x) @ s.w, fc=nn.Linear(4, 5), w=nn.Parameter(noise(5, 3))),
+            (noise(2, 4),),
+            batch=(1, 4),
+            ops={LINEAR: 2},
+        ),
         Case("matmul_forms", zoo_models.matmul_forms, (noise(2, 3, 32),), ops={LINEAR: 3}),
         Case(
             "product_of_activations",
@@ -120,14 +136,18 @@ class TestCanonicaliseLinear(Contract):
         ),
         Case(
             "bias_of_another_shape",
-            lambda: Forward(lambda s, x: torch.addmm(s.b, x, s.w), b=nn.Parameter(noise(3, 5)), w=nn.Parameter(noise(4, 5))),
+            lambda: Forward(
+                lambda s, x: torch.addmm(s.b, x, s.w), b=nn.Parameter(noise(3, 5)), w=nn.Parameter(noise(4, 5))
+            ),
             (noise(3, 4),),
             skips=("the bias has shape (3, 5), not one FP32 value per output feature",),
             rewritten=0,
         ),
         Case(
             "scalar_bias",
-            lambda: Forward(lambda s, x: torch.addmm(s.b, x, s.w), b=nn.Parameter(noise(1)), w=nn.Parameter(noise(4, 5))),
+            lambda: Forward(
+                lambda s, x: torch.addmm(s.b, x, s.w), b=nn.Parameter(noise(1)), w=nn.Parameter(noise(4, 5))
+            ),
             (noise(3, 4),),
             skips=("the bias has shape (1,), not one FP32 value per output feature",),
             rewritten=0,
@@ -187,7 +207,9 @@ def test_a_bias_of_another_dtype_is_refused() -> None:
 
 def test_an_activation_of_another_dtype_is_refused() -> None:
     graph_module = by_hand(
-        noise(2, 4), constants={"weight": noise(5, 4)}, build=lambda call, x, weight: call(aten.linear.default, x, weight)
+        noise(2, 4),
+        constants={"weight": noise(5, 4)},
+        build=lambda call, x, weight: call(aten.linear.default, x, weight),
     )
     next(iter(graph_module.graph.nodes)).meta["val"] = next(iter(graph_module.graph.nodes)).meta["val"].half()
     result = CanonicaliseLinear()(graph_module)

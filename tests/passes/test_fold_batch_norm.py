@@ -45,15 +45,53 @@ class TestFoldBatchNorm(Contract):
         return FoldBatchNorm()
 
     cases = (
-        Case("conv", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), (noise(1, 3, 6, 6),), absent=(NORM,)),
-        Case("conv_without_bias", lambda: nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)), (noise(1, 3, 6, 6),), absent=(NORM,)),
-        Case("not_affine", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False, eps=0.5)), (noise(1, 3, 6, 6),), absent=(NORM,)),
-        Case("grouped", lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.BatchNorm2d(8)), (noise(1, 4, 6, 6),), absent=(NORM,)),
-        Case("depthwise_1d", lambda: nn.Sequential(nn.Conv1d(4, 4, 3, groups=4), nn.BatchNorm1d(4)), (noise(1, 4, 6),), absent=(NORM,)),
-        Case("conv3d", lambda: nn.Sequential(nn.Conv3d(2, 4, 2), nn.BatchNorm3d(4)), (noise(1, 2, 3, 3, 3),), absent=(NORM,)),
-        Case("transposed", lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3, stride=2), nn.BatchNorm2d(4)), (noise(1, 3, 4, 4),), absent=(NORM,)),
+        Case(
+            "conv", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), (noise(1, 3, 6, 6),), absent=(NORM,)
+        ),
+        Case(
+            "conv_without_bias",
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)),
+            (noise(1, 3, 6, 6),),
+            absent=(NORM,),
+        ),
+        Case(
+            "not_affine",
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False, eps=0.5)),
+            (noise(1, 3, 6, 6),),
+            absent=(NORM,),
+        ),
+        Case(
+            "grouped",
+            lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.BatchNorm2d(8)),
+            (noise(1, 4, 6, 6),),
+            absent=(NORM,),
+        ),
+        Case(
+            "depthwise_1d",
+            lambda: nn.Sequential(nn.Conv1d(4, 4, 3, groups=4), nn.BatchNorm1d(4)),
+            (noise(1, 4, 6),),
+            absent=(NORM,),
+        ),
+        Case(
+            "conv3d",
+            lambda: nn.Sequential(nn.Conv3d(2, 4, 2), nn.BatchNorm3d(4)),
+            (noise(1, 2, 3, 3, 3),),
+            absent=(NORM,),
+        ),
+        Case(
+            "transposed",
+            lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3, stride=2), nn.BatchNorm2d(4)),
+            (noise(1, 3, 4, 4),),
+            absent=(NORM,),
+        ),
         Case("linear", zoo_models.linear_norm, (noise(2, 32),), absent=(NORM,)),
-        Case("dynamic_batch", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), (noise(2, 3, 6, 6),), batch=(1, 4), absent=(NORM,)),
+        Case(
+            "dynamic_batch",
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)),
+            (noise(2, 3, 6, 6),),
+            batch=(1, 4),
+            absent=(NORM,),
+        ),
         Case("shared_conv_same_norm", lambda: _shared(1), (noise(1, 3, 6, 6),), absent=(NORM,), rewritten=2),
         Case(
             "shared_conv_other_norm",
@@ -66,7 +104,13 @@ class TestFoldBatchNorm(Contract):
             ),
             rewritten=0,
         ),
-        Case("norm_first", lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), (noise(1, 3, 6, 6),), ops={NORM: 1}, rewritten=0),
+        Case(
+            "norm_first",
+            lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)),
+            (noise(1, 3, 6, 6),),
+            ops={NORM: 1},
+            rewritten=0,
+        ),
         Case(
             "used_elsewhere",
             lambda: Forward(lambda s, x: s.norm(y := s.conv(x)) * y, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4)),
@@ -93,9 +137,7 @@ class TestFoldBatchNorm(Contract):
 
 def test_statistics_that_are_computed_are_refused() -> None:
     def model() -> nn.Module:
-        return Forward2(
-            lambda s, x, y: F.batch_norm(s.conv(x), y, y.abs() + 1), conv=nn.Conv2d(3, 4, 3)
-        )
+        return Forward2(lambda s, x, y: F.batch_norm(s.conv(x), y, y.abs() + 1), conv=nn.Conv2d(3, 4, 3))
 
     result = run_pass(FoldBatchNorm(), model, noise(1, 3, 6, 6), noise(4), before=BEFORE)
     assert [s.reason for s in result.skipped] == ["its statistics are not constants"]
@@ -110,7 +152,9 @@ def test_a_layer_with_a_post_op_is_refused() -> None:
 def _batch_norm(*arguments: Any) -> Callable[..., Any]:
     def build(call: Any, x: Any, weight: Any, **statistics: Any) -> Any:
         y = call(aten.linear.default, x, weight)
-        named = [statistics.get(argument, argument) if isinstance(argument, str) else argument for argument in arguments]
+        named = [
+            statistics.get(argument, argument) if isinstance(argument, str) else argument for argument in arguments
+        ]
         return call(aten.batch_norm.default, y, *named)
 
     return build
@@ -169,11 +213,15 @@ def test_a_shared_layer_stays_shared() -> None:
     assert storages(result.graph_module) == 2  # W' and b'
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="folded is keyed by the bias too, so W' is made once for each bias")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="folded is keyed by the bias too, so W' is made once for each bias"
+)
 def test_layers_that_share_a_weight_but_not_a_bias_still_share_it() -> None:
     def build() -> nn.Module:
         norm = nn.BatchNorm1d(4)
-        model = Forward(lambda s, x: s.norm(s.a(x)) + s.norm(s.b(x * 2)), a=nn.Linear(3, 4), b=nn.Linear(3, 4), norm=norm)
+        model = Forward(
+            lambda s, x: s.norm(s.a(x)) + s.norm(s.b(x * 2)), a=nn.Linear(3, 4), b=nn.Linear(3, 4), norm=norm
+        )
         model.b.weight = model.a.weight
         return model
 

@@ -57,7 +57,11 @@ class TestFoldConstants(Contract):
         ),
         Case(
             "dtype_mix",
-            lambda: Forward(lambda s, x: x * s.mask.float() + s.index.double().sum().float(), mask=noise(3) > 0, index=torch.arange(3)),
+            lambda: Forward(
+                lambda s, x: x * s.mask.float() + s.index.double().sum().float(),
+                mask=noise(3) > 0,
+                index=torch.arange(3),
+            ),
             (noise(2, 3),),
             absent=("aten._to_copy.default", "aten.to.dtype"),
         ),

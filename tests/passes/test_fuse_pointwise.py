@@ -31,10 +31,33 @@ class TestFusePointwise(Contract):
         return FusePointwise()
 
     cases = (
-        Case("conv_relu", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (noise(1, 3, 6, 6),), absent=("aten.relu.default",), rewritten=1),
-        Case("residual", zoo_models.residual, (noise(1, 16, 12, 12),), absent=("aten.relu.default", "aten.add.Tensor"), rewritten=6),
-        Case("add_linear_on_the_right", lambda: _linear(lambda s, x: x + s.fc(x)), (noise(2, 4),), absent=("aten.add.Tensor",)),
-        Case("add_two_layers", lambda: _linear(lambda s, x: s.fc(x) + s.gate(x), gate=nn.Linear(4, 4)), (noise(2, 4),), absent=("aten.add.Tensor",), rewritten=1),
+        Case(
+            "conv_relu",
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()),
+            (noise(1, 3, 6, 6),),
+            absent=("aten.relu.default",),
+            rewritten=1,
+        ),
+        Case(
+            "residual",
+            zoo_models.residual,
+            (noise(1, 16, 12, 12),),
+            absent=("aten.relu.default", "aten.add.Tensor"),
+            rewritten=6,
+        ),
+        Case(
+            "add_linear_on_the_right",
+            lambda: _linear(lambda s, x: x + s.fc(x)),
+            (noise(2, 4),),
+            absent=("aten.add.Tensor",),
+        ),
+        Case(
+            "add_two_layers",
+            lambda: _linear(lambda s, x: s.fc(x) + s.gate(x), gate=nn.Linear(4, 4)),
+            (noise(2, 4),),
+            absent=("aten.add.Tensor",),
+            rewritten=1,
+        ),
         Case(
             "add_after_a_post_op",
             lambda: _linear(lambda s, x: s.fc(x).relu() + s.gate(x), gate=nn.Linear(4, 4)),
@@ -93,7 +116,13 @@ class TestFusePointwise(Contract):
             skips=("the addition is scaled",),
             rewritten=0,
         ),
-        Case("adds_a_number", lambda: _linear(lambda s, x: s.fc(x) + 1.5), (noise(2, 4),), skips=("adds a number",), rewritten=0),
+        Case(
+            "adds_a_number",
+            lambda: _linear(lambda s, x: s.fc(x) + 1.5),
+            (noise(2, 4),),
+            skips=("adds a number",),
+            rewritten=0,
+        ),
         Case(
             "addition_broadcasts",
             lambda: _linear(lambda s, x: s.fc(x) + x[:1]),
@@ -134,7 +163,9 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="fuse_pointwise does not know aten.relu6, which F.relu6 gives")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="fuse_pointwise does not know aten.relu6, which F.relu6 gives"
+)
 def test_functional_relu6_is_fused() -> None:
     result = run_pass(FusePointwise(), lambda: _linear(lambda s, x: F.relu6(s.fc(x))), noise(2, 4), before=BEFORE)
     assert result.modified
@@ -160,7 +191,14 @@ def test_each_function_and_layer(name: str) -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [lambda x: x.clamp(-1, 1), lambda x: x.clamp(0, 5), F.hardtanh, lambda x: x.clamp_min(1), lambda x: x.clamp_max(6), F.elu],
+    [
+        lambda x: x.clamp(-1, 1),
+        lambda x: x.clamp(0, 5),
+        F.hardtanh,
+        lambda x: x.clamp_min(1),
+        lambda x: x.clamp_max(6),
+        F.elu,
+    ],
 )
 def test_what_is_no_post_op_is_left_alone(function: object) -> None:
     model = lambda: _linear(lambda s, x: function(s.fc(x)))  # type: ignore[operator]  # noqa: E731

@@ -76,7 +76,8 @@ def test_a_copy_of_an_input_that_is_returned_stays_a_copy() -> None:
 
 
 @pytest.mark.xfail(
-    strict=True, reason="remove_identities looks at a copy's direct source only: views of an input or weight slip through"
+    strict=True,
+    reason="remove_identities looks at a copy's direct source only: views of an input or weight slip through",
 )
 @pytest.mark.parametrize(
     "model",
@@ -94,7 +95,9 @@ def test_a_copy_of_a_view_that_is_returned_stays_a_copy(model: object) -> None:
     assert all(y.untyped_storage().data_ptr() not in held for y in result.graph_module(x))
 
 
-@pytest.mark.xfail(strict=True, reason="remove_identities drops the copy of a buffer's view, and the buffer is written to after")
+@pytest.mark.xfail(
+    strict=True, reason="remove_identities drops the copy of a buffer's view, and the buffer is written to after"
+)
 def test_a_copy_of_a_buffer_that_is_written_to_keeps_the_old_values() -> None:
     class Counter(nn.Module):
         def __init__(self) -> None:
