@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import fx
 from armopt import probe, sites, verdicts
 from armopt.bundle.codec import Program
 from armopt.ir import Site
-from armopt.kernels import table
+from armopt.kernels import post_ops, table
 from armopt.kernels.base import Call, Kernel
 from armopt.kernels.geometry import output_size
 from armopt.kernels.ops import KERNEL
+from armopt.tuning import Tuning
 
 _aten = torch.ops.aten
 
@@ -42,10 +43,12 @@ class Binder:
 
     Attributes:
         fast_math: Whether oneDNN multiplies FP32 in BF16 in this process (DNNL_DEFAULT_FPMATH_MODE).
+        tuning: Times of this host, which decide among kernels on the same activations.
         verdicts: Refusals, or None, by :func:`armopt.verdicts.key`; filled as probes run.
     """
 
     fast_math: bool
+    tuning: Tuning | None = None
     verdicts: dict[str, str | None] = field(default_factory=dict)
     _packed: dict[tuple[Any, ...], list[tuple[tuple[int, ...], torch.Tensor]]] = field(default_factory=dict)
     _biases: dict[tuple[str, torch.dtype], torch.Tensor] = field(default_factory=dict)
@@ -89,7 +92,10 @@ class Binder:
         # a node planned in FP32 stays in FP32
         allowed = [k for k in others if planned.precision != "fp32" or k.precision == "fp32"]
         stored = constants[site.weight_key]
-        for kernel in (planned, *allowed):
+        times = self.tuning.of(site) if self.tuning is not None else {}
+        quicker = [k for k in allowed if k.activations == planned.activations and _is_quicker(k, planned, times)]
+        quicker.sort(key=lambda kernel: times[kernel.name])
+        for kernel in dict.fromkeys((*quicker, planned, *allowed)):
             reason: str | None = None
             if kernel.fast_math and not self.fast_math:
                 reason = "DNNL_DEFAULT_FPMATH_MODE=BF16 was not set when oneDNN started"
@@ -97,6 +103,8 @@ class Binder:
             if reason is None:
                 weight, reason = self._prove(kernel, site, node, stored, constants)
                 if reason is None:
+                    if kernel in quicker:
+                        reasons.append(f"tuned: {times[planned.name] / times[kernel.name]:.2f}x the speed")
                     return kernel, weight, reasons
             if kernel is planned or kernel.precision == planned.precision:
                 reasons.append(f"{kernel.name}: {reason}")
@@ -132,32 +140,9 @@ class Binder:
         """What the probe says, now or earlier, of a kernel with a weight that was packed for a shape."""
         key = verdicts.key(kernel.name, site, packed_for)
         if key not in self.verdicts:
-            self.verdicts[key] = self._probe(kernel, site, node, weight, constants)
+            run = single(kernel, site, weight, self._bias(node, kernel, constants))
+            self.verdicts[key] = probe.refusal(kernel, site, run)
         return self.verdicts[key]
-
-    def _probe(
-        self, kernel: Kernel, site: Site, node: fx.Node, weight: torch.Tensor, constants: dict[str, torch.Tensor]
-    ) -> str | None:
-        """Runs the kernel's own calls on one node alone."""
-        graph = fx.Graph()
-        local = {"weight": weight}
-        x = graph.placeholder("x")
-        bias = self._bias(node, kernel, constants)
-        weight_node = graph.get_attr("weight")
-        bias_node = None
-        if bias is not None:
-            local["bias"] = bias
-            bias_node = graph.get_attr("bias")
-        marker = graph.call_function(_aten.alias.default, (x,))
-        call = Call(marker, x, weight_node, bias_node, None, "none", _output_shape(site), site)
-        other: fx.Node | None = None
-        if node.args[3] is not None:
-            with graph.inserting_before(marker):
-                other = graph.call_function(_aten.new_zeros.default, (x, _output_shape(site)))
-        call = Call(marker, x, weight_node, bias_node, other, site.post_op, _output_shape(site), site)
-        graph.output(kernel.emit(call))
-        graph.erase_node(marker)
-        return probe.refusal(kernel, site, _finish(torch.nn.Module(), graph, local).forward)
 
     def _bias(self, node: fx.Node, kernel: Kernel, constants: dict[str, torch.Tensor]) -> torch.Tensor | None:
         bias = node.args[2]
@@ -169,9 +154,40 @@ class Binder:
         return self._biases[key]
 
 
-def fallback_free(bound: Sequence[Bound]) -> bool:
-    """Whether every node got what was planned."""
-    return all(entry.kernel == entry.planned for entry in bound)
+def _is_quicker(kernel: Kernel, planned: Kernel, times: Mapping[str, float]) -> bool:
+    """Whether this host's times speak for another kernel by more than their noise."""
+    return kernel.name in times and planned.name in times and times[kernel.name] < 0.95 * times[planned.name]
+
+
+def single(kernel: Kernel, site: Site, weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[], Any]:
+    """The kernel's own calls for one site alone, on zeros.
+
+    Args:
+        kernel: The kernel.
+        site: The site; its shape is that of the input.
+        weight: Packed by the kernel.
+        bias: In the kernel's dtype.
+    """
+    graph = fx.Graph()
+    constants = {"weight": weight}
+    x = graph.placeholder("x")
+    inputs = [torch.zeros(site.shape, dtype=kernel.activations)]
+    other = None
+    if site.post_op in (post_ops.ADD, post_ops.ADD_RELU):
+        other = graph.placeholder("other")
+        inputs.append(torch.zeros(_output_shape(site), dtype=kernel.activations))
+    weight_node = graph.get_attr("weight")
+    bias_node = None
+    if bias is not None:
+        constants["bias"] = bias
+        bias_node = graph.get_attr("bias")
+    place = graph.call_function(_aten.alias.default, (x,))
+    graph.output(kernel.emit(Call(place, x, weight_node, bias_node, other, site.post_op, _output_shape(site), site)))
+    graph.erase_node(place)
+    forward = _finish(torch.nn.Module(), graph, constants).forward
+    # a convolution's neighbours hand it channels_last
+    inputs = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in inputs]
+    return lambda: forward(*inputs)
 
 
 def _output_shape(site: Site) -> list[int]:

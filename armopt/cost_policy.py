@@ -5,17 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import networkx as nx
 import torch
 
-from armopt.costs import CostTable
 from armopt.ir import Site, Target
-from armopt.kernels import post_ops, table
+from armopt.kernels import table
 from armopt.kernels.base import Kernel
 from armopt.plan import Choice
 
 _BF16, _FP32 = "bf16", "fp32"
+
+
+class Costs(Protocol):
+    """Where costs come from: a table, or a host's own times."""
+
+    @property
+    def name(self) -> str:
+        """As reports have it."""
+
+    def estimate(self, kernel: Kernel, site: Site, vector_bits: int) -> float | None:
+        """The cost of one call with its post-op; None where it is not known."""
+
+    def element(self, name: str) -> float:
+        """The cost of one element of a cast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +50,18 @@ class CostPolicy:
     The cheapest labelling is a minimum cut, found exactly.
 
     Attributes:
-        costs: The table.
+        costs: A table, or a host's own times.
         near: Kernels whose cost is within this factor of the best count as equal; the one that reads fewer bytes of
             weights is then taken, because one row is bound by them.
     """
 
-    costs: CostTable
+    costs: Costs
     near: float = 1.03
 
     @property
     def name(self) -> str:
-        """`cost` and the table's core and build."""
-        return f"cost ({self.costs.core}, torch {self.costs.torch})"
+        """`cost` and where the costs come from."""
+        return f"cost ({self.costs.name})"
 
     def choose(self, sites: Sequence[Site], target: Target) -> Sequence[Choice]:
         """The labelling of least cost; a site that no kernel takes stays plain ATen."""
@@ -61,10 +75,10 @@ class CostPolicy:
         for kernel in table.ALL:
             if kernel.backend == "aten" or kernel.refuses(site) is not None or not _allowed(kernel, target):
                 continue
-            cost = self.costs.estimate(kernel.name, site, target.vector_bits)
+            cost = self.costs.estimate(kernel, site, target.vector_bits)
             if cost is not None:
                 label = _BF16 if kernel.activations == torch.bfloat16 else _FP32
-                found[label].append((cost + self._post_op(site, kernel), kernel))
+                found[label].append((cost, kernel))
         return {label: self._best(entries) for label, entries in found.items() if entries}
 
     def _best(self, entries: list[tuple[float, Kernel]]) -> _Option:
@@ -76,14 +90,6 @@ class CostPolicy:
             return _Option(kernel, cost)
         return _Option(kernel, cost, rivals[0][1].name, rivals[0][0] / cost)
 
-    def _post_op(self, site: Site, kernel: Kernel) -> float:
-        """What the post-op costs behind this kernel: nothing where it is fused."""
-        if site.post_op == post_ops.NONE or site.post_op in kernel.fuses:
-            return 0.0
-        label = _BF16 if kernel.activations == torch.bfloat16 else _FP32
-        parts = ("add", "relu") if site.post_op == post_ops.ADD_RELU else (site.post_op,)
-        return site.m * site.n * sum(self.costs.element(f"{label}:{part}") for part in parts)
-
     def _choice(self, site: Site, options: Mapping[str, _Option], in_bf16: bool) -> Choice:
         if not options:
             return Choice(None, "no kernel takes it")
@@ -93,7 +99,7 @@ class CostPolicy:
         rival, ratio = chosen.rival, chosen.ratio
         if other is not None and (not rival or other.cost / chosen.cost < ratio):
             rival, ratio = other.kernel.name, other.cost / chosen.cost
-        reason = f"{chosen.cost / 1e6:.3g} M instructions"
+        reason = f"cost {chosen.cost / 1e6:.3g} M"
         return Choice(chosen.kernel, f"{reason}; {rival} {ratio:.2f}x" if rival else reason)
 
 

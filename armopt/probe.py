@@ -14,27 +14,24 @@ from armopt.kernels.base import Kernel
 _COMPUTE = ("convolution", "deconvolution", "matmul", "inner_product")
 
 
-def refusal(kernel: Kernel, site: Site, run: Callable[[torch.Tensor], object]) -> str | None:
+def refusal(kernel: Kernel, site: Site, run: Callable[[], object]) -> str | None:
     """Why a kernel is not to be trusted with a site on this build; None where it is.
 
     Args:
         kernel: The kernel.
-        site: The site, with its concrete input shape.
-        run: Calls the kernel on an input of that shape, with the weight packed already.
+        site: The site.
+        run: Calls the kernel once, with the weight packed already.
 
     Returns:
         The reason: a reference implementation, a weight reordered on every call, or weights that are not BF16.
     """
     if kernel.backend not in ("acl", "onednn"):
         return None
-    x = torch.zeros(site.shape, dtype=kernel.activations)
-    if x.dim() == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         try:
-            run(x)  # the first call may prepare what later calls reuse
+            run()  # the first call may prepare what later calls reuse
             with onednn_log.capture_verbose() as log:
-                run(x)
+                run()
         except RuntimeError as error:
             return f"fails on this build: {str(error).splitlines()[0][:120]}"
     return judge(kernel, site, log.executions)

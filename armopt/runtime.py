@@ -19,6 +19,7 @@ from armopt.bundle import reader
 from armopt.bundle.codec import Program
 from armopt.bundle.manifest import Manifest
 from armopt.errors import HostError, InputError
+from armopt.tuning import read as read_tuning
 
 #: Names of oneDNN's fast-math mode; the first wins.
 _FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
@@ -153,7 +154,7 @@ def _distance(bucket: Mapping[str, int], values: Mapping[str, int]) -> float:
     return sum(abs(math.log(max(1, values[name]) / max(1, size))) for name, size in bucket.items() if name in values)
 
 
-def load(path: str | Path, *, strict: bool = False) -> Model:
+def load(path: str | Path, *, strict: bool = False, tuning: str | Path | None = None) -> Model:
     """Loads a bundle for this host.
 
     On the target's architecture each kernel is run once with oneDNN's log on; one that answers with a reference
@@ -163,6 +164,7 @@ def load(path: str | Path, *, strict: bool = False) -> Model:
     Args:
         path: The bundle, a folder or a zip.
         strict: Whether any difference between this host and the manifest is an error.
+        tuning: A file from ``armopt tune`` on this host; by default the one that ``ARMOPT_TUNING`` names.
 
     Returns:
         A callable that takes and returns what the original model did.
@@ -187,14 +189,20 @@ def load(path: str | Path, *, strict: bool = False) -> Model:
     # a variable set after the start may have come too late for oneDNN: such a process neither learns nor teaches
     reliable = not environment.late_variables(_FAST_MATH)
     known = verdicts.read(remembered) if reliable else {}
-    binder = Binder(fast_math=fast_math(os.environ), verdicts=dict(known))
+    times = tuning or os.environ.get("ARMOPT_TUNING")
+    binder = Binder(fast_math(os.environ), read_tuning(Path(times)) if times else None, dict(known))
     bound = []
     for program in bundle.programs:
         module, entries = binder.bind(program)
         bound.append((program, module.forward, entries))
     if reliable and binder.verdicts != known:
         verdicts.write(remembered, binder.verdicts)
-    changed = {entry.node: entry for _, _, entries in bound for entry in entries if entry.kernel != entry.planned}
+    changed = {
+        entry.node: entry
+        for _, _, entries in bound
+        for entry in entries
+        if entry.kernel != entry.planned and not entry.reason.startswith("tuned")
+    }
     if changed:
         first = next(iter(changed.values()))
         message = (

@@ -2,10 +2,67 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write tests/passes/golden/ anew instead of comparing with it"
     )
+
+
+class Mlp(torch.nn.Module):
+    """Two linears, one weight of which is used twice, and a batch norm: small, and with something for most passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(16, 32)
+        self.norm = torch.nn.BatchNorm1d(32)
+        self.second = torch.nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.norm(self.first(x)).relu()
+        return {"logits": self.second(hidden) * scale, "hidden": hidden}
+
+
+@pytest.fixture(scope="session")
+def mlp() -> torch.nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Mlp().eval()
+        model.norm.running_mean.normal_()
+        model.norm.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def mlp_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, 16, generator=generator), torch.randn(8, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def mlp_bundle(
+    mlp: torch.nn.Module, mlp_inputs: tuple[torch.Tensor, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A bundle for graviton3 with buckets of 2 and 64; to be read only."""
+    from armopt import compiler
+
+    path = tmp_path_factory.mktemp("bundles") / "mlp"
+    compiler.optimize(mlp, mlp_inputs, output=path, target="graviton3", batch=(2, 64))
+    return path
+
+
+@pytest.fixture(scope="session")
+def host_bundle(
+    mlp: torch.nn.Module, mlp_inputs: tuple[torch.Tensor, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same for this machine, so that its kernels run; to be read only."""
+    from armopt import compiler
+
+    path = tmp_path_factory.mktemp("bundles") / "host"
+    compiler.optimize(mlp, mlp_inputs, output=path, target="host", batch=(2, 64))
+    return path

@@ -8,7 +8,7 @@ import sys
 import typer
 
 import armopt
-from armopt.cli import emulate, env, inspect, optimize, plan, run, targets, validate
+from armopt.cli import doctor, emulate, env, inspect, optimize, package, plan, run, targets, tune, validate
 from armopt.errors import ArmoptError
 
 app = typer.Typer(
@@ -26,6 +26,9 @@ COMMANDS = (
     validate.validate,
     env.env,
     run.run,
+    doctor.doctor,
+    package.package,
+    tune.tune,
     targets.targets,
     emulate.emulate,
 )

@@ -22,6 +22,7 @@ def optimize(
     samples: options.Samples = None,
     batch: options.Batch = "",
     policy: options.PolicyName = "threshold",
+    tuning: options.TuningFile = None,
     min_cosine: Annotated[float, typer.Option("--min-cosine", help="Least cosine similarity to FP32.")] = 0.99,
     trust_pickle: options.TrustPickle = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
@@ -35,7 +36,7 @@ def optimize(
     out = sink.Sink(as_json)
     writer.check_place(output, force=force)
     chosen = compiler.find_target(target)
-    policy_chosen, sizes = options.parse_policy(policy, chosen), options.parse_batch(batch)
+    policy_chosen, sizes = options.parse_policy(policy, chosen, tuning), options.parse_batch(batch)
     with out.progress() as progress:
         progress("capture", 0, 5)
         captured = options.open_model(model, reference, described, samples, sizes, trust_pickle)

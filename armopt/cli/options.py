@@ -43,6 +43,9 @@ Batch = Annotated[
 PolicyName = Annotated[
     str, typer.Option("--policy", help="How kernels are chosen: threshold[=64], the tutorial's rule.")
 ]
+TuningFile = Annotated[
+    Path | None, typer.Option("--tuning", metavar="FILE", help="Times from armopt tune, instead of the cost table.")
+]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle a module: this runs code from the file.")]
 
 
@@ -64,7 +67,7 @@ def parse_batch(text: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def parse_policy(text: str, target: Target) -> Policy:
+def parse_policy(text: str, target: Target, tuning: Path | None = None) -> Policy:
     """A policy for a target from ``cost``, ``cost=2.13`` (a torch release), ``threshold`` or ``threshold=64``.
 
     Raises:
@@ -74,8 +77,12 @@ def parse_policy(text: str, target: Target) -> Policy:
     from armopt.cost_policy import CostPolicy
     from armopt.errors import InputError
     from armopt.plan import ThresholdPolicy
+    from armopt.tuning import TunedCosts
+    from armopt.tuning import read as read_tuning
 
     name, _, value = text.partition("=")
+    if tuning is not None:
+        return CostPolicy(TunedCosts(read_tuning(tuning), costs.find_any(target, value or "2.10")))
     if name == "cost":
         return CostPolicy(costs.find(target, value or "2.10"))
     if name == "threshold" and (not value or value.isdigit()):

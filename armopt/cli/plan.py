@@ -19,6 +19,7 @@ def plan(
     samples: options.Samples = None,
     batch: options.Batch = "",
     policy: options.PolicyName = "threshold",
+    tuning: options.TuningFile = None,
     trust_pickle: options.TrustPickle = False,
     as_json: options.Json = False,
 ) -> None:
@@ -27,7 +28,7 @@ def plan(
 
     out = sink.Sink(as_json)
     chosen = compiler.find_target(target)
-    policy_chosen, sizes = options.parse_policy(policy, chosen), options.parse_batch(batch)
+    policy_chosen, sizes = options.parse_policy(policy, chosen, tuning), options.parse_batch(batch)
     with out.progress() as progress:
         progress("capture", 0, 2)
         captured = options.open_model(model, reference, described, samples, sizes, trust_pickle)

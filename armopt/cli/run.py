@@ -23,7 +23,8 @@ def run(
     framework: env.Framework = "",
     target: env.Target = "",
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="OMP_NUM_THREADS; by default what the host has.")
+        int | None,
+        typer.Option("--threads", min=1, help="OMP_NUM_THREADS; by default what the host has, shared by --workers."),
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="How many such processes share this host.")] = 1,
 ) -> None:
@@ -32,15 +33,17 @@ def run(
     from armopt.errors import HostError, InputError
 
     bundle, command = (None, words) if framework or target else (Path(words[0]), words[1:])
-    limit = environment.threads_for_host()
-    wanted = env.wanted(bundle, framework, target, threads or environment.threads_for_host(workers))
+    limit = environment.threads_for_host(workers)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    given = int(asked) if asked.isdecimal() and 0 < int(asked) <= limit else limit
+    wanted = env.wanted(bundle, framework, target, threads or given)
     if not command:
         raise InputError("no command", hint="Write it after --: armopt run BUNDLE -- python serve.py")
     if shutil.which(command[0]) is None:
         both = bundle is None and Path(command[0]).exists()
         hint = "With --framework or --target there is no BUNDLE" if both else "Check the words after --"
         raise InputError("there is no such command", where=command[0], hint=hint)
-    environ, remarks = environment.for_process(wanted, os.environ, limit=max(1, limit // workers))
+    environ, remarks = environment.for_process(wanted, os.environ, limit=limit)
     for remark in remarks:
         sink.Sink(as_json=False).note(f"armopt: {remark}")
     sys.stdout.flush()

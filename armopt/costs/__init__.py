@@ -15,8 +15,12 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+import torch
+
 from armopt.errors import InputError
 from armopt.ir import Site, Target
+from armopt.kernels import post_ops
+from armopt.kernels.base import Kernel
 
 #: Names of the terms, in the order of the coefficients.
 TERMS = ("calls", "arithmetic", "packing", "merging", "input", "output", "weight")
@@ -50,17 +54,31 @@ class CostTable:
     per_element: Mapping[str, float]
     provenance: Mapping[str, Any]
 
-    def estimate(self, kernel: str, site: Site, vector_bits: int) -> float | None:
-        """Instructions of one call without its post-op; None where the table doesn't know the kernel."""
-        for regime in self.kernels.get(kernel, ()):
+    @property
+    def name(self) -> str:
+        """The core and build that it stands for."""
+        return f"{self.core}, torch {self.torch}"
+
+    def estimate(self, kernel: Kernel, site: Site, vector_bits: int) -> float | None:
+        """Instructions of one call with its post-op; None where the table doesn't know the kernel."""
+        for regime in self.kernels.get(kernel.name, ()):
             if regime.most_rows is None or site.m <= regime.most_rows:
                 values = terms(site, vector_bits)
-                return sum(c * v for c, v in zip(regime.coefficients, values, strict=True))
+                call = sum(c * v for c, v in zip(regime.coefficients, values, strict=True))
+                return call + self._post_op(kernel, site)
         return None
 
     def element(self, name: str) -> float:
         """Instructions for one element of a pointwise operation; a middling one where it was not measured."""
         return self.per_element.get(name, 1.0)
+
+    def _post_op(self, kernel: Kernel, site: Site) -> float:
+        """Nothing where the post-op is fused."""
+        if site.post_op == post_ops.NONE or site.post_op in kernel.fuses:
+            return 0.0
+        dtype = "bf16" if kernel.activations == torch.bfloat16 else "fp32"
+        parts = ("add", "relu") if site.post_op == post_ops.ADD_RELU else (site.post_op,)
+        return site.m * site.n * sum(self.element(f"{dtype}:{part}") for part in parts)
 
 
 def terms(site: Site, vector_bits: int) -> tuple[float, ...]:
@@ -85,16 +103,19 @@ def find(target: Target, torch_version: str = "2.10") -> CostTable:
     Raises:
         InputError: There is none for this core.
     """
+    found = find_any(target, torch_version)
+    if found is None:
+        known = ", ".join(sorted({table.core for table in _all()}))
+        raise InputError(f"no cost table for {target.core}", hint=f"Known are {known}. Use --policy threshold")
+    return found
+
+
+def find_any(target: Target, torch_version: str = "2.10") -> CostTable | None:
+    """The same, or None."""
     core = _STANDS_FOR.get(target.core, target.core)
     tables = [table for table in _all() if table.core == core]
-    if not tables:
-        known = ", ".join(sorted({table.core for table in _all()}))
-        raise InputError(
-            f"no cost table for {target.core}",
-            hint=f"Known are {known}. Use --policy threshold",
-        )
     exact = [table for table in tables if table.torch.startswith(torch_version)]
-    return (exact or tables)[0]
+    return next(iter(exact or tables), None)
 
 
 @functools.cache

@@ -21,7 +21,9 @@ def _emit_linear(call: Call) -> fx.Node:
 
 
 def _emit_conv(call: Call) -> fx.Node:
-    geometry = call.node.args[4:10]
+    site = call.site
+    first = [list(part) for part in (site.stride, site.padding, site.dilation)]
+    geometry = (*first, site.transposed, list(site.output_padding), site.groups)
     y = call.call(torch.ops.aten.convolution.default, call.x, call.weight, call.bias, *geometry)
     return call.with_post_op(y)
 

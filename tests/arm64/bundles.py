@@ -152,7 +152,7 @@ def _text(batch: int, length: int) -> dict[str, torch.Tensor]:
 # 64 tokens are below no threshold, 12 are; nothing has a weight of the shape of an activation.
 EXAMPLES = {
     "mlp": Example(
-        lambda: mlp(1536, 320, 688, 10), tuple(_noise(m, 1536) for m in (1, 10, 32, 256)), batch=(1, 10, 32, 256)
+        lambda: mlp(1024, 256, 344, 10), tuple(_noise(m, 1024) for m in (1, 10, 32, 256)), batch=(1, 10, 32, 256)
     ),
     "mlp-full-size": Example(lambda: mlp(4096, 4096, 11008, 10), (_noise(10, 4096),)),
     "resnet50": Example(lambda: _torchvision("resnet50"), (_noise(1, 3, 64, 64),)),

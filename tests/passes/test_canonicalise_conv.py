@@ -18,8 +18,8 @@ CONV = "armopt.conv.default"
 
 class TestCanonicaliseConv(Contract):
     folder = "canonicalise_conv"
-    # The same FP32 convolution through another entry point, which may pick another algorithm: sums of at most 72 terms in
-    # another order, a few units of 2^-24 of the largest.
+    # The same FP32 convolution through another entry point, which may pick another algorithm: sums of at most 72 terms
+    # in another order, a few units of 2^-24 of the largest.
     tolerance = 2e-6
 
     def before(self, graph_module: fx.GraphModule) -> fx.GraphModule:

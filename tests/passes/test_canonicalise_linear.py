@@ -17,7 +17,7 @@ LINEAR = "armopt.linear.default"
 
 class TestCanonicaliseLinear(Contract):
     folder = "canonicalise_linear"
-    # The same FP32 products; BLAS may sum a transposed weight in another order: a few units of 2^-24 of the largest sum.
+    # The same FP32 products; BLAS may sum a transposed weight in another order: a few units of 2^-24 of the largest.
     tolerance = 1e-6
 
     def before(self, graph_module: fx.GraphModule) -> fx.GraphModule:

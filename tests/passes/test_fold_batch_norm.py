@@ -34,8 +34,8 @@ def _shared(norms: int) -> nn.Module:
 
 class TestFoldBatchNorm(Contract):
     folder = "fold_batch_norm"
-    # W' and b' are rounded to FP32 once, and the sum is scaled before it is taken rather than after: a few units of 2^-24 of
-    # the largest term, which the batch norm's shift can make several times larger than the result.
+    # W' and b' are rounded to FP32 once, and the sum is scaled before it is taken rather than after: a few units of
+    # 2^-24 of the largest term, which the batch norm's shift can make several times larger than the result.
     tolerance = 5e-6
 
     def before(self, graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -199,8 +199,7 @@ def test_a_batch_norm_of_another_kind_is_refused(arguments: tuple[Any, ...], rea
 def test_a_norm_whose_statistics_are_read_is_refused() -> None:
     def build(call: Any, x: Any, weight: Any, **held: Any) -> Any:
         y = call(aten.linear.default, x, weight)
-        norm = call(aten._native_batch_norm_legit_no_training.default, y, *held.values(), 0.1, 1e-5)
-        return norm
+        return call(aten._native_batch_norm_legit_no_training.default, y, *held.values(), 0.1, 1e-5)
 
     graph_module = by_hand(noise(3, 4), constants={"weight": noise(5, 4), **STATISTICS}, build=build)
     graph_module, _ = pipeline.run(graph_module, (CanonicaliseLinear(),))

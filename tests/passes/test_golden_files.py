@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-import armopt.passes
 from harness import GOLDEN, Contract
+
+import armopt.passes
 
 TESTS = Path(__file__).parent
 PASSES = sorted(p.stem for p in Path(armopt.passes.__file__).parent.glob("[a-z]*.py"))

@@ -27,8 +27,8 @@ def _between(function: object) -> nn.Module:
 
 class TestPropagateBf16(Contract):
     folder = "propagate_bf16"
-    # Exact for casts that cancel and functions that move values. Gelu, silu and hardswish round once more: 2^-9 of a value,
-    # which the next layer averages.
+    # Exact for casts that cancel and functions that move values. Gelu, silu and hardswish round once more: 2^-9 of a
+    # value, which the next layer averages.
     tolerance = 2**-7
 
     def before(self, graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -127,9 +127,10 @@ class _Lower:
 
 def test_a_function_read_in_fp32_is_refused() -> None:
     """Its FP32 value is more than its BF16 one; the pass leaves it in FP32."""
-    model = lambda: Forward(
-        lambda s, x: (s.b(y := F.silu(s.a(x).reshape(2, 8))), y), a=nn.Linear(4, 4), b=nn.Linear(8, 3)
-    )  # noqa: E731
+
+    def model():
+        return Forward(lambda s, x: (s.b(y := F.silu(s.a(x).reshape(2, 8))), y), a=nn.Linear(4, 4), b=nn.Linear(8, 3))
+
     result = run_pass(PropagateBf16(), model, noise(2, 2, 4), before=(_Lower(),))
     silu = next(node for node in result.graph_module.graph.nodes if "silu" in str(node.target))
     assert silu.meta["val"].dtype == torch.float32
@@ -137,9 +138,9 @@ def test_a_function_read_in_fp32_is_refused() -> None:
 
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="propagate_bf16 never says what it refuses: house rule 3")
 def test_a_refusal_has_a_reason() -> None:
-    model = lambda: Forward(
-        lambda s, x: (s.b(y := F.silu(s.a(x).reshape(2, 8))), y), a=nn.Linear(4, 4), b=nn.Linear(8, 3)
-    )  # noqa: E731
+    def model():
+        return Forward(lambda s, x: (s.b(y := F.silu(s.a(x).reshape(2, 8))), y), a=nn.Linear(4, 4), b=nn.Linear(8, 3))
+
     result = run_pass(PropagateBf16(), model, noise(2, 2, 4), before=(_Lower(),))
     assert result.skipped
 

@@ -1,0 +1,49 @@
+"""``armopt package``: what an image needs to serve a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from armopt.cli import options, sink
+
+if TYPE_CHECKING:
+    from armopt.package import Package
+
+
+def package(
+    bundle: options.BundlePath,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The folder to make.")],
+    hashes: Annotated[
+        bool, typer.Option("--hashes/--no-hashes", help="Ask the package registry for the hashes of all wheels.")
+    ] = True,
+    as_json: options.Json = False,
+) -> None:
+    """Write what an image needs: Dockerfile, requirements with hashes, entry point with a health check, the bundle."""
+    from armopt import package as core
+
+    out = sink.Sink(as_json)
+    written = core.write(bundle, output, hashes=hashes)
+    for remark in written.remarks:
+        out.note(f"armopt: {remark}")
+    out.result(_to_json(written), lambda: _text(written))
+
+
+def _to_json(written: Package) -> dict[str, Any]:
+    return {
+        "package": str(written.path),
+        "files": list(written.files),
+        "torch": written.torch,
+        "hashes": written.hashes,
+        "remarks": list(written.remarks),
+    }
+
+
+def _text(written: Package) -> str:
+    hashes = "with" if written.hashes else "WITHOUT"
+    return (
+        f"Wrote {written.path}: {', '.join(written.files)}; torch {written.torch}, requirements {hashes} hashes.\n\n"
+        f"Next:  docker build --platform linux/arm64 -t model {written.path}"
+    )

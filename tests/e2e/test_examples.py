@@ -1,0 +1,42 @@
+"""Every example runs as its first lines say, and reaches its end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from e2e_helpers import ROOT, environment
+
+EXAMPLES = ROOT / "examples"
+#: Example -> what its output must hold.
+EXPECTED = {
+    "tutorial_mlp.py": ("conv1x1_bf16", "blas_fp32_w16", "batch 256: cosine similarity to FP32 0.999"),
+    "tutorial_mlp_cli.sh": ("Wrote mlp.armopt for graviton3", "passed: cosine 0.999", "armopt run mlp.armopt"),
+    "resnet50.py": ("'conv_bf16': 53", "batch 2: cosine similarity to FP32 0.999"),
+    "bert.py": ("BaseModelOutput", "pooler_output: cosine similarity to FP32 0.999"),
+}
+
+
+def test_none_is_left_out() -> None:
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == set(EXPECTED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPECTED)
+def test_runs_as_it_stands(name: str, tmp_path: Path) -> None:
+    command = ["bash" if name.endswith(".sh") else sys.executable, str(EXAMPLES / name)]
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"  # `armopt` and `python` of this environment
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment(PATH=path, TMPDIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for words in EXPECTED[name]:
+        assert words in done.stdout
+    assert "Traceback" not in done.stderr

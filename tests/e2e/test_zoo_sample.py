@@ -1,0 +1,83 @@
+"""A fixed sample of the zoo, whole: optimize, load, compare with the module in FP32. All of it: benchmarks/coverage.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from e2e_helpers import ROOT
+from torch import Tensor
+
+import armopt
+from armopt import accuracy
+
+sys.path.insert(0, str(ROOT))  # the models live with the tests, how they are built with the benchmark
+from benchmarks import coverage  # noqa: E402
+
+from tests import zoo_models  # noqa: E402
+
+sys.path.remove(str(ROOT))
+
+TORCHVISION = (
+    *("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "efficientnet_b0", "squeezenet1_1", "densenet121"),
+    *("regnet_y_400mf", "swin_t", "vit_b_16", "convnext_tiny"),
+    *("lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"),
+)
+#: BF16 against FP32 on random weights. Most reach 0.9999; each of a net's many roundings is a relative error of 2^-9.
+#: PyTorch's own BF16 autocast is no closer, see docs/coverage.md.
+LEAST_COSINE = 0.999
+
+pytestmark = pytest.mark.filterwarnings("ignore::armopt.runtime.ArmoptWarning")
+
+
+def compare(expected: Any, found: Any, path: str = "") -> None:
+    """The same structure, the same constants, tensors of the same shape and dtype that point the same way."""
+    if isinstance(expected, Tensor):
+        assert isinstance(found, Tensor), path
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype), path
+        assert not found.requires_grad
+        result = accuracy.compare(path, expected, found)
+        assert result.finite, path
+        assert result.cosine >= LEAST_COSINE, path
+    elif isinstance(expected, Mapping):
+        assert isinstance(found, Mapping), path
+        assert list(found) == list(expected), path
+        for key in expected:
+            compare(expected[key], found[key], f"{path}.{key}")
+    elif dataclasses.is_dataclass(expected) or hasattr(expected, "_fields"):
+        assert type(found).__name__ == type(expected).__name__, path
+        names = getattr(expected, "_fields", None) or [field.name for field in dataclasses.fields(expected)]
+        for name in names:
+            compare(getattr(expected, name), getattr(found, name), f"{path}.{name}")
+    elif isinstance(expected, (list, tuple)):
+        assert type(found) is type(expected), path
+        assert len(found) == len(expected), path
+        for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+            compare(a, b, f"{path}[{i}]")
+    else:
+        assert found == expected, path
+
+
+@pytest.mark.parametrize("name", [*TORCHVISION, *zoo_models.MODELS])
+def test_optimizes_loads_and_agrees(name: str, tmp_path: Path) -> None:
+    if name in zoo_models.NETS:
+        model, args, kwargs = zoo_models.NETS[name](), (), zoo_models.EXAMPLES[name]()
+    else:
+        model, args, kwargs = coverage.build(name)
+    written = armopt.optimize(model, kwargs or args, output=tmp_path / "b", target="graviton3")
+    loaded = armopt.load(tmp_path / "b")
+    with torch.no_grad():
+        expected = model(*args, **kwargs)
+        other = {key: value for key, value in reversed(kwargs.items())}
+    compare(expected, loaded(*args, **kwargs))
+    compare(expected, loaded(*args, **other))  # the order of names means nothing
+    nodes = written.plan[0]["nodes"]
+    assert nodes
+    assert all(node["reason"] for node in nodes)
+    refused = {entry["node"] for entry in written.refused}
+    assert all(node["node"] in refused for node in nodes if node["kernel"].startswith("aten_"))

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import armopt
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_public_names_are_these() -> None:
+    """Adding or removing one is a decision: change this list and CHANGELOG.md together."""
+    assert set(armopt.__all__) <= {"ArmoptError", "Target", "__version__", "compile", "load", "optimize", "validate"}
+    assert {"ArmoptError", "Target", "__version__", "load", "optimize", "validate"} <= set(armopt.__all__)
+    assert armopt.__all__ == sorted(armopt.__all__, key=lambda name: (name.islower() or name.startswith("_"), name))
+
+
+@pytest.mark.parametrize("name", armopt.__all__)
+def test_each_public_name_is_there_and_documented(name: str) -> None:
+    value = getattr(armopt, name)
+    assert name == "__version__" or value.__doc__
+    assert name in dir(armopt)
+
+
+def test_public_names_stay_after_the_submodules_are_imported() -> None:
+    """A submodule of the same name would hide the function."""
+    code = "import armopt.compiler, armopt.runtime, armopt.cli.app; import armopt; print(all(callable(getattr(armopt, n)) for n in ('load', 'optimize', 'validate')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        armopt.nothing  # noqa: B018
+
+
+def test_importing_armopt_does_not_import_torch() -> None:
+    code = "import sys, armopt, armopt.cli.app, armopt.errors, armopt.ir; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_passes_are_reached_through_the_symlink() -> None:
+    link = ROOT / "armopt" / "passes"
+    assert link.is_symlink() or link.is_dir(), (
+        "armopt/passes is no symlink: this checkout has none (git config core.symlinks true, then git checkout armopt/passes)"
+    )
+    assert link.resolve() == ROOT / "passes"
+    from armopt import passes
+
+    assert passes.__name__ == "armopt.passes"
