@@ -674,9 +674,11 @@ def _loaded(*parts: str) -> list[str]:
 
 def _openblas_core() -> str:
     # numpy and scipy load an OpenBLAS of their own, so the one beside torch is asked.
-    folder = str(package_folder())
+    folder = package_folder()
+    # the kernel tells where a link leads to
+    own = {str(p.resolve()) for p in _libraries(folder)} if folder else set()
     for path in _loaded("openblas"):
-        if path.startswith(folder):
+        if path in own:
             corename = ctypes.CDLL(path).openblas_get_corename
             corename.restype = ctypes.c_char_p
             return str(corename().decode())

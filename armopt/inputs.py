@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,35 +67,48 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         InputError: The file is missing, damaged, of another kind, or holds something else.
     """
+    where, hint = str(path), "Give --inputs a .safetensors, .npz or .pt file with one tensor for each input"
     if not path.is_file():
-        raise InputError(
-            "there is no such file", where=str(path), hint="Give --inputs a .safetensors, .npz or .pt file"
-        )
+        raise InputError("there is no such file", where=where, hint=hint)
+    if path.suffix not in _READERS:
+        raise InputError(f"unknown kind of file {path.suffix!r}", where=where, hint=hint)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors: dict[str, torch.Tensor] = load_file(path)
-            return tensors
-        if path.suffix == ".npz":
-            import numpy as np
-
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        if path.suffix in (".pt", ".pth"):
-            found = torch.load(path, weights_only=True, map_location="cpu")
-            if isinstance(found, torch.Tensor):
-                found = {"": found}
-            if isinstance(found, Mapping) and all(isinstance(value, torch.Tensor) for value in found.values()):
-                return dict(found)
-            raise InputError("holds something other than named tensors", where=str(path))
-    except InputError:
-        raise
+        found = _READERS[path.suffix](path)
     except Exception as error:
-        raise InputError(f"can't be read: {str(error).splitlines()[0][:200]}", where=str(path)) from error
-    raise InputError(
-        f"unknown kind of file {path.suffix!r}", where=str(path), hint="Known are .safetensors, .npz and .pt"
-    )
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"can't be read: {first}", where=where, hint=hint) from error
+    if isinstance(found, torch.Tensor):
+        found = {"": found}
+    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise InputError("holds something other than named tensors", where=where, hint=hint)
+    if not found:
+        raise InputError("holds no tensors", where=where, hint=hint)
+    return dict(found)
+
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _read_npz(path: Path) -> Any:
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def _read_pt(path: Path) -> Any:
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".safetensors": _read_safetensors,
+    ".npz": _read_npz,
+    ".pt": _read_pt,
+    ".pth": _read_pt,
+}
 
 
 def bind(

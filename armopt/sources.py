@@ -74,7 +74,8 @@ def find_kind(path: Path) -> Kind:
             "there is no such file", where=where, hint="Give the path of a .pt2, .pt or .safetensors file"
         ) from None
     except OSError as error:
-        raise InputError(f"can't be read: {error.strerror}", where=where) from None
+        hint = "Check the path and its permissions"
+        raise InputError(f"can't be read: {error.strerror}", where=where, hint=hint) from None
     if head[:2] == b"PK":
         return _kind_of_zip(path)
     if head[:1] == b"\x80":  # a pickle, as torch.save wrote before its zip format
@@ -139,12 +140,16 @@ def _from_pt2(path: Path, options: Options) -> Captured:
 
 def _from_torchscript(path: Path, options: Options) -> Captured:
     zoo.ensure_torchvision_if_installed()
+    if _is_quantized_script(path):
+        raise InputError("the model is quantized (int8)", where=str(path), hint="Give the FP32 model")
     try:
         script: Any = torch.jit.load(  # type: ignore[no-untyped-call]
             path, map_location="cpu"
         )
     except Exception as error:
-        raise InputError(f"TorchScript can't load it: {_first_line(error)}", where=str(path)) from error
+        raise InputError(
+            f"TorchScript can't load it: {_first_line(error)}", where=str(path), hint="Save it again with this torch"
+        ) from error
     capture.check_dtypes(script, str(path))
     names = [argument.name for argument in script.forward.schema.arguments[1:]]
     if not options.inputs and options.samples is None:
@@ -172,9 +177,17 @@ def _from_torchscript(path: Path, options: Options) -> Captured:
     return capture.exported(program, args, kwargs, source=str(path), signature=names)
 
 
+def _is_quantized_script(path: Path) -> bool:
+    """Whether its code calls quantized operations; loading it would print warnings first."""
+    with zipfile.ZipFile(path) as archive:
+        code = (name for name in archive.namelist() if name.endswith(".py"))
+        return any(b"ops.quantized." in archive.read(name) for name in code)
+
+
 def _from_torch_save(path: Path, options: Options) -> Captured:
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu", mmap=None)
+        with capture.quiet():
+            content = torch.load(path, weights_only=True, map_location="cpu", mmap=None)
     except pickle.UnpicklingError:
         return _from_pickle(path, options)
     except Exception as error:
@@ -193,7 +206,8 @@ def _from_pickle(path: Path, options: Options) -> Captured:
         )
     zoo.ensure_torchvision_if_installed()
     try:
-        model = torch.load(path, weights_only=False, map_location="cpu")
+        with capture.quiet():
+            model = torch.load(path, weights_only=False, map_location="cpu")
     except (AttributeError, ImportError) as error:
         raise InputError(
             f"its class can't be imported: {_first_line(error)}",
@@ -201,9 +215,13 @@ def _from_pickle(path: Path, options: Options) -> Captured:
             hint="Run armopt where the model's package is installed, or save a .pt2 with torch.export",
         ) from error
     except Exception as error:
-        raise InputError(f"can't be unpickled: {_first_line(error)}", where=str(path)) from error
+        raise InputError(
+            f"can't be unpickled: {_first_line(error)}", where=str(path), hint="Save a .pt2 with torch.export"
+        ) from error
     if not isinstance(model, torch.nn.Module):
-        raise InputError(f"holds a {type(model).__name__}, not an nn.Module", where=str(path))
+        raise InputError(
+            f"holds a {type(model).__name__}, not an nn.Module", where=str(path), hint="Save the module itself"
+        )
     return _from_module(model, options, str(path))
 
 

@@ -1,9 +1,8 @@
 """How nested arguments and results map to a flat list of tensors, as plain data that a bundle can hold.
 
-A structure is a dictionary with a ``kind``:
-``tensor`` (with its index), ``constant`` (None, bool, int, float, str), ``list``, ``tuple``, ``dict``, ``namedtuple``
-and ``record`` (a dataclass or a model output, by field). Classes are kept by name only: nothing is imported to rebuild
-them.
+A structure is a dictionary with a ``kind``: ``tensor`` (with its index), ``constant`` (None, bool, int, float, str),
+``list``, ``tuple``, ``dict``, ``ordered_dict``, ``namedtuple`` and ``record`` (a dataclass or a model output, by field).
+Classes are kept by name only: nothing is imported to rebuild them.
 """
 
 from __future__ import annotations
@@ -76,7 +75,8 @@ def describe(tree: Any, is_tensor: Callable[[Any], bool], where: str) -> tuple[d
             bad = [key for key in node if not isinstance(key, str)]
             if bad:
                 raise InputError(f"a dictionary key is {bad[0]!r}, not a string", where=path)
-            return {"kind": "dict", "items": {key: walk(item, f"{path}[{key!r}]") for key, item in node.items()}}
+            kind = "ordered_dict" if isinstance(node, collections.OrderedDict) else "dict"
+            return {"kind": kind, "items": {key: walk(item, f"{path}[{key!r}]") for key, item in node.items()}}
         if isinstance(node, (list, tuple)):
             kind = "list" if isinstance(node, list) else "tuple"
             return {"kind": kind, "items": [walk(item, f"{path}[{i}]") for i, item in enumerate(node)]}
@@ -116,7 +116,10 @@ def builder(structure: Structure) -> Callable[[list[Any]], Any]:
             return lambda tensors: [part(tensors) for part in parts]
         return lambda tensors: tuple([part(tensors) for part in parts])
     named = {key: builder(item) for key, item in items.items()}
-    make = _constructor(structure) if kind != "dict" else dict
+    if kind in ("dict", "ordered_dict"):
+        collect = dict if kind == "dict" else collections.OrderedDict
+        return lambda tensors: collect([(key, part(tensors)) for key, part in named.items()])
+    make = _constructor(structure)
     return lambda tensors: make(**{key: part(tensors) for key, part in named.items()})
 
 

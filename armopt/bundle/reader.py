@@ -88,7 +88,9 @@ class _Source:
             try:
                 self._archive = zipfile.ZipFile(path)
             except zipfile.BadZipFile:
-                raise BundleError("is neither a bundle folder nor a bundle zip", where=str(path)) from None
+                raise BundleError(
+                    "is neither a bundle folder nor a bundle zip", where=str(path), hint="Make one with armopt optimize"
+                ) from None
         if manifest.NAME not in self.names():
             raise BundleError(
                 "is not a bundle: it has no manifest.json", where=str(path), hint="Make one with armopt optimize"
@@ -107,7 +109,8 @@ class _Source:
         except zipfile.BadZipFile:
             raise _damaged(self._path / name) from None
         except OSError as error:
-            raise InputError(f"can't be read: {error.strerror}", where=str(self._path / name)) from error
+            hint = "Check the path and its permissions"
+            raise InputError(f"can't be read: {error.strerror}", where=str(self._path / name), hint=hint) from error
 
     def hash(self, name: str) -> str:
         if self._archive is None and (self._path / name).is_file():

@@ -146,13 +146,21 @@ def _temporary(path: Path) -> Iterator[Path]:
 def _put(folder: Path, path: Path) -> None:
     """Moves the finished folder to its place; a bundle that is there is only dropped afterwards."""
     folder.chmod(0o755)
-    ready = folder
-    if path.suffix == ".zip":
-        ready = folder.with_name(folder.name + ".zip")
+    if path.suffix != ".zip":
+        _replace(folder, path)
+        return
+    ready = folder.with_name(folder.name + ".zip")
+    try:
         with zipfile.ZipFile(ready, "w", zipfile.ZIP_STORED) as archive:
             for file in sorted(folder.iterdir()):
                 archive.write(file, file.name)
         _sync(ready)
+        _replace(ready, path)
+    finally:
+        ready.unlink(missing_ok=True)
+
+
+def _replace(ready: Path, path: Path) -> None:
     old = None
     if path.exists():
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
@@ -163,13 +171,9 @@ def _put(folder: Path, path: Path) -> None:
         if old is not None:
             old.rename(path)
         raise
-    finally:
-        if ready != folder:
-            ready.unlink(missing_ok=True)
     if old is not None:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
-    if path.is_dir():
-        _sync(path)
+    _sync(path)
     _sync(path.absolute().parent)
 
 

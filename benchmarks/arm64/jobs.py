@@ -213,3 +213,22 @@ CONTENDERS: dict[str, Callable[..., Prepared]] = {
     "_linear_pointwise, packed": _packed_linear,
     "conv1x1_bf16 with casts": _cast_conv,
 }
+
+
+def linear_as_conv(m: int, k: int, n: int, layout: str, dtype: str = "bfloat16") -> Prepared:
+    """One Linear as a packed 1x1 convolution, with its rows where `layout` says: images, height or width."""
+    ops = torch.ops.mkldnn
+    kind = getattr(torch, dtype)
+    torch.manual_seed(0)
+    shape = {"images": (m, 1, 1, k), "height": (1, m, 1, k), "width": (1, 1, m, k)}[layout]
+    x, bias = torch.randn(m, k).to(kind), torch.randn(n).to(kind)
+    one, none = [1, 1], [0, 0]
+    channels_first = [shape[0], k, *shape[1:3]]
+    packed = ops._reorder_convolution_weight(torch.randn(n, k, 1, 1).to(kind), none, one, one, 1, channels_first)
+
+    def run() -> torch.Tensor:
+        image = x.view(shape).permute(0, 3, 1, 2)
+        y = ops._convolution_pointwise(image, packed, bias, none, one, one, 1, "none", [], "")
+        return y.permute(0, 2, 3, 1).view(m, n)  # type: ignore[no-any-return]
+
+    return run

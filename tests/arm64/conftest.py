@@ -147,11 +147,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], bundl
 
 
 @pytest.fixture(scope="session")
-def server(require_torch: RequireTorch, made: Callable[[str, str], bundles.Made]) -> Iterator[Callable[[str], Server]]:
+def server(
+    require_torch: RequireTorch,
+    made: Callable[[str, str], bundles.Made],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[str], Server]]:
     """server(name): one of HOSTS, with the environment that `armopt run` gives on it."""
     started: dict[str, Server] = {}
     asked: dict[str, EmulatedWorker] = {}  # to know that environment, no torch is needed
     turn = threading.Semaphore(2)
+    cache = str(tmp_path_factory.mktemp("cache"))  # what probes found in an earlier session is no proof
 
     def start(name: str) -> Server:
         if name not in started:
@@ -161,7 +166,7 @@ def server(require_torch: RequireTorch, made: Callable[[str, str], bundles.Made]
                 asked[host.torch_version] = EmulatedWorker(host.cpu, host.torch_version, preload="json", folder=folder)
             bundle = made("convnet", host.cpu).path
             env = asked[host.torch_version].call(f"{JOBS}:run_environment", bundle=bundle, threads=1).value
-            env = {name: value for name, value in env.items() if name not in host.lacks}
+            env = {name: value for name, value in env.items() if name not in host.lacks} | {"ARMOPT_CACHE": cache}
             started[name] = Server(host, EmulatedWorker(host.cpu, host.torch_version, env, folder=folder), turn)
         return started[name]
 

@@ -19,7 +19,10 @@ VARIABLES = (
 
 
 def run_environment(bundle, threads):
-    """What `armopt run BUNDLE --threads N -- CMD` adds to the environment; without importing torch."""
+    """What `armopt run BUNDLE --threads N -- CMD` adds to the environment; without importing torch, as that does.
+
+    test_command_line.py compares the two.
+    """
     from pathlib import Path
 
     from armopt import environment, targets
@@ -27,11 +30,16 @@ def run_environment(bundle, threads):
 
     file = Path(bundle) / manifest.NAME
     described = manifest.from_bytes(file.read_bytes(), file)
-    here = environment.variables(targets.load(described.target), threads=threads, build=environment.installed())
+    wanted = {name: environment.Variable(e["value"], e["why"]) for name, e in described.environment.items()}
+    wanted |= environment.variables(
+        targets.load(described.target),
+        threads=threads,
+        build=environment.installed(),
+        left_to_aten=bool(described.refused),
+    )
+    wanted = environment.only_read(wanted, environment.package_folder())
     assert "torch" not in sys.modules
-    return {name: entry["value"] for name, entry in described.environment.items()} | {
-        name: variable.value for name, variable in here.items()
-    }
+    return {name: variable.value for name, variable in wanted.items()}
 
 
 def seen_environment():

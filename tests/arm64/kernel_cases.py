@@ -68,10 +68,10 @@ def operands(case: Case) -> dict[str, torch.Tensor]:
             x.mul_(1e20)
             weight.mul_(1e20)
         case "subnormal weights":
-            weight.mul_(1e-40)
+            weight.mul_(1e-37)
             found["bias"].zero_()
         case "subnormal inputs":
-            x.mul_(1e-40)
+            x.mul_(1e-39)
             found["bias"].zero_()
         case "subnormal products":
             x.mul_(1e-20)

@@ -201,18 +201,6 @@ def test_outputs_are_those_of_fp32_and_the_twin_predicts_their_error(run, figure
             assert max(real, predicted) < 1e-5, call
 
 
-def test_the_environment_was_that_of_armopt_run(server):
-    """The worker's; what `armopt run` itself does is proved by test_command_line.py."""
-    seen = server("graviton3").call(f"{JOBS}:seen_environment")
-    assert seen == {
-        "DNNL_DEFAULT_FPMATH_MODE": "BF16",
-        "LRU_CACHE_CAPACITY": "1024",
-        "OMP_NUM_THREADS": "1",
-        "OMP_PROC_BIND": "false",
-        "TORCH_MKLDNN_MATMUL_MIN_DIM": "64",
-    }
-
-
 # --- helpers --------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""A fixed sample of the zoo, whole: optimize, load, compare with the module in FP32. All of it: benchmarks/coverage.py."""
+"""A fixed sample of the zoo: optimize, load, compare with the module in FP32. The whole: benchmarks/coverage.py."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import armopt
 from armopt import accuracy
 
 sys.path.insert(0, str(ROOT))  # the models live with the tests, how they are built with the benchmark
-from benchmarks import coverage  # noqa: E402
-
-from tests import zoo_models  # noqa: E402
+from benchmarks import coverage
+from tests import zoo_models
 
 sys.path.remove(str(ROOT))
 
@@ -73,7 +72,7 @@ def test_optimizes_loads_and_agrees(name: str, tmp_path: Path) -> None:
     loaded = armopt.load(tmp_path / "b")
     with torch.no_grad():
         expected = model(*args, **kwargs)
-        other = {key: value for key, value in reversed(kwargs.items())}
+        other = dict(reversed(kwargs.items()))
     compare(expected, loaded(*args, **kwargs))
     compare(expected, loaded(*args, **other))  # the order of names means nothing
     nodes = written.plan[0]["nodes"]

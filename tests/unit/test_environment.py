@@ -74,6 +74,65 @@ def test_variables_follow_target_and_build() -> None:
     assert nvpl["THP_MEM_ALLOC_ENABLE"].value == "1"
 
 
+def test_variables_for_tensorflow() -> None:
+    chosen = {n: v.value for n, v in env.variables(targets.load("graviton3"), framework="tensorflow").items()}
+    assert chosen == {
+        "DNNL_DEFAULT_FPMATH_MODE": "BF16",
+        "TF_ENABLE_ONEDNN_OPTS": "1",
+        "TF_ONEDNN_ASSUME_FROZEN_WEIGHTS": "1",
+    }
+    assert "DNNL_DEFAULT_FPMATH_MODE" not in env.variables(targets.load("altra"), framework="tensorflow")
+    threads = env.variables(targets.load("altra"), framework="tensorflow", threads=3)
+    assert {n for n, v in threads.items() if v.value == "3"} == {"OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"}
+    with pytest.raises(InputError, match=r"unknown framework 'jax'.*Known are pytorch, tensorflow"):
+        env.variables(targets.load("altra"), framework="jax")
+
+
+def test_the_threshold_is_left_out_where_no_product_is_left_to_aten() -> None:
+    build = {"blas": "OpenBLAS 0.3.30"}
+    assert "TORCH_MKLDNN_MATMUL_MIN_DIM" in env.variables(targets.load("graviton3"), build=build)
+    assert "TORCH_MKLDNN_MATMUL_MIN_DIM" not in env.variables(
+        targets.load("graviton3"), build=build, left_to_aten=False
+    )
+
+
+def test_a_variable_that_no_library_reads_is_not_emitted(tmp_path: Path) -> None:
+    package = tmp_path / "torch"
+    write(package, {"lib/libtorch_cpu.so": "x\0DEFAULT_FPMATH_MODE\0NOT_LRU_CACHE_CAPACITY\0"})
+    names = ("DNNL_DEFAULT_FPMATH_MODE", "LRU_CACHE_CAPACITY", "OMP_NUM_THREADS")
+    wanted = {name: env.Variable("1", "why") for name in names}
+    # the OpenMP runtime may be the system's
+    assert list(env.only_read(wanted, package)) == ["DNNL_DEFAULT_FPMATH_MODE", "OMP_NUM_THREADS"]
+    assert env.only_read(wanted, None) == wanted
+    assert env.only_read(wanted, tmp_path / "nothing") == wanted
+
+
+def test_the_environment_of_a_process() -> None:
+    wanted = env.variables(targets.load("graviton3"), threads=4)
+    before = {"HOME": "/h", "ONEDNN_DEFAULT_FPMATH_MODE": "strict", "LRU_CACHE_CAPACITY": "1"}
+    found, remarks = env.for_process(wanted, before, limit=2)
+    assert found == {"HOME": "/h", "OMP_NUM_THREADS": "4", **GOOD}
+    assert ["ONEDNN_DEFAULT_FPMATH_MODE=strict" in r for r in remarks] == [True, False]
+    assert remarks[1].startswith("OMP_NUM_THREADS=4 on 2 CPUs")
+    same = {"ONEDNN_DEFAULT_FPMATH_MODE": "bf16"}
+    assert env.for_process(wanted, same, limit=4) == ({**same, "OMP_NUM_THREADS": "4", **GOOD}, ())
+
+
+def test_what_is_lost_where_torch_came_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch  # noqa: F401
+
+    on = host("graviton3")
+    assert "was not set: oneDNN multiplies in FP32" in env.import_remark(on, {}, started={})
+    late = env.import_remark(on, GOOD, started={})
+    assert "was set after the process started" in late
+    assert late.endswith("armopt run BUNDLE -- CMD")
+    assert env.import_remark(on, GOOD, started=GOOD) == ""
+    assert env.import_remark(host("altra"), {}, started={}) == ""
+    assert env.import_remark(host("x86-avx512-bf16"), {}, started={}) == ""
+    monkeypatch.delitem(sys.modules, "torch")
+    assert env.import_remark(on, {}, started={}) == ""
+
+
 def test_every_variable_is_read_by_the_installed_libraries() -> None:
     emitted = env.variables(targets.load("graviton3"), threads=1, build=env.installed())
     readers = env.variables_read([*emitted, "ARMOPT_NO_SUCH_VARIABLE"])
@@ -162,6 +221,14 @@ def test_threads_and_huge_pages() -> None:
     assert compare(threads="1")["OMP_NUM_THREADS"].severity == "info"
     assert compare({**GOOD, "OMP_NUM_THREADS": "1"}, threads="1") == {}
     assert compare(thp="never")["transparent huge pages"].severity == "info"
+
+
+def test_mimallocs_own_switch() -> None:
+    off = {**GOOD, "MIMALLOC_ALLOW_THP": "0"}
+    found = compare(off, thp_switch="MIMALLOC_ALLOW_THP")["MIMALLOC_ALLOW_THP"]
+    assert (found.severity, found.found, found.remedy) == ("soft", "0", "unset MIMALLOC_ALLOW_THP")
+    assert compare(off, thp_switch="none") == {}
+    assert compare({**GOOD, "MIMALLOC_ALLOW_THP": "1"}, thp_switch="MIMALLOC_ALLOW_THP") == {}
 
 
 def test_hard_comes_first() -> None:
@@ -258,12 +325,28 @@ def test_installed_does_not_import_torch() -> None:
                 "libopenblas-24fd393f.so.0": b"\0OpenBLAS 0.3.30 DYNAMIC_ARCH USE_OPENMP \0\0sbgemm_\0",
                 "libc10.so": b"\0mimalloc_verbose\0",
             },
-            {"acl": "52.6.0", "blas": "OpenBLAS 0.3.30", "sbgemm": "yes", "allocator": "mimalloc"},
+            {
+                "acl": "52.6.0",
+                "blas": "OpenBLAS 0.3.30",
+                "sbgemm": "yes",
+                "allocator": "mimalloc",
+                "thp_switch": "none",
+            },
         ),
         (
             {"libopenblas.so": b"OpenBLAS 0.3.20 \0sgemm_\0", "libc10.so": b"posix_memalign"},
-            {"blas": "OpenBLAS 0.3.20", "sbgemm": "no", "allocator": "posix_memalign"},
+            {
+                "blas": "OpenBLAS 0.3.20",
+                "sbgemm": "no",
+                "allocator": "posix_memalign",
+                "thp_switch": "THP_MEM_ALLOC_ENABLE",
+            },
         ),
+        (
+            {"libc10.so": b"\0mimalloc_verbose\0allow_thp\0", "libnvpl_blas_lp64_gomp.so.0": b"x"},
+            {"blas": "NVPL", "sbgemm": "no", "allocator": "mimalloc", "thp_switch": "MIMALLOC_ALLOW_THP"},
+        ),
+        ({"libmkl_core.so.2": b"x"}, {"blas": "MKL"}),
         ({"libnvpl_blas_core.so.0": b"x"}, {"blas": "NVPL", "sbgemm": "no"}),
         ({"libarm_compute.so": b""}, {}),
     ],

@@ -33,12 +33,12 @@ def test_parse(text: str, expected: inputs.InputOption) -> None:
     "text", ["", "x=", "x=1,3", "x=1x", "x=1x3:float32:a", "=1x3", "x=1x-1", "1x3:float32:5:6", "x=1xbatch"]
 )
 def test_another_form_says_how_to_write_it(text: str) -> None:
-    with pytest.raises(InputError, match="--input: can't read .*Write NAME="):
+    with pytest.raises(InputError, match=r"--input: can't read .*Write NAME="):
         inputs.parse(text)
 
 
 def test_an_unknown_dtype_is_named() -> None:
-    with pytest.raises(InputError, match="unknown dtype 'float31' .*Known are float32"):
+    with pytest.raises(InputError, match=r"unknown dtype 'float31' .*Known are float32"):
         inputs.parse("x=1:float31")
 
 
@@ -95,7 +95,7 @@ def test_bind_follows_the_signature() -> None:
     args, kwargs = inputs.bind(["x", "y", "z"], [a], {"z": c}, "m")
     assert (args, kwargs) == ((a,), {"z": c})
     assert inputs.bind(["x"], [], {"": a}, "m") == ((a,), {})
-    with pytest.raises(InputError, match="takes no input 'w'.*Its inputs are: x, y"):
+    with pytest.raises(InputError, match=r"takes no input 'w'.*Its inputs are: x, y"):
         inputs.bind(["x", "y"], [], {"w": a}, "m")
     with pytest.raises(InputError, match="too many inputs: 2"):
         inputs.bind(["x"], [a, b], {}, "m")

@@ -27,7 +27,10 @@ def test_each_public_name_is_there_and_documented(name: str) -> None:
 
 def test_public_names_stay_after_the_submodules_are_imported() -> None:
     """A submodule of the same name would hide the function."""
-    code = "import armopt.compiler, armopt.runtime, armopt.cli.app; import armopt; print(all(callable(getattr(armopt, n)) for n in ('load', 'optimize', 'validate')))"
+    code = """
+import armopt, armopt.compiler, armopt.runtime, armopt.cli.app
+print(all(callable(getattr(armopt, name)) for name in ("load", "optimize", "validate")))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
 
@@ -38,7 +41,10 @@ def test_unknown_names_are_attribute_errors() -> None:
 
 
 def test_importing_armopt_does_not_import_torch() -> None:
-    code = "import sys, armopt, armopt.cli.app, armopt.errors, armopt.ir; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    code = """
+import sys, armopt, armopt.cli.app, armopt.errors, armopt.ir
+print([name for name in ("torch", "numpy", "transformers") if name in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -46,7 +52,8 @@ def test_importing_armopt_does_not_import_torch() -> None:
 def test_the_passes_are_reached_through_the_symlink() -> None:
     link = ROOT / "armopt" / "passes"
     assert link.is_symlink() or link.is_dir(), (
-        "armopt/passes is no symlink: this checkout has none (git config core.symlinks true, then git checkout armopt/passes)"
+        "armopt/passes is a file: this checkout has no symlinks. "
+        "Run: git config core.symlinks true && rm armopt/passes && git checkout armopt/passes"
     )
     assert link.resolve() == ROOT / "passes"
     from armopt import passes

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from armopt import bind, capture, compiler, plan, probe, targets
+from armopt.bundle.codec import Program
+from armopt.kernels import table
+
+
+def lowered(model: nn.Module, *inputs: torch.Tensor, target: str = "graviton3", rows: int = 1) -> Program:
+    captured = capture.module(model.eval(), inputs)
+    planned = compiler.make_plan(captured, targets.load(target), plan.ThresholdPolicy(rows), ({},))
+    return compiler.lower(planned)[0]
+
+
+class Refuse(dict):  # type: ignore[type-arg]
+    """Verdicts that refuse the kernels named and trust all others."""
+
+    def __init__(self, **refusals: str) -> None:
+        super().__init__()
+        self.refusals = refusals
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __getitem__(self, key: str) -> str | None:
+        return next((reason for name, reason in self.refusals.items() if f'["{name}"' in key), None)
+
+    def get(self, key: str, default: Any = None) -> str | None:
+        return self[key]
+
+
+def bound(program: Program, fast_math: bool = False, **refusals: str) -> tuple[Any, bind.Bound]:
+    module, (entry,) = bind.Binder(fast_math, Refuse(**refusals)).bind(program)
+    return module, entry
+
+
+X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_what_is_trusted_runs_as_planned() -> None:
+    program = lowered(nn.Linear(16, 8), X)
+    module, entry = bound(program)
+    assert (entry.planned, entry.kernel, entry.reason) == ("conv1x1_bf16", "conv1x1_bf16", "")
+    assert bind.fallback_free([entry])
+    assert any("mkldnn" in str(node.target) for node in module.graph.nodes)
+
+
+def test_a_refused_linear_takes_the_next_kernel_and_says_why() -> None:
+    program = lowered(nn.Linear(16, 8), X)
+    expected = program.graph_module(X)[0]
+    refusals: dict[str, str] = {}
+    seen = []
+    while True:
+        module, entry = bound(program, fast_math=True, **refusals)
+        seen.append(entry.kernel)
+        # every kernel rounds the operands to 8 bits, some the result too
+        assert (module(X)[0] - expected).abs().max() <= 2**-6 * expected.abs().max()
+        assert (entry.reason == "") == (entry.kernel == entry.planned == "conv1x1_bf16")
+        assert all(f"{name}: too slow" in entry.reason for name in refusals if table.get(name).precision == "bf16")
+        if entry.kernel == "aten_linear":
+            break
+        refusals[entry.kernel] = "too slow"
+        assert not bind.fallback_free([bound(program, **refusals)[1]])
+    assert seen[0] == "conv1x1_bf16"
+    assert len(seen) == len(set(seen)) >= 4
+
+
+def test_a_refused_convolution_ends_in_plain_aten() -> None:
+    program = lowered(nn.Conv2d(4, 6, 3, 2, 1), IMAGE)
+    expected = program.graph_module(IMAGE)[0]
+    refusals = {kernel.name: "ref:any" for kernel in table.ALL if kernel.op == "conv" and kernel.backend != "aten"}
+    module, entry = bound(program, **refusals)
+    assert entry.kernel == "aten_conv"
+    assert "conv_bf16: ref:any" in entry.reason
+    # weights as stored, activations no longer rounded
+    assert (module(IMAGE)[0] - expected).abs().max() <= 2**-6 * expected.abs().max()
+
+
+def test_fast_math_kernels_need_the_variable() -> None:
+    program = lowered(nn.Linear(16, 8), X)
+    _, entry = bound(program, fast_math=True, conv1x1_bf16="ref:any")
+    assert table.get(entry.kernel).fast_math
+    _, entry = bound(program, fast_math=False, conv1x1_bf16="ref:any")
+    assert not table.get(entry.kernel).fast_math
+    assert "DNNL_DEFAULT_FPMATH_MODE=BF16 was not set" in entry.reason
+
+
+def test_fp32_stays_in_fp32() -> None:
+    """A node planned in FP32 is never rounded by a fallback."""
+    program = lowered(nn.Linear(16, 8), X, target="graviton2")
+    module, entry = bound(program, fast_math=True, conv1x1_fp32="ref:any")
+    assert (entry.planned, table.get(entry.kernel).precision) == ("conv1x1_fp32", "fp32")
+    expected = program.graph_module(X)[0]
+    # FP32 sums of 16 terms in another order
+    assert (module(X)[0] - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (lambda: nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4), nn.ReLU6()), X),
+        (lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.SiLU(), nn.Conv2d(6, 6, 3, groups=6), nn.Tanh()), IMAGE),
+        (lambda: nn.Sequential(nn.Conv1d(4, 6, 3, padding=1, dilation=1), nn.ReLU()), IMAGE[0]),
+        (lambda: nn.Sequential(nn.Conv3d(4, 3, 2), nn.Hardswish()), IMAGE[:, :, None].expand(1, 4, 3, 8, 8)),
+        (lambda: nn.ConvTranspose2d(4, 6, 3, 2), IMAGE),
+        (lambda: nn.ConvTranspose1d(4, 6, 3), IMAGE[0]),
+        (lambda: nn.Linear(16, 8), X[0]),
+        (lambda: nn.Linear(16, 1), X),
+    ],
+    ids=["linear", "conv", "1d", "3d", "transposed", "transposed 1d", "vector", "one feature"],
+)
+@pytest.mark.parametrize("target", ["graviton2", "graviton3"])
+def test_this_hosts_kernels_agree_with_the_twins(model: Any, x: torch.Tensor, target: str) -> None:
+    """For the target `host` on this machine: oneDNN's x86 kernels, through the same calls and the real probe."""
+    x = x.unsqueeze(0) if x.dim() == 2 and x.shape[0] == 4 else x
+    program = lowered(model(), x.contiguous(), target=target)
+    module, entries = bind.Binder(fast_math=False).bind(program)
+    expected, found = program.graph_module(x)[0], module(x)[0]
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    # FP32: sums of up to 32 terms in another order. BF16: a fallback may leave out roundings to 8 bits, of two layers.
+    unit = 2**-5 if target == "graviton3" else 2**-20
+    assert (found - expected).abs().max() <= unit * expected.abs().max()
+    assert all(entry.reason or entry.kernel == entry.planned for entry in entries)
+
+
+def test_a_shared_weight_is_packed_once() -> None:
+    fc = nn.Linear(16, 16, bias=False)
+    program = lowered(nn.Sequential(fc, nn.ReLU(), fc), X)
+    module, entries = bind.Binder(False, Refuse()).bind(program)
+    packed = [getattr(module, str(n.target)) for n in module.graph.nodes if n.op == "get_attr"]
+    assert len(entries) == len(packed) == 2
+    assert packed[0] is packed[1]
+
+
+def test_each_layer_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(probe, "refusal", lambda kernel, site, run: asked.append(kernel.name))
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4))
+    binder = bind.Binder(False)
+    program = lowered(model, X)
+    binder.bind(program)
+    binder.bind(program)
+    assert len(asked) == 2  # the first two have one shape
+
+
+def test_the_program_is_left_as_it_was() -> None:
+    program = lowered(nn.Linear(16, 8), X)
+    before = str(program.graph_module.graph)
+    bound(program)
+    assert str(program.graph_module.graph) == before

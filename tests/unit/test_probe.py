@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from armopt import bind, probe
+from armopt.ir import Site
+from armopt.kernels import table
+from armopt.onednn_log import Execution, Tensor
+
+SITE = Site("fc", "linear", 8, 32, 16, (8, 32), (16, 32), weight_key="w")
+BF16 = table.get("conv1x1_bf16")
+
+
+def ran(implementation: str = "gemm:acl", primitive: str = "convolution", weights: str = "bf16") -> Execution:
+    return Execution(primitive, implementation, tensors={"wei": Tensor(weights, "Acdb16a")}, problem="mb8_ic32oc16")
+
+
+def reorder(problem: str) -> Execution:
+    return Execution(
+        "reorder", "jit:uni", tensors={"src": Tensor("f32", "ab"), "dst": Tensor("f32", "BA4b4a")}, problem=problem
+    )
+
+
+@pytest.mark.parametrize(
+    ("log", "verdict"),
+    [
+        ((ran(),), None),
+        ((ran(primitive="matmul"),), None),
+        ((), "oneDNN did not run"),
+        ((reorder("8x32"),), "oneDNN did not run"),
+        ((ran("ref:any"),), "oneDNN answers with the reference implementation ref:any"),
+        ((ran("gemm:ref"),), "oneDNN answers with the reference implementation gemm:ref"),
+        ((ran(), reorder("16x32")), "the weight is reordered on every call"),
+        ((ran(), reorder("32x16")), "the weight is reordered on every call"),
+        ((ran(), reorder("8x32")), None),
+        ((ran(weights="f32"),), "gemm:acl runs on f32 weights"),
+    ],
+)
+def test_verdicts(log: tuple[Execution, ...], verdict: str | None) -> None:
+    assert probe.judge(BF16, SITE, log) == verdict
+
+
+def test_fp32_weights_are_right_for_an_fp32_kernel() -> None:
+    assert probe.judge(table.get("conv1x1_fp32"), SITE, (ran(weights="f32"),)) is None
+
+
+def test_blas_and_aten_are_not_probed() -> None:
+    def never() -> None:
+        raise AssertionError
+
+    for kernel in table.ALL:
+        if kernel.backend not in ("acl", "onednn"):
+            assert probe.refusal(kernel, SITE, never) is None
+
+
+def test_a_kernel_that_fails_is_refused() -> None:
+    def fail() -> None:
+        raise RuntimeError("could not create a primitive\nmore")
+
+    assert probe.refusal(BF16, SITE, fail) == "fails on this build: could not create a primitive"
+
+
+def test_it_runs_twice_and_judges_the_second() -> None:
+    """The first call may prepare what later ones reuse."""
+    calls = []
+    verdict = probe.refusal(BF16, SITE, lambda: calls.append(1))
+    assert len(calls) == 2
+    assert verdict == "oneDNN did not run"
+
+
+def test_the_real_log_of_this_host() -> None:
+    kernel = table.get("conv1x1_fp32")
+    weight = kernel.pack(torch.randn(16, 32), SITE)
+    verdict = probe.refusal(kernel, SITE, bind.single(kernel, SITE, weight, None))
+    assert verdict is None or "did not run" not in verdict

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import platform
+import shutil
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import armopt
+from armopt import runtime
+from armopt.errors import InputError
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+#: The bundles are made on this machine: graviton3's are portable everywhere but on aarch64.
+portable_only = pytest.mark.skipif(platform.machine() == "aarch64", reason="graviton3's own kernels run here")
+
+
+def load(path: Path) -> runtime.Model:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", runtime.ArmoptWarning)
+        return runtime.load(path)
+
+
+@pytest.fixture(scope="module")
+def model(mlp_bundle: Path) -> runtime.Model:
+    return load(mlp_bundle)
+
+
+def check(found: dict[str, torch.Tensor], mlp: nn.Module, inputs: Pair) -> None:
+    with torch.no_grad():
+        expected = mlp(*inputs)
+    assert list(found) == list(expected)
+    for name in expected:
+        assert found[name].shape == expected[name].shape
+        # BF16 keeps 8 bits; three roundings a layer, two layers
+        assert (found[name] - expected[name]).abs().max() <= 2**-6 * expected[name].abs().max()
+
+
+def test_it_takes_and_returns_what_the_model_does(model: runtime.Model, mlp: nn.Module, mlp_inputs: Pair) -> None:
+    x, scale = mlp_inputs
+    for found in (model(x, scale), model(x, scale=scale), model(x=x, scale=scale), model(scale=scale, x=x)):
+        check(found, mlp, mlp_inputs)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 64, 65])
+def test_any_batch_runs(model: runtime.Model, mlp: nn.Module, mlp_inputs: Pair, rows: int) -> None:
+    inputs = torch.randn(rows, 16), mlp_inputs[1]
+    check(model(*inputs), mlp, inputs)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((), {}, "missing x, scale; unexpected nothing.*captured with: x, scale"),
+        ((torch.zeros(2, 16),), {}, "missing scale"),
+        ((torch.zeros(2, 16),), {"scale": torch.zeros(8), "other": torch.zeros(1)}, "unexpected other"),
+        ((torch.zeros(2, 16), torch.zeros(8), torch.zeros(8)), {}, "missing"),
+        ((torch.zeros(2, 16), torch.zeros(8)), {"x": torch.zeros(2, 16)}, "unexpected x"),
+        ((torch.zeros(2, 16).double(), torch.zeros(8)), {}, r"input x: expected float32, found float64.*\.to\(torch"),
+        ((torch.zeros(2, 15), torch.zeros(8)), {}, "input x: expected shape batchx16, found 2x15"),
+        ((torch.zeros(16), torch.zeros(8)), {}, "input x: expected shape batchx16, found 16"),
+        ((torch.zeros(2, 16), torch.zeros(9)), {}, "input scale: expected shape 8, found 9"),
+        ((torch.zeros(2, 16), 3.0), {}, "input scale: expected a tensor, found a float"),
+        ((torch.zeros(2, 16), None), {}, "input scale: expected a tensor, found a NoneType"),
+    ],
+)
+def test_what_does_not_fit_is_named(model: runtime.Model, args: tuple, kwargs: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(InputError, match=message):
+        model(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("size", "bucket"), [(1, 2), (2, 2), (11, 2), (12, 64), (63, 64), (640, 64), (0, 2)], ids=str)
+def test_the_nearest_bucket_by_ratio_runs(model: runtime.Model, size: int, bucket: int) -> None:
+    """The geometric mean of 2 and 64 is 11.3."""
+    chosen = model._select([torch.zeros(size, 16), torch.zeros(8)])
+    assert [dict(b)["batch"] for b, forward in model._programs if forward is chosen] == [bucket]
+
+
+@given(st.integers(1, 1000), st.integers(1, 1000))
+def test_distance_is_of_ratios(a: int, b: int) -> None:
+    d = runtime._distance({"batch": a}, {"batch": b})
+    assert d == pytest.approx(runtime._distance({"batch": b}, {"batch": a}))
+    assert (d == 0) == (a == b)
+    assert runtime._distance({"other": a}, {"batch": b}) == 0
+
+
+def test_four_threads_get_the_same_results(model: runtime.Model, host_bundle: Path, mlp_inputs: Pair) -> None:
+    for loaded in (model, load(host_bundle)):
+        inputs = [(torch.randn(rows, 16), mlp_inputs[1]) for rows in (1, 2, 64, 70)]
+        expected = [loaded(*each)["logits"] for each in inputs]
+        wrong: list[int] = []
+
+        def work(
+            i: int,
+            loaded: runtime.Model = loaded,
+            inputs: list = inputs,
+            expected: list = expected,
+            wrong: list = wrong,
+        ) -> None:  # type: ignore[type-arg]
+            for _ in range(20):
+                if not torch.equal(loaded(*inputs[i])["logits"], expected[i]):
+                    wrong.append(i)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+
+@portable_only
+def test_portable_twins_are_said_once_per_load(mlp_bundle: Path, mlp_inputs: Pair) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loaded = armopt.load(mlp_bundle)
+        loaded(*mlp_inputs)
+        loaded(*mlp_inputs)
+    ours = [w for w in said if issubclass(w.category, runtime.ArmoptWarning)]
+    assert len(ours) == 1
+    assert "portable twins" in str(ours[0].message)
+    assert "graviton3" in str(ours[0].message)
+    assert ours[0].filename == __file__
+    assert loaded.portable
+
+
+def test_a_bundle_for_this_machine_runs_its_kernels(host_bundle: Path, mlp: nn.Module, mlp_inputs: Pair) -> None:
+    loaded = load(host_bundle)
+    assert not loaded.portable
+    assert [len(entries) for entries in loaded.kernels] == [2, 2]
+    check(loaded(*mlp_inputs), mlp, mlp_inputs)
+
+
+def test_a_zip_loads(mlp_bundle: Path, mlp_inputs: Pair, model: runtime.Model, tmp_path: Path) -> None:
+    path = Path(shutil.make_archive(str(tmp_path / "mlp"), "zip", mlp_bundle))
+    assert torch.equal(load(path)(*mlp_inputs)["logits"], model(*mlp_inputs)["logits"])
+
+
+def test_results_carry_no_gradient_and_inputs_stay(model: runtime.Model, mlp_inputs: Pair) -> None:
+    x, scale = (t.clone().requires_grad_() for t in mlp_inputs)
+    found = model(x, scale)
+    assert not found["logits"].requires_grad
+    assert torch.equal(x, mlp_inputs[0])
+
+
+@pytest.mark.parametrize(
+    ("environ", "on"),
+    [
+        ({}, False),
+        ({"DNNL_DEFAULT_FPMATH_MODE": "BF16"}, True),
+        ({"DNNL_DEFAULT_FPMATH_MODE": "bf16"}, True),
+        ({"DNNL_DEFAULT_FPMATH_MODE": "STRICT"}, False),
+        ({"ONEDNN_DEFAULT_FPMATH_MODE": "STRICT", "DNNL_DEFAULT_FPMATH_MODE": "BF16"}, False),
+        ({"ONEDNN_DEFAULT_FPMATH_MODE": "ANY"}, True),
+    ],
+)
+def test_fast_math_follows_onednns_variables(environ: dict[str, str], on: bool) -> None:
+    assert runtime.fast_math(environ) is on
