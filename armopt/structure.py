@@ -1,8 +1,8 @@
 """How nested arguments and results map to a flat list of tensors, as plain data that a bundle can hold.
 
 A structure is a dictionary with a ``kind``: ``tensor`` (with its index), ``constant`` (None, bool, int, float, str),
-``list``, ``tuple``, ``dict``, ``ordered_dict``, ``namedtuple`` and ``record`` (a dataclass or a model output, by field).
-Classes are kept by name only: nothing is imported to rebuild them.
+``list``, ``tuple``, ``dict``, ``ordered_dict``, ``namedtuple`` and ``record`` (a dataclass or a model output, by
+field). Classes are kept by name only: nothing is imported to rebuild them.
 """
 
 from __future__ import annotations

@@ -89,21 +89,30 @@ def emit_conv(call: Call, *, fuse: bool) -> fx.Node:
 
 
 def pack_linear_as_convolution(weight: torch.Tensor, site: Site) -> torch.Tensor:
-    """Packs [N, K] as the weight of a 1x1 convolution over `site.m` images of one pixel."""
+    """Packs [N, K] as the weight of a 1x1 convolution over one image of `site.m` rows and one column."""
     n, k = weight.shape
-    return pack_weight(weight.reshape(n, k, 1, 1), (0, 0), (1, 1), (1, 1), 1, (site.m, k, 1, 1))
+    return pack_weight(weight.reshape(n, k, 1, 1), (0, 0), (1, 1), (1, 1), 1, (1, k, site.m, 1))
 
 
 def emit_linear(call: Call, *, fuse: bool) -> fx.Node:
-    """The call for a Linear as a 1x1 convolution: [*, K] -> [M, K, 1, 1] -> [M, N, 1, 1] -> [*, N]."""
-    reshape = torch.ops.aten.reshape.default
-    site = call.site
-    x = call.call(reshape, call.x, [-1, site.k, 1, 1])
-    other = call.call(reshape, call.other, [-1, site.n, 1, 1]) if fuse and call.other is not None else None
+    """The call for a Linear as a 1x1 convolution: [*, K] -> [1, K, M, 1] -> [1, N, M, 1] -> [*, N].
+
+    One image of M rows: the Compute Library pads each image to eight rows of a product, so M images of one pixel would
+    do up to eight times the work.
+    """
+    x = _as_image(call, call.x, call.site.k)
+    other = _as_image(call, call.other, call.site.n) if fuse and call.other is not None else None
     geometry = ([0, 0], [1, 1], [1, 1], 1)
     y, fused = emit_convolution(call, x, other, geometry, fuse=fuse)
-    y = call.call(reshape, y, list(call.shape))
+    y = call.call(torch.ops.aten.permute.default, y, [0, 2, 3, 1])
+    y = call.call(torch.ops.aten.reshape.default, y, list(call.shape))
     return y if fused else call.with_post_op(y)
+
+
+def _as_image(call: Call, x: fx.Node, channels: int) -> fx.Node:
+    """[*, C] as [1, C, M, 1] in channels_last: a view where x is contiguous."""
+    x = call.call(torch.ops.aten.reshape.default, x, [1, -1, 1, channels])
+    return call.call(torch.ops.aten.permute.default, x, [0, 3, 1, 2])
 
 
 def refuses_linear(site: Site) -> str | None:

@@ -76,6 +76,11 @@ class CountingQemu:
         """The plugin that counts."""
         return self.folder.path / self.plugin_part.name / "counter.so"
 
+    def version(self) -> str:
+        """QEMU's name and version."""
+        first = subprocess.run([self.binary, "--version"], capture_output=True, text=True, check=True).stdout
+        return "QEMU " + first.splitlines()[0].split("version ")[1].split()[0]
+
 
 def require(folder: PreparedFolder) -> CountingQemu:
     """The built emulator, with a plugin as its source is now.
@@ -177,7 +182,9 @@ def _fetch_source(partial: Path, into: Path) -> None:
     (apt.folder / "sources.list").write_text(mirror.line(SOURCE_SUITE).replace("deb ", "deb-src ", 1))
     what = f"the source package of QEMU in Debian {SOURCE_SUITE}"
     _run(["apt-get", "update", "-q", "--error-on=any"], what, env=apt.environment)
-    _run(["apt-get", "source", "--download-only", "--only-source", "-q", "qemu"], what, cwd=partial, env=apt.environment)
+    _run(
+        ["apt-get", "source", "--download-only", "--only-source", "-q", "qemu"], what, cwd=partial, env=apt.environment
+    )
     archives = list(partial.glob("qemu_*.orig.tar.*"))
     if len(archives) != 1 or not archives[0].name.startswith(f"qemu_{QEMU['version']}"):
         raise HostError(

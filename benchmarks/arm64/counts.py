@@ -141,11 +141,18 @@ def count(
         root = Path(__file__).resolve().parents[2]
         with log.open("w+") as errors:
             process = subprocess.Popen(
-                command, env=environment, cwd=root, stderr=subprocess.PIPE, text=True, start_new_session=True
+                command,
+                env=environment,
+                cwd=root,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,  # oneDNN's log too: this process's own stdout is for results
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
             )
-            assert process.stderr
+            assert process.stdout
             watchdog = _kill_after(process, timeout)
-            for line in process.stderr:
+            for line in process.stdout:
                 errors.write(line)
                 report(line.rstrip())
             code = process.wait()
@@ -194,7 +201,7 @@ def _one(job: Job, result: Mapping[str, Any]) -> Counts:
 
 # --- tables ---------------------------------------------------------------------------------------
 
-_SHORT = ("sve bfmmla", "neon bfmmla", "bfdot", "fmla", "vload", "vstore", "vother", "other")
+SHORT_CLASSES = ("sve bfmmla", "neon bfmmla", "bfdot", "fmla", "vload", "vstore", "vother", "other")
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
@@ -218,19 +225,27 @@ def class_row(counts: Mapping[str, Any]) -> list[int]:
 
 def details(counts: Counts, *, nodes: int = 25, symbols: int = 40) -> str:
     """All that is known of one call, in thousands of instructions."""
-    parts = [f"{counts.name}: thousands of instructions", table([class_row(counts.classes)], [*_SHORT, "total"])]
+    parts = [f"{counts.name}: thousands of instructions", table([class_row(counts.classes)], [*SHORT_CLASSES, "total"])]
     if counts.nodes:
         rows = [[row["target"], row["nodes"], *class_row(row)] for row in counts.by_target()]
-        parts += ["", "by target", table(rows, ["target", "nodes", *_SHORT, "total"])]
+        parts += ["", "by target", table(rows, ["target", "nodes", *SHORT_CLASSES, "total"])]
         most = sorted(counts.nodes, key=lambda node: -node["total"])[:nodes]
         shown = [[n["node"], n["target"], " ; ".join(n["inputs"]), *class_row(n)] for n in most]
-        parts += ["", f"the {len(most)} largest nodes", table(shown, ["node", "target", "inputs", *_SHORT, "total"])]
+        parts += [
+            "",
+            f"the {len(most)} largest nodes",
+            table(shown, ["node", "target", "inputs", *SHORT_CLASSES, "total"]),
+        ]
     if counts.profile:
         libraries: defaultdict[str, int] = defaultdict(int)
         for library, _, number in counts.profile:
             libraries[library] += number
         by_library = sorted(libraries.items(), key=lambda item: -item[1])
-        parts += ["", "by library (instructions)", table([list(row) for row in by_library], ["library", "instructions"])]
+        parts += [
+            "",
+            "by library (instructions)",
+            table([list(row) for row in by_library], ["library", "instructions"]),
+        ]
         named = [[n, library, demangle(symbol)[:150]] for library, symbol, n in counts.profile[:symbols]]
         parts += ["", "by function (instructions)", table(named, ["instructions", "library", "function"])]
     return "\n".join(parts)
@@ -275,7 +290,8 @@ def _linear_table(options: argparse.Namespace, report: Callable[[str], None]) ->
     ms = [int(m) for m in options.m.split(",")]
     mine = [f"kernel {kernel.name}" for kernel in kernels.ALL if kernel.op == "linear"]
     wanted = options.only.split(";") if options.only else [*CONTENDERS, *mine]
-    found, rows = [], []
+    found: list[Counts] = []
+    rows = []
     settings: tuple[tuple[str, Mapping[str, str], Sequence[str]], ...] = (
         ("", FAST_MATH, wanted),
         (", default settings", {"OMP_NUM_THREADS": "1"}, [name for name in wanted if name == "F.linear"]),

@@ -68,10 +68,10 @@ def bundle(path: str, inputs: str = "") -> BundleCall:
         args, kwargs = torch.load(inputs, weights_only=True)
         return BundleCall(model, args, kwargs)
     bucket = dict(model.manifest.plan[0]["bucket"])
-    tensors = {
-        spec["name"]: torch.zeros([bucket.get(size, size) for size in spec["shape"]], dtype=getattr(torch, spec["dtype"]))
-        for spec in model.manifest.model["inputs"]
-    }
+    tensors = {}
+    for spec in model.manifest.model["inputs"]:
+        shape = [bucket.get(size, size) for size in spec["shape"]]
+        tensors[spec["name"]] = torch.zeros(shape, dtype=getattr(torch, spec["dtype"]))
     return BundleCall(model, (), tensors)
 
 

@@ -24,9 +24,7 @@ class _Elf:
             kind, _, offset, address, _, size = struct.unpack_from("<IIQQQQ", data, at)
             if kind == _PT_LOAD:
                 self.segments.append((offset, address, size))
-        sections = [
-            struct.unpack_from("<IIQQQQIIQQ", data, section + i * section_size) for i in range(section_count)
-        ]
+        sections = [struct.unpack_from("<IIQQQQIIQQ", data, section + i * section_size) for i in range(section_count)]
         found: dict[int, bytes] = {}
         for header in sections:
             if header[1] not in (_SHT_SYMTAB, _SHT_DYNSYM):

@@ -182,7 +182,7 @@ ASKED = re.compile(rb"_ZN11arm_compute.*(8validate|12has_opt_impl)E")
 
 
 def refuse_everything(library: bytes) -> bytes:
-    """libarm_compute.so whose functions that tell whether a layer can be had say no: to oneDNN, as if it were not there."""
+    """libarm_compute.so whose functions that tell whether a layer can be had all say no: to oneDNN, as good as none."""
     data = bytearray(library)
     (start,) = struct.unpack_from("<Q", data, 0x28)
     size, count = struct.unpack_from("<2H", data, 0x3A)

@@ -74,7 +74,7 @@ def test_tutorial_mlp(tmp_path: Path) -> None:
         check(tmp_path / "mlp", model, x[:size], "tutorial_mlp", tmp_path)
     done = armopt("validate", "mlp", "--against", "mlp.pt2", "--min-cosine", "0.999", "--json", cwd=tmp_path)
     assert done.json["passed"] is True
-    assert list(done.json["outputs"]) == ["batch=32", "batch=256"]
+    assert set(done.json["outputs"]) == {"batch=32", "batch=256"}
 
 
 @pytest.mark.slow
