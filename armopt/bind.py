@@ -23,7 +23,7 @@ _aten = torch.ops.aten
 #: What to try, in order, when a planned kernel can't be had; plain ATen always can.
 FALLBACKS = {
     "linear": ("conv1x1_bf16", "conv1x1_fastmath", "blas_fp32_w16", "blas_fp32", "aten_linear"),
-    "conv": ("conv_bf16", "conv_fastmath", "conv_fp32", "conv_transpose_fp32", "aten_conv"),
+    "conv": ("conv_bf16", "conv_fastmath", "conv_fp32", "conv_merged_fp32", "conv_transpose_fp32", "aten_conv"),
 }
 
 

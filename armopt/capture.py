@@ -56,10 +56,7 @@ def module(
         args, kwargs = resize_batch_of(args, kwargs, size)
     dynamic = _dynamic_shapes(model, args, kwargs) if len(batch) > 1 else None
     with _eval_mode(model), torch.no_grad():
-        try:
-            model(*args, **kwargs)
-        except Exception as error:
-            raise _unfit(error, source) from error
+        _try_once(model, args, kwargs, source)
         try:
             with quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
@@ -226,12 +223,20 @@ def _dynamic_shapes(model: torch.nn.Module, args: Args, kwargs: dict[str, Any]) 
     return shapes.dynamic_shapes(model, args, kwargs)
 
 
-def _unfit(error: Exception, source: str) -> InputError:
-    return InputError(
-        f"the model fails on the example inputs: {type(error).__name__}: {_first_line(error)}",
-        where=source,
-        hint="Check the names, shapes and dtypes given with --input",
-    )
+def _try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> None:
+    """Runs the model, whose own error on unfit inputs says more than an export's; buffers stay as they were."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        model(*args, **kwargs)
+    except Exception as error:
+        raise InputError(
+            f"the model fails on the example inputs: {type(error).__name__}: {_first_line(error)}",
+            where=source,
+            hint="Check the names, shapes and dtypes given with --input",
+        ) from error
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def _explain(error: Exception, source: str, dynamic: bool) -> CaptureError:

@@ -15,7 +15,7 @@ import armopt
 from armopt import accuracy as metrics
 from armopt import capture, environment, passes, pipeline, plan, sites, sources, structure, targets
 from armopt import graph as g
-from armopt.bundle import codec, manifest, writer
+from armopt.bundle import codec, manifest, source, writer
 from armopt.errors import AccuracyError, InputError
 from armopt.ir import Bucket, Captured, Plan, Skip, Target
 
@@ -128,9 +128,9 @@ def optimize(
     variables = environment.variables(chosen)
     described = _describe(planned, programs, accuracy, variables)
     texts = {
-        writer.REPORT: writer.to_json(accuracy | {"passes": [_record(record) for record in planned.records]}),
-        writer.ENV: environment.render(variables, "shell"),
-        writer.REQUIREMENTS: _requirements(),
+        source.REPORT: writer.to_json(accuracy | {"passes": [_record(record) for record in planned.records]}),
+        source.ENV: environment.render(variables, "shell"),
+        source.REQUIREMENTS: _requirements(),
     }
     signature: dict[str, Any] = {
         "inputs": captured.inputs,

@@ -35,17 +35,23 @@ def run(graph_module: fx.GraphModule, passes: Iterable[Pass]) -> tuple[fx.GraphM
             result: PassResult = step(graph_module)
             graph_module = result.graph_module
             check(graph_module)
-        except ArmoptError:
+        except ArmoptError as error:
+            if isinstance(error, PassError):
+                raise PassError(error.what, where=_place(name, records), hint=error.hint) from error
             raise
         except Exception as error:
-            before = ", ".join(record.name for record in records) or "nothing"
             raise PassError(
                 f"{type(error).__name__}: {error}",
-                where=f"pass {name} (after {before})",
+                where=_place(name, records),
                 hint="This is a bug in armopt: please report it with the model",
             ) from error
         records.append(Record(name, result.rewritten, result.skipped))
     return graph_module, tuple(records)
+
+
+def _place(name: str, records: list[Record]) -> str:
+    before = ", ".join(record.name for record in records) or "nothing"
+    return f"pass {name} (after {before})"
 
 
 def check(graph_module: fx.GraphModule) -> None:

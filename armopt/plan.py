@@ -63,14 +63,15 @@ class ThresholdPolicy:
 
 
 def _conv(site: Site, target: Target) -> Choice:
+    """The first kernel that takes a convolution; its reason is why the ones before it don't."""
     wanted = ["conv_bf16", "conv_fastmath"] if target.bf16 else []
     reasons = [] if target.bf16 else [f"{target.core} has no BF16"]
-    for name in (*wanted, "conv_fp32", "conv_transpose_fp32"):
+    for name in (*wanted, "conv_fp32", "conv_merged_fp32", "conv_transpose_fp32"):
         kernel = table.get(name)
         refusal = kernel.refuses(site)
         if refusal is None:
-            return Choice(kernel, "; ".join(reasons) or "dense convolution: packed once")
-        if not (site.transposed and name != "conv_transpose_fp32"):
+            return Choice(kernel, "; ".join(dict.fromkeys(reasons)) or "dense convolution: packed once")
+        if not refusal.startswith("covers"):
             reasons.append(refusal)
     return Choice(None, reasons[-1])
 

@@ -3,14 +3,15 @@
     python benchmarks/coverage.py                        # all, prints the table
     python benchmarks/coverage.py --write                # all, and writes docs/coverage.md
     python benchmarks/coverage.py --only resnet18 bert   # some; with --write the others' rows stay as last measured
+    python benchmarks/coverage.py --resume --write       # those that went through before are not measured again
 
 Each model runs in a process of its own with a time limit: one model in memory at a time, and one that crashes fails
 its own row. The bundle goes to a temporary folder and is removed.
 
 Weights are torchvision's own random ones. Models without batch norm get zoo.randomize on top, else errors would be
-multiplied away: ViT's head starts at 0, ConvNeXt's layer scales at 1e-6. Models with batch norm do not: given the statistics of
-their input, a deep net of random weights is chaotic (FCN-ResNet50 amplifies one rounding of its input to an error of a
-quarter of the output, and PyTorch's own BF16 autocast gets a cosine of 0.89), which no trained net is.
+multiplied away: ViT's head starts at 0, ConvNeXt's layer scales at 1e-6. Models with batch norm do not: given the
+statistics of their input, a deep net of random weights is chaotic (FCN-ResNet50 amplifies one rounding of its input to
+a fifth of the output, and PyTorch's own BF16 autocast gets a cosine of 0.89), which no trained net is.
 """
 
 from __future__ import annotations
@@ -185,22 +186,28 @@ def page(torchvision: list[dict[str, Any]], hugging_face: list[dict[str, Any]]) 
     good = [result for result in every if passed(result)]
     versions = ", ".join(sorted({result["torch"] for result in every if "torch" in result}))
     worst = min(good, key=lambda result: result["cosine"])
+    summary = (
+        f"{len(good)} of {len(every)} pass the gate of cosine >= {MIN_COSINE}; "
+        f"the lowest cosine is {worst['cosine']:.6f} ({worst['model']})."
+    )
     return f"""# Coverage
 
-Made by `python benchmarks/coverage.py --write` with armopt {armopt.__version__} and torch {versions}; not edited by hand.
+Made by `python benchmarks/coverage.py --write` with armopt {armopt.__version__} and torch {versions}; do not edit.
 
-Every torchvision classification and segmentation model and the Hugging Face models of the tests (small random
-configurations), optimized for {TARGET}, written, loaded and compared with the original module in FP32, each on its
-smallest sensible input at batch 1. Run on a host that is not the target, so the portable twins give the target's rounding.
-Weights are random, as torchvision initialises them; models without batch norm get `armopt.zoo.randomize` on top, else
-zero heads and layer scales of 1e-6 would hide errors.
+Every torchvision classification and segmentation model, and the Hugging Face models of the tests (small random
+configurations): optimized for {TARGET}, written, loaded and compared with the original module in FP32, each on its
+smallest sensible input at batch 1. This was run on a host that is not the target, so the portable twins gave the
+target's rounding. Weights are random, as torchvision initialises them; models without batch norm get
+`armopt.zoo.randomize` on top, else heads of zero and layer scales of 1e-6 would hide errors.
 
-{len(good)} of {len(every)} pass the gate of cosine >= {MIN_COSINE}; the lowest cosine is {worst["cosine"]:.6f} ({worst["model"]}).
+{summary}
 
-Columns BF16 to ATen count layers (Linear and convolution): packed once with products in BF16; packed in FP32; BLAS in FP32 on
-weights stored in BF16 (fewer than 64 rows); left to plain ATen. *weights* is the size of the bundle's weights over the FP32
-model's, *cosine* the similarity to FP32 of the worst output, *autocast* the same for PyTorch's own BF16 autocast, *max rel error*
-the largest error over the largest value of an output. *notes* say why layers run as plain ATen.
+- BF16, FP32, BLAS, ATen: how many layers (Linear and convolution) are packed once with products in BF16; packed in
+  FP32; given to BLAS, in FP32 on weights stored in BF16 (fewer than 64 rows); left to plain ATen.
+- weights: bytes of the bundle's weights over those of the FP32 model.
+- cosine: similarity to FP32 of the worst output; autocast: the same for PyTorch's own BF16 autocast.
+- max rel error: largest error over the largest value of an output.
+- notes: why layers run as plain ATen.
 
 ## torchvision
 
@@ -212,13 +219,15 @@ the largest error over the largest value of an output. *notes* say why layers ru
 """
 
 
-def run(wanted: list[str], limit: float) -> None:
+def run(wanted: list[str], limit: float, resume: bool) -> None:
     """Measures each model and keeps its result."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(wanted, start=1):
+        if resume and _stored(name).is_file() and passed(json.loads(_stored(name).read_text())):
+            continue
         print(f"[{i}/{len(wanted)}] {name}: ", end="", flush=True, file=sys.stderr)
         result = measure_apart(name, limit)
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1))
+        _stored(name).write_text(json.dumps(result, indent=1))
         said = result.get("error") or f"cosine {result['cosine']:.6f}, weights {result['weights']:.3f}"
         print(f"{said} ({result['seconds']} s)", file=sys.stderr)
 
@@ -227,6 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these models alone")
     parser.add_argument("--write", action="store_true", help="write docs/coverage.md")
+    parser.add_argument("--resume", action="store_true", help="skip models that went through before")
     parser.add_argument("--limit", type=float, default=1200, metavar="SECONDS", help="for each model (1200)")
     parser.add_argument("--worker", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -241,7 +251,7 @@ def main() -> int:
         missing := [n for n in vision + hugging_face if n not in wanted and not _stored(n).is_file()]
     ):
         parser.error(f"--write needs all models; never measured here: {', '.join(missing)}")
-    run(wanted, options.limit)
+    run(wanted, options.limit, options.resume)
     results = {
         name: json.loads(_stored(name).read_text()) for name in (vision + hugging_face if options.write else wanted)
     }

@@ -164,7 +164,9 @@ def decode(data: Mapping[str, Any], weights: Mapping[str, torch.Tensor], where: 
                 found[node.name] = sites.describe(node, entry["shape"], weight.shape)
                 shapes[node.name] = tuple(entry["output"])
         graph.output(tuple(_decode(data["output"], nodes)))
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except BundleError:
+        raise
+    except Exception as error:  # whatever a wrong graph.json makes torch or Python say
         raise BundleError(f"graph.json does not fit: {error!r}", where=where, hint="Make the bundle again") from error
     return Program(data["bucket"], fx.GraphModule(root, graph), found, shapes)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -19,15 +18,8 @@ from safetensors.torch import save_file
 
 from armopt import structure
 from armopt.bundle import codec, manifest
+from armopt.bundle.source import GRAPH, WEIGHTS, hash_file, looks_like_bundle
 from armopt.errors import InputError
-
-GRAPH, WEIGHTS, REPORT, ENV, REQUIREMENTS = (
-    "graph.json",
-    "weights.safetensors",
-    "report.json",
-    "env.sh",
-    "requirements.txt",
-)
 
 
 def check_place(path: Path, *, force: bool = False) -> None:
@@ -44,9 +36,7 @@ def check_place(path: Path, *, force: bool = False) -> None:
     if path.exists():
         if not force:
             raise InputError("is there already", where=str(path), hint="Choose another place with -o, or pass --force")
-        from armopt.bundle import reader
-
-        if not reader.looks_like_bundle(path):
+        if not looks_like_bundle(path):
             raise InputError(
                 "is there already and is not a bundle", where=str(path), hint="Choose another place with -o"
             )
@@ -126,12 +116,6 @@ def collect_weights(programs: Sequence[codec.Program]) -> dict[str, torch.Tensor
 def _shares(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a part of a larger storage or not contiguous: safetensors takes neither."""
     return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def wanted(bundle: Path | None, framework: str, target: str, threads: int | None
     import platform
 
     from armopt import environment, targets
-    from armopt.bundle import reader
+    from armopt.bundle import source
     from armopt.errors import InputError
 
     if bundle is None:
@@ -59,7 +59,7 @@ def wanted(bundle: Path | None, framework: str, target: str, threads: int | None
         return environment.only_read(chosen, environment.package_folder(framework)) if here else chosen
     if framework or target:
         raise InputError("a bundle has its own framework and target", hint="Leave out --framework and --target")
-    manifest = reader.read_manifest(bundle)
+    manifest = source.read_manifest(bundle)
     left = bool(manifest.refused) or any(n["kernel"].startswith("aten") for p in manifest.plan for n in p["nodes"])
     here = manifest.machine == platform.machine()
     chosen = {name: environment.Variable(e["value"], e["why"]) for name, e in manifest.environment.items()}

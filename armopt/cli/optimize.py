@@ -30,7 +30,7 @@ def optimize(
 ) -> None:
     """Optimize a model for an Arm server and write a bundle."""
     from armopt import compiler
-    from armopt.bundle import reader, writer
+    from armopt.bundle import source, writer
     from armopt.errors import AccuracyError
 
     out = sink.Sink(as_json)
@@ -53,7 +53,7 @@ def optimize(
             )
             failed = None
         except AccuracyError as error:
-            written, failed = reader.read_manifest(output), error
+            written, failed = source.read_manifest(output), error
     out.result(to_json(written, output), lambda: summary(written, output))
     if failed is not None:
         raise failed

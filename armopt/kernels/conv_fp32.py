@@ -19,6 +19,8 @@ def _refuses(site: Site) -> str | None:
         return f"covers conv, not {site.op}"
     if site.transposed:
         return "covers convolution, not transposed convolution"
+    if onednn.is_narrow_grouped(site):
+        return f"{site.weight[1]} input channels in a group: oneDNN answers with `gemm:ref` below sixteen"
     if 0 in site.shape or 0 in site.weight:
         return "an empty input"
     return None

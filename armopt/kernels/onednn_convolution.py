@@ -126,6 +126,18 @@ def refuses_linear(site: Site) -> str | None:
     return None
 
 
+#: Input channels in a group below which oneDNN answers with ``gemm:ref`` on aarch64.
+LEAST_GROUP_CHANNELS = 16
+
+
+def is_narrow_grouped(site: Site) -> bool:
+    """Whether a convolution is grouped, not depthwise, and oneDNN has only a reference kernel for its groups."""
+    if site.op != "conv" or site.transposed or site.groups == 1 or 0 in site.shape or 0 in site.weight:
+        return False
+    depthwise = site.weight[0] == site.groups and site.weight[1] == 1
+    return not depthwise and site.weight[1] < LEAST_GROUP_CHANNELS
+
+
 def refuses_dense_2d(site: Site) -> str | None:
     """Convolutions that reach the Compute Library in BF16: dense, one or two dimensions, not transposed."""
     if site.op != "conv":

@@ -12,6 +12,7 @@ from armopt.kernels import (
     conv_bf16,
     conv_fastmath,
     conv_fp32,
+    conv_merged_fp32,
     conv_transpose_fp32,
     linear_fastmath,
 )
@@ -27,6 +28,7 @@ ALL = (
     conv_bf16.KERNEL,
     conv_fastmath.KERNEL,
     conv_fp32.KERNEL,
+    conv_merged_fp32.KERNEL,
     conv_transpose_fp32.KERNEL,
     aten.LINEAR,
     aten.CONV,

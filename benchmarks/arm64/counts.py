@@ -104,6 +104,7 @@ def count(
     profile: bool = False,
     timeout: float = 3600.0,
     report: Callable[[str], None] = lambda line: None,
+    finished: Callable[[int, Counts], None] = lambda index, counts: None,
 ) -> list[Counts]:
     """Runs all jobs in one emulated Python and counts them.
 
@@ -114,7 +115,8 @@ def count(
         env: All settings of the process that matter; nothing else is inherited.
         profile: Whether to find out by function where the instructions were retired.
         timeout: Seconds for all of them; a run costs about a minute to start.
-        report: Gets a line as each job ends.
+        report: Gets what the process writes: a line as each job ends.
+        finished: Gets each job's index and counts as it ends.
 
     Raises:
         HostError: QEMU with plugins or the emulated machine is not prepared; or the process died.
@@ -152,17 +154,22 @@ def count(
             )
             assert process.stdout
             watchdog = _kill_after(process, timeout)
+            seen = 0
             for line in process.stdout:
                 errors.write(line)
                 report(line.rstrip())
+                for result in _read(results)[seen:]:
+                    finished(seen, _one(jobs[seen], result))
+                    seen += 1
             code = process.wait()
             watchdog.cancel()
-        found = json.loads(results.read_text()) if results.exists() else []
+        found = _read(results)
         if code and len(found) < len(jobs):
             tail = "\n".join(log.read_text().splitlines()[-15:])
             died = Counts(jobs[len(found)].name, error=f"the emulated process ended with {code}\n{tail}")
             if not found:
                 raise HostError(died.error, where=died.name)
+            finished(len(found), died)
             return [*_all_counts(jobs, found), died]
         return _all_counts(jobs, found)
 
@@ -174,6 +181,10 @@ def _kill_after(process: subprocess.Popen[str], seconds: float) -> Any:
     timer.daemon = True
     timer.start()
     return timer
+
+
+def _read(results: Path) -> list[dict[str, Any]]:
+    return json.loads(results.read_text()) if results.exists() else []
 
 
 def _all_counts(jobs: Sequence[Job], found: Sequence[Mapping[str, Any]]) -> list[Counts]:

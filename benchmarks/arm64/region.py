@@ -86,7 +86,7 @@ def nodes(call: Any, lines: Lines) -> list[dict[str, Any]]:
             if n.op not in ("call_function", "call_method", "call_module"):
                 return super().run_node(n)
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            function = n.target if n.op == "call_function" else getattr(self, n.op)
+            function: Any = n.target if n.op == "call_function" else getattr(self, n.op)
             label = len(described)
             if n.op == "call_function":
                 _prctl(OPTION, OPEN, 0, 0, 0)

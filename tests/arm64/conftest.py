@@ -39,6 +39,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section("on the emulated cores")
         for line in lines:
             terminalreporter.line(line)
+        terminalreporter.line(f"CPU time of the emulated processes: {os.times().children_user:.0f} s")
 
 
 @pytest.fixture(scope="session")
@@ -123,9 +124,9 @@ class Server:
 
         return self.queue.submit(run)
 
-    def call(self, job: str, **arguments: Any) -> Any:
-        """Runs a job and returns its value."""
-        return self.submit(job, **arguments).result().value
+    def call(self, job: str, **arguments: Any) -> EmulatedResult:
+        """Runs a job, after those that are queued."""
+        return self.submit(job, **arguments).result()
 
     def close(self) -> None:
         self.queue.shutdown(cancel_futures=True)

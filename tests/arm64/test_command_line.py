@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("jobs_bundles.py")
 
 
 def test_a_script_under_armopt_run_on_an_emulated_server(server, made, tmp_path):
-    in_tests = server("graviton3").call("tests.arm64.jobs_bundles:seen_environment")
+    in_tests = server("graviton3").call("tests.arm64.jobs_bundles:seen_environment").value
     bundle = made("convnet", "graviton3")
     save_file({"x": bundle.calls[0][""]}, tmp_path / "in")
     script = ["python", str(SCRIPT), str(bundle.path), str(tmp_path / "in"), str(tmp_path / "out")]

@@ -144,7 +144,7 @@ def test_a_variable_set_too_late(arm64):
     worker = arm64("graviton3", "2.10.0", {"OMP_NUM_THREADS": "1"})
     unset = findings(worker.call(EXAMINE).value)["DNNL_DEFAULT_FPMATH_MODE"]
     assert (unset.severity, unset.found) == ("soft", "unset")
-    worker.call("os:environ.setdefault", key="DNNL_DEFAULT_FPMATH_MODE", default="BF16")
+    worker.call("os:environ.setdefault", key="DNNL_DEFAULT_FPMATH_MODE", value="BF16")
     try:
         report = worker.call(EXAMINE).value
     finally:

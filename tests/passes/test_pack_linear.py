@@ -22,7 +22,7 @@ def _pack(graph_module: fx.GraphModule, target: str = "graviton3", rows: int = 4
 
 class TestPackLinear(Contract):
     folder = "pack_linear"
-    # BF16 keeps 8 bits: x, W and the result are each off by at most 2^-9 of themselves; sums of K terms average that out.
+    # BF16 keeps 8 bits: x, W and the result are each off by at most 2^-9 of it; sums of K terms average that out.
     # The largest of a few dozen errors stays below 2^-6 of the largest value.
     tolerance = 2**-6
 

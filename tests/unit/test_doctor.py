@@ -206,9 +206,9 @@ def make(path: Path, target: str) -> Path:
 def test_verdicts_of_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(tmp_path / "bundle", "graviton3")
     from armopt import runtime
-    from armopt.bundle import reader
+    from armopt.bundle import source
 
-    nodes = reader.read_manifest(path).plan[0]["nodes"]
+    nodes = source.read_manifest(path).plan[0]["nodes"]
     bound = [Bound(n["node"], n["kernel"], n["kernel"]) for n in nodes]
     bound[1] = Bound(nodes[1]["node"], nodes[1]["kernel"], "aten_linear", "conv1x1_bf16: ref:any")
 

@@ -133,18 +133,10 @@ def test_convolutions_say_why(site: Site, kernel: str, reason: str) -> None:
     assert bool(refused) == (kernel == "aten_conv")
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="_conv: a packed transposed convolution is called `dense convolution`"
-)
 def test_a_transposed_convolution_says_why_it_is_in_fp32() -> None:
     assert "transposed" in decide(conv(transposed=True))[0].reason
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="_conv: reasons[-1] is conv_transpose_fp32's, which says nothing of this site",
-)
 def test_an_empty_convolution_says_why() -> None:
     assert "empty" in decide(conv((0, 8, 9, 9)))[0].reason
 

@@ -1,0 +1,238 @@
+"""Counts whole models, armopt against what users could run today: docs/benchmarks.md.
+
+    python -m benchmarks.arm64.models                          # what takes minutes, prints the tables
+    python -m benchmarks.arm64.models --write                  # and writes docs/benchmarks.md
+    python -m benchmarks.arm64.models --only "resnet50 224"    # one model, also a slow one; results are kept
+    python -m benchmarks.arm64.models --contenders armopt      # count this contender again, and no other
+    python -m benchmarks.arm64.models --nodes                  # armopt's calls node by node
+
+Bundles are made here, on this machine, and run on the emulated one. One process for each environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from armopt.emulation.folder import DEFAULT_TORCH, PreparedFolder, core_named
+from armopt.errors import ArmoptError
+from benchmarks.arm64 import build_qemu, counts
+from benchmarks.arm64.counts import FAST_MATH, ONE_THREAD, Counts, Job
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".cache" / "arm64"
+PAGE = ROOT / "docs" / "benchmarks.md"
+ARMOPT = "armopt"
+BASELINE = "eager fast math"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to run a model: the process's settings, and how the model is prepared."""
+
+    env: Mapping[str, str]
+    arguments: Mapping[str, Any]
+    only: str = ""  # models whose name holds one of these words
+
+
+_BLAS = {**FAST_MATH, "TORCH_MKLDNN_MATMUL_MIN_DIM": "64"}
+_CONVOLUTIONAL = "resnet mobilenet"
+_DENSE = "mlp block"
+CONTENDERS = {
+    "eager FP32": Contender(ONE_THREAD, {}),
+    BASELINE: Contender(FAST_MATH, {}),
+    "fast math, channels_last": Contender(FAST_MATH, {"channels_last": True}, _CONVOLUTIONAL),
+    "fast math, OpenBLAS below 64": Contender(_BLAS, {}, _DENSE),
+    "model.bfloat16()": Contender(FAST_MATH, {"dtype": "bfloat16"}),
+    ARMOPT: Contender(FAST_MATH, {}),
+}
+
+
+def make_bundle(workload: str, cpu: str) -> Path:
+    """Optimizes a model on this machine; random weights, so no accuracy gate."""
+    import armopt
+    from benchmarks.arm64.workloads import WORKLOADS
+
+    model, inputs = WORKLOADS[workload].build()
+    place = CACHE / "bundles" / _file_name(workload)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        armopt.optimize(model, inputs, output=place, target=cpu, min_cosine=-1.0, force=True)
+    return place
+
+
+def measure(
+    workloads: Sequence[str], contenders: Sequence[str], *, cpu: str, torch_version: str, nodes: bool, profile: bool
+) -> None:
+    """Counts what is asked for and keeps it, environment by environment."""
+    groups: dict[tuple[tuple[str, str], ...], list[tuple[str, str, Job]]] = {}
+    for contender in contenders:
+        kind = CONTENDERS[contender]
+        for workload in workloads:
+            if kind.only and not any(word in workload for word in kind.only.split()):
+                continue
+            if contender == ARMOPT:
+                arguments: dict[str, Any] = {"path": str(make_bundle(workload, cpu))}
+                job = Job(f"{workload}: armopt", "benchmarks.arm64.jobs:bundle", arguments, 1, 1, nodes)
+            else:
+                arguments = {"workload": workload, **kind.arguments}
+                job = Job(f"{workload}: {contender}", "benchmarks.arm64.workloads:eager", arguments, 1)
+            groups.setdefault(tuple(sorted(kind.env.items())), []).append((workload, contender, job))
+    for env, group in groups.items():
+
+        def keep(index: int, counted: Counts, group: Sequence[tuple[str, str, Job]] = group) -> None:
+            workload, contender, _ = group[index]
+            results = load(cpu, torch_version)
+            results.setdefault(workload, {})[contender] = _entry(counted)
+            _save(results, cpu, torch_version)
+            if counted.error:
+                _say(f"{workload}, {contender}: {counted.error}")
+            elif counted.nodes or counted.profile:
+                print(counts.details(counted), flush=True)
+
+        counts.count(
+            [job for _, _, job in group],
+            cpu=cpu,
+            torch_version=torch_version,
+            env=dict(env),
+            profile=profile,
+            timeout=4 * 3600,
+            report=_say,
+            finished=keep,
+        )
+
+
+def _entry(counted: Counts) -> dict[str, Any]:
+    if counted.error:
+        return {"error": counted.error.strip().splitlines()[-1]}
+    return {"classes": dict(counted.classes)}
+
+
+def load(cpu: str, torch_version: str) -> dict[str, dict[str, Any]]:
+    """What was counted until now: workload -> contender -> classes or error."""
+    try:
+        return json.loads(_results(cpu, torch_version).read_text())  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return {}
+
+
+def _save(results: Mapping[str, Any], cpu: str, torch_version: str) -> None:
+    file = _results(cpu, torch_version)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".part")
+    partial.write_text(json.dumps(results, indent=1, sort_keys=True))
+    partial.replace(file)
+
+
+def _results(cpu: str, torch_version: str) -> Path:
+    return CACHE / f"models-{cpu}-{torch_version}.json"
+
+
+def render(results: Mapping[str, Mapping[str, Any]], floors: Mapping[str, int]) -> str:
+    """Two tables: all contenders by total, and armopt and the baseline by class."""
+    used = [name for name in CONTENDERS if any(name in row for row in results.values())]
+    totals, classes = [], []
+    for workload in [name for name in floors if name in results]:
+        row = {name: _total(entry) for name, entry in results[workload].items()}
+        base, mine = row.get(BASELINE), row.get(ARMOPT)
+        ratio = f"{base / mine:.2f}x" if base and mine else ""
+        others = [value for name, value in row.items() if name != ARMOPT and value]
+        best = f"{min(others) / mine:.2f}x" if others and mine else ""
+        cells = [_millions(row[name]) if name in row else "" for name in used]
+        totals.append([workload, _millions(floors[workload] // 32), *cells, ratio, best])
+        compared = [name for name in (BASELINE, ARMOPT) if row.get(name)]
+        classes += [[workload, name, *counts.class_row(results[workload][name]["classes"])] for name in compared]
+    header = ["model", "floor", *used, "fast math / armopt", "best other / armopt"]
+    by_class = ["model", "", *counts.SHORT_CLASSES, "total"]
+    return (
+        "Millions of retired instructions of one call:\n\n"
+        f"{counts.table(totals, header)}\n\nBy class, in thousands:\n\n{counts.table(classes, by_class)}\n"
+    )
+
+
+def page(body: str, cpu: str, torch_version: str) -> str:
+    """docs/benchmarks.md."""
+    qemu = build_qemu.require(PreparedFolder.default()).version()
+    return f"""# Benchmarks: retired instructions
+
+Written by `make bench-arm64` (`python -m benchmarks.arm64.models --write`); do not edit.
+
+Exact counts of the instructions that one call retires, one thread, after a warm-up: PyTorch {torch_version}, the real
+aarch64 wheel, on an emulated {core_named(cpu).name} ({cpu}, {qemu}, own plugin: benchmarks/arm64/counter.c).
+A count is not a time: it knows nothing of caches, memory bandwidth and how many instructions a cycle takes.
+`floor` is the arithmetic alone: multiply-adds of Linear and convolution / 32, as SVE BFMMLA of 256 bits has them.
+`mlp` is the tutorial's 4096-4096-11008-10, `mlp/4` the same with each width divided by 4. All weights are random.
+Every contender runs with LRU_CACHE_CAPACITY=1024 and OMP_NUM_THREADS=1; fast math is DNNL_DEFAULT_FPMATH_MODE=BF16,
+"OpenBLAS below 64" adds the tutorial's TORCH_MKLDNN_MATMUL_MIN_DIM=64. armopt's calls include its checks of the inputs.
+
+{body}"""
+
+
+def _total(entry: Mapping[str, Any]) -> int:
+    return sum(entry.get("classes", {}).values())
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f}" if count else "failed"
+
+
+def _file_name(workload: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in workload)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.arm64.models", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", metavar="MODEL", help="models by name")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--torch", default=DEFAULT_TORCH)
+    parser.add_argument("--cpu", default="graviton3")
+    parser.add_argument("--nodes", action="store_true", help="armopt's calls node by node")
+    parser.add_argument("--profile", action="store_true", help="by library and function")
+    parser.add_argument("--all", action="store_true", help="the slow models too")
+    parser.add_argument("--show", action="store_true", help="count nothing: the kept results only")
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
+    options = parser.parse_args(arguments)
+    from benchmarks.arm64.workloads import WORKLOADS
+
+    unknown = set(options.only or []) - set(WORKLOADS)
+    if unknown:
+        parser.error(f"unknown {', '.join(sorted(unknown))}; choose from {', '.join(WORKLOADS)}")
+    chosen = options.only or [name for name, each in WORKLOADS.items() if options.all or not each.slow]
+    try:
+        if not options.show:
+            measure(
+                chosen,
+                options.contenders,
+                cpu=options.cpu,
+                torch_version=options.torch,
+                nodes=options.nodes,
+                profile=options.profile,
+            )
+        results = load(options.cpu, options.torch)
+        body = render(results, {name: each.macs for name, each in WORKLOADS.items()})
+        print(body)
+        if options.write:
+            PAGE.write_text(page(body, options.cpu, options.torch))
+    except ArmoptError as error:
+        _say(f"error: {error}")
+        return error.exit_code
+    wanted: list[Mapping[str, Any]] = [results.get(name, {}) for name in chosen]
+    return 1 if any("error" in entry for row in wanted for entry in row.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

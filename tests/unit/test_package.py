@@ -1,0 +1,465 @@
+"""`armopt package`, `armopt env` and `armopt run`: the folder of an image, its server on loopback, and the commands."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as write_tensors
+from torch import nn
+from typer.testing import CliRunner
+
+import armopt
+from armopt import onednn_log, package, serve
+from armopt.bundle import reader, source
+from armopt.cli import app
+from armopt.errors import BundleError, HostError, InputError
+
+SHA = "0123456789abcdef" * 4
+INSTRUCTIONS = ["FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD"]
+
+
+class Two(nn.Module):
+    """Two inputs, a nested result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 16)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> dict[str, Any]:
+        y = self.linear(x) * scale
+        return {"y": y, "parts": [y.relu(), y.sum()]}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Two().eval()
+
+
+@pytest.fixture(scope="module")
+def bundle(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made") / "bundle"
+    armopt.optimize(model, (torch.randn(4, 8), torch.ones(1)), output=path, target="graviton3")
+    return path
+
+
+def item(name: str, version: str, *needs: str) -> dict[str, Any]:
+    return {
+        "metadata": {"name": name, "version": version, "requires_dist": list(needs)},
+        "download_info": {"url": f"https://x/{name}.whl", "archive_info": {"hashes": {"sha256": SHA}}},
+    }
+
+
+class Pip:
+    """Stands in for pip: two reports, one after the other."""
+
+    def __init__(self, *reports: list[dict[str, Any]]) -> None:
+        self.reports, self.calls = list(reports), list[list[str]]()
+
+    def __call__(self, arguments: Sequence[str]) -> str:
+        self.calls.append(list(arguments))
+        report = Path(arguments[arguments.index("--report") + 1])
+        report.write_text(json.dumps({"install": self.reports[len(self.calls) - 1]}))
+        return ""
+
+
+def pip() -> Pip:
+    torch_needs = (
+        "filelock",
+        "sympy>=1.13.3",
+        'setuptools; python_version >= "3.12"',
+        'nvidia-cublas-cu12==12.8.4.1; platform_system == "Linux" and platform_machine == "x86_64"',
+        'optree>=0.13.0; extra == "optree"',
+    )
+    return Pip([item("torch", "2.10.0", *torch_needs)], [item("filelock", "4.2"), item("Sym_Py", "1.14")])
+
+
+@pytest.fixture(scope="module")
+def written(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> package.Package:
+    return package.write(bundle, tmp_path_factory.mktemp("packages") / "image", run=pip())
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def test_what_is_written(written: package.Package, bundle: Path) -> None:
+    assert written.files == (".dockerignore", "Dockerfile", "bundle", "lib", "requirements.txt", "serve.py")
+    assert (written.torch, written.hashes, written.remarks) == ("2.10.0", True, ())
+    assert reader.read(written.path / "bundle").manifest == source.read_manifest(bundle)
+    assert not (written.path / "lib/armopt/passes").is_symlink()
+    assert not list(written.path.rglob("__pycache__"))
+    assert [p.name for p in written.path.parent.iterdir()] == ["image"]
+    code = "import armopt, sys; print(armopt.__file__); import armopt.runtime, armopt.passes"
+    env = {**os.environ, "PYTHONPATH": str(written.path / "lib"), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=written.path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(str(written.path / "lib"))
+
+
+def parse(dockerfile: str) -> list[tuple[str, str]]:
+    """Instruction and rest of each line; linting only: no Docker daemon is needed."""
+    found = []
+    for line in dockerfile.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        word, _, rest = line.partition(" ")
+        assert word in INSTRUCTIONS, line
+        assert not rest.endswith("\\")
+        found.append((word, rest))
+    return found
+
+
+def test_the_dockerfile(written: package.Package) -> None:
+    lines = parse((written.path / "Dockerfile").read_text())
+    assert lines[0] == ("FROM", "python:3.11-slim")
+    for word, rest in lines:
+        if word == "COPY":
+            assert (written.path / rest.split()[0]).exists()
+        if word in ("ENTRYPOINT", "CMD"):
+            assert all(isinstance(part, str) for part in json.loads(rest))
+        if word == "HEALTHCHECK":
+            compile(json.loads(rest.partition(" CMD ")[2])[2], "healthcheck", "exec")
+    env = dict(part.split("=", 1) for word, rest in lines if word == "ENV" for part in shlex.split(rest))
+    assert env["DNNL_DEFAULT_FPMATH_MODE"] == "BF16"
+    assert env["ARMOPT_BUNDLE"] == "/app/bundle"
+    assert "OMP_NUM_THREADS" not in env  # the entry point counts the CPUs of the container
+    assert json.loads(dict(lines)["ENTRYPOINT"])[2:] == ["armopt", "run", "/app/bundle", "--"]
+    assert any("--require-hashes" in rest for word, rest in lines if word == "RUN")
+    words = [word for word, _ in lines]
+    assert words.count("ENTRYPOINT") == words.count("CMD") == words.count("HEALTHCHECK") == 1
+
+
+def test_requirements_hold_every_hash_and_nothing_for_another_machine(bundle: Path) -> None:
+    run = pip()
+    pinned = package.resolve("2.10.0", run)
+    assert [p.name for p in pinned] == ["torch", "filelock", "sym-py"]
+    text = package.requirements("2.10.0", pinned)
+    assert f"torch==2.10.0 \\\n    --hash=sha256:{SHA}\n" in text
+    first, second = run.calls
+    assert "--no-deps" in first
+    assert {"filelock", "sympy>=1.13.3", "numpy", "safetensors", "typer"} <= set(second)
+    assert not [word for word in second if word.startswith(("nvidia", "setuptools", "optree"))]
+    assert "--platform=manylinux_2_28_aarch64" in second
+
+
+def test_without_a_registry_the_file_says_so(bundle: Path, tmp_path: Path) -> None:
+    def offline(arguments: Sequence[str]) -> str:
+        raise subprocess.CalledProcessError(1, "pip", "", "WARNING: retrying\nERROR: No matching distribution\n")
+
+    made = package.write(bundle, tmp_path / "image", run=offline)
+    assert not made.hashes
+    assert "ERROR: No matching distribution" in made.remarks[0]
+    text = (made.path / "requirements.txt").read_text()
+    assert "NO HASHES" in text
+    assert "armopt package BUNDLE -o DIR" in text
+    assert "torch==2.10.0\n" in text
+    assert "--require-hashes" not in (made.path / "Dockerfile").read_text()
+
+
+def test_a_registry_without_hashes_is_refused() -> None:
+    broken = item("torch", "2.10.0")
+    broken["download_info"] = {"url": "git+https://x", "vcs_info": {}}
+    with pytest.raises(HostError, match="no sha256"):
+        package.resolve("2.10.0", Pip([broken], []))
+
+
+@pytest.mark.slow
+def test_hashes_are_what_pip_itself_accepts(tmp_path: Path) -> None:
+    try:
+        pinned = package._pinned(package._report(package._pip, ["safetensors==0.8.0"], "--no-deps"))
+    except HostError as error:
+        warnings.warn(f"NOT TESTED against a package registry: {error}", stacklevel=2)
+        pytest.skip(str(error))
+    wanted = tmp_path / "requirements.txt"
+    wanted.write_text(package.requirements("2.10.0", pinned))
+    options = ["install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--only-binary=:all:"]
+    options += ["--python-version=3.11", "--platform=manylinux2014_aarch64", f"--target={tmp_path / 'x'}"]
+    package._pip([*options, "--require-hashes", "-r", str(wanted)])
+    wanted.write_text(wanted.read_text().replace(pinned[0].sha256, SHA))
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        package._pip([*options, "--require-hashes", "-r", str(wanted)])
+    assert "HASH" in refused.value.stderr.upper()
+
+
+def test_nothing_is_left_where_it_fails(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(package, "_copy_bundle", full)
+    with pytest.raises(InputError, match="No space left"):
+        package.write(bundle, tmp_path / "image", hashes=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_places_that_do_not_do(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is there already"):
+        package.write(bundle, tmp_path, hashes=False)
+    with pytest.raises(InputError, match="does not exist"):
+        package.write(bundle, tmp_path / "a" / "b", hashes=False)
+    broken = tmp_path / "broken"
+    shutil.copytree(bundle, broken)
+    (broken / "weights.safetensors").write_bytes(b"x")
+    with pytest.raises(BundleError, match="changed or damaged"):
+        package.write(broken, tmp_path / "image", hashes=False)
+    assert not (tmp_path / "image").exists()
+
+
+def test_a_zipped_bundle(model: nn.Module, tmp_path: Path) -> None:
+    archive = tmp_path / "bundle.zip"
+    armopt.optimize(model, (torch.randn(4, 8), torch.ones(1)), output=archive, target="graviton2")
+    made = package.write(archive, tmp_path / "image", hashes=False)
+    assert reader.read(made.path / "bundle").manifest.target == "graviton2"
+    assert "DNNL_DEFAULT_FPMATH_MODE" not in (made.path / "Dockerfile").read_text()
+
+
+def test_the_torch_of_an_arm_machine_is_kept(bundle: Path) -> None:
+    from dataclasses import replace
+
+    described = source.read_manifest(bundle)
+    arm = {"machine": "aarch64", "torch": "2.11.0+cpu", "torch_build": "cpu"}
+    assert package.torch_version(replace(described, versions=arm)) == "2.11.0"
+    assert package.torch_version(replace(described, versions={**arm, "torch_build": "cuda 13.0"})) == "2.10.0"
+    assert package.torch_version(replace(described, versions={**arm, "machine": "x86_64"})) == "2.10.0"
+
+
+# --- its server, on loopback ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(written: package.Package) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The image's entry point and command, run as they stand, with this machine's Python."""
+    lines = parse((written.path / "Dockerfile").read_text())
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "DNNL_"))}
+    env |= dict(part.split("=", 1) for word, rest in lines if word == "ENV" for part in shlex.split(rest))
+    env |= {"PYTHONPATH": str(written.path / "lib"), "ARMOPT_BUNDLE": str(written.path / "bundle")}
+    env |= {"ARMOPT_HOST": "127.0.0.1", "ARMOPT_PORT": "0", "ARMOPT_MAX_BYTES": "10000"}
+    words = [*json.loads(dict(lines)["ENTRYPOINT"]), *json.loads(dict(lines)["CMD"])]
+    command = [{"python": sys.executable, "/app/bundle": "bundle"}.get(word, word) for word in words]
+    process = subprocess.Popen(command, cwd=written.path, env=env, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    port = 0
+    for line in process.stderr:
+        if found := re.match(r"serving on 127.0.0.1:(\d+)", line):
+            port = int(found[1])
+            break
+    assert port, process.wait()
+    yield process, port
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+
+
+def ask(port: int, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, body, named)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def expected(model: nn.Module, x: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        found = model(x, scale)
+    return {"y": found["y"], "parts.0": found["parts"][0], "parts.1": found["parts"][1]}
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    # products of BF16 operands: 8 bits of mantissa, 8 terms
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.05)
+
+
+def test_predict_with_json(server: tuple[Any, int], model: nn.Module) -> None:
+    x = torch.randn(4, 8)
+    body = json.dumps({"inputs": {"x": x.tolist(), "scale": [2.0]}}).encode()
+    status, content = ask(server[1], "POST", "/predict", body, Content_Type="application/json; charset=utf-8")
+    assert status == 200, content
+    found = json.loads(content)["outputs"]
+    for name, wanted in expected(model, x, torch.tensor([2.0])).items():
+        close(torch.tensor(found[name]), wanted)
+
+
+def test_predict_with_safetensors(server: tuple[Any, int], model: nn.Module) -> None:
+    x, scale = torch.randn(4, 8), torch.tensor([0.5])
+    status, content = ask(server[1], "POST", "/predict", write_tensors({"x": x, "scale": scale}))
+    assert status == 200, content
+    found = read_tensors(content)
+    assert found.keys() == {"y", "parts.0", "parts.1"}
+    for name, wanted in expected(model, x, scale).items():
+        close(found[name], wanted)
+
+
+def test_health(server: tuple[Any, int]) -> None:
+    status, content = ask(server[1], "GET", "/health")
+    assert status == 200
+    found = json.loads(content)
+    assert (found["status"], found["target"]) == ("ok", "graviton3")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "text"),
+    [
+        (b"{", "application/json", 400, "not JSON of the form"),
+        (b"[1]", "application/json", 400, "not JSON of the form"),
+        (b'{"inputs": 3}', "application/json", 400, "not an object"),
+        (b'{"inputs": {"x": [1], "z": 2}}', "application/json", 400, "missing inputs: scale; unknown: z"),
+        (b'{"inputs": {"x": [[1, 2]], "scale": [1]}}', "application/json", 400, "expected shape 4x8, found 1x2"),
+        (b'{"inputs": {"x": "a", "scale": [1]}}', "application/json", 400, "input x"),
+        (b'{"inputs": {"x": [[1], [1, 2]], "scale": [1]}}', "application/json", 400, "input x"),
+        (b"no tensors", "application/octet-stream", 400, "not a safetensors file"),
+        (b"", "", 400, "not a safetensors file"),
+        (b"x" * 10001, "application/json", 413, "more than 10000 bytes"),
+    ],
+)
+def test_bad_requests_are_answered(server: tuple[Any, int], body: bytes, kind: str, status: int, text: str) -> None:
+    found, content = ask(server[1], "POST", "/predict", body, Content_Type=kind)
+    assert found == status
+    assert text in json.loads(content)["error"]
+
+
+def test_other_paths_and_bodies_of_unknown_length(server: tuple[Any, int]) -> None:
+    assert ask(server[1], "GET", "/")[0] == 404
+    assert ask(server[1], "POST", "/other", b"{}")[0] == 404
+    with socket.create_connection(("127.0.0.1", server[1]), timeout=60) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 411 ")
+    assert ask(server[1], "GET", "/health")[0] == 200
+
+
+def test_health_fails_where_a_reference_implementation_answers(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bundle"
+    armopt.optimize(model, (torch.randn(4, 8), torch.ones(1)), output=path, target="host")
+    service = serve.Service(str(path))
+    good, found = service.health()
+    assert (good, found["portable"], found["layers"]) == (True, False, 1)
+    slow = onednn_log.Execution("convolution", "ref:any")
+    monkeypatch.setattr(serve.onednn_log, "references", lambda executions: (slow,))
+    assert (service.health()[0], service.health()[1]["status"]) == (False, "oneDNN answers with ref:any")
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app.app, list(arguments))
+
+
+def test_the_package_command(bundle: Path, tmp_path: Path) -> None:
+    done = invoke("package", str(bundle), "-o", str(tmp_path / "image"), "--no-hashes", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["hashes"], found["torch"]) == (False, "2.10.0")
+    assert "no hashes, as asked for" in done.stderr
+
+
+@pytest.mark.parametrize("form", ["shell", "docker", "systemd", "k8s", "json"])
+def test_env_of_a_bundle_and_of_a_framework(bundle: Path, form: str) -> None:
+    of_bundle = invoke("env", str(bundle), "--format", form)
+    assert of_bundle.exit_code == 0, of_bundle.output
+    assert "DNNL_DEFAULT_FPMATH_MODE" in of_bundle.stdout
+    tensorflow = invoke("env", "--framework", "tensorflow", "--target", "graviton3", "--threads", "4", "--format", form)
+    assert "TF_ENABLE_ONEDNN_OPTS" in tensorflow.stdout
+    assert "OMP_NUM_THREADS" in tensorflow.stdout
+    assert "TF_" not in invoke("env", "--target", "graviton3", "--format", form).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("env",), "no bundle given"),
+        (("env", "BUNDLE", "--target", "graviton3"), "has its own framework and target"),
+        (("env", "--framework", "jax"), "unknown framework"),
+        (("env", "--target", "gravitron3"), "Did you mean"),
+        (("run", "BUNDLE"), "no command"),
+        (("run", "BUNDLE", "--", "no-such-command"), "there is no such command"),
+        (("run", "--target", "graviton3", "BUNDLE", "--", "true"), "there is no BUNDLE"),
+    ],
+)
+def test_wrong_usage(bundle: Path, arguments: Sequence[str], text: str) -> None:
+    words = [str(bundle) if word == "BUNDLE" else word for word in arguments]
+    done = subprocess.run([sys.executable, "-m", "armopt", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert done.stdout == ""
+
+
+SHOW = "import os, json; print(json.dumps(dict(os.environ)))"
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(("OMP_", "DNNL_", "ONEDNN_", "TF_", "LRU_"))}
+    command = [sys.executable, "-m", "armopt", "run", *arguments]
+    return subprocess.run(command, env={**clean, **environ}, capture_output=True, text=True, check=False)
+
+
+def test_run_sets_the_environment_of_a_bundle(bundle: Path) -> None:
+    done = run(str(bundle), "--threads", "1", "--", sys.executable, "-c", SHOW, MINE="kept")
+    found = json.loads(done.stdout)
+    assert found["DNNL_DEFAULT_FPMATH_MODE"] == "BF16"
+    assert found["OMP_NUM_THREADS"] == "1"
+    assert found["MINE"] == "kept"
+    assert done.stderr == ""
+
+
+def test_run_for_tensorflow(bundle: Path) -> None:
+    words = ("--framework", "tensorflow", "--target", "graviton3", "--threads", "1")
+    found = json.loads(run(*words, "--", sys.executable, "-c", SHOW).stdout)
+    assert found["TF_ENABLE_ONEDNN_OPTS"] == found["TF_NUM_INTRAOP_THREADS"] == "1"
+    assert "LRU_CACHE_CAPACITY" not in found
+
+
+def test_run_shares_the_host_among_workers(bundle: Path) -> None:
+    cpus = len(os.sched_getaffinity(0))
+    words = ("--target", "graviton3", "--workers", str(cpus), "--", sys.executable, "-c", SHOW)
+    assert json.loads(run(*words).stdout)["OMP_NUM_THREADS"] == "1"
+    # what was chosen before counts as long as it fits
+    assert json.loads(run(*words, OMP_NUM_THREADS="1000").stdout)["OMP_NUM_THREADS"] == "1"
+    many = run("--target", "graviton3", "--threads", "1000", "--", sys.executable, "-c", SHOW)
+    assert json.loads(many.stdout)["OMP_NUM_THREADS"] == "1000"
+    assert "OMP_NUM_THREADS=1000 on" in many.stderr
+
+
+def test_run_removes_what_would_win(bundle: Path) -> None:
+    done = run("--target", "graviton3", "--", sys.executable, "-c", SHOW, ONEDNN_DEFAULT_FPMATH_MODE="strict")
+    assert "ONEDNN_DEFAULT_FPMATH_MODE" not in json.loads(done.stdout)
+    assert "ONEDNN_DEFAULT_FPMATH_MODE=strict would win" in done.stderr
+
+
+def test_the_commands_own_options_and_exit_code_pass_through() -> None:
+    code = "import sys; print(sys.argv[1:]); sys.exit(7)"
+    done = run("--target", "graviton3", "--", sys.executable, "-c", code, "--threads", "x", "--", "-h")
+    assert (done.returncode, done.stdout.strip()) == (7, "['--threads', 'x', '--', '-h']")
+
+
+def test_signals_reach_the_command_because_it_has_the_process() -> None:
+    code = (
+        "import os, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"
+        "print(os.getpid(), flush=True)\nwhile True: time.sleep(0.05)"
+    )
+    command = [sys.executable, "-m", "armopt", "run", "--target", "graviton3", "--", sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert int(process.stdout.readline()) == process.pid
+    time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=30) == 9
