@@ -7,6 +7,8 @@ import torch.
 from __future__ import annotations
 
 import importlib
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,3 +39,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _remark_on_a_late_import() -> None:
+    """Says what is lost where torch was imported before its environment was set."""
+    from armopt import environment, targets
+
+    if remark := environment.import_remark(targets.host()):
+        warnings.warn(remark, stacklevel=3)
+
+
+if "torch" in sys.modules:
+    _remark_on_a_late_import()

@@ -88,7 +88,8 @@ class Binder:
         """The first kernel that is available, takes the site and passes its probe; with its packed weight."""
         reasons: list[str] = []
         others = [table.get(name) for name in FALLBACKS[site.op] if name != planned.name]
-        others.sort(key=lambda kernel: kernel.activations != planned.activations)  # the same dtype needs no casts
+        # the planned arithmetic first, then the planned dtype of activations, which needs no casts
+        others.sort(key=lambda k: (k.precision != planned.precision, k.activations != planned.activations))
         # a node planned in FP32 stays in FP32
         allowed = [k for k in others if planned.precision != "fp32" or k.precision == "fp32"]
         stored = constants[site.weight_key]

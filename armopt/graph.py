@@ -124,7 +124,12 @@ def concrete_shape(shape: Sequence[Any], bucket: Bucket) -> tuple[int, ...]:
 
 def symbolic_shape(shape: Sequence[Any]) -> tuple[Dim, ...]:
     """A shape as numbers and names of symbols."""
-    return tuple(size if isinstance(size, int) else str(size.node.expr) for size in shape)
+    return tuple(int(size) if is_constant(size) else str(size.node.expr) for size in shape)
+
+
+def is_constant(size: Any) -> bool:
+    """Whether a size is a number, also where torch keeps it as a symbolic integer."""
+    return isinstance(size, int) or bool(size.node.expr.is_number)
 
 
 def replace_and_erase(node: fx.Node, replacement: fx.Node) -> None:
@@ -141,6 +146,15 @@ def is_pure(node: fx.Node) -> bool:
         schema = node.target._schema
         return not schema.is_mutable and "assert" not in schema.name
     return True
+
+
+def written_constants(graph: fx.Graph) -> set[str]:
+    """Names of the constants that an operation writes to."""
+    names = set()
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            names |= {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
+    return names
 
 
 def sweep(graph_module: fx.GraphModule) -> None:

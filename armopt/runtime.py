@@ -88,6 +88,15 @@ class Model:
         """The tensors of a call, in the order of the graph's inputs, checked."""
         args, kwargs = self._arrange(args, kwargs)
         tensors = structure.flatten(self._inputs, {"args": list(args), "kwargs": kwargs}, "inputs")
+        self.check(tensors)
+        return tensors
+
+    def check(self, tensors: Sequence[Any]) -> None:
+        """Compares flat inputs with what the model was captured with.
+
+        Raises:
+            InputError: Naming the input that differs.
+        """
         for tensor, (name, shape, dtype) in zip(tensors, self._specs, strict=True):
             if not isinstance(tensor, torch.Tensor):
                 raise InputError(f"expected a tensor, found a {type(tensor).__name__}", where=f"input {name}")
@@ -115,7 +124,6 @@ class Model:
                     f"dimension {d} is {size}, but {symbol} is {values[symbol]} elsewhere",
                     where=f"input {self._specs[i][0]}",
                 )
-        return tensors
 
     def _arrange(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Puts arguments where they were when the model was captured, whichever way they are given now."""
@@ -123,6 +131,9 @@ class Model:
         expected_kwargs = self._inputs["items"]["kwargs"]["items"]
         if len(given) == self._positional and named.keys() == expected_kwargs.keys():
             return given, named
+        if len(given) > max(self._positional, len(self._names)):
+            known = ", ".join(name for name, _, _ in self._specs)
+            raise InputError(f"too many inputs: {len(given)}", where="inputs", hint=f"The model takes: {known}")
         wanted = [name for name in self._names[len(given) : self._positional] if name not in expected_kwargs]
         given += [named.pop(name) for name in wanted if name in named]
         for i, name in enumerate(self._names[self._positional : len(given)], start=self._positional):

@@ -78,10 +78,10 @@ def find_kind(path: Path) -> Kind:
         raise InputError(f"can't be read: {error.strerror}", where=where, hint=hint) from None
     if head[:2] == b"PK":
         return _kind_of_zip(path)
+    if len(head) >= 10 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 10**9:
+        return "safetensors"  # before pickles: the length of its header may start with their first byte
     if head[:1] == b"\x80":  # a pickle, as torch.save wrote before its zip format
         return "torch.save"
-    if len(head) >= 10 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 10**9:
-        return "safetensors"
     raise InputError(
         "is no model file that armopt knows" if head else "is empty",
         where=where,

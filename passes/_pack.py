@@ -27,11 +27,13 @@ def pack(
     rewritten, skipped = [], []
     for node in g.calls(graph_module.graph, target):
         decision = decisions.get(node.name)
-        if decision is None or decision.kernel == node.args[KERNEL[target]]:
+        if decision is None:
             continue
         kernel = table.get(decision.kernel)
         if kernel.backend == "aten":
             skipped.append(Skip(node.name, decision.reason))
+            continue
+        if kernel.name == node.args[KERNEL[target]]:
             continue
         args = list(node.args)
         args[KERNEL[target]], args[BLOCK[target]] = kernel.name, blocks.get(node.name, 0)

@@ -24,7 +24,7 @@ class FoldConstants:
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
-        written = _written(graph_module)
+        written = g.written_constants(graph_module.graph)
         rewritten, skipped = [], []
         for node in list(graph_module.graph.nodes):
             if not _foldable(node) or any(str(n.target) in written for n in node.all_input_nodes):
@@ -45,15 +45,6 @@ class FoldConstants:
             g.replace_and_erase(node, folded)
         g.sweep(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
-
-
-def _written(graph_module: fx.GraphModule) -> set[str]:
-    """Buffers that an operation writes to."""
-    names = set()
-    for node in graph_module.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            names |= {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
-    return names
 
 
 def _foldable(node: fx.Node) -> bool:

@@ -21,6 +21,7 @@ _UNARY: dict[Any, str] = {
     _aten.hardsigmoid.default: "hardsigmoid",
     _aten.sigmoid.default: "sigmoid",
     _aten.tanh.default: "tanh",
+    _aten.relu6.default: "relu6",
 }
 
 

@@ -21,6 +21,9 @@ _COPIES = (
     _aten.dropout.default,
     _aten.feature_dropout.default,
 )
+_VIEWS = (_aten.alias.default, _aten.detach.default, _aten.detach_.default)
+#: Read strides, which a copy may change.
+_STRIDED = (_aten.as_strided.default, _aten.view_as_complex.default, _aten.view.dtype)
 _CASTS = (_aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout)
 
 
@@ -28,15 +31,17 @@ _CASTS = (_aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout)
 class RemoveIdentities:
     """clone, alias, detach, contiguous, dropout in eval mode, casts to the same dtype, metadata checks: x -> x.
 
-    Leaves a copy that the model returns of its own input, and every cast that changes the dtype.
+    Leaves every cast that changes the dtype, and a copy that matters: of an input or weight that the model returns, of a
+    buffer that it writes to, or in front of an operation that reads strides.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
         rewritten = []
+        written = g.written_constants(graph_module.graph)
         for node in g.calls(graph_module.graph, *_COPIES, *_CASTS):
             source = node.args[0]
-            if isinstance(source, fx.Node) and _is_identity(node, source):
+            if isinstance(source, fx.Node) and _is_identity(node, source, written):
                 rewritten.append(node.name)
                 g.replace_and_erase(node, source)
         for node in list(graph_module.graph.nodes):
@@ -54,12 +59,37 @@ def _is_metadata_check(node: fx.Node) -> bool:
     return name in ("aten::_assert_tensor_metadata", "aten::sym_constrain_range_for_size") and not node.users
 
 
-def _is_identity(node: fx.Node, source: fx.Node) -> bool:
+def _is_identity(node: fx.Node, source: fx.Node, written: set[str]) -> bool:
     before, after = source.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
     if before.dtype != after.dtype or before.device != after.device:
         return False
-    if source.op in ("placeholder", "get_attr") and any(user.op == "output" for user in node.users):
+    if node.target in (_aten.dropout.default, _aten.feature_dropout.default) and node.args[2] is not False:
+        return False
+    if node.target in _VIEWS:
+        return True
+    root, readers = _root(source), _through_views(node)
+    if root.op in ("placeholder", "get_attr") and any(reader.op == "output" for reader in readers):
         return False  # the caller may write into what it gets back
-    return not (node.target in (_aten.dropout.default, _aten.feature_dropout.default) and node.args[2] is not False)
+    if root.op == "get_attr" and str(root.target) in written:
+        return False  # the copy keeps the value from before the write
+    return not any(reader.target in _STRIDED for reader in readers)
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """What owns the memory that a node is a view of."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
+        assert isinstance(node.args[0], fx.Node)
+        node = node.args[0]
+    return node
+
+
+def _through_views(node: fx.Node) -> list[fx.Node]:
+    """What reads a node's memory, views and what reads them included."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found.append(user)
+        if isinstance(user.target, torch._ops.OpOverload) and user.target.is_view:
+            found += _through_views(user)
+    return found

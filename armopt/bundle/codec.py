@@ -64,7 +64,7 @@ def program(graph_module: fx.GraphModule, bucket: Bucket, values: Bucket) -> Pro
     """Describes a lowered graph at a bucket (`values`: the same by torch.export's names)."""
     found = {site.node: site for site in sites.find(graph_module, values)}
     shapes = {
-        node.name: tuple(size if isinstance(size, int) else None for size in g.value(node).shape)
+        node.name: tuple(int(size) if g.is_constant(size) else None for size in g.value(node).shape)
         for node in sites.layers(graph_module.graph)
     }
     return Program(bucket, graph_module, found, shapes)

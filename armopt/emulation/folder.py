@@ -77,6 +77,7 @@ BASE_REQUIREMENTS = (
     # what models come from and go to
     *("onnxruntime==1.31.1", "transformers==5.23.0"),
 )
+TENSORFLOW_REQUIREMENTS = ("tensorflow==2.21.0",)  # with all it needs; it shares nothing with PyTorch
 _STUBS_REVISION = 2  # raise it when stubs.py writes something else than before
 
 _WRAPPER = """\
@@ -155,6 +156,16 @@ class PreparedFolder:
     def base_site(self) -> Path:
         """The site folder of everything that does not depend on the PyTorch version."""
         return self.path / "site" / "base"
+
+    @property
+    def tensorflow_site(self) -> Path:
+        """The site folder of TensorFlow, which is only there if it was asked for."""
+        return self.path / "site" / "tensorflow"
+
+    @property
+    def tensorflow_part(self) -> Part:
+        """The optional part with TensorFlow: 1.3 GB."""
+        return Part("site/tensorflow", _recipe(TENSORFLOW_REQUIREMENTS))
 
     def parts(self, torch_version: str) -> tuple[Part, ...]:
         """Returns what emulation with that PyTorch needs, in the order in which it is made."""

@@ -25,6 +25,7 @@ from armopt.emulation.folder import (
     CORES,
     QEMU,
     ROOT,
+    TENSORFLOW_REQUIREMENTS,
     TORCH_VERSIONS,
     WRAPPERS,
     Core,
@@ -47,6 +48,8 @@ def prepare(
     torch_versions: Sequence[str] = TORCH_VERSIONS,
     folder: PreparedFolder | None = None,
     report: Report = lambda line: None,
+    *,
+    tensorflow: bool = False,
 ) -> PreparedFolder:
     """Makes whatever is missing for emulation with these versions of PyTorch.
 
@@ -54,6 +57,7 @@ def prepare(
         torch_versions: The aarch64 PyTorch wheels wanted.
         folder: Where; the user's cache folder by default.
         report: Gets one line per part made.
+        tensorflow: Whether TensorFlow is wanted as well.
 
     Raises:
         HostError: A download or a tool is missing.
@@ -62,6 +66,8 @@ def prepare(
     folder = folder or PreparedFolder.default()
     folder.path.mkdir(parents=True, exist_ok=True)
     wanted = {part.name: part for version in torch_versions for part in folder.parts(version)}
+    if tensorflow:
+        wanted[folder.tensorflow_part.name] = folder.tensorflow_part
     with _exclusive(folder.path / ".lock", report):
         for part in wanted.values():
             if not folder.is_complete(part):
@@ -100,6 +106,10 @@ def _build(part: Part, into: Path, folder: PreparedFolder, work: Path) -> None:
     elif kind == "site/base":
         _pip_install(BASE_REQUIREMENTS, into)
         _compile(into, folder.base_site)
+    elif kind == "site/tensorflow":
+        _pip_install(TENSORFLOW_REQUIREMENTS, into)
+        shutil.rmtree(into / "tensorflow" / "include", ignore_errors=True)  # for compilers; there is none
+        _compile(into, folder.tensorflow_site)
     else:
         _pip_install(torch_requirements(torch_version), into, "--no-deps")
         shutil.rmtree(into / "torch" / "include", ignore_errors=True)  # for compilers; there is none
@@ -381,10 +391,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"an aarch64 PyTorch (default: {', '.join(TORCH_VERSIONS)})",
     )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="the folder to prepare")
+    parser.add_argument("--tensorflow", action="store_true", help="TensorFlow as well (1.3 GB)")
     options = parser.parse_args(arguments)
     folder = PreparedFolder(options.cache.expanduser().absolute()) if options.cache else None
     try:
-        prepare(options.torch or TORCH_VERSIONS, folder, lambda line: print(line, file=sys.stderr, flush=True))
+        prepare(
+            options.torch or TORCH_VERSIONS,
+            folder,
+            lambda line: print(line, file=sys.stderr, flush=True),
+            tensorflow=options.tensorflow,
+        )
     except ArmoptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

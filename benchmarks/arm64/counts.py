@@ -10,11 +10,14 @@ repeatable, so it shows what a change of the software does to the work.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -150,19 +153,22 @@ def count(
                 stdout=subprocess.PIPE,  # oneDNN's log too: this process's own stdout is for results
                 stderr=subprocess.STDOUT,
                 text=True,
-                start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
             assert process.stdout
             watchdog = _kill_after(process, timeout)
             seen = 0
-            for line in process.stdout:
-                errors.write(line)
-                report(line.rstrip())
-                for result in _read(results)[seen:]:
-                    finished(seen, _one(jobs[seen], result))
-                    seen += 1
-            code = process.wait()
-            watchdog.cancel()
+            try:
+                for line in process.stdout:
+                    errors.write(line)
+                    report(line.rstrip())
+                    for result in _read(results)[seen:]:
+                        finished(seen, _one(jobs[seen], result))
+                        seen += 1
+                code = process.wait()
+            finally:
+                watchdog.cancel()
+                process.kill()
         found = _read(results)
         if code and len(found) < len(jobs):
             tail = "\n".join(log.read_text().splitlines()[-15:])
@@ -174,9 +180,12 @@ def count(
         return _all_counts(jobs, found)
 
 
-def _kill_after(process: subprocess.Popen[str], seconds: float) -> Any:
-    import threading
+def _end_with_parent() -> None:
+    """Asks the kernel to kill the emulated process when this one dies, however it does."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
+
+def _kill_after(process: subprocess.Popen[str], seconds: float) -> Any:
     timer = threading.Timer(seconds, process.kill)
     timer.daemon = True
     timer.start()
