@@ -42,6 +42,7 @@ class FoldBatchNorm:
         """Runs the pass."""
         rewritten, skipped = [], []
         folded: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        weights: dict[tuple[object, ...], torch.Tensor] = {}  # shared where biases differ
         for node in g.calls(graph_module.graph, *_NORMS):
             layer = node.args[0]
             if not (isinstance(layer, fx.Node) and layer.target in (CONV, LINEAR)):
@@ -55,7 +56,8 @@ class FoldBatchNorm:
             assert isinstance(weight, fx.Node)
             key = (weight.target, isinstance(bias, fx.Node) and bias.target, norm.key)
             if key not in folded:
-                folded[key] = _fold(graph_module, layer, norm)
+                new_weight, new_bias = _fold(graph_module, layer, norm)
+                folded[key] = weights.setdefault((weight.target, norm.key), new_weight), new_bias
             new_weight, new_bias = folded[key]
             args = list(layer.args)
             args[1] = g.add_constant(graph_module, f"{weight.target}_bn", new_weight, layer)

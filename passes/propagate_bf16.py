@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from armopt import graph as g
-from armopt.ir import PassResult
+from armopt.ir import PassResult, Skip
 from armopt.passes._pack import cast
 from armopt.transparent import TRANSPARENT
 
@@ -31,7 +31,12 @@ class PropagateBf16:
         while changed := _cancel(graph_module) + _sink(graph_module):
             rewritten += changed
         g.sweep(graph_module)
-        return PassResult(graph_module, bool(rewritten), tuple(rewritten))
+        skipped = [
+            Skip(node.name, "its result is read in FP32")
+            for node in g.calls(graph_module.graph, *TRANSPARENT)
+            if is_cast(node.args[0], torch.float32) and not _wants_bf16(node)
+        ]
+        return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
 def is_cast(node: Any, dtype: torch.dtype) -> bool:

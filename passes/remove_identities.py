@@ -31,8 +31,8 @@ _CASTS = (_aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout)
 class RemoveIdentities:
     """clone, alias, detach, contiguous, dropout in eval mode, casts to the same dtype, metadata checks: x -> x.
 
-    Leaves every cast that changes the dtype, and a copy that matters: of an input or weight that the model returns, of a
-    buffer that it writes to, or in front of an operation that reads strides.
+    Leaves every cast that changes the dtype, and a copy that matters: of an input or weight that the model returns, of
+    a buffer that it writes to, or in front of an operation that reads strides.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:

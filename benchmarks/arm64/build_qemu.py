@@ -156,7 +156,7 @@ def _build_qemu(qemu: CountingQemu, work: Path, report: Report) -> Path:
         build.mkdir()
         configure = [
             *(str(source / "configure"), f"--python={tools / 'bin' / 'python3'}", *FLAGS),
-            f"--extra-ldflags=-Wl,-rpath,{qemu.path / 'lib'}",
+            f"--extra-ldflags=-Wl,--disable-new-dtags,-rpath,{qemu.path / 'lib'}",
         ]
         _run(configure, "configure", cwd=build, env=environment)
     report("building QEMU: about 5 minutes on two cores")

@@ -141,10 +141,10 @@ def main(jobs_file: str, results_file: str) -> None:
             results.append(run(job, lines))
         except Exception:
             results.append({"error": traceback.format_exc()})
-        print(f"{job['name']}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         partial = Path(results_file + ".part")
         partial.write_text(json.dumps(results))
         partial.replace(results_file)
+        print(f"{job['name']}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     os._exit(0)  # PyTorch's own end takes seconds under emulation
 
 

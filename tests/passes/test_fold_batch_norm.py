@@ -212,9 +212,6 @@ def test_a_shared_layer_stays_shared() -> None:
     assert storages(result.graph_module) == 2  # W' and b'
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="folded is keyed by the bias too, so W' is made once for each bias"
-)
 def test_layers_that_share_a_weight_but_not_a_bias_still_share_it() -> None:
     def build() -> nn.Module:
         norm = nn.BatchNorm1d(4)

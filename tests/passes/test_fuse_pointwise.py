@@ -163,9 +163,6 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="fuse_pointwise does not know aten.relu6, which F.relu6 gives"
-)
 def test_functional_relu6_is_fused() -> None:
     result = run_pass(FusePointwise(), lambda: _linear(lambda s, x: F.relu6(s.fc(x))), noise(2, 4), before=BEFORE)
     assert result.modified

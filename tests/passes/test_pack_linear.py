@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pytest
 import torch
 import zoo_models
 from harness import Case, Contract, Forward, noise, plan_for, run_pass, storages
@@ -128,11 +127,6 @@ def test_a_node_without_a_decision_is_left_alone() -> None:
     assert (result.modified, result.skipped) == (False, ())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="_pack compares kernels first: a node planned as plain ATen is never in `skipped`",
-)
 def test_what_the_plan_refuses_is_skipped_with_its_reason() -> None:
     from dataclasses import replace
 

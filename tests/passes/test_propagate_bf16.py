@@ -64,6 +64,7 @@ class TestPropagateBf16(Contract):
             ),
             (noise(2, 2, 4),),
             ops={CAST: 4},
+            skips=("its result is read in FP32",),
         ),
         Case(
             "softmax_stays_in_fp32",
@@ -136,7 +137,6 @@ def test_a_function_read_in_fp32_is_refused() -> None:
     assert silu.meta["val"].dtype == torch.float32
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="propagate_bf16 never says what it refuses: house rule 3")
 def test_a_refusal_has_a_reason() -> None:
     def model():
         return Forward(lambda s, x: (s.b(y := F.silu(s.a(x).reshape(2, 8))), y), a=nn.Linear(4, 4), b=nn.Linear(8, 3))

@@ -75,10 +75,6 @@ def test_a_copy_of_an_input_that_is_returned_stays_a_copy() -> None:
     assert y.data_ptr() != x.data_ptr()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="remove_identities looks at a copy's direct source only: views of an input or weight slip through",
-)
 @pytest.mark.parametrize(
     "model",
     [
@@ -95,9 +91,6 @@ def test_a_copy_of_a_view_that_is_returned_stays_a_copy(model: object) -> None:
     assert all(y.untyped_storage().data_ptr() not in held for y in result.graph_module(x))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="remove_identities drops the copy of a buffer's view, and the buffer is written to after"
-)
 def test_a_copy_of_a_buffer_that_is_written_to_keeps_the_old_values() -> None:
     class Counter(nn.Module):
         def __init__(self) -> None:
@@ -115,7 +108,6 @@ def test_a_copy_of_a_buffer_that_is_written_to_keeps_the_old_values() -> None:
     assert old.tolist() == [0.0, 0.0]
 
 
-@pytest.mark.xfail(strict=True, reason="remove_identities drops a copy whose reader depends on its strides")
 @pytest.mark.parametrize(
     "model",
     [

@@ -49,9 +49,6 @@ def test_it_takes_and_returns_what_the_model_does(model: runtime.Model, mlp: nn.
         check(found, mlp, mlp_inputs)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=pytest.fail.Exception, reason="Model._arrange cuts surplus positional inputs off"
-)
 def test_too_many_inputs_are_refused(model: runtime.Model) -> None:
     with pytest.raises(InputError):
         model(torch.zeros(2, 16), torch.zeros(8), torch.zeros(8))
