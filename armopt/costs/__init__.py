@@ -1,8 +1,8 @@
 """What a call of each kernel costs: instructions retired by one thread, per core and torch build.
 
-The tables are data, measured on the emulated core by ``make costs`` (benchmarks/arm64/costs.py), with their provenance.
-Between the measured shapes a kernel's cost is a sum of what its call does: a fixed part, arithmetic on padded tiles,
-packing of the activations, stores of the result, and reads of the weight.
+Tables are data in this folder, one JSON for each core and build, with their provenance. Between the measured shapes a
+kernel's cost is a sum of what its call does: a fixed part, arithmetic on padded tiles, packing of the activations,
+stores of the result, and reads of the weight. A core without a table plans by threshold, or by its own times.
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ def find(target: Target, torch_version: str = "2.10") -> CostTable:
     """
     found = find_any(target, torch_version)
     if found is None:
-        known = ", ".join(sorted({table.core for table in _all()}))
-        raise InputError(f"no cost table for {target.core}", hint=f"Known are {known}. Use --policy threshold")
+        raise InputError(
+            f"no cost table for {target.core}", hint="Use --policy threshold, or --tuning FILE from armopt tune"
+        )
     return found
 
 

@@ -40,7 +40,7 @@ RUNS = (
 )
 #: Where a second PyTorch may answer otherwise than the plan expects: then the load says so, and nothing is `ref`.
 OTHER_BUILD = "graviton3-torch2.13"
-#: Cosine similarity to FP32 that issue 3 asks for.
+#: Least cosine similarity to FP32 of any model on the core.
 LEAST_COSINE = 0.999
 #: The twin's error predicts the server's. In a deep model one value rounded the other way early on moves much of what
 #: comes later, so single values can't be compared there; the size of the error can.

@@ -1,6 +1,6 @@
 """Each kernel against its portable twin: what validation on a laptop says of rounding holds on the server.
 
-The measure is issue 3's: the twin is off from the real kernel by no more than a tenth of what BF16 costs, that is the
+The measure: the twin is off from the real kernel by no more than a tenth of what BF16 costs, that is the
 real kernel's error against FP64 on the operands before any rounding.
 """
 
