@@ -2,10 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL ?= torchvision:resnet50
 TARGET ?= graviton3
-# torch's own threads are enough; OpenMP's would fight with parallel tests
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-x86 test-arm64 arm64 lint coverage clean
+.PHONY: help demo test test-x86 test-arm64 bench-arm64 arm64 lint coverage clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,8 +31,13 @@ test-x86: $(BIN)/.ready-dev  ## the tests that need no Arm core
 arm64: $(BIN)/.ready  ## prepare the emulated Arm core in ~/.cache/armopt/arm64
 	$(BIN)/python -m armopt.emulation.prepare
 
-test-arm64: arm64 $(BIN)/.ready-dev  ## the tests on the emulated Arm core
-	ARMOPT_REQUIRE_ARM64=1 $(BIN)/python -m pytest tests/arm64
+test-arm64: $(BIN)/.ready-dev  ## the tests on the emulated Arm core, with the real TensorFlow too
+	$(BIN)/python -m armopt.emulation.prepare --tensorflow
+	ARMOPT_REQUIRE_ARM64=1 ARMOPT_REQUIRE_TENSORFLOW=1 $(BIN)/python -m pytest tests/arm64
+
+bench-arm64: arm64 $(BIN)/.ready-dev  ## count the instructions of whole models on the emulated core
+	$(BIN)/python -m benchmarks.arm64.build_qemu
+	$(BIN)/python -m benchmarks.arm64.models --all --write
 
 lint: $(BIN)/.ready-dev  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
