@@ -108,7 +108,7 @@ def target_name(target: Any) -> str:
             return str(target)
         raise CaptureError(
             f"the model calls {target}, an operation of another package",
-            hint="Bundles hold operations of torch and torchvision; use armopt.compile for others",
+            hint="Bundles hold operations of torch and torchvision alone; see docs/capture.md",
         )
     if target in _NAMES:
         return _NAMES[target]
