@@ -72,9 +72,7 @@ class CostPolicy:
     def _options(self, site: Site, target: Target) -> dict[str, _Option]:
         """The best kernel on BF16 and on FP32 activations."""
         found: dict[str, list[tuple[float, Kernel]]] = {_BF16: [], _FP32: []}
-        for kernel in table.ALL:
-            if kernel.backend == "aten" or kernel.refuses(site) is not None or not _allowed(kernel, target):
-                continue
+        for kernel in _candidates(site, target):
             cost = self.costs.estimate(kernel, site, target.vector_bits)
             if cost is not None:
                 label = _BF16 if kernel.activations == torch.bfloat16 else _FP32
@@ -103,11 +101,15 @@ class CostPolicy:
         return Choice(chosen.kernel, f"{reason}; {rival} {ratio:.2f}x" if rival else reason)
 
 
-def _allowed(kernel: Kernel, target: Target) -> bool:
-    """BF16 where the core has it. There FP32 weights are kept only where no kernel takes BF16 ones."""
-    if not target.bf16:
-        return kernel.rounding.weights == torch.float32 and not kernel.fast_math
-    return kernel.rounding.weights == torch.bfloat16 or kernel.op == "conv"
+def _candidates(site: Site, target: Target) -> list[Kernel]:
+    """Kernels that take a site: with BF16 weights where the core has BF16 and any such kernel does.
+
+    In a process with fast math a kernel called FP32 would multiply in BF16 as well.
+    """
+    taking = [kernel for kernel in table.ALL if kernel.backend != "aten" and kernel.refuses(site) is None]
+    half = [kernel for kernel in taking if kernel.rounding.weights == torch.bfloat16]
+    full = [kernel for kernel in taking if kernel.rounding.weights == torch.float32]
+    return half if target.bf16 and half else full
 
 
 def _weight_bytes(kernel: Kernel) -> int:

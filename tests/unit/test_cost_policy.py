@@ -107,3 +107,16 @@ def test_a_site_that_no_kernel_takes_stays_with_aten() -> None:
     policy = CostPolicy(_table({"conv1x1_bf16": 1.0}, 0.0))
     choice = policy.choose([_site("a", "x", n=1, escapes=True)], GRAVITON3)[0]
     assert choice.kernel is None
+
+
+def test_a_dense_convolution_is_never_called_fp32_where_fast_math_is_on() -> None:
+    costs = _table({"conv_bf16": 10.0, "conv_fastmath": 20.0, "conv_fp32": 1.0}, 0.0)
+    shape, weight = (1, 8, 9, 9), (16, 8, 3, 3)
+    site = Site("c", "conv", 49, 72, 16, shape, weight, (1, 1), (0, 0), (1, 1), output_padding=(0, 0), source="x")
+    assert _kernel(costs, site, "graviton3") == "conv_bf16"
+    assert _kernel(costs, site, "graviton2") == "conv_fp32"
+
+
+def _kernel(costs: CostTable, site: Site, target: str) -> str | None:
+    choice = CostPolicy(costs).choose([site], targets.load(target))[0]
+    return choice.kernel and choice.kernel.name
