@@ -53,7 +53,7 @@ class Binder:
     _packed: dict[tuple[Any, ...], list[tuple[tuple[int, ...], torch.Tensor]]] = field(default_factory=dict)
     _biases: dict[tuple[str, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
-    def bind(self, program: Program, progress: Callable[[], None] = lambda: None) -> tuple[fx.GraphModule, list[Bound]]:
+    def bind(self, program: Program) -> tuple[fx.GraphModule, list[Bound]]:
         """A module of the kernels' own calls, and what each node got."""
         source = program.graph_module
         root = torch.nn.Module()
@@ -79,7 +79,6 @@ class Binder:
                 program.shapes[old.name],
                 site,
             )
-            progress()
         return _finish(root, graph, constants), bound
 
     def _choose(
