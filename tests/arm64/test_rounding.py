@@ -93,6 +93,7 @@ CASES = {
         *_conv("conv_fp32", *FP32_CONV[:2]),
         *_conv("conv_merged_fp32", *NARROW),
         *_linear("blas_fp32_w16", (1, 1024, 64), (33, 684, 10)),
+        *_linear("linear_fastmath", *FASTMATH_LINEAR[:3]),
         Case("conv1x1_bf16", (64, 400), 48, bias=False, post_op="relu"),
         Case("conv_bf16", (1, 64, 8, 8), 32, (3, 3), padding=1, bias=False, post_op="relu"),
         Case("conv_fastmath", (1, 64, 8, 8), 32, (3, 3), padding=1, post_op="relu"),
