@@ -185,6 +185,12 @@ def load(path: str | Path, *, strict: bool = False, tuning: str | Path | None = 
         HostError: This host lacks a CPU feature that the bundle needs, or, if strict, differs at all.
     """
     bundle = reader.read(path)
+    if not bundle.manifest.accuracy["passed"]:
+        warnings.warn(
+            f"{path} is marked as not deployable: its accuracy gate failed (see its report.json)",
+            ArmoptWarning,
+            stacklevel=2,
+        )
     portable = platform.machine() != bundle.manifest.machine
     if portable:
         aim = f"{bundle.manifest.target} ({bundle.manifest.machine})"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import armopt
+from armopt.errors import AccuracyError
+from armopt.runtime import ArmoptWarning
 
 
 class Counter(torch.nn.Module):
@@ -34,3 +37,11 @@ def test_a_model_that_counts_its_calls(tmp_path: Path) -> None:
     with torch.no_grad():
         for _ in range(3):  # state goes on from call to call
             torch.testing.assert_close(loaded(x), model(x), rtol=2**-7, atol=2**-7)
+
+
+def test_a_bundle_that_failed_its_gate_says_so_when_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "bundle"
+    with pytest.raises(AccuracyError, match="not deployable"):
+        armopt.optimize(torch.nn.Linear(4, 4), (torch.ones(2, 4),), output=path, min_cosine=1.1)
+    with pytest.warns(ArmoptWarning, match="not deployable"):
+        armopt.load(path)
