@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from armopt import probe, sites, verdicts
+from armopt.bindings import binding
 from armopt.bundle.codec import Program
 from armopt.ir import Site
 from armopt.kernels import post_ops, table
@@ -159,7 +160,19 @@ def _is_quicker(kernel: Kernel, planned: Kernel, times: Mapping[str, float]) -> 
     return kernel.name in times and planned.name in times and times[kernel.name] < 0.95 * times[planned.name]
 
 
-def single(kernel: Kernel, site: Site, weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[], Any]:
+@dataclass(frozen=True, slots=True)
+class Single:
+    """The calls of one kernel on one site, with inputs."""
+
+    graph_module: fx.GraphModule
+    inputs: Sequence[torch.Tensor]
+
+    def __call__(self) -> Any:
+        """Runs them."""
+        return self.graph_module.forward(*self.inputs)
+
+
+def single(kernel: Kernel, site: Site, weight: torch.Tensor, bias: torch.Tensor | None) -> Single:
     """The kernel's own calls for one site alone, on zeros.
 
     Args:
@@ -184,10 +197,10 @@ def single(kernel: Kernel, site: Site, weight: torch.Tensor, bias: torch.Tensor 
     place = graph.call_function(_aten.alias.default, (x,))
     graph.output(kernel.emit(Call(place, x, weight_node, bias_node, other, site.post_op, _output_shape(site), site)))
     graph.erase_node(place)
-    forward = _finish(torch.nn.Module(), graph, constants).forward
     # a convolution's neighbours hand it channels_last
-    inputs = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in inputs]
-    return lambda: forward(*inputs)
+    if site.op == "conv":
+        inputs = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in inputs]
+    return Single(_finish(torch.nn.Module(), graph, constants), inputs)
 
 
 def _output_shape(site: Site) -> list[int]:
@@ -258,10 +271,13 @@ def _attribute(
 
 
 def _finish(root: torch.nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor]) -> fx.GraphModule:
-    """A module whose constants are plain attributes: nn.Module's lookup would cost on every call."""
+    """A module of the cheapest Python: bindings for operations, and constants as plain attributes, because
+    nn.Module's lookup would cost on every call."""
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
+        elif node.op == "call_function":
+            node.target = binding(node.target)
     module = fx.GraphModule(root, fx.Graph())
     for node in graph.nodes:
         if node.op == "get_attr":

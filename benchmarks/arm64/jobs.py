@@ -8,25 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.nn import functional
 
+from armopt.bind import Single, single
 from armopt.ir import Site
 from armopt.kernels import table
-from armopt.kernels.base import Call
 
 Prepared = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class GraphCall:
-    """A call of a graph that can also be counted node by node."""
-
-    graph_module: fx.GraphModule
-    inputs: Sequence[torch.Tensor]
-
-    def __call__(self) -> Any:
-        return self.graph_module.forward(*self.inputs)
 
 
 @dataclass(frozen=True)
@@ -78,7 +67,7 @@ def bundle(path: str, inputs: str = "") -> BundleCall:
 # --- one kernel -----------------------------------------------------------------------------------
 
 
-def linear_kernel(kernel: str, m: int, k: int, n: int, post_op: str = "none") -> GraphCall:
+def linear_kernel(kernel: str, m: int, k: int, n: int, post_op: str = "none") -> Single:
     """One of armopt's kernels on one Linear with bias, the weight packed, activations in the kernel's dtype."""
     return kernel_call(kernel, Site("layer", "linear", m, k, n, (m, k), (n, k), post_op=post_op))
 
@@ -91,7 +80,7 @@ def conv_kernel(
     padding: int = 0,
     groups: int = 1,
     post_op: str = "none",
-) -> GraphCall:
+) -> Single:
     """One of armopt's kernels on one convolution of two dimensions with bias, channels_last."""
     out = [(size + 2 * padding - k) // stride + 1 for size, k in zip(shape[2:], weight[2:], strict=True)]
     site = Site(
@@ -112,49 +101,14 @@ def conv_kernel(
     return kernel_call(kernel, site)
 
 
-def kernel_call(name: str, site: Site) -> GraphCall:
+def kernel_call(name: str, site: Site) -> Single:
     """The calls that a kernel emits for one site, as a graph of their own."""
     kernel = table.get(name)
-    torch.manual_seed(0)
     if reason := kernel.refuses(site):
         raise ValueError(f"{name} refuses: {reason}")
+    torch.manual_seed(0)
     stored = torch.randn(site.weight).to(kernel.rounding.weights)
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    residual = "add" in site.post_op
-    inputs = [_activation(site.shape, kernel.activations)]
-    output = [*site.shape[:-1], site.n] if site.op == "linear" else _conv_output(site)
-    other = None
-    if residual:
-        other = graph.placeholder("other")
-        inputs.append(_activation(output, kernel.activations))
-    weight, bias = graph.get_attr("weight"), graph.get_attr("bias")
-    marker = graph.call_function(torch.ops.aten.alias.default, _marker_args(name, site, x, weight, bias))
-    graph.output(kernel.emit(Call(marker, x, weight, bias, other, site.post_op, output, site)))
-    graph.erase_node(marker)
-    module = fx.GraphModule(nn.Module(), fx.Graph())
-    object.__setattr__(module, "weight", kernel.pack(stored, site))
-    object.__setattr__(module, "bias", torch.randn(site.n).to(kernel.activations))
-    module.graph = graph
-    return GraphCall(module, inputs)
-
-
-def _marker_args(name: str, site: Site, x: fx.Node, weight: fx.Node, bias: fx.Node) -> tuple[Any, ...]:
-    """Arguments as an armopt node has them: plain ATen reads a convolution's geometry there."""
-    if site.op == "linear":
-        return (x, weight, bias, None, site.post_op, name, 0)
-    geometry = (list(site.stride), list(site.padding), list(site.dilation), False, [0, 0], site.groups)
-    return (x, weight, bias, None, *geometry, site.post_op, name, 0)
-
-
-def _conv_output(site: Site) -> list[int]:
-    rows = zip(site.shape[2:], site.weight[2:], site.stride, site.padding, strict=True)
-    return [site.shape[0], site.n, *((size + 2 * p - k) // s + 1 for size, k, s, p in rows)]
-
-
-def _activation(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    x = torch.randn(tuple(shape)).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+    return single(kernel, site, kernel.pack(stored, site), torch.randn(site.n).to(kernel.activations))
 
 
 # --- what else users could call -------------------------------------------------------------------

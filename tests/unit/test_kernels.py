@@ -142,8 +142,7 @@ def agree(kernel: Any, site: Site, twin: Any, x: Tensor, weight: Tensor, bias: T
     packed = kernel.pack(given.float() if kernel.backend == "aten" else given, site)
     expected = twin(x.to(kernel.activations), given, bias, None if other is None else other.to(kernel.activations))
     run = bind.single(kernel, site, packed, bias.to(kernel.activations))
-    held = next(cell.cell_contents for cell in run.__closure__ if isinstance(cell.cell_contents, list))
-    for tensor, value in zip(held, (x, other) if other is not None else (x,), strict=True):
+    for tensor, value in zip(run.inputs, (x, other) if other is not None else (x,), strict=True):
         tensor.copy_(value)
     with torch.no_grad():
         found = run()

@@ -1,0 +1,51 @@
+"""Calls operations through PyTorch's own Python bindings: half the instructions of a call of the operator object.
+
+``torch.ops.aten.permute.default(x, …)`` parses its arguments by schema at run time (19 thousand instructions on the
+emulated Graviton3); ``torch.permute(x, …)`` is compiled for its arguments (10 thousand) and does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_aten = torch.ops.aten
+_functions: Any = torch._C._VariableFunctions
+_nn: Any = torch._C._nn
+_methods: Any = torch._C.TensorBase
+
+#: Operations with a binding that takes the operation's own arguments, by where the binding is.
+_IN_TORCH = (
+    *("add.Tensor", "addmm.default", "bmm.default", "cat.default", "clone.default", "convolution.default"),
+    *("div.Tensor", "embedding.default", "flatten.using_ints", "layer_norm.default", "matmul.default"),
+    *("max_pool2d.default", "mean.dim", "mm.default", "mul.Tensor", "permute.default", "relu.default"),
+    *("relu_.default", "reshape.default", "rsqrt.default", "select.int", "sigmoid.default", "sigmoid_.default"),
+    *("softmax.int", "split.Tensor", "split_with_sizes.default", "squeeze.dim", "squeeze.dims", "sub.Tensor"),
+    *("tanh.default", "tanh_.default", "transpose.int", "unsqueeze.default"),
+)
+_IN_NN = (
+    *("adaptive_avg_pool2d.default", "avg_pool2d.default", "gelu.default", "gelu_.default", "hardsigmoid.default"),
+    *("hardsigmoid_.default", "hardswish.default", "hardswish_.default", "hardtanh.default", "hardtanh_.default"),
+    *("linear.default", "scaled_dot_product_attention.default", "silu.default", "silu_.default"),
+)
+_METHODS = ("add_.Tensor", "copy_.default", "expand.default", "mul_.Tensor", "view.default")
+
+
+def _operation(name: str) -> Any:
+    packet, overload = name.split(".")
+    return getattr(getattr(_aten, packet), overload)
+
+
+#: The binding of each operation that has one.
+BINDINGS: dict[Any, Callable[..., Any]] = {
+    _operation(name): getattr(place, name.split(".")[0])
+    for place, names in ((_functions, _IN_TORCH), (_nn, _IN_NN), (_methods, _METHODS))
+    for name in names
+}
+
+
+def binding(target: Any) -> Any:
+    """The binding of an operation, or the target itself."""
+    return BINDINGS.get(target, target)

@@ -1,0 +1,90 @@
+"""Every binding does what its operation does, called as graphs call it: positionally and by the schema's names."""
+
+import pytest
+import torch
+
+from armopt.bindings import BINDINGS, binding
+
+X = torch.arange(24.0).reshape(2, 3, 4) / 10 - 1
+IMAGE = torch.arange(96.0).reshape(1, 2, 6, 8) / 50 - 1
+SQUARE = torch.arange(16.0).reshape(4, 4) / 8 - 1
+CALLS = {
+    "add.Tensor": [((X, X), {}), ((X, X), {"alpha": 2}), ((X, 1.5), {})],
+    "add_.Tensor": [((X, X), {}), ((X, X), {"alpha": 2})],
+    "adaptive_avg_pool2d.default": [((IMAGE, [2, 2]), {})],
+    "addmm.default": [((SQUARE[0], SQUARE, SQUARE), {}), ((SQUARE[0], SQUARE, SQUARE), {"beta": 2, "alpha": 3})],
+    "avg_pool2d.default": [((IMAGE, [2, 2]), {}), ((IMAGE, [3, 3], [1, 1], [1, 1], True, False), {})],
+    "bmm.default": [((X, X.transpose(1, 2)), {})],
+    "cat.default": [(([X, X], -1), {}), (([X],), {})],
+    "clone.default": [((IMAGE,), {}), ((IMAGE,), {"memory_format": torch.channels_last})],
+    "convolution.default": [((IMAGE, torch.ones(3, 2, 3, 3), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1), {})],
+    "copy_.default": [((X, X + 1), {}), ((X, X + 1, False), {})],
+    "div.Tensor": [((X, X + 3), {}), ((X, 8.0), {})],
+    "embedding.default": [((SQUARE, torch.tensor([1, 3])), {}), ((SQUARE, torch.tensor([0, 2]), 1), {})],
+    "expand.default": [((SQUARE[:1], [4, -1]), {})],
+    "flatten.using_ints": [((X, 1), {}), ((X, 0, 1), {})],
+    "hardtanh.default": [((X, 0.0, 0.5), {}), ((X,), {})],
+    "hardtanh_.default": [((X, 0.0, 0.5), {})],
+    "gelu.default": [((X,), {}), ((X,), {"approximate": "tanh"})],
+    "gelu_.default": [((X,), {}), ((X,), {"approximate": "tanh"})],
+    "layer_norm.default": [((X, [4], SQUARE[0], SQUARE[1], 1e-6), {}), ((X, [4]), {})],
+    "linear.default": [((X, SQUARE), {}), ((X, SQUARE, SQUARE[0]), {})],
+    "matmul.default": [((X, SQUARE), {})],
+    "max_pool2d.default": [((IMAGE, [3, 3], [2, 2], [1, 1]), {}), ((IMAGE, [2, 2], [2, 2], [0, 0], [1, 1], True), {})],
+    "mean.dim": [((X, [1, 2], True), {}), ((X, [-1]), {"dtype": torch.float64})],
+    "mm.default": [((SQUARE, SQUARE), {})],
+    "mul.Tensor": [((X, X), {}), ((X, 3), {})],
+    "mul_.Tensor": [((X, X), {})],
+    "permute.default": [((X, [2, 0, 1]), {})],
+    "reshape.default": [((X, [4, -1]), {})],
+    "rsqrt.default": [((X + 2,), {})],
+    "scaled_dot_product_attention.default": [
+        ((IMAGE, IMAGE, IMAGE), {}),
+        ((IMAGE, IMAGE, IMAGE, None, 0.0, True), {}),
+        ((IMAGE, IMAGE, IMAGE, torch.zeros(6, 6)), {"scale": 0.5}),
+    ],
+    "select.int": [((X, 1, 2), {})],
+    "softmax.int": [((X, -1), {}), ((X, -1, torch.float64), {})],
+    "split.Tensor": [((X, 2, -1), {})],
+    "split_with_sizes.default": [((X, [1, 3], -1), {})],
+    "squeeze.dim": [((X[:1], 0), {})],
+    "squeeze.dims": [((X[:1], [0, 1]), {})],
+    "sub.Tensor": [((X, X + 1), {}), ((X, X), {"alpha": 2})],
+    "transpose.int": [((X, 0, 2), {})],
+    "unsqueeze.default": [((X, 1), {})],
+    "view.default": [((X, [6, 4]), {})],
+}
+
+
+def _name(operation):
+    return str(operation).removeprefix("aten.")
+
+
+@pytest.mark.parametrize("operation", BINDINGS, ids=_name)
+def test_a_binding_gives_what_its_operation_gives(operation):
+    for args, kwargs in CALLS.get(_name(operation), [((X,), {})]):
+        expected, found = (
+            call(*[a.clone() if isinstance(a, torch.Tensor) and i == 0 else a for i, a in enumerate(args)], **kwargs)
+            for call in (operation, BINDINGS[operation])
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        if isinstance(expected, torch.Tensor):
+            assert found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("operation", [op for op in BINDINGS if _name(op).split(".")[0].endswith("_")], ids=_name)
+def test_in_place_operations_stay_in_place(operation):
+    args, kwargs = CALLS.get(_name(operation), [((X,), {})])[0]
+    x = args[0].clone()
+    assert BINDINGS[operation](x, *args[1:], **kwargs) is x
+
+
+def test_views_stay_views():
+    for name in ("view.default", "reshape.default", "permute.default", "transpose.int", "select.int"):
+        operation = next(op for op in BINDINGS if _name(op) == name)
+        args, kwargs = CALLS[name][0]
+        assert BINDINGS[operation](*args, **kwargs).untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
+
+
+def test_an_operation_without_a_binding_stays():
+    assert binding(torch.ops.aten.alias.default) is torch.ops.aten.alias.default
