@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from armopt import probe, sites, verdicts
-from armopt.bindings import binding
+from armopt.bindings import rebind
 from armopt.bundle.codec import Program
 from armopt.ir import Site
 from armopt.kernels import post_ops, table
@@ -277,7 +277,7 @@ def _finish(root: torch.nn.Module, graph: fx.Graph, constants: dict[str, torch.T
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
         elif node.op == "call_function":
-            node.target = binding(node.target)
+            rebind(node)
     module = fx.GraphModule(root, fx.Graph())
     for node in graph.nodes:
         if node.op == "get_attr":

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 _aten = torch.ops.aten
 _functions: Any = torch._C._VariableFunctions
@@ -46,6 +47,15 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def binding(target: Any) -> Any:
-    """The binding of an operation, or the target itself."""
-    return BINDINGS.get(target, target)
+#: Casts by dtype. One returns its input where that has the dtype already; such casts have left the graph as identities.
+CASTS: dict[torch.dtype, Callable[..., Any]] = {torch.bfloat16: _methods.bfloat16, torch.float32: _methods.float}
+
+
+def rebind(node: fx.Node) -> None:
+    """Gives a node that calls an operation its binding, where there is one."""
+    if node.target is _aten._to_copy.default:
+        dtype = node.kwargs.get("dtype")
+        if len(node.kwargs) == 1 and dtype in CASTS:
+            node.target, node.kwargs = CASTS[dtype], {}  # type: ignore[index]
+    else:
+        node.target = BINDINGS.get(node.target, node.target)

@@ -12,10 +12,12 @@ from torch import fx
 from torch.nn import functional
 
 from armopt.bind import Single, single
+from armopt.bindings import BINDINGS, CASTS
 from armopt.ir import Site
-from armopt.kernels import table
+from armopt.kernels import post_ops, table
 
 Prepared = Callable[[], Any]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,20 @@ def kernel_call(name: str, site: Site) -> Single:
     torch.manual_seed(0)
     stored = torch.randn(site.weight).to(kernel.rounding.weights)
     return single(kernel, site, kernel.pack(stored, site), torch.randn(site.n).to(kernel.activations))
+
+
+def pointwise(name: str, dtype: str, elements: int) -> Prepared:
+    """A post-op in place as kernels emit it, or a cast from a dtype to the other."""
+    x = torch.zeros(1, elements, dtype=_DTYPES[dtype])
+    if name == "cast":
+        cast = CASTS[_DTYPES["fp32" if dtype == "bf16" else "bf16"]]
+        return lambda: cast(x)
+    if name == "add":
+        return lambda: BINDINGS[torch.ops.aten.add_.Tensor](x, x)
+    post = post_ops.UNARY[name]
+    kwargs = {"approximate": "tanh"} if post.algorithm == "tanh" else {}
+    call = BINDINGS[post.inplace]
+    return lambda: call(x, *post.inplace_args, **kwargs)
 
 
 # --- what else users could call -------------------------------------------------------------------

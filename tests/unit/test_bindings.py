@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import fx
 
-from armopt.bindings import BINDINGS, binding
+from armopt.bindings import BINDINGS, CASTS, rebind
 
 X = torch.arange(24.0).reshape(2, 3, 4) / 10 - 1
 IMAGE = torch.arange(96.0).reshape(1, 2, 6, 8) / 50 - 1
@@ -86,5 +87,28 @@ def test_views_stay_views():
         assert BINDINGS[operation](*args, **kwargs).untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
 
 
-def test_an_operation_without_a_binding_stays():
-    assert binding(torch.ops.aten.alias.default) is torch.ops.aten.alias.default
+@pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_casts(before, after):
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    node = graph.call_function(torch.ops.aten._to_copy.default, (x,), {"dtype": after})
+    graph.output(node)
+    rebind(node)
+    assert node.target is CASTS[after]
+    given = X.to(before)
+    torch.testing.assert_close(fx.GraphModule(torch.nn.Module(), graph)(given), given.to(after), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("operation", "kwargs"),
+    [
+        (torch.ops.aten._to_copy.default, {"dtype": torch.int64}),
+        (torch.ops.aten._to_copy.default, {"dtype": torch.float32, "memory_format": torch.channels_last}),
+        (torch.ops.aten.alias.default, {}),
+    ],
+)
+def test_an_operation_without_a_binding_stays(operation, kwargs):
+    graph = fx.Graph()
+    node = graph.call_function(operation, (graph.placeholder("x"),), kwargs)
+    rebind(node)
+    assert (node.target, dict(node.kwargs)) == (operation, kwargs)
