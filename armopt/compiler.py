@@ -13,7 +13,7 @@ from torch import fx
 
 import armopt
 from armopt import accuracy as metrics
-from armopt import capture, environment, passes, pipeline, plan, sites, sources, structure, targets
+from armopt import capture, cost_policy, environment, passes, pipeline, plan, sites, sources, structure, targets
 from armopt import graph as g
 from armopt.bundle import codec, manifest, source, writer
 from armopt.errors import AccuracyError, InputError
@@ -93,7 +93,7 @@ def optimize(
         output: Where the bundle goes; a folder, or one file where it ends in .zip.
         target: A product's name (see ``armopt targets``), or ``host``.
         batch: Sizes of the first dimension to plan for; several make it dynamic.
-        policy: How kernels are chosen; the tutorial's threshold by default.
+        policy: How kernels are chosen; by cost where there is a table for the target's core.
         min_cosine: The least cosine similarity to FP32 of any output.
         force: Replace a bundle that is there.
         progress: Told of each step.
@@ -109,7 +109,7 @@ def optimize(
     output = Path(output)
     writer.check_place(output, force=force)
     chosen = find_target(target)
-    policy = policy or plan.ThresholdPolicy()
+    policy = policy or cost_policy.default(chosen)
     steps = ("capture", "plan", "rewrite", "validate", "write")
 
     def step(name: str) -> None:

@@ -10,10 +10,11 @@ from typing import Protocol
 import networkx as nx
 import torch
 
+from armopt import costs, plan
 from armopt.ir import Site, Target
 from armopt.kernels import table
 from armopt.kernels.base import Kernel
-from armopt.plan import Choice
+from armopt.plan import Choice, Policy
 
 _BF16, _FP32 = "bf16", "fp32"
 
@@ -25,11 +26,11 @@ class Costs(Protocol):
     def name(self) -> str:
         """As reports have it."""
 
-    def estimate(self, kernel: Kernel, site: Site, vector_bits: int) -> float | None:
+    def estimate(self, kernel: Kernel, site: Site) -> float | None:
         """The cost of one call with its post-op; None where it is not known."""
 
-    def element(self, name: str) -> float:
-        """The cost of one element of a cast."""
+    def pointwise(self, name: str, elements: int) -> float:
+        """The cost of one pointwise operation, e.g. ``fp32:cast``: from that dtype to the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +67,23 @@ class CostPolicy:
     def choose(self, sites: Sequence[Site], target: Target) -> Sequence[Choice]:
         """The labelling of least cost; a site that no kernel takes stays plain ATen."""
         options = [self._options(site, target) for site in sites]
-        in_bf16 = _cut(sites, options, self.costs.element("cast"))
-        return [self._choice(site, options[i], site.node in in_bf16) for i, site in enumerate(sites)]
+        in_bf16 = _cut(sites, options, self.costs)
+        return [self._choice(site, options[i], site.node in in_bf16, target) for i, site in enumerate(sites)]
 
     def _options(self, site: Site, target: Target) -> dict[str, _Option]:
         """The best kernel on BF16 and on FP32 activations."""
         found: dict[str, list[tuple[float, Kernel]]] = {_BF16: [], _FP32: []}
-        for kernel in _candidates(site, target):
-            cost = self.costs.estimate(kernel, site, target.vector_bits)
+        candidates = _candidates(site, target)
+        for kernel in candidates:
+            cost = self.costs.estimate(kernel, site)
             if cost is not None:
                 label = _BF16 if kernel.activations == torch.bfloat16 else _FP32
                 found[label].append((cost, kernel))
-        return {label: self._best(entries) for label, entries in found.items() if entries}
+        options = {label: self._best(entries) for label, entries in found.items() if entries}
+        if candidates and not options:  # none was measured: the order of the kernels is the order of preference
+            first = candidates[0]
+            options[_BF16 if first.activations == torch.bfloat16 else _FP32] = _Option(first, 0.0)
+        return options
 
     def _best(self, entries: list[tuple[float, Kernel]]) -> _Option:
         entries.sort(key=lambda entry: entry[0])
@@ -88,17 +94,28 @@ class CostPolicy:
             return _Option(kernel, cost)
         return _Option(kernel, cost, rivals[0][1].name, rivals[0][0] / cost)
 
-    def _choice(self, site: Site, options: Mapping[str, _Option], in_bf16: bool) -> Choice:
+    def _choice(self, site: Site, options: Mapping[str, _Option], in_bf16: bool, target: Target) -> Choice:
+        refusals = plan.refusals(site, target)
         if not options:
-            return Choice(None, "no kernel takes it")
+            return Choice(None, "; ".join(refusals))
         label = _BF16 if in_bf16 else _FP32
         chosen = options[label]
         other = options.get(_FP32 if in_bf16 else _BF16)
         rival, ratio = chosen.rival, chosen.ratio
         if other is not None and (not rival or other.cost / chosen.cost < ratio):
             rival, ratio = other.kernel.name, other.cost / chosen.cost
-        reason = f"cost {chosen.cost / 1e6:.3g} M"
-        return Choice(chosen.kernel, f"{reason}; {rival} {ratio:.2f}x" if rival else reason)
+        parts = [f"{chosen.cost / 1e6:.3g} M instructions" if chosen.cost else "the first kernel that takes it"]
+        if rival:
+            parts.append(f"{rival} {ratio:.2f}x" + (", but it would need casts" if ratio < 1 else ""))
+        if chosen.kernel.precision == "fp32":
+            parts += refusals
+        return Choice(chosen.kernel, "; ".join(parts))
+
+
+def default(target: Target, release: str = "") -> Policy:
+    """The policy for a target where nobody names one: by cost, or by the tutorial's threshold without a cost table."""
+    table_of_costs = costs.find(target, release)
+    return plan.ThresholdPolicy() if table_of_costs is None else CostPolicy(table_of_costs)
 
 
 def _candidates(site: Site, target: Target) -> list[Kernel]:
@@ -117,7 +134,7 @@ def _weight_bytes(kernel: Kernel) -> int:
     return 2 if kernel.precision == "bf16" else 4
 
 
-def _cut(sites: Sequence[Site], options: Sequence[Mapping[str, _Option]], cast: float) -> set[str]:
+def _cut(sites: Sequence[Site], options: Sequence[Mapping[str, _Option]], costs: Costs) -> set[str]:
     """The sites that work in BF16, in the labelling of least cost.
 
     The source side is BF16. A value that is made on one side and read on the other costs one cast, whoever reads it: an
@@ -139,15 +156,14 @@ def _cut(sites: Sequence[Site], options: Sequence[Mapping[str, _Option]], cast: 
         made = by_name.get(source)
         maker = ("site", source) if made is not None else "fp32"
         elements = made.m * made.n if made is not None else max(math.prod(r.shape) for r in readers[source])
-        price = cast * elements
         for reader in readers.get(source, []):
             graph.add_edge(("site", reader.node), ("narrow", source), capacity=math.inf)
             if made is not None:
                 graph.add_edge(("wide", source), ("site", reader.node), capacity=math.inf)
         if readers.get(source):
-            graph.add_edge(("narrow", source), maker, capacity=price)
+            graph.add_edge(("narrow", source), maker, capacity=costs.pointwise("fp32:cast", elements))
         if made is not None:
-            graph.add_edge(maker, ("wide", source), capacity=price)
+            graph.add_edge(maker, ("wide", source), capacity=costs.pointwise("bf16:cast", elements))
             if made.escapes:
                 graph.add_edge(("wide", source), "fp32", capacity=math.inf)
     _, (side, _) = nx.minimum_cut(graph, "bf16", "fp32")

@@ -65,15 +65,19 @@ class ThresholdPolicy:
 def _conv(site: Site, target: Target) -> Choice:
     """The first kernel that takes a convolution; its reason is why the ones before it don't."""
     wanted = ["conv_bf16", "conv_fastmath"] if target.bf16 else []
-    reasons = [] if target.bf16 else [f"{target.core} has no BF16"]
+    reasons = "; ".join(refusals(site, target))
     for name in (*wanted, "conv_fp32", "conv_merged_fp32", "conv_transpose_fp32"):
-        kernel = table.get(name)
-        refusal = kernel.refuses(site)
-        if refusal is None:
-            return Choice(kernel, "; ".join(dict.fromkeys(reasons)) or "dense convolution: packed once")
-        if not refusal.startswith("covers"):
-            reasons.append(refusal)
-    return Choice(None, reasons[-1])
+        if table.get(name).refuses(site) is None:
+            return Choice(table.get(name), reasons or "dense convolution: packed once")
+    return Choice(None, reasons)
+
+
+def refusals(site: Site, target: Target) -> list[str]:
+    """Why kernels that are meant for such a site don't take it."""
+    if not target.bf16:
+        return [f"{target.core} has no BF16"]
+    reasons = (kernel.refuses(site) for kernel in table.ALL if kernel.op == site.op)
+    return list(dict.fromkeys(reason for reason in reasons if reason and not reason.startswith("covers")))
 
 
 def make(sites: Sequence[Site], target: Target, policy: Policy, bucket: Bucket) -> Plan:

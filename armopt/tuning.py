@@ -63,23 +63,23 @@ class TunedCosts:
         """The host that was measured."""
         return f"tuned on {self.tuning.host.get('core', 'a host')}, torch {self.tuning.host.get('torch', '')}"
 
-    def estimate(self, kernel: Kernel, site: Site, vector_bits: int) -> float | None:
+    def estimate(self, kernel: Kernel, site: Site) -> float | None:
         """The time of a kernel on a site, scaled to the table's unit by what both know of the site."""
         times = self.tuning.of(site)
         if not times:
-            return None if self.costs is None else self.costs.estimate(kernel, site, vector_bits)
+            return None if self.costs is None else self.costs.estimate(kernel, site)
         if kernel.name not in times:
             return None
-        return times[kernel.name] * self._scale(times, site, vector_bits)
+        return times[kernel.name] * self._scale(times, site)
 
-    def element(self, name: str) -> float:
-        """As in the table; a third of a nanosecond where there is none."""
-        return 0.3 if self.costs is None else self.costs.element(name)
+    def pointwise(self, name: str, elements: int) -> float:
+        """As in the table; where there is none, a microsecond and a third of a nanosecond for each element."""
+        return 1000 + 0.3 * elements if self.costs is None else self.costs.pointwise(name, elements)
 
-    def _scale(self, times: Mapping[str, float], site: Site, vector_bits: int) -> float:
+    def _scale(self, times: Mapping[str, float], site: Site) -> float:
         if self.costs is None:
             return 1e9
-        known = {name: self.costs.estimate(table.get(name), site, vector_bits) for name in times}
+        known = {name: self.costs.estimate(table.get(name), site) for name in times}
         ratios = [cost / times[name] for name, cost in known.items() if cost is not None]
         return statistics.median(ratios) if ratios else 1e9
 

@@ -21,7 +21,7 @@ def optimize(
     described: options.Inputs = None,
     samples: options.Samples = None,
     batch: options.Batch = "",
-    policy: options.PolicyName = "threshold",
+    policy: options.PolicyName = "cost",
     tuning: options.TuningFile = None,
     min_cosine: Annotated[float, typer.Option("--min-cosine", help="Least cosine similarity to FP32.")] = 0.99,
     trust_pickle: options.TrustPickle = False,

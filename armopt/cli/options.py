@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,12 +42,18 @@ Batch = Annotated[
     ),
 ]
 PolicyName = Annotated[
-    str, typer.Option("--policy", help="How kernels are chosen: threshold[=64], the tutorial's rule.")
+    str,
+    typer.Option(
+        "--policy", help="How kernels are chosen: cost[=TORCH], for the server's torch, or threshold[=64] rows."
+    ),
 ]
 TuningFile = Annotated[
     Path | None, typer.Option("--tuning", metavar="FILE", help="Times from armopt tune, instead of the cost table.")
 ]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle a module: this runs code from the file.")]
+
+
+_RELEASE = r"(\d+\.\d+(\.\d+)?)?"
 
 
 def parse_batch(text: str) -> tuple[int, ...]:
@@ -73,21 +80,22 @@ def parse_policy(text: str, target: Target, tuning: Path | None = None) -> Polic
     Raises:
         InputError: There is no such policy.
     """
-    from armopt import costs
-    from armopt.cost_policy import CostPolicy
+    from armopt import cost_policy, costs
     from armopt.errors import InputError
     from armopt.plan import ThresholdPolicy
     from armopt.tuning import TunedCosts
     from armopt.tuning import read as read_tuning
 
     name, _, value = text.partition("=")
+    release = value if name == "cost" else ""
+    if name not in ("cost", "threshold") or not re.fullmatch(_RELEASE if name == "cost" else r"\d*", value):
+        hint = "Write cost, cost=2.10 (the server's torch), threshold or threshold=ROWS"
+        raise InputError(f"unknown policy {text!r}", where="--policy", hint=hint)
     if tuning is not None:
-        return CostPolicy(TunedCosts(read_tuning(tuning), costs.find_any(target, value or "2.10")))
+        return cost_policy.CostPolicy(TunedCosts(read_tuning(tuning), costs.find(target, release)))
     if name == "cost":
-        return CostPolicy(costs.find(target, value or "2.10"))
-    if name == "threshold" and (not value or value.isdigit()):
-        return ThresholdPolicy(int(value)) if value else ThresholdPolicy()
-    raise InputError(f"unknown policy {text!r}", where="--policy", hint="Write cost, threshold or threshold=ROWS")
+        return cost_policy.default(target, release)
+    return ThresholdPolicy(int(value)) if value else ThresholdPolicy()
 
 
 def open_model(

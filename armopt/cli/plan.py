@@ -18,7 +18,7 @@ def plan(
     described: options.Inputs = None,
     samples: options.Samples = None,
     batch: options.Batch = "",
-    policy: options.PolicyName = "threshold",
+    policy: options.PolicyName = "cost",
     tuning: options.TuningFile = None,
     trust_pickle: options.TrustPickle = False,
     as_json: options.Json = False,

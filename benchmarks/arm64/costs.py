@@ -11,13 +11,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
+import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.optimize import nnls
+
+from armopt import costs
+from armopt.costs import TERMS, Variant
 from armopt.emulation import core_named
 from armopt.emulation.folder import DEFAULT_TORCH
+from armopt.ir import Site
 from benchmarks.arm64 import counts
 from benchmarks.arm64.counts import Counts, Job
 
@@ -30,7 +40,7 @@ _PRODUCTS = (
     *((513, 257), (100, 10), (1000, 100), (300, 33), (4096, 10), (1024, 2), (512, 1)),
 )
 #: Beyond this many multiplications a sample says nothing new, and the emulator needs minutes.
-_MOST = 5e8
+_MOST = 1.5e8
 _LINEAR = ("conv1x1_bf16", "conv1x1_fastmath", "linear_fastmath", "blas_fp32_w16")
 _LINEAR_FP32 = ("conv1x1_fp32", "blas_fp32")
 _CONV = ("conv_bf16", "conv_fastmath")
@@ -116,17 +126,19 @@ def jobs(half: bool) -> Iterator[Job]:
     for dtype in pointwise:
         for name in _POINTWISE:
             for elements in (2048, 65536):
-                arguments: dict[str, Any] = {"name": name, "dtype": dtype, "elements": elements}
+                arguments: dict[str, Any] = {"operation": name, "dtype": dtype, "elements": elements}
                 yield Job("pointwise", "benchmarks.arm64.jobs:pointwise", arguments)
     for dtype in pointwise if half else ():
         for elements in (2048, 65536):
             yield Job(
-                "pointwise", "benchmarks.arm64.jobs:pointwise", {"name": "cast", "dtype": dtype, "elements": elements}
+                "pointwise",
+                "benchmarks.arm64.jobs:pointwise",
+                {"operation": "cast", "dtype": dtype, "elements": elements},
             )
     for shape in linear_shapes():
         for kernel in _LINEAR if half else _LINEAR_FP32:
             if shape["n"] > 1 or kernel.startswith("blas"):
-                yield Job(kernel, "benchmarks.arm64.jobs:linear_kernel", {"kernel": kernel, **shape}, warm_ups=2)
+                yield _linear_job(kernel, shape)
     for shape in conv_shapes():
         if shape["groups"] == 1:
             for kernel in _CONV if half else _CONV_FP32:
@@ -160,6 +172,12 @@ def measure(cpu: str, torch_version: str, only: str) -> None:
     print(f"{path}: {len(held)} samples")
 
 
+def _linear_job(kernel: str, shape: Mapping[str, int]) -> Job:
+    large = shape["m"] * shape["k"] * shape["n"] > 2e7
+    arguments = {"kernel": kernel, **shape}
+    return Job(kernel, "benchmarks.arm64.jobs:linear_kernel", arguments, warm_ups=1 if large else 2)
+
+
 def _key(entry: Mapping[str, Any]) -> str:
     return json.dumps({name: value for name, value in entry.items() if name != "counts"}, sort_keys=True)
 
@@ -175,6 +193,187 @@ def write(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
     path.write_text('{"classes": ' + json.dumps(counts.CLASSES) + ', "samples": [\n' + lines + "\n]}\n")
 
 
+# --- the model of cost ----------------------------------------------------------------------------
+
+#: Multiplications, packed bytes and merged bytes in a cycle, of the Compute Library's estimates (arm_gemm, fixed-format
+#: kernels): NEON's for all cores. SVE's interleaved kernel on FP32 has its own on each core and release: searched for.
+_BF16_CYCLES = {"sve": (39.90, 8.55, 4.42), "neon": (31.62, 9.07, 3.23)}
+_FP32_CYCLES = {"neon": (38.10, 5.23, 3.15), "sve hybrid": (32.35, 0.0, 0.0), "neon hybrid": (28.48, 0.0, 0.0)}
+_NONE = (0.0,) * len(TERMS)
+
+
+def _interleaved(name: str, columns: int, cycles: tuple[float, float, float] | None) -> Variant:
+    """A GEMM that packs eight rows at a time; half of a 32 KiB L1 cache holds one block of the wider operand."""
+    return Variant(name, 8, columns, _NONE, block=16384 // (2 * max(columns, 8)) // 4 * 4, cycles=cycles)
+
+
+def bf16_variants(vector_bits: int) -> list[Variant]:
+    """What answers on BF16 activations."""
+    columns = 3 * vector_bits // 32
+    sve = [_interleaved("sve interleaved", columns, _BF16_CYCLES["sve"])] if vector_bits else []
+    return [*sve, _interleaved("neon interleaved", 12, _BF16_CYCLES["neon"])]
+
+
+def fast_math_variants(vector_bits: int, sve_cycles: tuple[float, float, float]) -> list[Variant]:
+    """What answers on FP32 activations and BF16 weights."""
+    columns = 3 * vector_bits // 32
+    return [
+        Variant("sve hybrid", 2, 2 * columns, _NONE, sweep=4, cycles=_FP32_CYCLES["sve hybrid"]),
+        Variant("neon hybrid", 2, 24, _NONE, sweep=4, cycles=_FP32_CYCLES["neon hybrid"]),
+        _interleaved("sve interleaved", columns, sve_cycles),
+        _interleaved("neon interleaved", 12, _FP32_CYCLES["neon"]),
+    ]
+
+
+#: BLAS has routines for one row, one column, and small products.
+_BLAS_VARIANTS = [
+    Variant("one column", 1, 1, _NONE, most_columns=1),
+    Variant("one row", 1, 8, _NONE, most_rows=1),
+    Variant("two rows, small product", 1, 8, _NONE, most_rows=2, most_product=1e6),
+    Variant("small product", 2, 8, _NONE, sweep=4, most_product=1e6),
+    Variant("large", 1, 8, _NONE, sweep=8),
+]
+_FP32_VARIANTS = [Variant("few rows", 1, 4, _NONE, most_rows=4), Variant("large", 4, 8, _NONE)]
+
+
+def search_sve_cycles(samples: Sequence[Mapping[str, Any]], vector_bits: int) -> tuple[float, float, float]:
+    """The figures with which the library's estimates choose what the samples show to have answered."""
+    seen = [(_site(sample), answered(sample, vector_bits)) for sample in samples]
+    rng = random.Random(0)
+    best, fewest = (0.0, 0.0, 0.0), len(seen) + 1
+    for _ in range(1000):
+        figures = (rng.uniform(25, 65), rng.uniform(1.5, 9), rng.uniform(1.5, 9))
+        variants = fast_math_variants(vector_bits, figures)
+        wrong = sum(costs.choose(variants, site).name not in names for site, names in seen)
+        if wrong < fewest:
+            best, fewest = figures, wrong
+    print(f"SVE's figures {best}: {fewest} of {len(seen)} samples chosen otherwise")
+    return best
+
+
+def answered(sample: Mapping[str, Any], vector_bits: int) -> set[str]:
+    """Which implementations of fast math the BFMMLA count of a sample fits."""
+    sve, neon = sample["counts"][:2]
+    kind = "sve" if sve > neon else "neon"
+    multiplications = sve * vector_bits // 8 if sve > neon else neon * 16
+    site = _site(sample)
+    fitting = {
+        variant.name
+        for variant in fast_math_variants(vector_bits, (1.0, 1.0, 1.0))
+        if variant.name.startswith(kind) and costs.terms(variant, site)[1] == multiplications
+    }
+    return fitting or {f"{kind} hybrid"}
+
+
+def _site(sample: Mapping[str, Any]) -> Site:
+    from benchmarks.arm64 import jobs
+
+    arguments = {name: value for name, value in sample.items() if name not in ("name", "counts", "kernel")}
+    return jobs.conv_site(**arguments) if "shape" in sample else jobs.linear_site(**arguments)
+
+
+def fit_variants(
+    variants: Sequence[Variant], samples: Sequence[tuple[Site, float]]
+) -> tuple[list[Variant], list[float]]:
+    """Coefficients by least squares of the relative error, none below zero; and the errors of a fifth left out."""
+    chosen: dict[str, list[tuple[Site, float]]] = defaultdict(list)
+    for site, total in samples:
+        chosen[costs.choose(variants, site).name].append((site, total))
+    errors: list[float] = []
+    fitted = []
+    for variant in variants:
+        held = chosen[variant.name]
+        if not held:
+            continue
+        for part in range(5):
+            rest = [entry for i, entry in enumerate(held) if i % 5 != part]
+            if rest:
+                trial = replace(variant, coefficients=_solve(variant, rest))
+                errors += [_predict(trial, s) / total - 1 for i, (s, total) in enumerate(held) if i % 5 == part]
+        fitted.append(replace(variant, coefficients=_solve(variant, held)))
+    return fitted, errors
+
+
+def _solve(variant: Variant, samples: Sequence[tuple[Site, float]]) -> tuple[float, ...]:
+    rows = np.array([costs.terms(variant, site) for site, _ in samples])
+    totals = np.array([total for _, total in samples])
+    scaled = rows / totals[:, None]
+    size = np.maximum(scaled.max(axis=0), 1e-30)
+    found, _ = nnls(scaled / size, np.ones(len(samples)))
+    return tuple(float(f"{value:.5g}") for value in found / size)
+
+
+def _predict(variant: Variant, site: Site) -> float:
+    return sum(c * v for c, v in zip(variant.coefficients, costs.terms(variant, site), strict=True))
+
+
+def fit(path: Path) -> None:
+    """Writes the cost table of one file of samples."""
+    from armopt import targets
+
+    core, _, version = path.stem.partition("-torch-")
+    samples = read(path)
+    target = next(t for t in map(targets.load, targets.names()) if t.core == core)
+    bits = target.vector_bits if "sve" in target.isa_features else 0
+    by_kernel: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for sample in samples:
+        if sample["name"] != "pointwise":
+            by_kernel[sample["kernel"]].append(sample)
+    fast = [s for name in ("linear_fastmath", "conv1x1_fastmath") for s in by_kernel.get(name, [])]
+    fast = [s for s in fast if sum(s["counts"][:2])]
+    sve_cycles = search_sve_cycles(fast, bits) if fast and bits else (1.0, 1.0, 1.0)
+    kernels, errors = {}, {}
+    for name, held in sorted(by_kernel.items()):
+        if name.startswith("blas"):
+            variants = _BLAS_VARIANTS
+        elif sum(sum(s["counts"][:2]) for s in held) == 0:
+            variants = _FP32_VARIANTS
+        else:
+            variants = bf16_variants(bits) if name.endswith("bf16") else fast_math_variants(bits, sve_cycles)
+        fitted, wrong = fit_variants(variants, [(_site(s), float(sum(s["counts"]))) for s in held])
+        kernels[name] = [_to_json(variant) for variant in fitted]
+        sizes = sorted(abs(error) for error in wrong)
+        errors[name] = {
+            "samples": len(held),
+            "median": round(statistics.median(sizes), 4),
+            "p90": round(sizes[int(0.9 * (len(sizes) - 1))], 4),
+            "most": round(sizes[-1], 4),
+        }
+        print(name, errors[name])
+    table = {
+        "core": core,
+        "torch": version,
+        "provenance": {
+            "unit": "instructions retired by one thread, DNNL_DEFAULT_FPMATH_MODE=BF16, LRU_CACHE_CAPACITY=1024",
+            "samples": f"benchmarks/arm64/samples/{path.name}",
+            "command": f"python -m benchmarks.arm64.costs measure --cpu {target.name} --torch {version}",
+            "error of samples left out of the fit": errors,
+        },
+        "kernels": kernels,
+        "pointwise": _pointwise([s for s in samples if s["name"] == "pointwise"]),
+    }
+    place = Path(costs.__file__).parent / path.name
+    place.write_text(json.dumps(table, indent=1) + "\n")
+    print(place)
+
+
+def _to_json(variant: Variant) -> dict[str, Any]:
+    return {name: value for name, value in asdict(variant).items() if value is not None}
+
+
+def _pointwise(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """A line through the two sizes that were counted."""
+    by_name: dict[str, dict[int, int]] = defaultdict(dict)
+    for sample in samples:
+        by_name[f"{sample['dtype']}:{sample['operation']}"][sample["elements"]] = sum(sample["counts"])
+    lines = {}
+    for name, totals in sorted(by_name.items()):
+        (few, least), (many, most) = sorted(totals.items())
+        slope = (most - least) / (many - few)
+        lines[name] = [round(max(0.0, least - slope * few)), round(slope, 3)]
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.arm64.costs", description=__doc__)
@@ -183,8 +382,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measuring.add_argument("--cpu", default="graviton3")
     measuring.add_argument("--torch", default=DEFAULT_TORCH)
     measuring.add_argument("--only", default="", help="kernels whose name holds this")
+    commands.add_parser("fit")
     options = parser.parse_args(arguments)
-    measure(options.cpu, options.torch, options.only)
+    if options.command == "measure":
+        measure(options.cpu, options.torch, options.only)
+        return 0
+    for path in sorted(SAMPLES.glob("*.json")):
+        fit(path)
     return 0
 
 

@@ -71,24 +71,33 @@ def bundle(path: str, inputs: str = "") -> BundleCall:
 
 def linear_kernel(kernel: str, m: int, k: int, n: int, post_op: str = "none") -> Single:
     """One of armopt's kernels on one Linear with bias, the weight packed, activations in the kernel's dtype."""
-    return kernel_call(kernel, Site("layer", "linear", m, k, n, (m, k), (n, k), post_op=post_op))
+    return kernel_call(kernel, linear_site(m, k, n, post_op))
 
 
-def conv_kernel(
-    kernel: str,
+def linear_site(m: int, k: int, n: int, post_op: str = "none") -> Site:
+    """A Linear of [m, k] to [m, n]."""
+    return Site("layer", "linear", m, k, n, (m, k), (n, k), post_op=post_op)
+
+
+def conv_kernel(kernel: str, **arguments: Any) -> Single:
+    """One of armopt's kernels on one convolution of two dimensions with bias, channels_last; see :func:`conv_site`."""
+    return kernel_call(kernel, conv_site(**arguments))
+
+
+def conv_site(
     shape: Sequence[int],
     weight: Sequence[int],
     stride: int = 1,
     padding: int = 0,
     groups: int = 1,
     post_op: str = "none",
-) -> Single:
-    """One of armopt's kernels on one convolution of two dimensions with bias, channels_last."""
-    out = [(size + 2 * padding - k) // stride + 1 for size, k in zip(shape[2:], weight[2:], strict=True)]
-    site = Site(
+) -> Site:
+    """A convolution, alike in both dimensions."""
+    rows = [(size + 2 * padding - k) // stride + 1 for size, k in zip(shape[2:], weight[2:], strict=True)]
+    return Site(
         "layer",
         "conv",
-        m=shape[0] * out[0] * out[1],
+        m=shape[0] * rows[0] * rows[1],
         k=weight[1] * weight[2] * weight[3],
         n=weight[0],
         shape=tuple(shape),
@@ -100,7 +109,6 @@ def conv_kernel(
         groups=groups,
         post_op=post_op,
     )
-    return kernel_call(kernel, site)
 
 
 def kernel_call(name: str, site: Site) -> Single:
@@ -108,20 +116,19 @@ def kernel_call(name: str, site: Site) -> Single:
     kernel = table.get(name)
     if reason := kernel.refuses(site):
         raise ValueError(f"{name} refuses: {reason}")
-    torch.manual_seed(0)
-    stored = torch.randn(site.weight).to(kernel.rounding.weights)
-    return single(kernel, site, kernel.pack(stored, site), torch.randn(site.n).to(kernel.activations))
+    stored = torch.ones(site.weight, dtype=kernel.rounding.weights)
+    return single(kernel, site, kernel.pack(stored, site), torch.ones(site.n, dtype=kernel.activations))
 
 
-def pointwise(name: str, dtype: str, elements: int) -> Prepared:
+def pointwise(operation: str, dtype: str, elements: int) -> Prepared:
     """A post-op in place as kernels emit it, or a cast from a dtype to the other."""
     x = torch.zeros(1, elements, dtype=_DTYPES[dtype])
-    if name == "cast":
+    if operation == "cast":
         cast = CASTS[_DTYPES["fp32" if dtype == "bf16" else "bf16"]]
         return lambda: cast(x)
-    if name == "add":
+    if operation == "add":
         return lambda: BINDINGS[torch.ops.aten.add_.Tensor](x, x)
-    post = post_ops.UNARY[name]
+    post = post_ops.UNARY[operation]
     kwargs = {"approximate": "tanh"} if post.algorithm == "tanh" else {}
     call = BINDINGS[post.inplace]
     return lambda: call(x, *post.inplace_args, **kwargs)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from armopt import cost_policy, plan, targets
 from armopt.cost_policy import CostPolicy
-from armopt.costs import TERMS, CostTable, Regime
+from armopt.costs import TERMS, CostTable, Variant
 from armopt.ir import Site
 from armopt.kernels import table
 
@@ -24,10 +24,14 @@ def _site(name: str, source: str, *, m: int = 8, k: int = 64, n: int = 64, resid
     )
 
 
+def _pointwise(cast: float) -> dict[str, tuple[float, float]]:
+    return {"fp32:cast": (0.0, cast), "bf16:cast": (0.0, cast), "bf16:add": (0.0, 0.0), "fp32:add": (0.0, 0.0)}
+
+
 def _table(per_call: dict[str, float], cast: float) -> CostTable:
     """A table whose kernels cost the same whatever the shape."""
-    fixed = {name: (Regime(None, (cost, *[0.0] * (len(TERMS) - 1))),) for name, cost in per_call.items()}
-    return CostTable("neoverse-v1", "2.10.0", fixed, {"cast": cast, "bf16:add": 0.0, "fp32:add": 0.0}, {})
+    fixed = {name: (Variant("any", 1, 1, (cost, *[0.0] * (len(TERMS) - 1))),) for name, cost in per_call.items()}
+    return CostTable("neoverse-v1", "2.10.0", fixed, _pointwise(cast), {})
 
 
 def _cost_of(labels: dict[str, bool], sites: list[Site], options: list[dict], cast: float) -> float:
@@ -67,7 +71,7 @@ def test_the_cut_is_the_best_labelling(sites: list[Site], costs: list[int], cast
     names = ("conv1x1_bf16", "conv1x1_fastmath", "blas_fp32_w16")
     policy = CostPolicy(_table(dict(zip(names, map(float, costs), strict=True)), cast), near=1.0)
     options = [policy._options(site, GRAVITON3) for site in sites]
-    chosen = cost_policy._cut(sites, options, cast)
+    chosen = cost_policy._cut(sites, options, policy.costs)
     found = _cost_of({s.node: s.node in chosen for s in sites}, sites, options, cast)
     best = min(
         _cost_of(dict(zip([s.node for s in sites], labels, strict=True)), sites, options, cast)
@@ -105,8 +109,16 @@ def test_what_reads_fewer_bytes_wins_a_tie() -> None:
 
 def test_a_site_that_no_kernel_takes_stays_with_aten() -> None:
     policy = CostPolicy(_table({"conv1x1_bf16": 1.0}, 0.0))
+    empty = Site("c", "conv", 0, 72, 16, (0, 8, 9, 9), (16, 8, 3, 3), (1, 1), (0, 0), (1, 1), output_padding=(0, 0))
+    choice = policy.choose([empty], GRAVITON3)[0]
+    assert (choice.kernel, choice.reason) == (None, "an empty input")
+
+
+def test_a_kernel_that_was_not_measured_is_taken_where_no_other_is() -> None:
+    policy = CostPolicy(_table({"conv1x1_bf16": 1.0}, 0.0))
     choice = policy.choose([_site("a", "x", n=1, escapes=True)], GRAVITON3)[0]
-    assert choice.kernel is None
+    assert choice.kernel is not None
+    assert choice.kernel.name == "blas_fp32_w16"
 
 
 def test_a_dense_convolution_is_never_called_fp32_where_fast_math_is_on() -> None:

@@ -74,4 +74,4 @@ def test_the_plan_takes_what_was_quicker_here(quick: str, slow: str) -> None:
 def test_a_site_that_was_not_measured_is_not_guessed() -> None:
     costs = TunedCosts(_tuning(blas_fp32_w16=1e-5))
     other = replace(SITE, shape=(9, 64), m=9)
-    assert costs.estimate(table.get("blas_fp32_w16"), other, 256) is None
+    assert costs.estimate(table.get("blas_fp32_w16"), other) is None
