@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,21 +12,16 @@ from typing import Any
 
 import torch
 
-from armopt import environment, structure, targets, verdicts
-from armopt.bind import Binder, Bound
+from armopt import host, structure
+from armopt.bind import Bound
 from armopt.bundle import reader
 from armopt.bundle.codec import Program
 from armopt.bundle.manifest import Manifest
 from armopt.errors import HostError, InputError
-from armopt.tuning import read as read_tuning
+from armopt.host import ArmoptWarning as ArmoptWarning
 
-#: Names of oneDNN's fast-math mode; the first wins.
-_FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 Forward = Callable[..., Sequence[torch.Tensor]]
-
-
-class ArmoptWarning(UserWarning):
-    """Something that costs speed or says that this host is not the target."""
+_RESTART = "Start the process with: armopt run BUNDLE -- CMD"
 
 
 class Model:
@@ -191,7 +185,7 @@ def load(path: str | Path, *, strict: bool = False, tuning: str | Path | None = 
             ArmoptWarning,
             stacklevel=2,
         )
-    portable = platform.machine() != bundle.manifest.machine
+    portable = host.is_portable(bundle.manifest.machine)
     if portable:
         aim = f"{bundle.manifest.target} ({bundle.manifest.machine})"
         warnings.warn(
@@ -201,34 +195,24 @@ def load(path: str | Path, *, strict: bool = False, tuning: str | Path | None = 
             stacklevel=2,
         )
         return _model(bundle, [(p, p.graph_module.forward, []) for p in bundle.programs], portable=True)
-    _check_host(bundle.manifest, strict)
-    remembered = verdicts.path_for(_build_facts())
-    # a variable set after the start may have come too late for oneDNN: such a process neither learns nor teaches
-    reliable = not environment.late_variables(_FAST_MATH)
-    known = verdicts.read(remembered) if reliable else {}
-    times = tuning or os.environ.get("ARMOPT_TUNING")
-    binder = Binder(fast_math(os.environ), read_tuning(Path(times)) if times else None, dict(known))
+    described = bundle.manifest
+    host.check(
+        described.target,
+        described.environment,
+        described.required_features,
+        described.versions,
+        strict=strict,
+        remedy=_RESTART,
+    )
     bound = []
-    for program in bundle.programs:
-        module, entries = binder.bind(program)
-        bound.append((program, module.forward, entries))
-    if reliable and binder.verdicts != known:
-        verdicts.write(remembered, binder.verdicts)
-    changed = {
-        entry.node: entry
-        for _, _, entries in bound
-        for entry in entries
-        if entry.kernel != entry.planned and not entry.reason.startswith("tuned")
-    }
-    if changed:
-        first = next(iter(changed.values()))
-        message = (
-            f"{len(changed)} of {len(bound[0][2])} layers run another kernel than planned, "
-            f"e.g. {first.node}: {first.kernel} ({first.reason})"
-        )
+    with host.binder(tuning) as binder:
+        for program in bundle.programs:
+            module, entries = binder.bind(program)
+            bound.append((program, module.forward, entries))
+    if changed := host.changes(entries for _, _, entries in bound):
         if strict:
-            raise HostError(message, hint="Start the process with: armopt run BUNDLE -- CMD")
-        warnings.warn(message, ArmoptWarning, stacklevel=2)
+            raise HostError(changed, hint=_RESTART)
+        warnings.warn(changed, ArmoptWarning, stacklevel=2)
     return _model(bundle, bound, portable=False)
 
 
@@ -242,44 +226,6 @@ def _model(
         portable=portable,
         kernels=[entries for _, _, entries in programs],
     )
-
-
-def _build_facts() -> dict[str, str]:
-    """What a probe's verdict depends on besides the layer: the core, the libraries, and the fast-math mode."""
-    host, record = targets.host(), environment.record()
-    names = ("torch", "torch_git", "torch_build", "onednn", "acl", "blas", "threads")
-    facts = {name: record.get(name, "") for name in names}
-    features = " ".join(sorted(host.isa_features))
-    return facts | {"core": host.core, "features": features, "fast_math": str(fast_math(os.environ))}
-
-
-def fast_math(environ: Mapping[str, str]) -> bool:
-    """Whether oneDNN reads BF16 fast math from these variables."""
-    value = next((environ[name] for name in _FAST_MATH if name in environ), "")
-    return value.upper() in ("BF16", "ANY")
-
-
-def _check_host(manifest: Manifest, strict: bool) -> None:
-    """Compares this host and process with the manifest: refuses what can't run, warns of what costs."""
-    host = targets.host()
-    differences = environment.compare(
-        manifest.environment,
-        manifest.required_features,
-        # versions of a machine of another kind say nothing about this one
-        manifest.versions if manifest.versions.get("machine") == platform.machine() else {},
-        host,
-        os.environ,
-        record=environment.record(),
-        late=environment.late_variables(manifest.environment),
-    )
-    for difference in differences:
-        if difference.severity == "hard":
-            found = f"{difference.what}: expected {difference.expected}, found {difference.found}"
-            raise HostError(f"the bundle is for {manifest.target}. {found}", hint=difference.remedy)
-        if difference.severity == "soft":
-            if strict:
-                raise HostError(str(difference), hint="Start the process with: armopt run BUNDLE -- CMD")
-            warnings.warn(str(difference), ArmoptWarning, stacklevel=3)
 
 
 def _short(dtype: torch.dtype) -> str:

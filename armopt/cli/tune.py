@@ -24,7 +24,7 @@ def tune(
     """Time every kernel on this host, on a bundle's shapes, and write tuning.json for optimize --tuning and load."""
     import os
 
-    from armopt import runtime, tune, tuning
+    from armopt import host, tune, tuning
     from armopt.bundle import reader
 
     out = sink.Sink(as_json)
@@ -33,7 +33,7 @@ def tune(
     else:
         sites = tuple(site for program in reader.read(bundle).programs for site in program.sites.values())
     with out.progress() as progress:
-        found = tune.measure(sites, rounds=rounds, fast_math=runtime.fast_math(os.environ), progress=progress)
+        found = tune.measure(sites, rounds=rounds, fast_math=host.fast_math(os.environ), progress=progress)
     tuning.write(found, output)
     out.result({"tuning": str(output), **_to_json(found)}, lambda: _text(found, output))
 

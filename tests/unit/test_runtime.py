@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import armopt
-from armopt import runtime
+from armopt import host, runtime
 from armopt.errors import InputError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -158,4 +158,4 @@ def test_results_carry_no_gradient_and_inputs_stay(model: runtime.Model, mlp_inp
     ],
 )
 def test_fast_math_follows_onednns_variables(environ: dict[str, str], on: bool) -> None:
-    assert runtime.fast_math(environ) is on
+    assert host.fast_math(environ) is on

@@ -1,0 +1,131 @@
+"""This host as programs meet it: does it have what they need, and which of their kernels prove themselves here?"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from armopt import environment, targets, verdicts
+from armopt.bind import Binder, Bound
+from armopt.errors import HostError
+from armopt.tuning import read as read_tuning
+
+#: Names of oneDNN's fast-math mode; the first wins.
+_FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+
+
+class ArmoptWarning(UserWarning):
+    """Something that costs speed or says that this host is not the target."""
+
+
+def is_portable(machine: str) -> bool:
+    """Whether programs for `machine` run here as portable twins alone."""
+    return platform.machine() != machine
+
+
+def check(
+    target: str,
+    wanted: Mapping[str, Mapping[str, str]],
+    required_features: Sequence[str],
+    versions: Mapping[str, str],
+    *,
+    strict: bool = False,
+    remedy: str = "",
+    stacklevel: int = 3,
+) -> None:
+    """Compares this host and process with what programs want: refuses what can't run, warns of what costs.
+
+    Args:
+        target: The product they are for.
+        wanted: Variables, as a manifest has them.
+        required_features: CPU features without which they must not run.
+        versions: Of what made them; versions of a machine of another kind say nothing about this one.
+        strict: Whether any difference is an error.
+        remedy: The hint where strictness alone makes it one.
+        stacklevel: Whose call the warnings are about.
+
+    Raises:
+        HostError: A feature is missing, or, if strict, anything differs.
+    """
+    differences = environment.compare(
+        wanted,
+        tuple(required_features),
+        versions if versions.get("machine") == platform.machine() else {},
+        targets.host(),
+        os.environ,
+        record=environment.record(),
+        late=environment.late_variables(wanted),
+    )
+    for difference in differences:
+        if difference.severity == "hard":
+            found = f"{difference.what}: expected {difference.expected}, found {difference.found}"
+            raise HostError(f"the bundle is for {target}. {found}", hint=difference.remedy)
+        if difference.severity == "soft":
+            if strict:
+                raise HostError(str(difference), hint=remedy)
+            warnings.warn(str(difference), ArmoptWarning, stacklevel=stacklevel)
+
+
+@contextmanager
+def binder(tuning: str | Path | None = None) -> Iterator[Binder]:
+    """A binder that knows what probes found here before; what it finds itself is remembered at the end.
+
+    Args:
+        tuning: A file from ``armopt tune`` on this host; by default the one that ``ARMOPT_TUNING`` names.
+    """
+    times = tuning or os.environ.get("ARMOPT_TUNING")
+    made = Binder(fast_math(os.environ), read_tuning(Path(times)) if times else None)
+    with remembering(made):
+        yield made
+
+
+@contextmanager
+def remembering(held: Binder) -> Iterator[None]:
+    """The same for a binder that lives on."""
+    path = verdicts.path_for(_build_facts())
+    # a variable set after the start may have come too late for oneDNN: such a process neither learns nor teaches
+    reliable = not environment.late_variables(_FAST_MATH)
+    known = verdicts.read(path) if reliable else {}
+    held.verdicts.update(known)
+    before = len(held.verdicts)
+    yield
+    if reliable and len(held.verdicts) != before:
+        verdicts.write(path, held.verdicts)
+
+
+def changes(programs: Iterable[Sequence[Bound]]) -> str:
+    """What is to be said where layers run another kernel than planned; empty where none does."""
+    listed = [list(entries) for entries in programs]
+    changed = {
+        entry.node: entry
+        for entries in listed
+        for entry in entries
+        if entry.kernel != entry.planned and not entry.reason.startswith("tuned")
+    }
+    if not changed:
+        return ""
+    first = next(iter(changed.values()))
+    every = {entry.node for entries in listed for entry in entries}
+    return (
+        f"{len(changed)} of {len(every)} layers run another kernel than planned, "
+        f"e.g. {first.node}: {first.kernel} ({first.reason})"
+    )
+
+
+def fast_math(environ: Mapping[str, str]) -> bool:
+    """Whether oneDNN reads BF16 fast math from these variables."""
+    value = next((environ[name] for name in _FAST_MATH if name in environ), "")
+    return value.upper() in ("BF16", "ANY")
+
+
+def _build_facts() -> dict[str, str]:
+    """What a probe's verdict depends on besides the layer: the core, the libraries, and the fast-math mode."""
+    host, record = targets.host(), environment.record()
+    names = ("torch", "torch_git", "torch_build", "onednn", "acl", "blas", "threads")
+    facts = {name: record.get(name, "") for name in names}
+    features = " ".join(sorted(host.isa_features))
+    return facts | {"core": host.core, "features": features, "fast_math": str(fast_math(os.environ))}
