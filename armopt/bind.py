@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -38,6 +39,30 @@ class Bound:
     reason: str = ""
 
 
+class Packings(Protocol):
+    """One weight packed by one kernel: pairs of the shape that it was packed for and the packed tensor."""
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]: ...
+
+    def append(self, entry: tuple[tuple[int, ...], torch.Tensor], /) -> None:
+        """Adds one more."""
+
+
+class PackedWeights(Protocol):
+    """Packed weights by kernel, weight and geometry; what is not there yet is an empty list."""
+
+    def __getitem__(self, key: tuple[Any, ...], /) -> Packings: ...
+
+
+def _by_name(name: str, weight: torch.Tensor) -> Hashable:
+    return name
+
+
+def _nothing_packed() -> PackedWeights:
+    found: defaultdict[tuple[Any, ...], list[tuple[tuple[int, ...], torch.Tensor]]] = defaultdict(list)
+    return found
+
+
 @dataclass(slots=True)
 class Binder:
     """Binds the programs of one bundle, which share packed weights and verdicts.
@@ -46,12 +71,15 @@ class Binder:
         fast_math: Whether oneDNN multiplies FP32 in BF16 in this process (DNNL_DEFAULT_FPMATH_MODE).
         tuning: Times of this host, which decide among kernels on the same activations.
         verdicts: Refusals, or None, by :func:`armopt.verdicts.key`; filled as probes run.
+        identify: What tells weights apart, from a weight and its name; by default its name in the bundle.
+        packed: What is packed already, to be shared.
     """
 
     fast_math: bool
     tuning: Tuning | None = None
     verdicts: dict[str, str | None] = field(default_factory=dict)
-    _packed: dict[tuple[Any, ...], list[tuple[tuple[int, ...], torch.Tensor]]] = field(default_factory=dict)
+    identify: Callable[[str, torch.Tensor], Hashable] = _by_name
+    packed: PackedWeights = field(default_factory=_nothing_packed)
     _biases: dict[tuple[str, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def bind(self, program: Program) -> tuple[fx.GraphModule, list[Bound]]:
@@ -115,8 +143,9 @@ class Binder:
         self, kernel: Kernel, site: Site, node: fx.Node, stored: torch.Tensor, constants: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, str | None]:
         """A packed weight with which the kernel passes its probe: one packed for another shape, or a new one."""
-        key = (kernel.name, site.weight_key, site.stride, site.padding, site.dilation, site.groups)
-        held = self._packed.setdefault(key, [])
+        identity = self.identify(site.weight_key, stored)
+        key = (kernel.name, identity, site.stride, site.padding, site.dilation, site.groups)
+        held = self.packed[key]
         for packed_for, weight in held:
             if self._verdict(kernel, site, packed_for, node, weight, constants) is None:
                 return weight, None

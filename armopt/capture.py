@@ -145,9 +145,7 @@ def digest(graph_module: fx.GraphModule) -> str:
     state = hashlib.sha256(str(graph_module.graph).encode())
     for name, tensor in sorted([*graph_module.named_parameters(), *graph_module.named_buffers()]):
         state.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        data = tensor.detach().contiguous()
-        if data.numel():
-            state.update(data.reshape(-1).view(torch.uint8).numpy().data)
+        state.update(g.raw(tensor))
     return state.hexdigest()
 
 
@@ -290,15 +288,56 @@ def _check_tensors(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]
             )
 
 
+class _Constants:
+    """Tensors that become attributes of a module; what is the same memory becomes one."""
+
+    def __init__(self) -> None:
+        self.root = torch.nn.Module()
+        self._named: dict[tuple[Any, ...], str] = {}
+
+    def add(self, graph: fx.Graph, wanted: str, tensor: torch.Tensor, val: Any) -> fx.Node:
+        """A get_attr node for a tensor, by a name made from `wanted`; `val` is its fake tensor."""
+        tensor = tensor.detach()
+        memory = (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
+        name = self._named.get(memory)
+        if name is None:
+            name = self._named[memory] = g.attribute_name(self.root, wanted)
+            self.root.register_buffer(name, tensor)
+        node = graph.get_attr(name)
+        node.meta["val"] = val
+        return node
+
+
+def freeze(graph_module: fx.GraphModule, constants: Mapping[str, tuple[str, torch.Tensor]]) -> fx.GraphModule:
+    """A copy of a flat graph in which some inputs are constants.
+
+    Args:
+        graph_module: ATen operations; every node carries its fake value.
+        constants: Placeholder's name -> wanted name and tensor.
+    """
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    held = _Constants()
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" and node.name in constants:
+            mapping[node] = held.add(graph, *constants[node.name], node.meta["val"])
+        elif node.op == "get_attr":
+            mapping[node] = held.add(graph, str(node.target), getattr(graph_module, str(node.target)), node.meta["val"])
+        else:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+    result = fx.GraphModule(held.root, graph)
+    g.sweep(result)
+    return result
+
+
 def _unlift(program: ExportedProgram, source: str) -> fx.GraphModule:
     """Parameters, buffers and constants from placeholders to get_attr nodes; mutations to copy_ at the end."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    root = torch.nn.Module()
+    held = _Constants()
     tensors: dict[str, torch.Tensor] = {**program.state_dict, **program.constants}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     attributes: dict[str, fx.Node] = {}
-    named: dict[tuple[Any, ...], str] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             spec = specs[node.name]
@@ -313,14 +352,7 @@ def _unlift(program: ExportedProgram, source: str) -> fx.GraphModule:
             if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 raise CaptureError(f"input {node.name} is a {spec.kind.name}, which a bundle can't hold", where=source)
             assert spec.target is not None
-            tensor = tensors[spec.target].detach()
-            memory = (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
-            name = named.get(memory)
-            if name is None:
-                name = named[memory] = g.attribute_name(root, spec.target)
-                root.register_buffer(name, tensor)
-            attribute = graph.get_attr(name)
-            attribute.meta["val"] = node.meta["val"]
+            attribute = held.add(graph, spec.target, tensors[spec.target], node.meta["val"])
             mapping[node] = attributes[spec.target] = attribute
         elif node.op == "get_attr":
             raise CaptureError(
@@ -333,7 +365,7 @@ def _unlift(program: ExportedProgram, source: str) -> fx.GraphModule:
             graph.output(tuple(results))
         else:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-    result = fx.GraphModule(root, graph)
+    result = fx.GraphModule(held.root, graph)
     g.sweep(result)
     return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,12 +13,15 @@ from torch import fx
 
 import armopt
 from armopt import accuracy as metrics
-from armopt import capture, cost_policy, environment, passes, pipeline, plan, sites, sources, structure, targets
+from armopt import capture, cost_policy, costs, environment, passes, pipeline, plan, sites, sources, structure, targets
 from armopt import graph as g
 from armopt.bundle import codec, manifest, source, writer
 from armopt.errors import AccuracyError, InputError
 from armopt.ir import Bucket, Captured, Plan, Skip, Target
+from armopt.tuning import TunedCosts
+from armopt.tuning import read as read_tuning
 
+_RELEASE = r"(\d+\.\d+(\.\d+)?)?"
 #: Told the name of each step and how many there are.
 Progress = Callable[[str, int, int], None]
 
@@ -56,21 +59,35 @@ def make_plan(
     buckets: Sequence[Bucket],
 ) -> Planned:
     """Prepares a captured model and plans each bucket."""
-    prepared, records = pipeline.run(g.copy(captured.graph_module), passes.PREPARE)
-    plans = tuple(
-        plan.make(sites.find(prepared, captured.values(bucket)), target, policy, bucket) for bucket in buckets
-    )
+    prepared, records = prepare(captured.graph_module)
+    plans = tuple(plan_at(prepared, target, policy, bucket, captured.values(bucket)) for bucket in buckets)
     return Planned(captured, prepared, target, plans, records)
 
 
 def lower(planned: Planned) -> tuple[codec.Program, ...]:
     """Carries out each plan on a copy of the graph; the programs share their weights."""
     rounded: dict[str, torch.Tensor] = {}
-    programs = []
-    for each in planned.plans:
-        module, _ = pipeline.run(g.copy(planned.prepared), passes.lower(each, rounded))
-        programs.append(codec.program(module, each.bucket, planned.captured.values(each.bucket)))
-    return tuple(programs)
+    return tuple(
+        lower_at(planned.prepared, each, planned.captured.values(each.bucket), rounded) for each in planned.plans
+    )
+
+
+def prepare(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, tuple[pipeline.Record, ...]]:
+    """What is true of a graph whatever the shapes; the graph itself stays as it was."""
+    return pipeline.run(g.copy(graph_module), passes.PREPARE)
+
+
+def plan_at(prepared: fx.GraphModule, target: Target, policy: plan.Policy, bucket: Bucket, values: Bucket) -> Plan:
+    """The plan of a prepared graph at a bucket (`values`: the same by the graph's own symbols)."""
+    return plan.make(sites.find(prepared, values), target, policy, bucket)
+
+
+def lower_at(
+    prepared: fx.GraphModule, chosen: Plan, values: Bucket, rounded: dict[str, torch.Tensor]
+) -> codec.Program:
+    """Carries out one plan on a copy of the graph; plans of one graph share `rounded`."""
+    module, _ = pipeline.run(g.copy(prepared), passes.lower(chosen, rounded))
+    return codec.program(module, chosen.bucket, values)
 
 
 def optimize(
@@ -80,7 +97,7 @@ def optimize(
     output: str | Path,
     target: str | Target = "graviton3",
     batch: Sequence[int] = (),
-    policy: plan.Policy | None = None,
+    policy: plan.Policy | str | None = None,
     min_cosine: float = metrics.MIN_COSINE,
     force: bool = False,
     progress: Progress = _silent,
@@ -93,7 +110,7 @@ def optimize(
         output: Where the bundle goes; a folder, or one file where it ends in .zip.
         target: A product's name (see ``armopt targets``), or ``host``.
         batch: Sizes of the first dimension to plan for; several make it dynamic.
-        policy: How kernels are chosen; by cost where there is a table for the target's core.
+        policy: How kernels are chosen, also as ``--policy`` has it; by cost where there is a table for the target's core.
         min_cosine: The least cosine similarity to FP32 of any output.
         force: Replace a bundle that is there.
         progress: Told of each step.
@@ -109,7 +126,7 @@ def optimize(
     output = Path(output)
     writer.check_place(output, force=force)
     chosen = find_target(target)
-    policy = policy or cost_policy.default(chosen)
+    policy = find_policy(policy, chosen)
     steps = ("capture", "plan", "rewrite", "validate", "write")
 
     def step(name: str) -> None:
@@ -155,6 +172,34 @@ def find_target(target: str | Target) -> Target:
     if isinstance(target, Target):
         return target
     return targets.host() if target == "host" else targets.load(target)
+
+
+def find_policy(
+    policy: plan.Policy | str | None, target: Target, tuning: Path | None = None, where: str = "policy"
+) -> plan.Policy:
+    """A policy for a target, also from ``cost``, ``cost=2.13`` (a torch release), ``threshold`` or ``threshold=64``.
+
+    Args:
+        policy: A policy or its text; None is the default.
+        target: What it is for.
+        tuning: Times of this host, which count instead of the cost table.
+        where: What to call the option in an error.
+
+    Raises:
+        InputError: There is no such policy.
+    """
+    if policy is not None and not isinstance(policy, str):
+        return policy
+    name, _, value = (policy or "cost").partition("=")
+    release = value if name == "cost" else ""
+    if name not in ("cost", "threshold") or not re.fullmatch(_RELEASE if name == "cost" else r"\d*", value):
+        hint = "Write cost, cost=2.10 (the server's torch), threshold or threshold=ROWS"
+        raise InputError(f"unknown policy {policy!r}", where=where, hint=hint)
+    if tuning is not None:
+        return cost_policy.CostPolicy(TunedCosts(read_tuning(tuning), costs.find(target, release)))
+    if name == "cost":
+        return cost_policy.default(target, release)
+    return plan.ThresholdPolicy(int(value)) if value else plan.ThresholdPolicy()
 
 
 def _capture(
@@ -235,12 +280,11 @@ def _describe(
     captured, target = planned.captured, planned.target
     weights = writer.collect_weights(programs)
     half = any(entry.precision.startswith("bf16") for each in planned.plans for entry in each.decisions)
-    host = target.name == "host"
     return manifest.Manifest(
         schema_version=manifest.SCHEMA_VERSION,
         armopt_version=armopt.__version__,
         target=target.name,
-        machine=platform.machine() if host else "aarch64",
+        machine=targets.machine(target),
         required_features=("bf16",) if half and target.bf16 else (),
         environment={name: asdict(variable) for name, variable in variables.items()},
         versions=environment.record(),

@@ -43,6 +43,12 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     return mode
 
 
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, in the order of its elements."""
+    data = tensor.detach().contiguous().reshape(-1)
+    return data.view(torch.uint8).numpy().data if data.numel() else memoryview(b"")
+
+
 def add_constant(graph_module: fx.GraphModule, wanted: str, value: torch.Tensor, before: fx.Node) -> fx.Node:
     """Registers `value` and returns a new get_attr node for it in front of `before`."""
     name = _same_tensor(graph_module, value)

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from armopt import environment, targets, verdicts
-from armopt.bind import Binder, Bound
+from armopt.bind import Bound
 from armopt.errors import HostError
+from armopt.tuning import Tuning
 from armopt.tuning import read as read_tuning
 
 #: Names of oneDNN's fast-math mode; the first wins.
@@ -33,6 +34,7 @@ def check(
     required_features: Sequence[str],
     versions: Mapping[str, str],
     *,
+    what: str = "the bundle",
     strict: bool = False,
     remedy: str = "",
     stacklevel: int = 3,
@@ -44,6 +46,7 @@ def check(
         wanted: Variables, as a manifest has them.
         required_features: CPU features without which they must not run.
         versions: Of what made them; versions of a machine of another kind say nothing about this one.
+        what: What to call them in an error.
         strict: Whether any difference is an error.
         remedy: The hint where strictness alone makes it one.
         stacklevel: Whose call the warnings are about.
@@ -63,7 +66,7 @@ def check(
     for difference in differences:
         if difference.severity == "hard":
             found = f"{difference.what}: expected {difference.expected}, found {difference.found}"
-            raise HostError(f"the bundle is for {target}. {found}", hint=difference.remedy)
+            raise HostError(f"{what} is for {target}. {found}", hint=difference.remedy)
         if difference.severity == "soft":
             if strict:
                 raise HostError(str(difference), hint=remedy)
@@ -71,30 +74,23 @@ def check(
 
 
 @contextmanager
-def binder(tuning: str | Path | None = None) -> Iterator[Binder]:
-    """A binder that knows what probes found here before; what it finds itself is remembered at the end.
-
-    Args:
-        tuning: A file from ``armopt tune`` on this host; by default the one that ``ARMOPT_TUNING`` names.
-    """
-    times = tuning or os.environ.get("ARMOPT_TUNING")
-    made = Binder(fast_math(os.environ), read_tuning(Path(times)) if times else None)
-    with remembering(made):
-        yield made
-
-
-@contextmanager
-def remembering(held: Binder) -> Iterator[None]:
-    """The same for a binder that lives on."""
+def remembering(known: dict[str, str | None]) -> Iterator[None]:
+    """Verdicts that probes reached here before are in `known` meanwhile; what is new is remembered at the end."""
     path = verdicts.path_for(_build_facts())
     # a variable set after the start may have come too late for oneDNN: such a process neither learns nor teaches
     reliable = not environment.late_variables(_FAST_MATH)
-    known = verdicts.read(path) if reliable else {}
-    held.verdicts.update(known)
-    before = len(held.verdicts)
+    if reliable:
+        known.update(verdicts.read(path))
+    before = len(known)
     yield
-    if reliable and len(held.verdicts) != before:
-        verdicts.write(path, held.verdicts)
+    if reliable and len(known) != before:
+        verdicts.write(path, known)
+
+
+def tuning(given: str | Path | None) -> Tuning | None:
+    """A file from ``armopt tune`` on this host; by default the one that ``ARMOPT_TUNING`` names."""
+    path = given or os.environ.get("ARMOPT_TUNING")
+    return read_tuning(Path(path)) if path else None
 
 
 def changes(programs: Iterable[Sequence[Bound]]) -> str:

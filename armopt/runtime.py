@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
+import os
 import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from armopt import host, structure
-from armopt.bind import Bound
+from armopt import buckets, host, structure
+from armopt.bind import Binder, Bound
 from armopt.bundle import reader
 from armopt.bundle.codec import Program
 from armopt.bundle.manifest import Manifest
@@ -152,11 +152,7 @@ class Model:
         if len(self._programs) == 1:
             return self._programs[0][1]
         values = {symbol: tensors[i].shape[d] for symbol, i, d in self._where}
-        return min(self._programs, key=lambda entry: _distance(entry[0], values))[1]
-
-
-def _distance(bucket: Mapping[str, int], values: Mapping[str, int]) -> float:
-    return sum(abs(math.log(max(1, values[name]) / max(1, size))) for name, size in bucket.items() if name in values)
+        return buckets.nearest(self._programs, values)
 
 
 def load(path: str | Path, *, strict: bool = False, tuning: str | Path | None = None) -> Model:
@@ -205,7 +201,8 @@ def load(path: str | Path, *, strict: bool = False, tuning: str | Path | None = 
         remedy=_RESTART,
     )
     bound = []
-    with host.binder(tuning) as binder:
+    binder = Binder(host.fast_math(os.environ), host.tuning(tuning))
+    with host.remembering(binder.verdicts):
         for program in bundle.programs:
             module, entries = binder.bind(program)
             bound.append((program, module.forward, entries))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,9 +52,6 @@ TuningFile = Annotated[
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle a module: this runs code from the file.")]
 
 
-_RELEASE = r"(\d+\.\d+(\.\d+)?)?"
-
-
 def parse_batch(text: str) -> tuple[int, ...]:
     """Sizes from ``1,8,32``.
 
@@ -80,22 +76,9 @@ def parse_policy(text: str, target: Target, tuning: Path | None = None) -> Polic
     Raises:
         InputError: There is no such policy.
     """
-    from armopt import cost_policy, costs
-    from armopt.errors import InputError
-    from armopt.plan import ThresholdPolicy
-    from armopt.tuning import TunedCosts
-    from armopt.tuning import read as read_tuning
+    from armopt import compiler
 
-    name, _, value = text.partition("=")
-    release = value if name == "cost" else ""
-    if name not in ("cost", "threshold") or not re.fullmatch(_RELEASE if name == "cost" else r"\d*", value):
-        hint = "Write cost, cost=2.10 (the server's torch), threshold or threshold=ROWS"
-        raise InputError(f"unknown policy {text!r}", where="--policy", hint=hint)
-    if tuning is not None:
-        return cost_policy.CostPolicy(TunedCosts(read_tuning(tuning), costs.find(target, release)))
-    if name == "cost":
-        return cost_policy.default(target, release)
-    return ThresholdPolicy(int(value)) if value else ThresholdPolicy()
+    return compiler.find_policy(text, target, tuning, where="--policy")
 
 
 def open_model(

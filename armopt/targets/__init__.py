@@ -113,6 +113,11 @@ def load(name: str) -> Target:
     return host() if name == HOST else product(name).target
 
 
+def machine(target: Target) -> str:
+    """The architecture that kernels for a target are for, as ``platform.machine()`` has it."""
+    return platform.machine() if target.name == HOST else "aarch64"
+
+
 @cache
 def product(name: str) -> Product:
     """The product called `name`, with what is needed to detect and to emulate it.

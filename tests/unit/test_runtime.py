@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import armopt
-from armopt import host, runtime
+from armopt import buckets, host, runtime
 from armopt.errors import InputError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -89,10 +89,10 @@ def test_the_nearest_bucket_by_ratio_runs(model: runtime.Model, size: int, bucke
 
 @given(st.integers(1, 1000), st.integers(1, 1000))
 def test_distance_is_of_ratios(a: int, b: int) -> None:
-    d = runtime._distance({"batch": a}, {"batch": b})
-    assert d == pytest.approx(runtime._distance({"batch": b}, {"batch": a}))
+    d = buckets.distance({"batch": a}, {"batch": b})
+    assert d == pytest.approx(buckets.distance({"batch": b}, {"batch": a}))
     assert (d == 0) == (a == b)
-    assert runtime._distance({"other": a}, {"batch": b}) == 0
+    assert buckets.distance({"other": a}, {"batch": b}) == 0
 
 
 def test_four_threads_get_the_same_results(model: runtime.Model, host_bundle: Path, mlp_inputs: Pair) -> None:
