@@ -43,13 +43,7 @@ class Planned:
     @property
     def refused(self) -> tuple[Skip, ...]:
         """What runs as plain ATen: products that are no Linear, and what the plans refuse."""
-        passed = [
-            skip
-            for record in self.records
-            if record.name in ("CanonicaliseLinear", "CanonicaliseConv")
-            for skip in record.skipped
-        ]
-        return tuple(dict.fromkeys([*passed, *(skip for each in self.plans for skip in each.refused)]))
+        return tuple(dict.fromkeys([*passed_over(self.records), *(s for each in self.plans for s in each.refused)]))
 
 
 def make_plan(
@@ -77,14 +71,18 @@ def prepare(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, tuple[pipelin
     return pipeline.run(g.copy(graph_module), passes.PREPARE)
 
 
+def passed_over(records: Sequence[pipeline.Record]) -> tuple[Skip, ...]:
+    """The products and convolutions that are no Linear or convolution with constant weights."""
+    names = ("CanonicaliseLinear", "CanonicaliseConv")
+    return tuple(skip for record in records if record.name in names for skip in record.skipped)
+
+
 def plan_at(prepared: fx.GraphModule, target: Target, policy: plan.Policy, bucket: Bucket, values: Bucket) -> Plan:
     """The plan of a prepared graph at a bucket (`values`: the same by the graph's own symbols)."""
     return plan.make(sites.find(prepared, values), target, policy, bucket)
 
 
-def lower_at(
-    prepared: fx.GraphModule, chosen: Plan, values: Bucket, rounded: dict[str, torch.Tensor]
-) -> codec.Program:
+def lower_at(prepared: fx.GraphModule, chosen: Plan, values: Bucket, rounded: dict[str, torch.Tensor]) -> codec.Program:
     """Carries out one plan on a copy of the graph; plans of one graph share `rounded`."""
     module, _ = pipeline.run(g.copy(prepared), passes.lower(chosen, rounded))
     return codec.program(module, chosen.bucket, values)

@@ -154,13 +154,18 @@ def is_pure(node: fx.Node) -> bool:
     return True
 
 
-def written_constants(graph: fx.Graph) -> set[str]:
-    """Names of the constants that an operation writes to."""
-    names = set()
+def written(graph: fx.Graph) -> set[fx.Node]:
+    """The constants and inputs that an operation writes to."""
+    nodes: set[fx.Node] = set()
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            names |= {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
-    return names
+            nodes |= {n for n in node.all_input_nodes if n.op in ("get_attr", "placeholder")}
+    return nodes
+
+
+def written_constants(graph: fx.Graph) -> set[str]:
+    """Names of the constants that an operation writes to."""
+    return {str(node.target) for node in written(graph) if node.op == "get_attr"}
 
 
 def sweep(graph_module: fx.GraphModule) -> None:

@@ -1,0 +1,303 @@
+"""Programs made while a model runs: for each graph that Dynamo finds, each set of weights, each bucket of shapes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from armopt import buckets, capture, compiler, environment, host, sites, targets
+from armopt import graph as g
+from armopt.bind import Binder, Bound
+from armopt.errors import InputError
+from armopt.ir import Bucket, Decision, Plan, Skip, Target
+from armopt.plan import Policy
+from armopt.pool import Pool
+
+Forward = Callable[..., Sequence[Any]]
+
+#: Sets of weights for which one graph keeps its programs: one for each layer that shares its code, times each model.
+MOST_WEIGHTS = 256
+_POOL = Pool()
+_lock = threading.RLock()
+_graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+_checked: set[tuple[str, tuple[str, ...]]] = set()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How graphs are planned.
+
+    Attributes:
+        target: What for.
+        policy: How kernels are chosen.
+        plans: The most plans for one graph and set of weights; beyond them the nearest serves other shapes too.
+        tuning: A file from ``armopt tune``, or empty.
+    """
+
+    target: Target
+    policy: Policy
+    plans: int = 8
+    tuning: str = ""
+
+    @property
+    def portable(self) -> bool:
+        """Whether portable twins run: this machine is not the target's."""
+        return host.is_portable(targets.machine(self.target))
+
+
+@dataclass(frozen=True)
+class Programmed:
+    """One program: what it was planned for, and what its nodes run.
+
+    Attributes:
+        plan: Decisions and refusals.
+        kernels: What every node got on this host; empty where portable twins run.
+        forward: Takes the graph's inputs without its weights.
+        constants: All that it holds, packed or not.
+    """
+
+    plan: Plan
+    kernels: tuple[Bound, ...]
+    forward: Forward
+    constants: tuple[torch.Tensor, ...] = field(repr=False)
+
+
+class Graph:
+    """One graph of Dynamo. Called with a list of all its inputs, weights among them; the list is emptied.
+
+    Attributes:
+        name: Where it comes from, for people.
+        settings: How it is planned.
+    """
+
+    _boxed_call = True  # what AOTAutograd looks for
+
+    def __init__(self, graph_module: fx.GraphModule, settings: Settings, name: str, weights: dict[int, str]) -> None:
+        """Wraps a graph of ATen operations.
+
+        Args:
+            graph_module: Functional, but for copies into its inputs at its end; every node carries its fake value.
+            settings: How to plan it.
+            name: Where it comes from.
+            weights: Position among the inputs -> name, of parameters and buffers.
+        """
+        self.name = name
+        self.settings = settings
+        placeholders = list(capture.placeholders(graph_module))
+        written = {node.name for node in g.written(graph_module.graph)}
+        self.weights = {i: n for i, n in weights.items() if placeholders[i].name not in written}
+        self.inputs = [i for i in range(len(placeholders)) if i not in self.weights]
+        self._module = graph_module
+        self._names = [node.name for node in placeholders]
+        self.sizes = _sizes(placeholders, self.inputs)
+        self._held: list[Weights] = []
+        _graphs.add(self)
+
+    def __call__(self, args: list[Any]) -> Sequence[Any]:
+        """Runs the graph."""
+        weights = next((each for each in self._held if each.fits(args)), None) or self._find(args)
+        forward = weights.forward(args)
+        inputs = [args[i] for i in self.inputs]
+        args.clear()
+        return forward(*inputs)
+
+    @property
+    def held(self) -> tuple[Weights, ...]:
+        """For each set of weights that is alive, its programs."""
+        return tuple(each for each in self._held if each.alive)
+
+    def freeze(self, tensors: dict[int, torch.Tensor]) -> fx.GraphModule:
+        """The graph with weights as constants."""
+        return capture.freeze(self._module, {self._names[i]: (n, tensors[i]) for i, n in self.weights.items()})
+
+    def _find(self, args: Sequence[Any]) -> Weights:
+        with _lock:
+            for each in self._held:
+                if each.fits(args):
+                    return each
+            made = Weights(self, args)
+            others = [each for each in self._held if each.alive and not each.replaced_by(args)]
+            self._held = [made, *others][:MOST_WEIGHTS]
+            return made
+
+
+class Weights:
+    """The programs of one graph for one set of weights, at each bucket of its shapes."""
+
+    def __init__(self, graph: Graph, args: Sequence[Any]) -> None:
+        for i, name in graph.weights.items():
+            if args[i].is_meta:
+                raise InputError(
+                    f"{name} was released, so nothing new can be planned with it",
+                    where=graph.name,
+                    hint="Call it before with inputs of each kind that it is to serve, or keep the original weights",
+                )
+        self._graph = graph
+        forget = functools.partial(_forget, weakref.ref(graph))
+        self._watched = [_Watched(i, weakref.ref(args[i], forget), *_state(args[i])) for i in graph.weights]
+        self._planned: list[tuple[Bucket, Programmed]] = []
+        self._by_bucket: dict[tuple[int, ...], Forward] = {}
+        self._relevant: list[tuple[str, int, int | None]] = []
+        self.refused: tuple[Skip, ...] = ()
+        self._plan(args, first=True)
+
+    @property
+    def programs(self) -> tuple[Programmed, ...]:
+        """One for each bucket that was met."""
+        return tuple(programmed for _, programmed in self._planned)
+
+    @property
+    def alive(self) -> bool:
+        """Whether anyone can still call with these weights."""
+        return all(each.reference() is not None for each in self._watched)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The weights as the model holds them."""
+        return tuple(t for each in self._watched if (t := each.reference()) is not None)
+
+    def fits(self, args: Sequence[Any]) -> bool:
+        """Whether these are the very weights, unchanged."""
+        for position, reference, address, version in self._watched:
+            tensor: torch.Tensor = args[position]
+            if reference() is not tensor or tensor.data_ptr() != address:
+                return False
+            if version is not None and tensor._version != version:
+                return False
+        return True
+
+    def replaced_by(self, args: Sequence[Any]) -> bool:
+        """Whether these are the same tensors with other values."""
+        return bool(self._watched) and all(each.reference() is args[each.position] for each in self._watched)
+
+    def forward(self, args: Sequence[Any]) -> Forward:
+        """The program for the shapes of a call."""
+        if not self._relevant:
+            return self._planned[0][1].forward
+        key = buckets.round_up([args[i] if d is None else args[i].shape[d] for _, i, d in self._relevant])
+        found = self._by_bucket.get(key)
+        return found if found is not None else self._extend(args, key)
+
+    def _extend(self, args: Sequence[Any], key: tuple[int, ...]) -> Forward:
+        """A new plan for a new bucket; past the limit, the nearest there is."""
+        with _lock:
+            if key in self._by_bucket:
+                return self._by_bucket[key]
+            if len(self._planned) < self._graph.settings.plans:
+                return self._plan(args)
+            sizes = dict(zip([symbol for symbol, _, _ in self._relevant], key, strict=True))
+            return buckets.nearest(self._planned, sizes).forward
+
+    def _plan(self, args: Sequence[Any], first: bool = False) -> Forward:
+        settings = self._graph.settings
+        with torch.inference_mode(False), torch.no_grad():
+            prepared, records = self._prepare(args)
+            if first:
+                symbols = _symbols_of_layers(prepared)
+                self._relevant = [entry for entry in self._graph.sizes if entry[0] in symbols]
+                self.refused = compiler.passed_over(records)
+            found = [(s, args[i] if d is None else args[i].shape[d]) for s, i, d in self._relevant]
+            key = buckets.round_up([size for _, size in found])
+            bucket = dict(zip([symbol for symbol, _ in found], key, strict=True))
+            values = {s: args[i] if d is None else args[i].shape[d] for s, i, d in self._graph.sizes} | bucket
+            chosen = compiler.plan_at(prepared, settings.target, settings.policy, bucket, values)
+            programmed = _program(prepared, chosen, values, settings, self._graph.name)
+        self._planned.append((bucket, programmed))
+        self._by_bucket[key] = programmed.forward
+        return programmed.forward
+
+    def _prepare(self, args: Sequence[Any]) -> Any:
+        return compiler.prepare(self._graph.freeze({i: args[i] for i in self._graph.weights}))
+
+
+class _Watched(NamedTuple):
+    """One weight: where it stands among the inputs, which object it is, and the state of its values."""
+
+    position: int
+    reference: weakref.ref[torch.Tensor]
+    address: int
+    version: int | None
+
+
+def _state(tensor: torch.Tensor) -> tuple[int, int | None]:
+    """Address and version: one of them changes when the values do. Inference tensors count no versions."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
+def _forget(graph: weakref.ref[Graph], tensor: weakref.ref[torch.Tensor]) -> None:
+    """Drops the programs of a model that is gone."""
+    if (found := graph()) is not None:
+        found._held = [each for each in found._held if each.alive]
+
+
+def graphs() -> Iterator[Graph]:
+    """All graphs that are alive."""
+    return iter(list(_graphs))
+
+
+def _program(prepared: fx.GraphModule, chosen: Plan, values: Bucket, settings: Settings, name: str) -> Programmed:
+    """Lowers and binds one plan; what is stored or packed already is shared."""
+    program = compiler.lower_at(prepared, chosen, values, {})
+    module = program.graph_module
+    original = {tensor.data_ptr() for tensor in prepared.buffers()}
+    for constant, tensor in list(module.named_buffers()):
+        if tensor.data_ptr() not in original:
+            module._buffers[constant] = _POOL.share(tensor)
+    if settings.portable:
+        return Programmed(chosen, (), module.forward, tuple(module.buffers()))
+    _check_host(settings, chosen.decisions)
+    binder = Binder(host.fast_math(os.environ), host.tuning(settings.tuning), {}, _POOL.identify, _POOL)
+    with host.remembering(binder.verdicts):
+        bound, entries = binder.bind(program)
+    if changed := host.changes([entries]):
+        warnings.warn(f"{name}: {changed}", host.ArmoptWarning, stacklevel=2)
+    return Programmed(chosen, tuple(entries), bound.forward, tuple(_constants(bound)))
+
+
+def _check_host(settings: Settings, decisions: Sequence[Decision]) -> None:
+    """Says once for each target what this process lacks."""
+    half = any(decision.precision.startswith("bf16") for decision in decisions)
+    required = ("bf16",) if half and settings.target.bf16 else ()
+    if (settings.target.name, required) in _checked:
+        return
+    _checked.add((settings.target.name, required))
+    wanted = {name: asdict(variable) for name, variable in environment.variables(settings.target).items()}
+    host.check(settings.target.name, wanted, required, {}, what="the plan", stacklevel=2)
+
+
+def _sizes(placeholders: Sequence[fx.Node], inputs: Sequence[int]) -> list[tuple[str, int, int | None]]:
+    """Where the value of each symbol is found: the input, and its dimension unless the input is the number itself."""
+    found: dict[str, tuple[str, int, int | None]] = {}
+    for i in inputs:
+        value = placeholders[i].meta["val"]
+        sizes: Any = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
+        for dimension, size in sizes:
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                symbol = str(size.node.expr)
+                found.setdefault(symbol, (symbol, i, dimension))
+    return list(found.values())
+
+
+def _symbols_of_layers(prepared: fx.GraphModule) -> set[str]:
+    """The symbols that the inputs of Linears and convolutions depend on: no other changes a plan."""
+    shapes: list[Any] = [g.value(node.args[0]).shape for node in sites.layers(prepared.graph)]  # type: ignore[arg-type]
+    return {
+        str(symbol)
+        for shape in shapes
+        for size in shape
+        if not isinstance(size, int)
+        for symbol in size.node.expr.free_symbols
+    }
+
+
+def _constants(bound: fx.GraphModule) -> Iterator[torch.Tensor]:
+    return (getattr(bound, str(node.target)) for node in bound.graph.nodes if node.op == "get_attr")
