@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from armopt.accuracy import validate as validate
+    from armopt.compiled import compile as compile
     from armopt.compiler import optimize as optimize
     from armopt.errors import ArmoptError as ArmoptError
     from armopt.ir import Target as Target
@@ -23,12 +24,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ArmoptError": "armopt.errors",
     "Target": "armopt.ir",
+    "compile": "armopt.compiled",
     "load": "armopt.runtime",
     "optimize": "armopt.compiler",
     "validate": "armopt.accuracy",
 }
 
-__all__ = ["ArmoptError", "Target", "__version__", "load", "optimize", "validate"]
+__all__ = ["ArmoptError", "Target", "__version__", "compile", "load", "optimize", "validate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from armopt import graph as g
 from armopt import structure
-from armopt.errors import CaptureError, InputError
+from armopt.errors import ArmoptError, CaptureError, InputError
 from armopt.ir import Captured, Dim, InputSpec, Symbol
 
 Args = tuple[Any, ...]
@@ -50,13 +50,13 @@ def module(
     """
     kwargs = dict(kwargs or {})
     check_dtypes(model, source)
-    args, kwargs = _check_signature(model, args, kwargs, source)
+    args, kwargs = check_signature(model, args, kwargs, source)
     if batch:
         size = batch[0] if len(batch) == 1 else max(2, *batch)  # export takes a dimension of 1 as a constant
         args, kwargs = resize_batch_of(args, kwargs, size)
     dynamic = _dynamic_shapes(model, args, kwargs) if len(batch) > 1 else None
-    with _eval_mode(model), torch.no_grad():
-        _try_once(model, args, kwargs, source)
+    with eval_mode(model), torch.no_grad():
+        try_once(model, args, kwargs, source)
         try:
             with quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
@@ -154,7 +154,8 @@ def _is_tensor(leaf: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """A model in eval mode, every part of it; afterwards as it was."""
     training = [part for part in model.modules() if part.training]
     model.eval()
     try:
@@ -175,7 +176,12 @@ def _signature_names(program: ExportedProgram, args: Args) -> list[str]:
     return [str(name) for name in names[: len(args)]] if len(names) >= len(args) else []
 
 
-def _check_signature(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> tuple[Args, dict[str, Any]]:
+def check_signature(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> tuple[Args, dict[str, Any]]:
+    """The inputs, if forward takes them.
+
+    Raises:
+        InputError: It does not.
+    """
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)
@@ -221,11 +227,17 @@ def _dynamic_shapes(model: torch.nn.Module, args: Args, kwargs: dict[str, Any]) 
     return shapes.dynamic_shapes(model, args, kwargs)
 
 
-def _try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> None:
-    """Runs the model, whose own error on unfit inputs says more than an export's; buffers stay as they were."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> None:
+    """Runs the model, whose own error on unfit inputs says more than an export's; buffers stay as they were.
+
+    Raises:
+        InputError: The model fails.
+    """
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     try:
         model(*args, **kwargs)
+    except ArmoptError:
+        raise
     except Exception as error:
         raise InputError(
             f"the model fails on the example inputs: {type(error).__name__}: {_first_line(error)}",
@@ -233,8 +245,9 @@ def _try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -
             hint="Check the names, shapes and dtypes given with --input",
         ) from error
     finally:
-        for buffer, value in before:
-            buffer.copy_(value)
+        for buffer, version, value in before:
+            if buffer._version != version:
+                buffer.copy_(value)
 
 
 def _explain(error: Exception, source: str, dynamic: bool) -> CaptureError:

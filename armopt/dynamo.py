@@ -34,6 +34,10 @@ _TRAINING = (
     *(_aten.native_dropout.default, _aten.bernoulli.default, _aten.bernoulli.p, _aten.rand_like.default),
     *(_aten._native_batch_norm_legit_functional.default, _aten.native_batch_norm.default),
 )
+#: What Dynamo's names of weights hold beside the names of modules.
+_PLUMBING = ("_modules", "_parameters", "_buffers", "__self__")
+#: Folders whose lines say nothing of where a graph comes from.
+_LIBRARIES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 _said: set[str] = set()
 
 
@@ -180,17 +184,18 @@ def _names(graph_module: fx.GraphModule) -> list[str]:
             name = getattr(source, "name", "")
             text = name() if callable(name) else str(name)
             parts = re.findall(r"\['?([^\]']+)'?\]|\.(\w+)", text)
-            kept = [a or b for a, b in parts if (a or b) not in ("_modules", "_parameters", "_buffers")]
+            kept = [a or b for a, b in parts if (a or b) not in _PLUMBING]
             found.append("_".join(kept[1:]) or str(node.target))
     return found
 
 
 def _place(graph_module: fx.GraphModule) -> str:
-    """Where a graph comes from: the first line of Python in it."""
+    """Where a graph comes from: the first line of the user's Python in it."""
     for node in graph_module.graph.nodes:
         trace = node.meta.get("stack_trace") if node.op != "placeholder" else None
-        if trace and (lines := re.findall(r'File "([^"]+)", line (\d+), in (\w+)', trace)):
-            file, line, function = lines[-1]
+        lines = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', trace or "")
+        if own := [line for line in lines if not line[0].startswith(_LIBRARIES)]:
+            file, line, function = own[0]
             return f"{Path(file).name}:{line} ({function})"
     return "a graph"
 

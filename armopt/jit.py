@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from armopt import buckets, capture, compiler, environment, host, sites, targets
 from armopt import graph as g
 from armopt.bind import Binder, Bound
-from armopt.errors import InputError
 from armopt.ir import Bucket, Decision, Plan, Skip, Target
+from armopt.kernels import table
 from armopt.plan import Policy
 from armopt.pool import Pool
 
@@ -29,6 +31,9 @@ MOST_WEIGHTS = 256
 _POOL = Pool()
 _lock = threading.RLock()
 _graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+#: Released weight -> its values in BF16.
+_released: Any = WeakTensorKeyDictionary()
+_made = 0
 _checked: set[tuple[str, tuple[str, ...]]] = set()
 
 
@@ -61,12 +66,14 @@ class Programmed:
     Attributes:
         plan: Decisions and refusals.
         kernels: What every node got on this host; empty where portable twins run.
+        weights: Shape of every node's weight.
         forward: Takes the graph's inputs without its weights.
         constants: All that it holds, packed or not.
     """
 
     plan: Plan
     kernels: tuple[Bound, ...]
+    weights: Mapping[str, tuple[int, ...]]
     forward: Forward
     constants: tuple[torch.Tensor, ...] = field(repr=False)
 
@@ -134,13 +141,6 @@ class Weights:
     """The programs of one graph for one set of weights, at each bucket of its shapes."""
 
     def __init__(self, graph: Graph, args: Sequence[Any]) -> None:
-        for i, name in graph.weights.items():
-            if args[i].is_meta:
-                raise InputError(
-                    f"{name} was released, so nothing new can be planned with it",
-                    where=graph.name,
-                    hint="Call it before with inputs of each kind that it is to serve, or keep the original weights",
-                )
         self._graph = graph
         forget = functools.partial(_forget, weakref.ref(graph))
         self._watched = [_Watched(i, weakref.ref(args[i], forget), *_state(args[i])) for i in graph.weights]
@@ -156,9 +156,35 @@ class Weights:
         return tuple(programmed for _, programmed in self._planned)
 
     @property
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """All tensors that the programs need: constants, packed weights, and what stands for released ones."""
+        released = [half for tensor in self.tensors if (half := _released.get(tensor)) is not None]
+        return (*(tensor for programmed in self.programs for tensor in programmed.constants), *released)
+
+    @property
+    def halved(self) -> tuple[torch.Tensor, ...]:
+        """The weights that programs multiply in BF16 alone, told by their size: others of that size count as well."""
+        stored = [
+            (math.prod(programmed.weights[entry.node]), table.get(entry.kernel).rounding.weights)
+            for programmed in self.programs
+            for entry in programmed.plan.decisions
+        ]
+        whole = {size for size, dtype in stored if dtype != torch.bfloat16}
+        half = {size for size, dtype in stored} - whole
+        return tuple(t for t in self.tensors if t.dim() > 1 and t.numel() in half)
+
+    @property
     def alive(self) -> bool:
         """Whether anyone can still call with these weights."""
         return all(each.reference() is not None for each in self._watched)
+
+    def watch(self) -> None:
+        """Takes the weights' values as they are now for the ones that the programs hold."""
+        self._watched = [
+            each._replace(address=state[0], version=state[1])
+            for each in self._watched
+            if (tensor := each.reference()) is not None and (state := _state(tensor))
+        ]
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -211,12 +237,14 @@ class Weights:
             values = {s: args[i] if d is None else args[i].shape[d] for s, i, d in self._graph.sizes} | bucket
             chosen = compiler.plan_at(prepared, settings.target, settings.policy, bucket, values)
             programmed = _program(prepared, chosen, values, settings, self._graph.name)
+        global _made
+        _made += 1
         self._planned.append((bucket, programmed))
         self._by_bucket[key] = programmed.forward
         return programmed.forward
 
     def _prepare(self, args: Sequence[Any]) -> Any:
-        return compiler.prepare(self._graph.freeze({i: args[i] for i in self._graph.weights}))
+        return compiler.prepare(self._graph.freeze({i: _value(args[i]) for i in self._graph.weights}))
 
 
 class _Watched(NamedTuple):
@@ -239,6 +267,55 @@ def _forget(graph: weakref.ref[Graph], tensor: weakref.ref[torch.Tensor]) -> Non
         found._held = [each for each in found._held if each.alive]
 
 
+def release(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Frees the FP32 values of those weights that programs multiply in BF16 alone; what they hold stays.
+
+    A copy in BF16 is kept, from which other graphs and buckets can be planned. The tensor itself keeps its shape and
+    reads as NaN.
+
+    Returns:
+        Those that were released.
+    """
+    wanted = {id(tensor) for tensor in tensors}
+    with _lock, torch.inference_mode(False), torch.no_grad():
+        held = [weights for graph in graphs() for weights in graph.held]
+        owners = [weights for weights in held if any(id(tensor) in wanted for tensor in weights.tensors)]
+        kept = {
+            tensor.untyped_storage().data_ptr()
+            for weights in owners
+            for programmed in weights.programs
+            for tensor in programmed.constants
+            if tensor.layout is torch.strided
+        }
+        seen = {id(tensor): tensor for weights in owners for tensor in weights.tensors if id(tensor) in wanted}
+        halves = {id(t) for weights in owners for t in weights.halved}
+        freed = []
+        for tensor in seen.values():
+            if id(tensor) in halves and tensor.untyped_storage().data_ptr() not in kept and tensor not in _released:
+                _released[tensor] = _POOL.share(tensor.detach().bfloat16())
+                tensor.data = torch.full((1,) * tensor.dim(), math.nan).expand(tensor.shape)
+                freed.append(tensor)
+        for weights in owners:
+            weights.watch()
+        return tuple(freed)
+
+
+def is_released(tensor: torch.Tensor) -> bool:
+    """Whether a weight's FP32 values are gone."""
+    return tensor in _released
+
+
+def _value(tensor: torch.Tensor) -> torch.Tensor:
+    """A weight's values, also where the original is released."""
+    half: torch.Tensor | None = _released.get(tensor)
+    return tensor if half is None else half.float()
+
+
+def count() -> int:
+    """How many programs were made in this process."""
+    return _made
+
+
 def graphs() -> Iterator[Graph]:
     """All graphs that are alive."""
     return iter(list(_graphs))
@@ -248,19 +325,20 @@ def _program(prepared: fx.GraphModule, chosen: Plan, values: Bucket, settings: S
     """Lowers and binds one plan; what is stored or packed already is shared."""
     program = compiler.lower_at(prepared, chosen, values, {})
     module = program.graph_module
+    weights = {name: site.weight for name, site in program.sites.items()}
     original = {tensor.data_ptr() for tensor in prepared.buffers()}
     for constant, tensor in list(module.named_buffers()):
         if tensor.data_ptr() not in original:
             module._buffers[constant] = _POOL.share(tensor)
     if settings.portable:
-        return Programmed(chosen, (), module.forward, tuple(module.buffers()))
+        return Programmed(chosen, (), weights, module.forward, tuple(module.buffers()))
     _check_host(settings, chosen.decisions)
     binder = Binder(host.fast_math(os.environ), host.tuning(settings.tuning), {}, _POOL.identify, _POOL)
     with host.remembering(binder.verdicts):
         bound, entries = binder.bind(program)
     if changed := host.changes([entries]):
         warnings.warn(f"{name}: {changed}", host.ArmoptWarning, stacklevel=2)
-    return Programmed(chosen, tuple(entries), bound.forward, tuple(_constants(bound)))
+    return Programmed(chosen, tuple(entries), weights, bound.forward, tuple(_constants(bound)))
 
 
 def _check_host(settings: Settings, decisions: Sequence[Decision]) -> None:
