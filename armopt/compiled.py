@@ -6,21 +6,25 @@ import copy
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
+from torch._dynamo import exc
 from torch.utils._pytree import tree_leaves
 
-from armopt import capture, dynamo, jit, zoo
-from armopt.errors import InputError
+from armopt import capture, dynamo, jit, layers, zoo
+from armopt.errors import ArmoptError, InputError
 from armopt.explain import Explanation, explain
-from armopt.ir import Target
+from armopt.ir import Skip, Target
 from armopt.plan import Policy
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
+
+#: How deep parts may be called by others than the model's own forward: ``model.model.encoder`` in a generate loop.
+_DEPTH = 2
 
 
 def compile(
@@ -35,10 +39,11 @@ def compile(
 ) -> _Model:
     """A model that runs armopt's kernels, for what can't be captured whole or is not to be deployed as a bundle.
 
-    The result is a module of the model's own class. It shares parameters, buffers, submodules and hooks with the model,
-    by their names; only ``forward`` is another, with the same signature. In eval mode it runs what Dynamo finds in
-    ``forward`` through armopt, under no_grad. In training mode, or with an input that requires a gradient, it runs as
-    the model does, after one warning. Weights that change are noticed at the next call.
+    The result is a module of the model's own class with the same parameters and buffers (not copies), and with its
+    submodules and hooks by their names. In eval mode ``forward`` runs what Dynamo makes of it, under no_grad; where
+    Python stands in the way (control flow on data, lists of images), it stays Python and the submodules are compiled,
+    down to single layers. In training mode, or with an input that requires a gradient, it runs as the model does, after
+    one warning. Weights that change are noticed at the next call.
 
     Args:
         model: With FP32 parameters.
@@ -48,8 +53,8 @@ def compile(
         policy: How kernels are chosen, also as ``--policy`` has it.
         tuning: A file from ``armopt tune`` on this host.
         plans: The most plans for one graph; past them the nearest serves other shapes.
-        release_original: Whether to free the FP32 weights that kernels multiply in BF16, here and in the model, after
-            each compilation. They read as NaN from then on, and training or saving them is an error.
+        release_original: Whether to free the FP32 weights that kernels multiply in BF16, here and in the model, as they
+            are compiled. They read as NaN from then on, and training or saving them is an error.
 
     Returns:
         The module. ``result.forward.explain()`` says what runs where, and how many bytes it holds.
@@ -64,92 +69,117 @@ def compile(
             hint="Pass the model; for a function use torch.compile(function, backend='armopt')",
         )
     original: Any = getattr(model, "_orig_mod", model)  # of torch.compile's wrapper
-    capture.check_dtypes(original, type(original).__name__)
+    name = type(original).__name__
+    capture.check_dtypes(original, name)
     options = {"target": target, "plans": plans, "policy": policy, "tuning": str(tuning or "")}
     dynamo.settings(options)
-    made = _sharing(original)
-    made.__dict__["forward"] = Forward(made, _own_forward(original, made), options, release_original)
+    zoo.ensure_torchvision_if_installed()
+    made: _Model = _clone(original)
+    parts: list[tuple[str, torch.nn.Module]] = [("", made), *_parts(made, _DEPTH)]
+    for path, part in parts:
+        if path and not layers.has_layers(part):
+            continue
+        part.__dict__["forward"] = Forward(part, _own_forward(part), path, options, release_original)
     if release_original:
-        made.register_state_dict_pre_hook(_refuse_released)
+        made.register_state_dict_pre_hook(_refuse_released)  # type: ignore[no-untyped-call]
     if example_inputs is not None:
         kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
         args = () if kwargs else tuple(example_inputs)
-        capture.check_signature(original, args, kwargs, type(original).__name__)
+        capture.check_signature(original, args, kwargs, name)
         with capture.eval_mode(made):
-            capture.try_once(made, args, kwargs, type(original).__name__)
-    return made  # type: ignore[no-any-return]
-
-
-def _sharing(model: Any) -> Any:
-    """Another module of the same class with the same parameters, buffers, submodules and hooks."""
-    cls: Any = type(model)
-    made = cls.__new__(cls)
-    made.__dict__.update(model.__dict__)
+            capture.try_once(made, args, kwargs, name)
     return made
 
 
-def _own_forward(model: torch.nn.Module, made: torch.nn.Module) -> Callable[..., Any]:
-    """A model's forward, bound to the module made of it."""
-    own: Any = model.__dict__.get("forward")
-    if isinstance(own, Forward):
-        own = own.original
-    if own is None or getattr(own, "__self__", None) is model:
-        return MethodType(type(model).forward if own is None else own.__func__, made)
-    found: Callable[..., Any] = own
+def _clone(model: _Model) -> _Model:
+    """Another module with modules of its own and the same tensors."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _parts(module: torch.nn.Module, depth: int) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Submodules that are called as such, to a depth; lists and dictionaries of modules count as none."""
+    if depth == 0:
+        return
+    for name, child in module.named_children():
+        container = isinstance(child, (torch.nn.ModuleList, torch.nn.ModuleDict))
+        if not container:
+            yield name, child
+        for path, part in _parts(child, depth if container else depth - 1):
+            yield f"{name}.{path}", part
+
+
+def _own_forward(module: torch.nn.Module) -> Callable[..., Any]:
+    """A module's forward, as if it had never been compiled."""
+    own: Any = module.__dict__.get("forward")
+    found: Callable[..., Any] = own.original if isinstance(own, Forward) else module.forward
     return found
 
 
 class Forward:
-    """The ``forward`` of a compiled module.
+    """The ``forward`` of a module that is compiled, or of a part of it.
 
     Attributes:
-        original: The model's own.
+        original: The module's own.
+        name: Of the part within the model; empty for the model itself.
+        divided: Why it stays Python and its parts are compiled; empty where it is compiled whole.
         released: Whether FP32 weights were freed.
     """
 
     def __init__(
-        self, owner: torch.nn.Module, original: Callable[..., Any], options: Mapping[str, Any], release_original: bool
+        self,
+        owner: torch.nn.Module,
+        original: Callable[..., Any],
+        name: str,
+        options: Mapping[str, Any],
+        release_original: bool,
     ) -> None:
         self.owner = owner
         self.original = original
+        self.name = name
+        self.divided = ""
         self.released = False
         self._options = dict(options)
         self._release = release_original
         self._lock = threading.Lock()
         self._programs = 0
+        self._compiled = self._compile(None)
         functools.update_wrapper(self, original)
         self.__signature__ = inspect.signature(original)
-        passed = dict(options)
-        if release_original:  # released weights no longer look as when they were traced; jit.Graph watches them itself
-            passed["guard_filter_fn"] = _without_weights
-        zoo.ensure_torchvision_if_installed()
-        self._compiled = torch.compile(_isolated(original), backend=dynamo.backend, options=passed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model.
+        """Runs the module.
 
         Raises:
             InputError: Gradients or training are asked of a model whose weights are released.
         """
+        if torch.compiler.is_compiling():  # as a part of what is compiled whole
+            return self.original(*args, **kwargs)
         reason = self._refusal(args, kwargs)
         if reason is not None:
             if self.released:
-                raise InputError(f"its FP32 weights were released, but {reason[0]}", where=self._name, hint=reason[1])
-            dynamo.fall_back(f"{self._name}: {reason[0]}, so PyTorch's own kernels run", reason[1])
+                raise InputError(f"its FP32 weights were released, but {reason[0]}", where=self._title, hint=reason[1])
+            dynamo.fall_back(f"{self._title}: {reason[0]}, so PyTorch's own kernels run", reason[1])
             return self.original(*args, **kwargs)
         with torch.no_grad():
-            result = self._compiled(*args, **kwargs)
+            result = self._run(args, kwargs)
         if self._release:
             self._release_weights()
         return result
 
     def explain(self) -> Explanation:
         """What runs where, and the bytes it holds."""
-        return explain(self.owner)
+        found = explain(self.owner)
+        divided = [
+            Skip(part.forward._title, part.forward.divided)
+            for part in self.owner.modules()
+            if isinstance(part.forward, Forward) and part.forward.divided
+        ]
+        return found.with_left_alone(divided)
 
     @property
-    def _name(self) -> str:
-        return type(self.owner).__name__
+    def _title(self) -> str:
+        return self.name or type(self.owner).__name__
 
     def _refusal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str] | None:
         if self.owner.training:
@@ -159,6 +189,49 @@ class Forward:
         ):
             return "an input requires a gradient", "Detach it, or call the model under torch.no_grad()"
         return None
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.divided:
+            try:
+                return self._compiled(*args, **kwargs)
+            except exc.FailOnRecompileLimitHit:
+                return self._run_dynamic(args, kwargs)
+            except exc.TorchDynamoException as error:  # raised before anything ran
+                self._divide(error)
+        return self.original(*args, **kwargs)
+
+    def _run_dynamic(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """After too many kinds of shapes: one compilation for all sizes."""
+        with self._lock:
+            self._compiled = self._compile(True)
+        try:
+            return self._compiled(*args, **kwargs)
+        except exc.TorchDynamoException as error:
+            self._divide(error)
+        return self.original(*args, **kwargs)
+
+    def _compile(self, dynamic: bool | None) -> Callable[..., Any]:
+        # released weights no longer look as when they were traced; jit.Graph watches them itself
+        options: Any = {"guard_filter_fn": _without_weights} if self._release else None
+        lowering = dynamo.Lowering(dynamo.settings(self._options), self._title, self.name)
+        made: Callable[..., Any] = torch.compile(
+            _isolated(self.original), backend=lowering, options=options, fullgraph=True, dynamic=dynamic
+        )
+        return made
+
+    def _divide(self, error: exc.TorchDynamoException) -> None:
+        """From now on this module is Python, and its parts are compiled."""
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, ArmoptError):
+            raise inner from error
+        with self._lock:
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            for path, part in _parts(self.owner, 1):
+                if layers.has_layers(part) and not isinstance(part.forward, Forward):
+                    name = f"{self.name}.{path}" if self.name else path
+                    made = Forward(part, part.forward, name, self._options, self._release)
+                    part.__dict__["forward"] = made
+            self.divided = f"Python runs it, its parts are compiled: {first[:200]}"
 
     def _release_weights(self) -> None:
         """Frees what new programs made superfluous."""
@@ -172,15 +245,15 @@ class Forward:
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         self._check_unreleased()
         owner, original = copy.deepcopy(self.owner, memo), copy.deepcopy(self.original, memo)
-        return Forward(owner, original, self._options, self._release)
+        return Forward(owner, original, self.name, self._options, self._release)
 
     def __reduce__(self) -> Any:
         self._check_unreleased()
-        return Forward, (self.owner, self.original, self._options, self._release)
+        return Forward, (self.owner, self.original, self.name, self._options, self._release)
 
     def _check_unreleased(self) -> None:
         if self.released:
-            raise _released_error(self._name)
+            raise _released_error(self._title)
 
 
 def _released_error(name: str) -> InputError:

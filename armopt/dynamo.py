@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,45 +67,71 @@ def backend(
         chosen = settings(options, mode)
     except ArmoptError as error:
         return _raising(error)  # raised here, it would reach the caller wrapped into one of Dynamo's
-    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs):
-        fall_back(
-            "gradients are recorded, so PyTorch's own kernels run",
-            "Call the model under torch.no_grad() or torch.inference_mode()",
-        )
-        return graph_module.forward
-    names = _names(graph_module)
-    where = _place(graph_module)
+    return Lowering(chosen)(graph_module, example_inputs)
 
-    def compile_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        reason = _refusal(gm)
-        if reason is not None:
-            fall_back(*reason)
-            return _Boxed(gm.forward)
-        context = TracingContext.try_get()
-        lifted = list(context.params_flat or ()) if context else []
-        static = set(context.fw_metadata.static_input_indices or ()) if context and context.fw_metadata else set()
-        # AOTAutograd merges inputs that share memory: then positions mean nothing
-        known = len(example_inputs) == len(lifted) + len(names)
-        count = len(lifted)
-        weights = {
-            i: names[i - count] if i >= count else f"constant{i}"
-            for i, value in enumerate(example_inputs)
-            if known and (i < count or i in static) and isinstance(value, torch.Tensor)
-        }
-        return jit.Graph(gm, chosen, where, weights)
 
-    with _undecomposed():
-        compiled = aot_module_simplified(
-            graph_module,
-            example_inputs,
-            fw_compiler=compile_inference,
-            inference_compiler=compile_inference,
-            decompositions={},
-            keep_inference_input_mutations=True,
-        )
-    disable: Any = torch._dynamo.disable
-    running: Callable[..., Any] = disable(compiled, reason="armopt has compiled it")
-    return running
+@dataclass(frozen=True)
+class Lowering:
+    """What :func:`backend` does, with options that are checked already.
+
+    Attributes:
+        settings: How graphs are planned.
+        title: Of the module whose graphs they are, for messages; without it its line in the source serves.
+        prefix: What names of its weights begin with: its path in the model.
+    """
+
+    settings: jit.Settings
+    title: str = ""
+    prefix: str = ""
+
+    def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Gives back what runs a graph."""
+        if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs):
+            fall_back(
+                "gradients are recorded, so PyTorch's own kernels run",
+                "Call the model under torch.no_grad() or torch.inference_mode()",
+            )
+            return graph_module.forward
+        matrices = [t for t in (*example_inputs, *graph_module.parameters()) if isinstance(t, torch.nn.Parameter)]
+        if all(matrix.dim() < 2 for matrix in matrices):
+            return graph_module.forward  # nothing to multiply with
+        prefix = f"{self.prefix}_" if self.prefix else ""
+        names = [prefix + name for name in _names(graph_module)]
+        where = self.title or _place(graph_module)
+
+        def compile_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            reason = _refusal(gm)
+            if reason is not None:
+                fall_back(*reason)
+                return _Boxed(gm.forward)
+            return jit.Graph(gm, self.settings, where, _weights(names, example_inputs))
+
+        with _undecomposed():
+            compiled = aot_module_simplified(
+                graph_module,
+                example_inputs,
+                fw_compiler=compile_inference,
+                inference_compiler=compile_inference,
+                decompositions={},
+                keep_inference_input_mutations=True,
+            )
+        disable: Any = torch._dynamo.disable
+        running: Callable[..., Any] = disable(compiled, reason="armopt has compiled it")
+        return running
+
+
+def _weights(names: Sequence[str], inputs: Sequence[Any]) -> dict[int, str]:
+    """Which inputs of AOTAutograd's graph are the model's own tensors, and their names."""
+    context = TracingContext.try_get()
+    lifted = len(context.params_flat or ()) if context else 0
+    static = set(context.fw_metadata.static_input_indices or ()) if context and context.fw_metadata else set()
+    if len(inputs) != lifted + len(names):  # inputs that share memory were merged: then positions mean nothing
+        return {}
+    return {
+        i: names[i - lifted] if i >= lifted else f"constant{i}"
+        for i, value in enumerate(inputs)
+        if (i < lifted or i in static) and isinstance(value, torch.Tensor)
+    }
 
 
 def settings(options: Mapping[str, Any] | None = None, mode: str | None = None) -> jit.Settings:
@@ -195,7 +222,7 @@ def _place(graph_module: fx.GraphModule) -> str:
         trace = node.meta.get("stack_trace") if node.op != "placeholder" else None
         lines = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', trace or "")
         if own := [line for line in lines if not line[0].startswith(_LIBRARIES)]:
-            file, line, function = own[0]
+            file, line, function = next((entry for entry in own if entry[2] == "forward"), own[0])
             return f"{Path(file).name}:{line} ({function})"
     return "a graph"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ class Explanation:
     left_alone: tuple[Skip, ...]
     original_bytes: int
     program_bytes: int
+
+    def with_left_alone(self, more: Iterable[Skip]) -> Explanation:
+        """The same with more that was left alone."""
+        return replace(self, left_alone=(*self.left_alone, *more))
 
     @property
     def resident_bytes(self) -> int:
