@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from armopt.kernels import aten
 from armopt.kernels.ops import CONV, KERNEL, LINEAR
 
 if TYPE_CHECKING:
-    from armopt.bundle.reader import Bundle
+    from armopt.bundle.reader import Bundle, Part
 
 #: TorchBench's bound for BF16.
 MIN_COSINE = 0.99
@@ -159,39 +159,84 @@ def validate(
     from armopt import runtime
     from armopt.bundle import reader
 
+    read = reader.read(bundle)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", runtime.ArmoptWarning)
-        loaded = runtime.load(bundle)
-    read = reader.read(bundle)
-    original = _original(read, against, model, trust_pickle)
+        loaded = runtime.load_parts(read)
+    if read.manifest.is_module and inputs is not None:
+        raise InputError('its parts take no inputs of the model (kind "module")', where="--inputs", hint="Leave it out")
+    originals = _originals(read, against, model, trust_pickle)
     found: dict[str, list[Accuracy]] = {}
-    for program in read.programs:
-        tensors = _tensors(read.signature, program.bucket, inputs)
-        loaded.check(tensors)
-        result = loaded.run_flat(tensors)
+    for part, program in [(each, program) for each in read.parts for program in each.programs]:
+        tensors = _tensors(part.signature, program.bucket, inputs)
+        loaded[part.path].check(tensors)
+        result = loaded[part.path].run_flat(tensors)
+        original = originals.get(part.path)
         with torch.no_grad():
             reference = InFp32(program.graph_module).run(*tensors) if original is None else original(*tensors)
-        positions = read.signature["outputs"]["positions"]
+        positions = part.signature["outputs"]["positions"]
         if len(reference) != len(result):
             raise InputError(f"the original has {len(reference)} outputs, the bundle {len(result)}", where=str(against))
-        names = structure.output_names(read.signature["outputs"], len(result))
-        found[bucket_name(program.bucket)] = compare_all(
+        names = structure.output_names(part.signature["outputs"], len(result))
+        found[" ".join(filter(None, (part.path, bucket_name(program.bucket))))] = compare_all(
             [names[i] for i in positions], [reference[i] for i in positions], [result[i] for i in positions]
         )
         if inputs is not None:
             break
-    if original is None:
+    if not originals:
         said = "the bundle's own graph with FP32 activations (weights as stored; pass --against for the original)"
     else:
         said = f"the original in FP32 ({against if isinstance(against, (str, Path)) else type(against).__name__})"
     report = summary(found, min_cosine=min_cosine, reference=said)
-    ran = "portable twins on this host" if loaded.portable else "the kernels of this host"
+    ran = (
+        "portable twins on this host" if any(part.portable for part in loaded.values()) else "the kernels of this host"
+    )
     return report | {"inputs": "given" if inputs is not None else "random, seeded", "ran": ran}
 
 
 def bucket_name(bucket: Mapping[str, int]) -> str:
     """A bucket as text: ``batch=8``; ``static`` where nothing is dynamic."""
     return ",".join(f"{name}={size}" for name, size in bucket.items()) or "static"
+
+
+def _originals(
+    read: Bundle, against: str | Path | torch.nn.Module | None, model: str, trust_pickle: bool
+) -> dict[str, Callable[..., Sequence[Any]]]:
+    """The original's graph, or its parts, by path: each takes and returns flat tensors."""
+    if against is None:
+        return {}
+    if not read.manifest.is_module:
+        original = _original(read, against, model, trust_pickle)
+        return {} if original is None else {"": original}
+    if isinstance(against, torch.nn.Module):
+        whole = against
+    else:
+        from armopt import sources
+
+        reference = model or str(read.manifest.model["factory"])
+        whole = sources.build(Path(against), sources.Options(model=reference))
+    return {part.path: _flat(whole, part) for part in read.parts}
+
+
+def _flat(whole: torch.nn.Module, part: Part) -> Callable[..., Sequence[Any]]:
+    """A submodule as a function of flat tensors, whose result stands as a graph's does."""
+    try:
+        module = whole.get_submodule(part.path)
+    except AttributeError:
+        raise InputError(f"has no part {part.path}", where=type(whole).__name__, hint="Is it the original?") from None
+    outputs = part.signature["outputs"]
+    arrange = structure.builder(part.signature["inputs"])
+
+    def call(*tensors: torch.Tensor) -> Sequence[Any]:
+        nested = arrange(list(tensors))
+        found = structure.flatten(outputs, module(*nested["args"], **nested["kwargs"]), "outputs")
+        flat: list[Any] = [None] * (max(outputs["positions"]) + 1)
+        for position, tensor in zip(outputs["positions"], found, strict=True):
+            flat[position] = tensor
+        return flat
+
+    module.eval()
+    return call
 
 
 def _original(

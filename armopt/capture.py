@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def module(
     kwargs: Kwargs | None = None,
     *,
     batch: Sequence[int] = (),
+    varying: Sequence[Collection[int]] = (),
     source: str = "model",
 ) -> Captured:
     """Captures a module with torch.export.
@@ -39,6 +40,7 @@ def module(
         args: Example positional inputs.
         kwargs: Example keyword inputs.
         batch: Sizes of the first dimension to plan for; more than one makes that dimension dynamic.
+        varying: For each tensor among the inputs, in their order, the dimensions that are to be dynamic.
         source: What to call the model in messages.
 
     Returns:
@@ -55,6 +57,8 @@ def module(
         size = batch[0] if len(batch) == 1 else max(2, *batch)  # export takes a dimension of 1 as a constant
         args, kwargs = resize_batch_of(args, kwargs, size)
     dynamic = _dynamic_shapes(model, args, kwargs) if len(batch) > 1 else None
+    if any(varying):
+        dynamic = _varying_shapes(model, args, kwargs, varying)
     with eval_mode(model), torch.no_grad():
         try_once(model, args, kwargs, source)
         try:
@@ -89,7 +93,7 @@ def exported(
     with torch.no_grad(), quiet():
         program = program.run_decompositions({})
     graph_module = _unlift(program, source)
-    inputs, tensors = structure.describe({"args": list(args), "kwargs": kwargs}, _is_tensor, "inputs")
+    inputs, tensors = describe_inputs(args, kwargs)
     names = _input_names(graph_module, tensors)
     _check_tensors(graph_module, tensors, source)
     outputs = _outputs(program, source)
@@ -225,6 +229,26 @@ def _dynamic_shapes(model: torch.nn.Module, args: Args, kwargs: dict[str, Any]) 
         if tensor.shape[0] == size:
             shapes[tensor] = {0: dimension}
     return shapes.dynamic_shapes(model, args, kwargs)
+
+
+def _varying_shapes(
+    model: torch.nn.Module, args: Args, kwargs: dict[str, Any], varying: Sequence[Collection[int]]
+) -> Any:
+    _, tensors = describe_inputs(args, kwargs)
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for tensor, dimensions in zip(tensors, varying, strict=True):
+        if dimensions:
+            shapes[tensor] = dict.fromkeys(dimensions, torch.export.Dim.AUTO)
+    return shapes.dynamic_shapes(model, args, kwargs)
+
+
+def describe_inputs(args: Args, kwargs: Kwargs, where: str = "inputs") -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """How the inputs of a call nest, and their tensors in order.
+
+    Raises:
+        InputError: They hold something that a bundle can't describe.
+    """
+    return structure.describe({"args": list(args), "kwargs": dict(kwargs)}, _is_tensor, where)
 
 
 def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -89,9 +89,10 @@ def lower_at(prepared: fx.GraphModule, chosen: Plan, values: Bucket, rounded: di
 
 
 def optimize(
-    model: torch.nn.Module | torch.export.ExportedProgram | Captured | str | Path,
+    model: torch.nn.Module | torch.export.ExportedProgram | Captured | sources.Whole | str | Path,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     *,
+    kind: Literal["graph", "module"] = "graph",
     output: str | Path,
     target: str | Target = "graviton3",
     batch: Sequence[int] = (),
@@ -104,11 +105,14 @@ def optimize(
 
     Args:
         model: A module, an exported program, or the path of a model file.
-        example_inputs: Positional inputs as a sequence, or named ones as a mapping; a file may have its own.
+        example_inputs: Positional inputs as a sequence, or named ones as a mapping; a file may have its own. Of kind
+            "module": a sequence of calls, each a tuple of positional inputs; sizes that differ between them may vary.
+        kind: "graph" for the whole model in one graph. "module" for a module that can't be captured whole: its parts
+            become graphs, and the Python between them stays in the model's own code (see docs/compile.md).
         output: Where the bundle goes; a folder, or one file where it ends in .zip.
         target: A product's name (see ``armopt targets``), or ``host``.
         batch: Sizes of the first dimension to plan for; several make it dynamic.
-        policy: How kernels are chosen, also as ``--policy`` has it; by cost where there is a table for the target's core.
+        policy: How kernels are chosen, also as ``--policy`` has it; by cost where there is a table for the core.
         min_cosine: The least cosine similarity to FP32 of any output.
         force: Replace a bundle that is there.
         progress: Told of each step.
@@ -121,6 +125,16 @@ def optimize(
         CaptureError: torch.export can't take the model whole.
         AccuracyError: The gate failed; the bundle is written and marked as not deployable.
     """
+    if kind == "module":
+        if not isinstance(model, torch.nn.Module):
+            raise InputError('kind "module" needs an nn.Module', where=type(model).__name__, hint="Pass the module")
+        model = sources.Whole(model, tuple((tuple(args), {}) for args in example_inputs or ()))
+    if isinstance(model, sources.Whole):
+        from armopt import module_bundle  # which is made of the functions of this module
+
+        return module_bundle.optimize(
+            model, Path(output), find_target(target), policy, min_cosine=min_cosine, force=force, progress=progress
+        )
     output = Path(output)
     writer.check_place(output, force=force)
     chosen = find_target(target)
@@ -142,26 +156,11 @@ def optimize(
     step("write")
     variables = environment.variables(chosen)
     described = _describe(planned, programs, accuracy, variables)
-    texts = {
-        source.REPORT: writer.to_json(accuracy | {"passes": [_record(record) for record in planned.records]}),
-        source.ENV: environment.render(variables, "shell"),
-        source.REQUIREMENTS: _requirements(),
-    }
-    signature: dict[str, Any] = {
-        "inputs": captured.inputs,
-        "outputs": captured.outputs,
-        "specs": [asdict(spec) for spec in captured.input_specs],
-        "symbols": [asdict(symbol) for symbol in captured.symbols],
-    }
-    written = writer.write(output, described, programs, texts, signature, force=force)
+    written = writer.write(
+        output, described, programs, texts(accuracy, [planned], variables), signature(captured), force=force
+    )
     progress("done", len(steps), len(steps))
-    if not accuracy["passed"]:
-        raise AccuracyError(
-            f"cosine similarity to FP32 is {accuracy['cosine']:.6f}, below {min_cosine}"
-            + ("" if accuracy["finite"] else "; values that are finite in FP32 are not in BF16"),
-            where=str(output),
-            hint="The bundle is marked as not deployable; see its report.json",
-        )
+    gate(accuracy, output)
     return written
 
 
@@ -234,6 +233,12 @@ def find_buckets(captured: Captured, batch: Sequence[int]) -> tuple[Bucket, ...]
 
 def check_accuracy(captured: Captured, programs: Sequence[codec.Program], min_cosine: float) -> dict[str, Any]:
     """Runs the captured FP32 graph and each program's twins on the example, batch by batch."""
+    found = compare(captured, programs)
+    return metrics.summary(found, min_cosine=min_cosine, reference="the model in FP32, on its example inputs")
+
+
+def compare(captured: Captured, programs: Sequence[codec.Program]) -> dict[str, list[metrics.Accuracy]]:
+    """The metrics of every output, by bucket."""
     found = {}
     for program in programs:
         tensors = example_at(captured, program.bucket)
@@ -242,7 +247,7 @@ def check_accuracy(captured: Captured, programs: Sequence[codec.Program], min_co
         found[metrics.bucket_name(program.bucket)] = metrics.compare_all(
             structure.output_names(captured.outputs, len(reference)), reference, result
         )
-    return metrics.summary(found, min_cosine=min_cosine, reference="the model in FP32, on its example inputs")
+    return found
 
 
 def _run(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
@@ -275,11 +280,46 @@ def _describe(
     accuracy: Mapping[str, Any],
     variables: Mapping[str, environment.Variable],
 ) -> manifest.Manifest:
-    captured, target = planned.captured, planned.target
-    weights = writer.collect_weights(programs)
-    half = any(entry.precision.startswith("bf16") for each in planned.plans for entry in each.decisions)
+    captured = planned.captured
+    model = {"source": captured.source, "digest": captured.digest, **inputs_of(captured)}
+    sizes = {
+        "bytes": size(writer.collect_weights(programs).values()),
+        "fp32_bytes": size(captured.graph_module.buffers()),
+    }
+    return describe({"": planned}, model, sizes, accuracy, variables)
+
+
+def inputs_of(captured: Captured) -> dict[str, Any]:
+    """The inputs and symbols of a graph as the manifest has them."""
+    return {
+        "inputs": [asdict(spec) | {"shape": list(spec.shape)} for spec in captured.input_specs],
+        "symbols": [asdict(symbol) for symbol in captured.symbols],
+    }
+
+
+def describe(
+    planned: Mapping[str, Planned],
+    model: Mapping[str, Any],
+    weights: Mapping[str, int],
+    accuracy: Mapping[str, Any],
+    variables: Mapping[str, environment.Variable],
+    left: Sequence[Skip] = (),
+) -> manifest.Manifest:
+    """A manifest without files.
+
+    Args:
+        planned: By path of the part; the whole model's is empty.
+        model: What it says of the model.
+        weights: Bytes in the bundle and in FP32.
+        accuracy: The report.
+        variables: Wanted of the environment.
+        left: What is left to Python.
+    """
+    target = next(iter(planned.values())).target
+    plans = [(path, each) for path, whole in planned.items() for each in whole.plans]
+    half = any(entry.precision.startswith("bf16") for _, each in plans for entry in each.decisions)
     return manifest.Manifest(
-        schema_version=manifest.SCHEMA_VERSION,
+        schema_version=manifest.SCHEMA_VERSION if model.get("kind") == "module" else 1,
         armopt_version=armopt.__version__,
         target=target.name,
         machine=targets.machine(target),
@@ -287,33 +327,69 @@ def _describe(
         environment={name: asdict(variable) for name, variable in variables.items()},
         versions=environment.record(),
         files={},
-        model={
-            "source": captured.source,
-            "digest": captured.digest,
-            "inputs": [asdict(spec) | {"shape": list(spec.shape)} for spec in captured.input_specs],
-            "symbols": [asdict(symbol) for symbol in captured.symbols],
-        },
+        model=model,
         plan=tuple(
             {
+                **({"part": path} if path else {}),
                 "bucket": dict(each.bucket),
                 "policy": each.policy,
                 "nodes": [asdict(entry) | {"shape": list(entry.shape)} for entry in each.decisions],
             }
-            for each in planned.plans
+            for path, each in plans
         ),
         accuracy={
             name: accuracy[name] for name in ("cosine", "max_abs", "finite", "min_cosine", "passed", "reference")
         },
-        weights={
-            "bytes": sum(_size(tensor) for tensor in weights.values()),
-            "fp32_bytes": sum(_size(tensor) for tensor in captured.graph_module.buffers()),
-        },
-        refused=tuple(asdict(skip) for skip in planned.refused),
+        weights=weights,
+        refused=tuple(
+            asdict(replace(skip, node=f"{path}: {skip.node}") if path else skip)
+            for path, whole in planned.items()
+            for skip in whole.refused
+        )
+        + tuple(asdict(skip) for skip in left),
     )
 
 
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def size(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of all of them."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def signature(captured: Captured) -> dict[str, Any]:
+    """What a bundle holds of a graph beside its programs."""
+    return {
+        "inputs": captured.inputs,
+        "outputs": captured.outputs,
+        "specs": [asdict(spec) for spec in captured.input_specs],
+        "symbols": [asdict(symbol) for symbol in captured.symbols],
+    }
+
+
+def texts(
+    accuracy: Mapping[str, Any], planned: Iterable[Planned], variables: Mapping[str, environment.Variable]
+) -> dict[str, str]:
+    """The files of a bundle that are for people and shells."""
+    passed = [_record(record) for each in planned for record in each.records]
+    return {
+        source.REPORT: writer.to_json({**accuracy, "passes": passed}),
+        source.ENV: environment.render(variables, "shell"),
+        source.REQUIREMENTS: _requirements(),
+    }
+
+
+def gate(accuracy: Mapping[str, Any], output: Path) -> None:
+    """Refuses a bundle that is written but not accurate enough.
+
+    Raises:
+        AccuracyError: It is not.
+    """
+    if not accuracy["passed"]:
+        raise AccuracyError(
+            f"cosine similarity to FP32 is {accuracy['cosine']:.6f}, below {accuracy['min_cosine']}"
+            + ("" if accuracy["finite"] else "; values that are finite in FP32 are not in BF16"),
+            where=str(output),
+            hint="The bundle is marked as not deployable; see its report.json",
+        )
 
 
 def _record(record: pipeline.Record) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def examine(
         findings.append(_no_bf16(host))
     verdicts: tuple[Verdict, ...] = ()
     if opened is not None and bundle is not None:
-        verdicts, more = _prove(opened, bundle, findings)
+        verdicts, more = _prove(opened, findings)
         findings = [*_proved(findings, verdicts), *more]
     if strict:
         findings = [replace(f, severity="hard") if f.severity == "soft" else f for f in findings]
@@ -385,9 +385,7 @@ def _no_bf16(host: Target) -> Difference:
     return Difference("soft", "CPU features", "bf16", f"{host.core} without it", cost, remedy)
 
 
-def _prove(
-    opened: Bundle, path: str | Path, findings: Sequence[Difference]
-) -> tuple[tuple[Verdict, ...], list[Difference]]:
+def _prove(opened: Bundle, findings: Sequence[Difference]) -> tuple[tuple[Verdict, ...], list[Difference]]:
     """Loads the bundle, which probes every kernel and shape, unless this host can't run it."""
     from armopt import runtime
 
@@ -396,12 +394,12 @@ def _prove(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # all of it is in the findings
         try:
-            model = runtime.load(path)
+            parts = runtime.load_parts(opened)
         except HostError as error:
             return (), [Difference("hard", "bundle", "loads", error.what, "it can't run here", error.hint)]
-    if model.portable:
+    if any(part.portable for part in parts.values()):
         return (), []
-    verdicts = _verdicts(opened, model.kernels)
+    verdicts = _verdicts(opened, [entries for part in parts.values() for entries in part.kernels])
     changed = [v for v in verdicts if v.reason]
     count, all_layers = sum(v.layers for v in changed), sum(v.layers for v in verdicts)
     if not changed:

@@ -81,6 +81,12 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
         BundleError: The bundle is damaged.
     """
     described = reader.read(bundle).manifest
+    if described.is_module:
+        raise InputError(
+            'is of kind "module": it needs the Python of its model, which only its own image can bring',
+            where=str(bundle),
+            hint="Copy the bundle into that image and start it with: armopt run BUNDLE -- python serve.py",
+        )
     parent = output.absolute().parent
     if output.exists():
         raise InputError("is there already", where=str(output), hint="Choose another place with -o")

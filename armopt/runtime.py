@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from armopt import buckets, host, structure
+from armopt import buckets, glue, host, structure
 from armopt.bind import Binder, Bound
 from armopt.bundle import reader
 from armopt.bundle.codec import Program
@@ -41,6 +41,7 @@ class Model:
         *,
         portable: bool,
         kernels: Sequence[Sequence[Bound]],
+        empty: Forward | None = None,
     ) -> None:
         self.manifest = manifest
         self.portable = portable
@@ -52,6 +53,7 @@ class Model:
         self._symbols: list[str] = [symbol["name"] for symbol in signature["symbols"]]
         self._build = structure.builder(signature["outputs"])
         self._positions: list[int] = signature["outputs"]["positions"]
+        self._empty = empty
         self._programs = [(dict(bucket), forward) for bucket, forward in programs]
         # where the symbols' values are found: (symbol, tensor, dimension)
         self._where = [
@@ -148,14 +150,22 @@ class Model:
         return given, named
 
     def _select(self, tensors: Sequence[torch.Tensor]) -> Forward:
-        """The program of the nearest bucket, by ratio."""
+        """The program of the nearest bucket, by ratio; without elements to work on, kernels have no part in it."""
+        if self._empty is not None and self._where and not all(tensor.numel() for tensor in tensors):
+            return self._empty
         if len(self._programs) == 1:
             return self._programs[0][1]
         values = {symbol: tensors[i].shape[d] for symbol, i, d in self._where}
         return buckets.nearest(self._programs, values)
 
 
-def load(path: str | Path, *, strict: bool = False, tuning: str | Path | None = None) -> Model:
+#: What builds a model: a reference, a function without arguments, or the model itself.
+Factory = str | Callable[[], torch.nn.Module] | torch.nn.Module
+
+
+def load(
+    path: str | Path, *, model: Factory | None = None, strict: bool = False, tuning: str | Path | None = None
+) -> Model | ModuleModel:
     """Loads a bundle for this host.
 
     On the target's architecture each kernel is run once with oneDNN's log on; one that answers with a reference
@@ -164,6 +174,8 @@ def load(path: str | Path, *, strict: bool = False, tuning: str | Path | None = 
 
     Args:
         path: The bundle, a folder or a zip.
+        model: For a bundle of kind "module": what builds the model whose Python runs between the graphs; its weights
+            count for nothing. torchvision's own models need none. Code is never taken out of a bundle.
         strict: Whether any difference between this host and the manifest is an error.
         tuning: A file from ``armopt tune`` on this host; by default the one that ``ARMOPT_TUNING`` names.
 
@@ -171,27 +183,44 @@ def load(path: str | Path, *, strict: bool = False, tuning: str | Path | None = 
         A callable that takes and returns what the original model did.
 
     Raises:
-        BundleError: The bundle is damaged.
+        BundleError: The bundle is damaged, or another model is given than it was made from.
         HostError: This host lacks a CPU feature that the bundle needs, or, if strict, differs at all.
+        InputError: `model` is missing, or builds none.
     """
     bundle = reader.read(path)
-    if not bundle.manifest.accuracy["passed"]:
+    factory = glue.find_factory(bundle, model)
+    parts = load_parts(bundle, strict=strict, tuning=tuning, stacklevel=3)
+    if factory is None:
+        return parts[""]
+    return ModuleModel(bundle.manifest, glue.assemble(bundle, factory, parts), parts)
+
+
+def load_parts(
+    bundle: reader.Bundle, *, strict: bool = False, tuning: str | Path | None = None, stacklevel: int = 2
+) -> dict[str, Model]:
+    """The graphs of a bundle, ready to run, by path of the part; the whole model's is empty.
+
+    Raises:
+        HostError: See :func:`load`.
+    """
+    described = bundle.manifest
+    if not described.accuracy["passed"]:
         warnings.warn(
-            f"{path} is marked as not deployable: its accuracy gate failed (see its report.json)",
+            f"{bundle.path} is marked as not deployable: its accuracy gate failed (see its report.json)",
             ArmoptWarning,
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
-    portable = host.is_portable(bundle.manifest.machine)
+    portable = host.is_portable(described.machine)
     if portable:
-        aim = f"{bundle.manifest.target} ({bundle.manifest.machine})"
+        aim = f"{described.target} ({described.machine})"
         warnings.warn(
             f"the bundle is for {aim}, this host is {platform.machine()}: "
             "portable twins run, with the target's rounding but not its speed",
             ArmoptWarning,
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
-        return _model(bundle, [(p, p.graph_module.forward, []) for p in bundle.programs], portable=True)
-    described = bundle.manifest
+        twins = {part.path: [(p, p.graph_module.forward, ()) for p in part.programs] for part in bundle.parts}
+        return _models(bundle, twins, portable=True)
     host.check(
         described.target,
         described.environment,
@@ -199,30 +228,63 @@ def load(path: str | Path, *, strict: bool = False, tuning: str | Path | None = 
         described.versions,
         strict=strict,
         remedy=_RESTART,
+        stacklevel=stacklevel + 1,
     )
-    bound = []
-    binder = Binder(host.fast_math(os.environ), host.tuning(tuning))
-    with host.remembering(binder.verdicts):
-        for program in bundle.programs:
-            module, entries = binder.bind(program)
-            bound.append((program, module.forward, entries))
-    if changed := host.changes(entries for _, _, entries in bound):
+    bound: dict[str, list[_Bound]] = {}
+    verdicts: dict[str, str | None] = {}
+    with host.remembering(verdicts):
+        for part in bundle.parts:
+            binder = Binder(host.fast_math(os.environ), host.tuning(tuning), verdicts)
+            for program in part.programs:
+                module, entries = binder.bind(program)
+                bound.setdefault(part.path, []).append((program, module.forward, entries))
+    if changed := host.changes(entries for each in bound.values() for _, _, entries in each):
         if strict:
             raise HostError(changed, hint=_RESTART)
-        warnings.warn(changed, ArmoptWarning, stacklevel=2)
-    return _model(bundle, bound, portable=False)
+        warnings.warn(changed, ArmoptWarning, stacklevel=stacklevel)
+    return _models(bundle, bound, portable=False)
 
 
-def _model(
-    bundle: reader.Bundle, programs: Sequence[tuple[Program, Forward, Sequence[Bound]]], *, portable: bool
-) -> Model:
-    return Model(
-        bundle.manifest,
-        bundle.signature,
-        [(program.bucket, forward) for program, forward, _ in programs],
-        portable=portable,
-        kernels=[entries for _, _, entries in programs],
-    )
+_Bound = tuple[Program, Forward, Sequence[Bound]]
+
+
+def _models(bundle: reader.Bundle, bound: Mapping[str, Sequence[_Bound]], *, portable: bool) -> dict[str, Model]:
+    return {
+        part.path: Model(
+            bundle.manifest,
+            part.signature,
+            [(program.bucket, forward) for program, forward, _ in bound[part.path]],
+            portable=portable,
+            kernels=[entries for _, _, entries in bound[part.path]],
+            empty=part.programs[0].graph_module.forward if part.path else None,
+        )
+        for part in bundle.parts
+    }
+
+
+class ModuleModel:
+    """A bundle of kind "module" ready to run. Call it as the original model.
+
+    Attributes:
+        manifest: Of the bundle.
+        module: The model; the parts in the bundle run its graphs.
+        parts: The graphs by path.
+        portable: Whether the kernels' portable twins run.
+        kernels: For each part and bucket, what every node runs.
+    """
+
+    def __init__(self, manifest: Manifest, module: torch.nn.Module, parts: Mapping[str, Model]) -> None:
+        self.manifest = manifest
+        self.module = module
+        self.parts = dict(parts)
+        self.portable = any(part.portable for part in parts.values())
+        self.kernels = tuple(entries for part in parts.values() for entries in part.kernels)
+        self.__signature__ = inspect.signature(module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model."""
+        with torch.no_grad():
+            return self.module(*args, **kwargs)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -31,6 +31,7 @@ from armopt import onednn_log
 from armopt.errors import ArmoptError, InputError
 from armopt.runtime import Model
 
+_OWN_SERVER = "Serve it with a server of your own: armopt run BUNDLE -- python serve.py"
 _JSON = "application/json"
 _BINARY = "application/octet-stream"
 
@@ -50,7 +51,10 @@ class Service:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="armopt")
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            self.model: Model = self._thread.submit(armopt.load, bundle).result()
+            loaded = self._thread.submit(armopt.load, bundle).result()
+        if not isinstance(loaded, Model):
+            raise InputError('a bundle of kind "module" takes more than tensors', where=bundle, hint=_OWN_SERVER)
+        self.model: Model = loaded
         self.remarks = tuple(str(each.message) for each in said)
         self.inputs = {spec["name"]: spec for spec in self.model.manifest.model["inputs"]}
 

@@ -39,6 +39,71 @@ class Options:
     trust_pickle: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A model that is to be captured part by part.
+
+    Attributes:
+        module: The model.
+        calls: Positional and named inputs to run it on; sizes that differ between them may vary.
+        factory: Reference to what builds it: torchvision's is found again at load, another is given then.
+    """
+
+    module: torch.nn.Module
+    calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
+    factory: str = ""
+
+
+def open_whole(path: Path | None, options: Options) -> Whole:
+    """A model to be captured part by part, from a factory and maybe a state dict.
+
+    Raises:
+        InputError: There is no factory, the file doesn't fit it, or inputs are missing.
+    """
+    if not options.model:
+        raise InputError(
+            'kind "module" needs what builds the model: its Python is no part of a bundle',
+            where=str(path),
+            hint="Add --model torchvision:NAME or --model package.module:factory",
+        )
+    model = build(path, options)
+    capture.check_dtypes(model, options.model)
+    if zoo.is_detection(options.model):
+        return Whole(model, zoo.detection_calls(options.model, _images(options)), options.model)
+    args, kwargs = _example(model, options, options.model)
+    return Whole(model, ((args, kwargs),), options.model)
+
+
+def build(path: Path | None, options: Options) -> torch.nn.Module:
+    """The model that a reference names, with the weights of a state dict if one is given.
+
+    Raises:
+        InputError: The file is no state dict, or doesn't fit.
+    """
+    model = zoo.resolve(options.model)()
+    if path is not None:
+        try:
+            content = _read_safetensors(path) if find_kind(path) == "safetensors" else _read_torch_save(path)
+        except pickle.UnpicklingError:
+            raise InputError("holds a pickled object", where=str(path), hint="Save model.state_dict()") from None
+        _load_state(model, _checked_state(content, path), path, options.model)
+    return model
+
+
+def _images(options: Options) -> list[torch.Tensor]:
+    """Images of one list, from ``--input 3x480x640`` and ``--inputs``."""
+    positional, named = inputs.generate(options.inputs)
+    images = [*positional, *named.values(), *(options.samples or {}).values()]
+    for image in images:
+        if image.dim() != 3 or image.dtype != torch.float32:
+            raise InputError(
+                f"an image is {list(image.shape)} {image.dtype}".replace("torch.", ""),
+                where=options.model,
+                hint="Give each image of the list by itself: --input 3x480x640 --input 3x600x400",
+            )
+    return [image.abs().clamp(max=1) for image in images]
+
+
 def open_model(path: Path, options: Options) -> Captured:
     """Captures the model in a file.
 
@@ -186,15 +251,23 @@ def _is_quantized_script(path: Path) -> bool:
 
 def _from_torch_save(path: Path, options: Options) -> Captured:
     try:
-        with capture.quiet():
-            content = torch.load(path, weights_only=True, map_location="cpu", mmap=None)
+        content = _read_torch_save(path)
     except pickle.UnpicklingError:
         return _from_pickle(path, options)
+    return _from_state(content, path, options)
+
+
+def _read_torch_save(path: Path) -> Any:
+    """What torch.save wrote; UnpicklingError where that takes running code."""
+    try:
+        with capture.quiet():
+            return torch.load(path, weights_only=True, map_location="cpu", mmap=None)
+    except pickle.UnpicklingError:
+        raise
     except Exception as error:
         raise InputError(
             f"is truncated or damaged: {_first_line(error)}", where=str(path), hint="Save the model again"
         ) from error
-    return _from_state(content, path, options)
 
 
 def _from_pickle(path: Path, options: Options) -> Captured:
@@ -238,12 +311,17 @@ def _read_safetensors(path: Path) -> Mapping[str, torch.Tensor]:
         ) from error
 
 
-def _from_state(content: Any, path: Path, options: Options) -> Captured:
+def _checked_state(content: Any, path: Path) -> Mapping[str, torch.Tensor]:
     state = _find_state(content)
     if state is None:
         raise InputError(
             f"holds a {type(content).__name__}, not a state dict", where=str(path), hint="Save model.state_dict()"
         )
+    return state
+
+
+def _from_state(content: Any, path: Path, options: Options) -> Captured:
+    state = _checked_state(content, path)
     if not options.model:
         raise InputError(
             f"holds a state dict of {len(state)} tensors, which doesn't say what model it is",
@@ -297,6 +375,12 @@ def _load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path:
 
 def _from_module(model: torch.nn.Module, options: Options, source: str) -> Captured:
     capture.check_dtypes(model, source)
+    args, kwargs = _example(model, options, source)
+    return capture.module(model, args, kwargs, batch=options.batch, source=source)
+
+
+def _example(model: torch.nn.Module, options: Options, source: str) -> tuple[tuple[Any, ...], dict[str, torch.Tensor]]:
+    """The inputs that options give, or torchvision's own."""
     by_position, by_name, open_ended = inputs.parameters(model)
     if options.inputs or options.samples is not None:
         args, kwargs = _inputs([*by_position, *by_name], options, source, open_ended=open_ended)
@@ -313,7 +397,7 @@ def _from_module(model: torch.nn.Module, options: Options, source: str) -> Captu
             where=source,
             hint="Describe them with --input NAME=1x3x224x224:float32 or give --inputs FILE",
         )
-    return capture.module(model, args, kwargs, batch=options.batch, source=source)
+    return args, kwargs
 
 
 def _inputs(

@@ -394,7 +394,7 @@ def resolve(reference: str) -> ModelFactory:
                 hint=_suggest(name, [known for known in dir(target) if not known.startswith("_")], _FORMS),
             )
         target = getattr(target, name)
-    return _checked(target, reference)
+    return checked(target, reference)
 
 
 def _torchvision_factory(reference: str) -> ModelFactory:
@@ -413,7 +413,7 @@ def _torchvision_factory(reference: str) -> ModelFactory:
         options["weights_backbone"] = None  # its default downloads
     if "googlenet" in name or "inception" in name:
         options["init_weights"] = True  # leaving it out warns
-    return _checked(lambda: models.get_model(name, **options), reference)
+    return checked(lambda: models.get_model(name, **options), reference)
 
 
 def _import_user_module(name: str, reference: str) -> ModuleType:
@@ -444,8 +444,12 @@ def _import_user_module(name: str, reference: str) -> ModuleType:
         ) from error
 
 
-def _checked(target: object, reference: str) -> ModelFactory:
-    """`target` as a factory whose failures name the reference."""
+def checked(target: object, reference: str) -> ModelFactory:
+    """`target` as a factory whose failures name the reference.
+
+    Raises:
+        InputError: It can't be called.
+    """
     if isinstance(target, nn.Module):  # a ready model is callable too, but calling it would run it
         model = target
         return lambda: model
@@ -612,6 +616,32 @@ def example_inputs(reference: str, size: Size = "natural", seed: int = 0) -> tup
     if found.kind == "detection":
         return ([torch.rand(shape, generator=generator) for shape in found.input_shapes],)
     return tuple(torch.randn(shape, generator=generator) for shape in found.input_shapes)
+
+
+def is_detection(reference: str) -> bool:
+    """Whether a reference names one of torchvision's detection models, which take a list of images."""
+    return reference.startswith(_PREFIX) and entry(reference.removeprefix(_PREFIX).lower()).kind == "detection"
+
+
+def detection_calls(
+    reference: str, images: Sequence[Tensor] = (), seed: int = 0
+) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]:
+    """Calls that show what may vary: one image, and two of other sizes in one list.
+
+    Args:
+        reference: ``torchvision:NAME`` of a detection model.
+        images: To take instead of random ones; as one list, and the first alone.
+        seed: Of the random ones.
+    """
+    if not images:
+        generator = torch.Generator().manual_seed(seed)
+        (shape,) = entry(reference.removeprefix(_PREFIX).lower()).input_shapes
+        sizes = (shape, (shape[0], shape[2], shape[1]), shape)
+        images = [torch.rand(size, generator=generator) for size in sizes]
+        return (([images[0]],), {}), (([images[1], images[2]],), {})
+    if len(images) == 1:
+        images = [images[0], images[0].transpose(1, 2).contiguous()]
+    return (([images[0]],), {}), ((list(images),), {})
 
 
 # --- random weights that behave ---

@@ -70,8 +70,8 @@ def program(graph_module: fx.GraphModule, bucket: Bucket, values: Bucket) -> Pro
     return Program(bucket, graph_module, found, shapes)
 
 
-def encode(source: Program) -> dict[str, Any]:
-    """A program as JSON.
+def encode(source: Program, prefix: str = "") -> dict[str, Any]:
+    """A program as JSON; the names of its weights begin with `prefix`.
 
     Raises:
         CaptureError: The graph holds something that has no form here.
@@ -84,7 +84,7 @@ def encode(source: Program) -> dict[str, Any]:
         elif node.op == "placeholder":
             nodes.append({"name": node.name, "op": "input"})
         elif node.op == "get_attr":
-            nodes.append({"name": node.name, "op": "weight", "target": node.target})
+            nodes.append({"name": node.name, "op": "weight", "target": f"{prefix}{node.target}"})
         else:
             entry = {"name": node.name, "op": "call", "target": target_name(node.target)}
             entry["args"] = [_encode(arg, node) for arg in node.args]
@@ -134,8 +134,8 @@ def _encode(value: Any, node: fx.Node) -> Any:
     raise CaptureError(f"node {node.name} has an argument of type {type(value).__name__}, which a bundle can't hold")
 
 
-def decode(data: Mapping[str, Any], weights: Mapping[str, torch.Tensor], where: str) -> Program:
-    """A program from JSON.
+def decode(data: Mapping[str, Any], weights: Mapping[str, torch.Tensor], where: str, prefix: str = "") -> Program:
+    """A program from JSON; `prefix` as it was encoded.
 
     Raises:
         BundleError: An unknown operation, node or weight.
@@ -151,16 +151,17 @@ def decode(data: Mapping[str, Any], weights: Mapping[str, torch.Tensor], where: 
             if entry["op"] == "input":
                 node = graph.placeholder(name)
             elif entry["op"] == "weight":
-                if not hasattr(root, entry["target"]):
-                    root.register_buffer(entry["target"], weights[entry["target"]])
-                node = graph.get_attr(entry["target"])
+                target = entry["target"].removeprefix(prefix)
+                if not hasattr(root, target):
+                    root.register_buffer(target, weights[entry["target"]])
+                node = graph.get_attr(target)
             else:
                 args = tuple(_decode(arg, nodes) for arg in entry["args"])
                 kwargs = {key: _decode(value, nodes) for key, value in entry.get("kwargs", {}).items()}
                 node = graph.create_node("call_function", resolve(entry["target"], where), args, kwargs, name=name)
             nodes[name] = node
             if "shape" in entry:
-                weight = weights[str(node.args[1].target)]  # type: ignore[union-attr]
+                weight = getattr(root, str(node.args[1].target))  # type: ignore[union-attr]
                 found[node.name] = sites.describe(node, entry["shape"], weight.shape)
                 shapes[node.name] = tuple(entry["output"])
         graph.output(tuple(_decode(data["output"], nodes)))

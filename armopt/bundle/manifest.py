@@ -11,7 +11,8 @@ from typing import Any
 
 from armopt.errors import BundleError
 
-SCHEMA_VERSION = 1
+#: 2 where the bundle is of kind "module", else 1: an older armopt reads what it can.
+SCHEMA_VERSION = 2
 NAME = "manifest.json"
 
 
@@ -28,7 +29,7 @@ class Manifest:
         environment: Variable -> ``{"value", "why"}``.
         versions: Package or library -> version, where the bundle was made.
         files: Every other file of the bundle -> sha256.
-        model: Source, digest, inputs, outputs and symbols.
+        model: Source, digest, inputs and symbols; of kind "module" also `kind`, `factory` and `parts`.
         plan: For each bucket: its sizes, policy and decisions.
         refused: Nodes that run as plain ATen, each with its reason.
         accuracy: Cosine similarity, errors and the gate.
@@ -48,6 +49,11 @@ class Manifest:
     refused: tuple[Mapping[str, str], ...]
     accuracy: Mapping[str, Any]
     weights: Mapping[str, int]
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it is of kind "module": submodules as graphs, and the model's own Python around them."""
+        return self.model.get("kind") == "module"
 
 
 def to_bytes(manifest: Manifest) -> bytes:

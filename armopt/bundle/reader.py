@@ -17,14 +17,51 @@ from armopt.errors import BundleError
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What one graph is for: the whole model (no path), or a submodule by its path."""
+
+    path: str
+    signature: Mapping[str, Any]
+    programs: tuple[codec.Program, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle in memory: its manifest, signature, programs and accuracy report."""
+    """A bundle in memory.
+
+    Attributes:
+        path: Where it was read from.
+        manifest: What it says of itself.
+        parts: One for the whole model, or one for each submodule of a bundle of kind "module".
+        rest: Of kind "module": all other parameters and buffers, by name.
+        report: Accuracy.
+    """
 
     path: Path
     manifest: manifest.Manifest
-    signature: Mapping[str, Any]
-    programs: tuple[codec.Program, ...]
+    parts: tuple[Part, ...]
+    rest: Mapping[str, torch.Tensor]
     report: Mapping[str, Any]
+
+    @property
+    def programs(self) -> tuple[codec.Program, ...]:
+        """Those of all parts."""
+        return tuple(program for part in self.parts for program in part.programs)
+
+    @property
+    def signature(self) -> Mapping[str, Any]:
+        """The whole model's.
+
+        Raises:
+            BundleError: It is of kind "module": each part has its own.
+        """
+        if self.manifest.is_module:
+            raise BundleError(
+                'is of kind "module": its graphs are submodules, and Python runs between them',
+                where=str(self.path),
+                hint="See docs/bundle.md for what can be done with it",
+            )
+        return self.parts[0].signature
 
 
 def read(path: Path | str) -> Bundle:
@@ -49,8 +86,19 @@ def read(path: Path | str) -> Bundle:
     weights = _tensors(source)
     graph = json.loads(source.read(GRAPH))
     where = str(path / GRAPH)
-    programs = tuple(codec.decode(program, weights, where) for program in graph.pop("programs"))
-    return Bundle(path, described, graph, programs, json.loads(source.read(REPORT)))
+    report = json.loads(source.read(REPORT))
+    if not described.is_module:
+        return Bundle(path, described, (_part(graph, weights, where),), {}, report)
+    parts = tuple(_part(part, weights, where) for part in graph["parts"])
+    rest = {name.removeprefix("/"): tensor for name, tensor in weights.items() if name.startswith("/")}
+    return Bundle(path, described, parts, rest, report)
+
+
+def _part(data: dict[str, Any], weights: Mapping[str, torch.Tensor], where: str) -> Part:
+    path = data.pop("path", "")
+    prefix = f"{path}/" if path else ""
+    programs = tuple(codec.decode(program, weights, where, prefix) for program in data.pop("programs"))
+    return Part(path, data, programs)
 
 
 def _tensors(source: Source) -> dict[str, torch.Tensor]:

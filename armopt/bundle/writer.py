@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,77 @@ def write(
     Raises:
         InputError: The place can't take it; nothing is left there.
     """
+    graph = {**signature, "programs": [codec.encode(program) for program in programs]}
+    return _write(path, described, graph, collect_weights(programs), texts, force=force)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A submodule as graphs: its path in the model, its programs, and its signature as :func:`write` takes it."""
+
+    path: str
+    programs: Sequence[codec.Program]
+    signature: Mapping[str, structure.Structure]
+
+
+def write_parts(
+    path: Path,
+    described: manifest.Manifest,
+    parts: Sequence[Part],
+    rest: Mapping[str, torch.Tensor],
+    texts: Mapping[str, str],
+    *,
+    force: bool = False,
+) -> manifest.Manifest:
+    """Writes a bundle of kind "module": some submodules as graphs; the model's Python stays where it is.
+
+    Args:
+        path: Where to.
+        described: The manifest; its `files` are filled in here.
+        parts: The submodules.
+        rest: Parameters and buffers of all else, by their names in the model's state dict.
+        texts: Other files by name.
+        force: Replace a bundle that is there.
+
+    Raises:
+        InputError: The place can't take it; nothing is left there.
+    """
+    graph = {
+        "parts": [
+            {
+                "path": part.path,
+                **part.signature,
+                "programs": [codec.encode(program, f"{part.path}/") for program in part.programs],
+            }
+            for part in parts
+        ]
+    }
+    return _write(path, described, graph, collect_part_weights(parts, rest), texts, force=force)
+
+
+def collect_part_weights(parts: Sequence[Part], rest: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The constants of all parts, by their path and name, and the tensors of the rest, by their name after ``/``."""
+    weights = {
+        f"{part.path}/{name}": tensor for part in parts for name, tensor in collect_weights(part.programs).items()
+    }
+    return weights | {f"/{name}": _storable(tensor) for name, tensor in rest.items()}
+
+
+def _write(
+    path: Path,
+    described: manifest.Manifest,
+    graph: Mapping[str, Any],
+    weights: dict[str, torch.Tensor],
+    texts: Mapping[str, str],
+    *,
+    force: bool,
+) -> manifest.Manifest:
     check_place(path, force=force)
     try:
         with _temporary(path) as folder:
             # not sorted: the order of fields is part of what the model takes and returns
-            graph = {**signature, "programs": [codec.encode(program) for program in programs]}
             _write_text(folder / GRAPH, json.dumps(graph, allow_nan=False) + "\n")
-            save_file(collect_weights(programs), folder / WEIGHTS, metadata={"format": "pt"})
+            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
             _sync(folder / WEIGHTS)
             for name, text in texts.items():
                 _write_text(folder / name, text)
@@ -107,10 +171,11 @@ def collect_weights(programs: Sequence[codec.Program]) -> dict[str, torch.Tensor
             if held is not None and held.data_ptr() != tensor.data_ptr() and not torch.equal(held, tensor):
                 raise AssertionError(f"two programs have different constants called {name}")
             weights[name] = tensor if held is None else held
-    return {
-        name: tensor.detach().contiguous().clone() if _shares(tensor) else tensor.detach()
-        for name, tensor in weights.items()
-    }
+    return {name: _storable(tensor) for name, tensor in weights.items()}
+
+
+def _storable(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().clone() if _shares(tensor) else tensor.detach()
 
 
 def _shares(tensor: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from armopt.cli import options, sink
@@ -26,7 +27,8 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
     for each in manifest.plan:
         for node in each["nodes"]:
             entry = {key: node[key] for key in ("op", "shape", "kernel", "precision", "layout", "reason")}
-            nodes.append({"name": node["node"], **entry, **({"bucket": each["bucket"]} if several else {})})
+            part = {"part": each["part"]} if "part" in each else {}
+            nodes.append({"name": node["node"], **part, **entry, **({"bucket": each["bucket"]} if several else {})})
     return {
         "target": manifest.target,
         "armopt_version": manifest.armopt_version,
@@ -44,9 +46,9 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def _text(manifest: Manifest) -> str:
-    inputs = ", ".join(
-        f"{i['name']} [{', '.join(map(str, i['shape']))}] {i['dtype']}" for i in manifest.model["inputs"]
-    )
+    inputs = _inputs(manifest.model["inputs"])
+    if manifest.is_module:
+        inputs = f"those of {manifest.model['factory'] or 'its module'}, whose Python runs between the parts"
     needs = ", ".join(manifest.required_features) or "nothing special"
     verdict = "deployable" if manifest.accuracy["passed"] else "NOT deployable: the accuracy gate failed"
     lines = [
@@ -57,7 +59,10 @@ def _text(manifest: Manifest) -> str:
         f"accuracy  cosine {manifest.accuracy['cosine']:.6f} against {manifest.accuracy['reference']}; {verdict}",
         "",
     ]
+    lines[-1:] = [*(f"part      {p['path']}: {_inputs(p['inputs'])}" for p in manifest.model.get("parts", ())), ""]
     for each in manifest.plan:
+        if "part" in each:
+            lines += ["", f"{each['part']}:"]
         if each["bucket"]:
             lines.append(", ".join(f"{name}={value}" for name, value in each["bucket"].items()) + ":")
         rows = [
@@ -67,6 +72,14 @@ def _text(manifest: Manifest) -> str:
         lines += [sink.table(("node", "op", "input", "kernel", "precision", "reason"), rows), ""]
     if manifest.refused:
         rows_refused = [(entry["node"], entry["reason"]) for entry in manifest.refused]
-        lines += ["Plain ATen:", sink.table(("node", "reason"), rows_refused), ""]
+        lines += [
+            "Plain ATen or Python:" if manifest.is_module else "Plain ATen:",
+            sink.table(("node", "reason"), rows_refused),
+            "",
+        ]
     lines += ["environment:", *(f"  {name}={entry['value']}" for name, entry in manifest.environment.items())]
     return "\n".join(lines)
+
+
+def _inputs(described: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{i['name']} [{', '.join(map(str, i['shape']))}] {i['dtype']}" for i in described)

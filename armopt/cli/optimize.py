@@ -23,6 +23,7 @@ def optimize(
     batch: options.Batch = "",
     policy: options.PolicyName = "cost",
     tuning: options.TuningFile = None,
+    kind: options.Kind = "auto",
     min_cosine: Annotated[float, typer.Option("--min-cosine", help="Least cosine similarity to FP32.")] = 0.99,
     trust_pickle: options.TrustPickle = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
@@ -39,10 +40,10 @@ def optimize(
     policy_chosen, sizes = options.parse_policy(policy, chosen, tuning), options.parse_batch(batch)
     with out.progress() as progress:
         progress("capture", 0, 5)
-        captured = options.open_model(model, reference, described, samples, sizes, trust_pickle)
+        opened = options.open_for(kind, model, reference, described, samples, sizes, trust_pickle)
         try:
             written = compiler.optimize(
-                captured,
+                opened,
                 output=output,
                 target=chosen,
                 batch=sizes,
@@ -64,7 +65,11 @@ def to_json(written: Manifest, path: Path) -> dict[str, Any]:
     return {
         "bundle": str(path),
         "target": written.target,
-        "buckets": [{"bucket": each["bucket"], "kernels": kernels(each)} for each in written.plan],
+        "kind": written.model.get("kind", "graph"),
+        "buckets": [
+            {**({"part": each["part"]} if "part" in each else {}), "bucket": each["bucket"], "kernels": kernels(each)}
+            for each in written.plan
+        ],
         "weights_bytes": written.weights["bytes"],
         "fp32_weights_bytes": written.weights["fp32_bytes"],
         "refused": list(written.refused),
@@ -85,7 +90,8 @@ def summary(written: Manifest, path: Path) -> str:
     half, full = written.weights["bytes"], written.weights["fp32_bytes"]
     lines = [f"Wrote {path} for {written.target}.", ""]
     for each in written.plan:
-        where = ", ".join(f"{name} {value}" for name, value in each["bucket"].items())
+        sizes = ", ".join(f"{name} {value}" for name, value in each["bucket"].items())
+        where = ": ".join(filter(None, (each.get("part", ""), sizes)))
         chosen = ", ".join(f"{count} {name}" for name, count in kernels(each).items()) or "no layers"
         lines.append(f"  kernels   {f'at {where}: ' if where else ''}{chosen}")
     ratio = f" ({half / full:.2f} of FP32's {sink.size(full)})" if full else ""
@@ -98,5 +104,6 @@ def summary(written: Manifest, path: Path) -> str:
     if written.refused:
         lines.append(f"  refused   {len(written.refused)} nodes run as plain ATen: armopt inspect {path}")
     lines += ["", f"Next, on the server:  armopt run {path} -- python serve.py"]
-    lines.append(f"In serve.py:          model = armopt.load({str(path)!r})")
+    given = ", model=factory" if written.is_module and not written.model["factory"].startswith("torchvision:") else ""
+    lines.append(f"In serve.py:          model = armopt.load({str(path)!r}{given})")
     return "\n".join(lines)

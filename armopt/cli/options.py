@@ -10,6 +10,8 @@ import typer
 if TYPE_CHECKING:
     from armopt.ir import Captured, Target
     from armopt.plan import Policy
+    from armopt.sources import Options as SourceOptions
+    from armopt.sources import Whole
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle: a folder, or a zip of it.")]
@@ -40,6 +42,13 @@ Batch = Annotated[
         "--batch", metavar="1,8,32", help="Batch sizes to plan for; several make the batch dynamic.", show_default=False
     ),
 ]
+Kind = Annotated[
+    str,
+    typer.Option(
+        "--kind",
+        help="graph: the model in one graph. module: its parts as graphs, for what can't be captured whole. auto.",
+    ),
+]
 PolicyName = Annotated[
     str,
     typer.Option(
@@ -50,6 +59,39 @@ TuningFile = Annotated[
     Path | None, typer.Option("--tuning", metavar="FILE", help="Times from armopt tune, instead of the cost table.")
 ]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle a module: this runs code from the file.")]
+
+
+def open_for(
+    kind: str,
+    model: Path | None,
+    reference: str,
+    described: list[str] | None,
+    samples: Path | None,
+    batch: tuple[int, ...],
+    trust_pickle: bool,
+) -> Captured | Whole:
+    """What the options name, whole or to be captured part by part.
+
+    Raises:
+        InputError: They name nothing, or something unusable.
+    """
+    from armopt import sources, zoo
+    from armopt.errors import CaptureError, InputError
+
+    if kind not in ("auto", "graph", "module"):
+        raise InputError(f"unknown kind {kind!r}", where="--kind", hint="Write auto, graph or module")
+    if kind == "module" or (kind == "auto" and zoo.is_detection(reference)):
+        if batch:
+            raise InputError("parts have sizes of their own", where="--batch", hint="Leave it out")
+        return sources.open_whole(model, source_options(reference, described, samples, batch, trust_pickle))
+    try:
+        return open_model(model, reference, described, samples, batch, trust_pickle)
+    except CaptureError as error:
+        if reference and kind == "auto":
+            raise CaptureError(
+                error.what, where=error.where, hint=f"{error.hint}; or capture its parts: --kind module"
+            ) from error
+        raise
 
 
 def parse_batch(text: str) -> tuple[int, ...]:
@@ -94,18 +136,31 @@ def open_model(
     Raises:
         InputError: They name nothing, or something unusable.
     """
-    from armopt import inputs, sources
+    from armopt import sources
     from armopt.errors import InputError
 
-    options = sources.Options(
+    options = source_options(reference, described, samples, batch, trust_pickle)
+    if model is not None:
+        return sources.open_model(model, options)
+    if not reference:
+        raise InputError("no model given", hint="Give a model file, or --model torchvision:resnet50")
+    return sources.from_reference(options)
+
+
+def source_options(
+    reference: str, described: list[str] | None, samples: Path | None, batch: tuple[int, ...], trust_pickle: bool
+) -> SourceOptions:
+    """The options of a model file.
+
+    Raises:
+        InputError: An input can't be read.
+    """
+    from armopt import inputs, sources
+
+    return sources.Options(
         model=reference,
         inputs=tuple(inputs.parse(text) for text in described or ()),
         samples=inputs.read(samples) if samples else None,
         batch=batch,
         trust_pickle=trust_pickle,
     )
-    if model is not None:
-        return sources.open_model(model, options)
-    if not reference:
-        raise InputError("no model given", hint="Give a model file, or --model torchvision:resnet50")
-    return sources.from_reference(options)

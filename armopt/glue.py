@@ -1,0 +1,83 @@
+"""A model whose parts run a bundle's graphs: the Python between them is the model's own, never the bundle's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from armopt import zoo
+from armopt.bundle.reader import Bundle
+from armopt.errors import BundleError, InputError
+
+#: References that a bundle may name and this process follows: they lead to torchvision alone.
+_BUILT_IN = "torchvision:"
+
+
+def find_factory(bundle: Bundle, model: Any) -> Callable[[], torch.nn.Module] | None:
+    """What builds the model around a bundle's graphs; None where the graph is the whole model.
+
+    Args:
+        bundle: The bundle.
+        model: As given to :func:`armopt.load`: a reference, a function, a module, or None.
+
+    Raises:
+        InputError: It is missing or surplus, or names nothing.
+    """
+    described = bundle.manifest
+    where = str(bundle.path)
+    if not described.is_module:
+        if model is not None:
+            raise InputError("the bundle holds the whole model", where=where, hint="Leave out model=")
+        return None
+    named = str(described.model.get("factory", ""))
+    if model is None:
+        if not named.startswith(_BUILT_IN):
+            hint = f"It was made with {named}: pass that function" if named else "Pass what builds the model"
+            raise InputError(
+                'is of kind "module", and a bundle holds no code', where=where, hint=f"{hint}: model=factory"
+            )
+        return zoo.resolve(named)
+    if isinstance(model, str):
+        return zoo.resolve(model)
+    return zoo.checked(model, "model=")
+
+
+def assemble(
+    bundle: Bundle, factory: Callable[[], torch.nn.Module], parts: Mapping[str, Callable[..., Any]]
+) -> torch.nn.Module:
+    """Builds the model and puts a bundle's graphs in the places of its parts.
+
+    Raises:
+        BundleError: The model is not the one that the bundle was made from.
+    """
+    model = factory().eval()
+    where = str(bundle.path)
+    for path, graph in parts.items():
+        try:
+            part = model.get_submodule(path)
+        except AttributeError:
+            raise BundleError(
+                f"has a graph for {path}, which {type(model).__name__} lacks",
+                where=where,
+                hint="Give the factory that the bundle was made with",
+            ) from None
+        for module in part.modules():  # its weights are the graph's
+            module._parameters.clear()
+            module._buffers.clear()
+        part.__dict__["forward"] = graph
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    try:
+        missing, unexpected = model.load_state_dict(bundle.rest, strict=False)
+        wrong = [*missing, *unexpected]
+    except RuntimeError as error:
+        wrong = [line.strip() for line in str(error).splitlines()[1:2]] or [str(error)]
+    if wrong:
+        raise BundleError(
+            f"does not fit {type(model).__name__}: {wrong[0]}",
+            where=where,
+            hint="Give the factory that the bundle was made with",
+        )
+    return model
