@@ -17,7 +17,7 @@ from armopt.ir import Bucket, Captured, Skip
 #: Positional and named inputs of one call.
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 #: Plans for one part: more points cost loading time, and the nearest serves between them.
-MOST_BUCKETS = 4
+MOST_BUCKETS = 2
 
 
 @dataclass(frozen=True, slots=True)

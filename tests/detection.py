@@ -1,0 +1,126 @@
+"""Detection models of torchvision, made small: seeded weights, scaled so that there is something to detect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from armopt import zoo
+
+IMAGES = ((3, 96, 128), (3, 128, 112))
+
+
+def images(*sizes: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(size, generator=generator) for size in sizes or IMAGES]
+
+
+def mask_rcnn(backbone: str = "resnet18", size: int = 128, seed: int = 0) -> torch.nn.Module:
+    """Mask R-CNN on a small FPN."""
+    zoo.ensure_torchvision()
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        body = resnet_fpn_backbone(backbone_name=backbone, weights=None, trainable_layers=5)
+        options: dict[str, Any] = {"rpn_pre_nms_top_n_test": 100, "rpn_post_nms_top_n_test": 30}
+        model = MaskRCNN(body, num_classes=4, min_size=size, max_size=size + 32, box_detections_per_img=60, **options)
+        return spread(model.eval())
+
+
+def named(name: str, seed: int = 0, **options: Any) -> torch.nn.Module:
+    """One of torchvision's own, with fewer proposals where it has any."""
+    zoo.ensure_torchvision()
+    from torchvision.models import get_model
+
+    small: dict[str, Any] = {"num_classes": 2 if "keypoint" in name else 4}
+    if "rcnn" in name:
+        small |= {"rpn_pre_nms_top_n_test": 100, "rpn_post_nms_top_n_test": 30, "box_detections_per_img": 60}
+    if not name.startswith("ssd"):
+        small |= {"min_size": 96, "max_size": 128}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return spread(get_model(name, weights=None, weights_backbone=None, **(small | options)).eval())
+
+
+#: Last layers of the heads, stage by stage: the mean and spread that their outputs get.
+_HEADS = (
+    {"rpn.head.cls_logits": (0.0, 1.0), "rpn.head.bbox_pred": (0.0, 0.2)},
+    {
+        "box_predictor.cls_score": (0.0, 1.3),
+        "box_predictor.bbox_pred": (0.0, 0.5),
+        "classification_head.cls_logits": (-3.0, 1.2),
+        "regression_head.bbox_reg": (0.0, 0.2),
+        "regression_head.bbox_ctrness": (2.0, 0.5),
+        "classification_head.module_list": (0.0, 1.3),
+        "regression_head.module_list": (0.0, 0.5),
+    },
+    {"mask_predictor.mask_fcn_logits": (0.0, 1.0), "keypoint_predictor.kps_score_lowres": (0.0, 1.0)},
+)
+
+
+def spread(model: torch.nn.Module) -> torch.nn.Module:
+    """Statistics for batch norms, and heads whose outputs differ enough: scores on both sides of 0.5."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    _run(model)
+    for norm in norms:
+        norm.eval()
+    for stage in _HEADS:
+        seen: dict[torch.nn.Module, list[torch.Tensor]] = {}
+        aims: dict[torch.nn.Module, tuple[float, float]] = {}
+        for name, module in model.named_modules():
+            aim = next((aim for key, aim in stage.items() if key in name), None)
+            last = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d))
+            if aim is not None and last and module.bias is not None:
+                aims[module] = aim
+        handles = [
+            module.register_forward_hook(lambda m, args, out: seen.setdefault(m, []).append(out)) for module in aims
+        ]
+        _run(model)
+        for handle in handles:
+            handle.remove()
+        with torch.no_grad():
+            for module, outputs in seen.items():
+                values = torch.cat([output.flatten() for output in outputs])
+                mean, aim = values.mean(), aims[module]
+                scale = aim[1] / values.std()
+                module.weight.mul_(scale)
+                module.bias.sub_(mean).mul_(scale).add_(aim[0])
+    return model
+
+
+def _run(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        model(images(seed=7))
+
+
+def found_again(reference: list[dict[str, Any]], result: list[dict[str, Any]]) -> tuple[int, int]:
+    """Detections above 0.5, and how many of them the other has: same label, IoU of 0.9 and more, alike in all else."""
+    from torchvision.ops import box_iou
+
+    above = alike = 0
+    for wanted, found in zip(reference, result, strict=True):
+        iou = box_iou(wanted["boxes"], found["boxes"])
+        for i, score in enumerate(wanted["scores"]):
+            if score <= 0.5:
+                continue
+            above += 1
+            alike += any(
+                iou[i, j] >= 0.9
+                and wanted["labels"][i] == found["labels"][j]
+                and abs(score - found["scores"][j]) < 0.05
+                and _same_mask(wanted, i, found, j)
+                for j in range(len(found["scores"]))
+            )
+    return above, alike
+
+
+def _same_mask(wanted: dict[str, Any], i: int, found: dict[str, Any], j: int) -> bool:
+    """Whether two masks agree within 0.02 on average: random weights give probabilities near 0.5 everywhere."""
+    return "masks" not in wanted or bool((wanted["masks"][i] - found["masks"][j]).abs().mean() < 0.02)
