@@ -27,6 +27,15 @@ _Model = TypeVar("_Model", bound=torch.nn.Module)
 _DEPTH = 2
 
 
+class _Thread(threading.local):
+    """Whether a model that falls back is running in this thread: then so do its parts."""
+
+    plain = False
+
+
+_thread = _Thread()
+
+
 def compile(
     model: _Model,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
@@ -153,14 +162,18 @@ class Forward:
         Raises:
             InputError: Gradients or training are asked of a model whose weights are released.
         """
-        if torch.compiler.is_compiling():  # as a part of what is compiled whole
+        if torch.compiler.is_compiling() or _thread.plain:  # as a part of what is compiled, or falls back, whole
             return self.original(*args, **kwargs)
         reason = self._refusal(args, kwargs)
         if reason is not None:
             if self.released:
                 raise InputError(f"its FP32 weights were released, but {reason[0]}", where=self._title, hint=reason[1])
             dynamo.fall_back(f"{self._title}: {reason[0]}, so PyTorch's own kernels run", reason[1])
-            return self.original(*args, **kwargs)
+            _thread.plain = True
+            try:
+                return self.original(*args, **kwargs)
+            finally:
+                _thread.plain = False
         with torch.no_grad():
             result = self._run(args, kwargs)
         if self._release:
