@@ -16,18 +16,36 @@ def images(*sizes: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
     return [torch.rand(size, generator=generator) for size in sizes or IMAGES]
 
 
-def mask_rcnn(backbone: str = "resnet18", size: int = 128, seed: int = 0) -> torch.nn.Module:
-    """Mask R-CNN on a small FPN."""
-    zoo.ensure_torchvision()
-    from torchvision.models.detection import MaskRCNN
-    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+def mask_rcnn() -> torch.nn.Module:
+    """Mask R-CNN as torchvision builds it, on a ResNet-18 with a narrow FPN and narrow heads."""
+    return spread(bare_mask_rcnn())
 
+
+def bare_mask_rcnn() -> torch.nn.Module:
+    """The same with weights as they are initialised: for its Python."""
+    zoo.ensure_torchvision()
+    import torchvision
+    from torchvision.models.detection import MaskRCNN, backbone_utils, faster_rcnn, mask_rcnn
+
+    width, classes = 32, 4
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        body = resnet_fpn_backbone(backbone_name=backbone, weights=None, trainable_layers=5)
-        options: dict[str, Any] = {"rpn_pre_nms_top_n_test": 100, "rpn_post_nms_top_n_test": 30}
-        model = MaskRCNN(body, num_classes=4, min_size=size, max_size=size + 32, box_detections_per_img=60, **options)
-        return spread(model.eval())
+        torch.manual_seed(0)
+        resnet = torchvision.models.resnet18(weights=None)
+        layers = {f"layer{i}": str(i - 1) for i in range(1, 5)}
+        backbone = backbone_utils.BackboneWithFPN(resnet, layers, [64, 128, 256, 512], width)
+        return MaskRCNN(
+            backbone,
+            num_classes=None,
+            min_size=128,
+            max_size=160,
+            box_head=faster_rcnn.TwoMLPHead(width * 7**2, 128),
+            box_predictor=faster_rcnn.FastRCNNPredictor(128, classes),
+            mask_head=mask_rcnn.MaskRCNNHeads(width, (width, width), 1),
+            mask_predictor=mask_rcnn.MaskRCNNPredictor(width, width, classes),
+            box_detections_per_img=20,
+            rpn_pre_nms_top_n_test=100,
+            rpn_post_nms_top_n_test=30,
+        ).eval()
 
 
 def named(name: str, seed: int = 0, **options: Any) -> torch.nn.Module:
@@ -79,9 +97,11 @@ def spread(model: torch.nn.Module) -> torch.nn.Module:
             last = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d))
             if aim is not None and last and module.bias is not None:
                 aims[module] = aim
-        handles = [
-            module.register_forward_hook(lambda m, args, out: seen.setdefault(m, []).append(out)) for module in aims
-        ]
+
+        def note(module: torch.nn.Module, args: Any, output: torch.Tensor, seen: Any = seen) -> None:
+            seen.setdefault(module, []).append(output)
+
+        handles = [module.register_forward_hook(note) for module in aims]
         _run(model)
         for handle in handles:
             handle.remove()

@@ -166,19 +166,17 @@ def test_training_falls_back_with_one_warning(block: torch.nn.Module) -> None:
     block.train()
     run = compiled(block)
     with torch.no_grad(), pytest.warns(ArmoptWarning, match="training mode.*eval") as said:
-        torch.manual_seed(0)
-        y, _ = run(*inputs(4))
-        run(*inputs(5))
+        results = [run(*inputs(batch))[0] for batch in (4, 5)]
     assert len([w for w in said if issubclass(w.category, ArmoptWarning)]) == 1
-    assert torch.isfinite(y).all()
+    assert all(torch.isfinite(y).all() for y in results)
 
 
 def test_gradients_fall_back_with_one_warning_and_are_right(block: torch.nn.Module) -> None:
     run = compiled(block)
     x, seen = inputs(4)
     with pytest.warns(ArmoptWarning, match="gradients.*no_grad") as said:
-        run(x, seen)[0].sum().backward()
-        run(x, seen)
+        results = [run(x, seen)[0] for _ in range(2)]
+    results[0].sum().backward()
     assert len([w for w in said if issubclass(w.category, ArmoptWarning)]) == 1
     found, block.fc.weight.grad = block.fc.weight.grad, None
     block(x, inputs(4)[1])[0].sum().backward()

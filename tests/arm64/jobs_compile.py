@@ -1,0 +1,52 @@
+"""What test_compile.py sends to the emulated side: models that can't be captured whole."""
+
+import warnings
+
+
+def detect(bundle, images):
+    """Loads a bundle of kind "module" with this checkout's own Mask R-CNN around it; runs it twice, the second logged."""
+    import armopt
+    from armopt import onednn_log
+    from tests import detection
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = armopt.load(bundle, model=detection.bare_mask_rcnn)
+    first = model(images)
+    with onednn_log.capture_verbose() as log:
+        model(images)
+    kernels = [[(b.node, b.planned, b.kernel, b.reason) for b in bucket] for bucket in model.kernels]
+    return {"found": first, "log": log.text, "kernels": kernels, "warnings": [str(w.message) for w in said]}
+
+
+def generate(config, state, prompt, tokens):
+    """Greedy tokens of a GPT-2 by armopt.compile, and the log of all calls after the first pass."""
+    from armopt import zoo
+
+    zoo.ensure_torchvision_if_installed()
+    import torch
+    import transformers
+
+    import armopt
+    from armopt import onednn_log
+
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
+    model.load_state_dict(state)
+    options = {"max_new_tokens": tokens, "do_sample": False}
+    expected = model.generate(prompt, **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        made = armopt.compile(model)
+        found = made.generate(prompt, **options)
+    with onednn_log.capture_verbose() as log:
+        again = made.generate(prompt, **options)
+    layers = [(each.node, each.shape, each.planned, each.kernel) for each in made.forward.explain().layers]
+    return {
+        "expected": expected,
+        "found": found,
+        "again": again,
+        "log": log.text,
+        "layers": layers,
+        "warnings": [str(w.message) for w in said],
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,87 @@
+"""Mask R-CNN and a generate loop on the emulated Graviton3, judged by oneDNN's log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import armopt
+from armopt import onednn_log, zoo
+from tests import detection
+
+JOBS = "tests.arm64.jobs_compile"
+_COMPUTE = ("convolution", "deconvolution", "matmul", "inner_product")
+
+
+def computed(text: str) -> list[onednn_log.Execution]:
+    return [e for e in onednn_log.parse(text).executions if e.primitive in _COMPUTE]
+
+
+@pytest.fixture(scope="module")
+def mask_rcnn_on_graviton3(server: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    model = detection.mask_rcnn()
+    bundle = tmp_path_factory.mktemp("module") / "mask_rcnn"
+    image = detection.images((3, 128, 128), seed=SEED)
+    calls = [(image,), (detection.images(),)]
+    armopt.optimize(model, calls, kind="module", output=bundle, target="graviton3")
+    with torch.no_grad():
+        expected = model(image)
+    return {"expected": expected, **server("graviton3").call(f"{JOBS}:detect", bundle=str(bundle), images=image).value}
+
+
+#: Of an image with detections above 0.5 whose boxes no other overlaps as closely in score as BF16 rounds.
+SEED = 5
+
+
+def test_mask_rcnn_runs_acl_in_bf16_and_nothing_by_reference(mask_rcnn_on_graviton3: dict[str, Any]) -> None:
+    executions = computed(mask_rcnn_on_graviton3["log"])
+    assert not onednn_log.references(executions)
+    half = [e for e in executions if e.weight_dtype == "bf16"]
+    assert all(e.is_acl for e in half)
+    planned = {kernel for bucket in mask_rcnn_on_graviton3["kernels"] for _, kernel, _, _ in bucket}
+    assert planned & {"conv_bf16", "conv1x1_bf16", "conv_fastmath"}
+    assert len(half) >= 20  # the backbone alone has that many convolutions
+    for bucket in mask_rcnn_on_graviton3["kernels"]:
+        assert [(node, kernel) for node, _, kernel, _ in bucket] == [(node, kernel) for node, kernel, _, _ in bucket]
+
+
+def test_mask_rcnn_finds_there_what_fp32_finds_here(mask_rcnn_on_graviton3: dict[str, Any]) -> None:
+    above, alike = detection.found_again(mask_rcnn_on_graviton3["expected"], mask_rcnn_on_graviton3["found"])
+    assert above > 0
+    assert alike == above
+
+
+@pytest.fixture(scope="module")
+def gpt2_on_graviton3(server: Any) -> dict[str, Any]:
+    zoo.ensure_torchvision_if_installed()
+    import transformers
+
+    config = {"n_layer": 1, "n_head": 4, "n_embd": 64, "vocab_size": 211, "n_positions": 64}
+    config |= {"bos_token_id": 0, "eos_token_id": 210, "pad_token_id": 210}
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
+    state = {name: 4 * tensor if tensor.dim() > 1 else tensor for name, tensor in model.state_dict().items()}
+    prompt = torch.randint(1, 200, (1, 24), generator=torch.Generator().manual_seed(0))
+    call = {"config": config, "state": state, "prompt": prompt, "tokens": 4}
+    found: dict[str, Any] = server("graviton3").call(f"{JOBS}:generate", **call).value
+    return found
+
+
+def test_generate_runs_acl_in_bf16_and_nothing_by_reference(gpt2_on_graviton3: dict[str, Any]) -> None:
+    executions = computed(gpt2_on_graviton3["log"])
+    assert not onednn_log.references(executions)
+    half = [e for e in executions if e.weight_dtype == "bf16"]
+    assert half
+    assert all(e.is_acl for e in half)
+    layers = gpt2_on_graviton3["layers"]
+    assert all(planned == kernel for _, _, planned, kernel in layers)
+    rows = {shape[1] for _, shape, _, _ in layers}
+    assert {1, 24} <= rows  # decode and prefill, each with plans of its own
+
+
+def test_generate_gives_the_tokens_of_fp32(gpt2_on_graviton3: dict[str, Any]) -> None:
+    assert gpt2_on_graviton3["expected"].shape == (1, 28)
+    assert torch.equal(gpt2_on_graviton3["found"], gpt2_on_graviton3["expected"])
+    assert torch.equal(gpt2_on_graviton3["again"], gpt2_on_graviton3["expected"])
