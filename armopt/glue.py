@@ -53,31 +53,26 @@ def assemble(
         BundleError: The model is not the one that the bundle was made from.
     """
     model = factory().eval()
-    where = str(bundle.path)
-    for path, graph in parts.items():
+    for path in parts:
         try:
-            part = model.get_submodule(path)
+            model.get_submodule(path)
         except AttributeError:
-            raise BundleError(
-                f"has a graph for {path}, which {type(model).__name__} lacks",
-                where=where,
-                hint="Give the factory that the bundle was made with",
-            ) from None
-        for module in part.modules():  # its weights are the graph's
-            module._parameters.clear()
-            module._buffers.clear()
-        part.__dict__["forward"] = graph
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+            raise _other_model(bundle, f"has a graph for {path}, which {type(model).__name__} lacks") from None
+    inside = tuple(f"{path}." for path in parts)
     try:
         missing, unexpected = model.load_state_dict(bundle.rest, strict=False)
-        wrong = [*missing, *unexpected]
-    except RuntimeError as error:
-        wrong = [line.strip() for line in str(error).splitlines()[1:2]] or [str(error)]
-    if wrong:
-        raise BundleError(
-            f"does not fit {type(model).__name__}: {wrong[0]}",
-            where=where,
-            hint="Give the factory that the bundle was made with",
-        )
-    return model
+    except RuntimeError as error:  # another shape: the second line says which
+        raise _other_model(bundle, str(error).splitlines()[-1].strip()) from None
+    if wrong := [*(name for name in missing if not name.startswith(inside)), *unexpected]:
+        raise _other_model(bundle, f"{type(model).__name__} and the bundle differ in {wrong[0]}")
+    for path, graph in parts.items():
+        part = model.get_submodule(path)
+        for module in part.modules():  # its weights are the graph's
+            module._parameters = dict.fromkeys(module._parameters)
+            module._buffers = dict.fromkeys(module._buffers)
+        part.__dict__["forward"] = graph
+    return model.requires_grad_(False)
+
+
+def _other_model(bundle: Bundle, what: str) -> BundleError:
+    return BundleError(what, where=str(bundle.path), hint="Give the factory that the bundle was made with")

@@ -4,7 +4,7 @@ import warnings
 
 
 def detect(bundle, images):
-    """Loads a bundle of kind "module" with this checkout's own Mask R-CNN around it; runs it twice, the second logged."""
+    """Loads a bundle of kind "module" with this checkout's own Mask R-CNN around it; runs it twice, logging once."""
     import armopt
     from armopt import onednn_log
     from tests import detection

@@ -1,0 +1,217 @@
+"""Bundles of kind "module": parts of a detection model as graphs, its own Python between them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import armopt
+from armopt import accuracy, doctor, package
+from armopt.bundle import reader
+from armopt.errors import BundleError, InputError
+from armopt.host import ArmoptWarning
+from armopt.runtime import ModuleModel
+from tests import detection
+
+pytestmark = pytest.mark.filterwarnings("ignore::armopt.host.ArmoptWarning")
+PARTS = [
+    *("backbone", "rpn.head", "roi_heads.box_head", "roi_heads.box_predictor"),
+    *("roi_heads.mask_head", "roi_heads.mask_predictor"),
+]
+
+
+@pytest.fixture(scope="module")
+def mask_rcnn() -> torch.nn.Module:
+    return detection.mask_rcnn()
+
+
+@pytest.fixture(scope="module")
+def bundle(mask_rcnn: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("module") / "bundle"
+    calls = [(detection.images((3, 128, 128)),), (detection.images(),)]
+    armopt.optimize(mask_rcnn, calls, kind="module", output=path, target="graviton3")
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(bundle: Path) -> ModuleModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ArmoptWarning)
+        found = armopt.load(bundle, model=detection.bare_mask_rcnn)
+    assert isinstance(found, ModuleModel)
+    return found
+
+
+@pytest.mark.parametrize(
+    "sizes", [((3, 128, 128),), ((3, 96, 128), (3, 128, 112)), ((3, 80, 150), (3, 99, 99), (3, 150, 70))]
+)
+def test_images_of_any_sizes_are_found_again(
+    mask_rcnn: torch.nn.Module, loaded: ModuleModel, sizes: tuple[tuple[int, ...], ...]
+) -> None:
+    images = detection.images(*sizes, seed=5)
+    with torch.no_grad():
+        expected = mask_rcnn(images)
+    found = loaded(images)
+    above, alike = detection.found_again(expected, found)
+    assert above > 0
+    assert alike == above
+    assert not any(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(expected, found, strict=True))  # it was BF16
+
+
+def test_nothing_to_detect(loaded: ModuleModel, bundle: Path) -> None:
+    """With no box left the mask head gets an empty batch."""
+    strict = armopt.load(bundle, model=detection.bare_mask_rcnn)
+    strict.module.roi_heads.score_thresh = 2.0  # type: ignore[union-attr]
+    (found,) = strict(detection.images((3, 128, 128)))
+    assert found["boxes"].shape == (0, 4)
+    assert found["masks"].shape == (0, 1, 128, 128)
+
+
+def test_its_parts_are_the_largest_that_can_be_captured(bundle: Path) -> None:
+    read = reader.read(bundle)
+    assert [part.path for part in read.parts] == PARTS
+    assert read.manifest.model["kind"] == "module"
+    assert read.manifest.schema_version == 2
+    left = {entry["node"]: entry["reason"] for entry in read.manifest.refused}
+    assert "ImageList" in left["rpn"]
+    assert read.manifest.weights["bytes"] < 0.6 * read.manifest.weights["fp32_bytes"]
+    assert sorted(file.name for file in bundle.iterdir()) == [
+        *("env.sh", "graph.json", "manifest.json", "report.json", "requirements.txt", "weights.safetensors")
+    ]
+
+
+def test_the_loaded_model_holds_no_weights_of_its_parts(loaded: ModuleModel) -> None:
+    assert not list(loaded.module.backbone.parameters())
+    assert loaded.module.backbone.out_channels == 32
+    assert str(loaded.__signature__).startswith("(images")
+
+
+def test_own_factories_have_to_be_given(bundle: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no code.*model=factory"):
+        armopt.load(bundle)
+    armopt.load(bundle, model="tests.detection:bare_mask_rcnn")
+    armopt.load(bundle, model=detection.bare_mask_rcnn())
+
+
+def test_another_model_is_refused(bundle: Path) -> None:
+    with pytest.raises(BundleError, match="has a graph for backbone, which Linear lacks"):
+        armopt.load(bundle, model=lambda: torch.nn.Linear(1, 1))
+    with pytest.raises(InputError, match="not a factory"):
+        armopt.load(bundle, model=3)  # type: ignore[arg-type]
+
+
+def test_a_whole_model_takes_no_factory(mlp_bundle: Path) -> None:
+    with pytest.raises(InputError, match="holds the whole model"):
+        armopt.load(mlp_bundle, model=detection.bare_mask_rcnn)
+
+
+def test_validate_compares_part_by_part(bundle: Path, mask_rcnn: torch.nn.Module) -> None:
+    alone = accuracy.validate(bundle)
+    assert alone["passed"]
+    assert {name.split()[0] for name in alone["outputs"]} == set(PARTS)
+    against = accuracy.validate(bundle, against=mask_rcnn)
+    assert against["passed"]
+    assert 0.99 < against["cosine"] < 1
+    other = detection.bare_mask_rcnn()
+    assert not accuracy.validate(bundle, against=other)["passed"]
+
+
+def test_doctor_examines_it_and_package_says_why_not(bundle: Path, tmp_path: Path) -> None:
+    assert doctor.examine(bundle).bundle == "graviton3"
+    with pytest.raises(InputError, match=r'kind "module".*armopt run BUNDLE'):
+        package.write(bundle, tmp_path / "image")
+
+
+def test_a_changed_file_is_noticed(bundle: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copied = tmp_path / "copy"
+    shutil.copytree(bundle, copied)
+    data = bytearray((copied / "weights.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copied / "weights.safetensors").write_bytes(data)
+    with pytest.raises(BundleError, match=r"weights\.safetensors"):
+        armopt.load(copied, model=detection.bare_mask_rcnn)
+
+
+class Router(torch.nn.Module):
+    """Control flow on data between layers, and a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.look = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU())
+        self.ways = torch.nn.ModuleList([torch.nn.Linear(32, 4), torch.nn.Linear(32, 4)])
+
+    def forward(self, x: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        hidden = self.look(x) * self.scale
+        return OrderedDict(y=self.ways[int(hidden.sum() > 70)](hidden))
+
+
+def test_any_model_and_its_own_parameters(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Router().eval()
+    with torch.no_grad():
+        model.scale.fill_(3)
+    calls = [(torch.randn(4, 16),), (3 * torch.randn(6, 16),)]
+    armopt.optimize(model, calls, kind="module", output=tmp_path / "b", target="graviton3")
+    loaded = armopt.load(tmp_path / "b", model=Router)
+    for (x,) in calls:
+        with torch.no_grad():
+            expected = model(x)["y"]
+        torch.testing.assert_close(loaded(x)["y"], expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+
+
+def test_what_can_be_captured_whole_is_told_so(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval()
+    with pytest.raises(InputError, match="can be captured whole"):
+        armopt.optimize(model, [(torch.randn(2, 4),)], kind="module", output=tmp_path / "b")
+    with pytest.raises(InputError, match="needs example calls"):
+        armopt.optimize(model, kind="module", output=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    words = [sys.executable, "-m", "armopt.cli.app", *arguments]
+    return subprocess.run(words, capture_output=True, text=True, cwd=root, check=False)
+
+
+def test_the_commands(mask_rcnn: torch.nn.Module, bundle: Path, tmp_path: Path) -> None:
+    shown = command("inspect", str(bundle), "--json")
+    nodes = json.loads(shown.stdout)["nodes"]
+    assert {node["part"] for node in nodes} == set(PARTS)
+    text = command("inspect", str(bundle)).stdout
+    assert "roi_heads.mask_head" in text
+    assert "Plain ATen or Python" in text
+
+
+def test_weights_of_a_torchvision_model_and_a_built_in_factory(tmp_path: Path) -> None:
+    """The command of the README on the smallest of torchvision's detection models."""
+    model = detection.named("ssdlite320_mobilenet_v3_large", num_classes=91)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    assert load_file(tmp_path / "weights.safetensors")
+    made = command(
+        *("optimize", str(tmp_path / "weights.safetensors"), "--model", "torchvision:ssdlite320_mobilenet_v3_large"),
+        *("-o", str(tmp_path / "bundle"), "--json"),
+    )
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout)["kind"] == "module"
+    loaded = armopt.load(tmp_path / "bundle")  # no factory: torchvision's own
+    images = detection.images((3, 200, 300))
+    with torch.no_grad():
+        (expected,) = model(images)
+    (found,) = loaded(images)
+    assert expected.keys() == found.keys()
+    scores = torch.nn.functional.cosine_similarity(
+        *(one["scores"].sort(descending=True).values[:100] for one in (expected, found)), dim=0
+    )
+    assert scores > 0.999
