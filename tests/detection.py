@@ -83,7 +83,7 @@ def named(name: str, seed: int = 0, **options: Any) -> torch.nn.Module:
 _HEADS = (
     {"rpn.head.cls_logits": (0.0, 1.0), "rpn.head.bbox_pred": (0.0, 0.2)},
     {
-        "box_predictor.cls_score": (0.0, 1.3),
+        "box_predictor.cls_score": (0.0, 0.9),
         "box_predictor.bbox_pred": (0.0, 0.5),
         "classification_head.cls_logits": (-3.0, 1.2),
         "regression_head.bbox_reg": (0.0, 0.2),
@@ -123,10 +123,11 @@ def spread(model: torch.nn.Module) -> torch.nn.Module:
             handle.remove()
         with torch.no_grad():
             for module, outputs in seen.items():
-                values = torch.cat([output.flatten() for output in outputs])
-                mean, aim = values.mean(), aims[module]
-                scale = aim[1] / values.std()
-                module.weight.mul_(scale)
+                values = torch.cat([output.transpose(0, 1).flatten(1) for output in outputs], 1)  # by channel
+                mean, aim = values.mean(1), aims[module]
+                scale = aim[1] / values.std(1)
+                out = 1 if isinstance(module, torch.nn.ConvTranspose2d) else 0
+                module.weight.mul_(scale.reshape([-1 if d == out else 1 for d in range(module.weight.dim())]))
                 module.bias.sub_(mean).mul_(scale).add_(aim[0])
     return model
 
