@@ -12,8 +12,13 @@ IMAGES = ((3, 96, 128), (3, 128, 112))
 
 
 def images(*sizes: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
+    """Images of blurred patches, whose features differ from place to place."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(size, generator=generator) for size in sizes or IMAGES]
+    patches = [torch.rand((1, 3, 6, 6), generator=generator) for _ in sizes or IMAGES]
+    resize = torch.nn.functional.interpolate
+    return [
+        resize(patch, size=size[1:], mode="bilinear")[0] for patch, size in zip(patches, sizes or IMAGES, strict=True)
+    ]
 
 
 def mask_rcnn() -> torch.nn.Module:
@@ -83,15 +88,15 @@ def named(name: str, seed: int = 0, **options: Any) -> torch.nn.Module:
 _HEADS = (
     {"rpn.head.cls_logits": (0.0, 1.0), "rpn.head.bbox_pred": (0.0, 0.2)},
     {
-        "box_predictor.cls_score": (0.0, 0.9),
-        "box_predictor.bbox_pred": (0.0, 0.5),
+        "box_predictor.cls_score": (0.0, 0.5),
+        "box_predictor.bbox_pred": (0.0, 0.15),
         "classification_head.cls_logits": (-3.0, 1.2),
         "regression_head.bbox_reg": (0.0, 0.2),
         "regression_head.bbox_ctrness": (2.0, 0.5),
         "classification_head.module_list": (0.0, 1.3),
         "regression_head.module_list": (0.0, 0.5),
     },
-    {"mask_predictor.mask_fcn_logits": (0.0, 1.0), "keypoint_predictor.kps_score_lowres": (0.0, 1.0)},
+    {"mask_predictor.mask_fcn_logits": (0.0, 0.5), "keypoint_predictor.kps_score_lowres": (0.0, 1.0)},
 )
 
 

@@ -36,7 +36,7 @@ def generate(config, state, prompt, tokens):
     expected = model.generate(prompt, **options)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        made = armopt.compile(model)
+        made = armopt.compile(model, policy="threshold=8")
         found = made.generate(prompt, **options)
     with onednn_log.capture_verbose() as log:
         again = made.generate(prompt, **options)

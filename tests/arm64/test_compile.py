@@ -32,7 +32,7 @@ def mask_rcnn_on_graviton3(server: Any, tmp_path_factory: pytest.TempPathFactory
 
 
 #: Of an image with detections above 0.5 whose boxes no other overlaps as closely in score as BF16 rounds.
-SEED = 5
+SEED = 2
 
 
 def test_mask_rcnn_runs_acl_in_bf16_and_nothing_by_reference(mask_rcnn_on_graviton3: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ def gpt2_on_graviton3(server: Any) -> dict[str, Any]:
     zoo.ensure_torchvision_if_installed()
     import transformers
 
-    config = {"n_layer": 1, "n_head": 4, "n_embd": 64, "vocab_size": 211, "n_positions": 64}
+    config = {"n_layer": 1, "n_head": 4, "n_embd": 128, "vocab_size": 211, "n_positions": 64}
     config |= {"bos_token_id": 0, "eos_token_id": 210, "pad_token_id": 210}
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))

@@ -107,7 +107,7 @@ def test_a_thousand_shapes_make_few_graphs_and_plans(block: torch.nn.Module) -> 
     assert counters["stats"]["unique_graphs"] <= 3
     plans = [len(weights.programs) for weights in held_for(block)]
     assert max(plans) == 4
-    assert sum(plans) <= 5
+    assert sum(plans) <= 9
 
 
 def test_past_the_limit_the_nearest_plan_serves_and_is_right(block: torch.nn.Module) -> None:
