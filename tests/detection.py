@@ -86,17 +86,17 @@ def named(name: str, seed: int = 0, **options: Any) -> torch.nn.Module:
 
 #: Last layers of the heads, stage by stage: the mean and spread that their outputs get.
 _HEADS = (
-    {"rpn.head.cls_logits": (0.0, 1.0), "rpn.head.bbox_pred": (0.0, 0.2)},
+    {"rpn.head.cls_logits": (0.0, 1.0), "rpn.head.bbox_pred": (0.0, 0.05)},
     {
         "box_predictor.cls_score": (0.0, 0.5),
-        "box_predictor.bbox_pred": (0.0, 0.15),
+        "box_predictor.bbox_pred": (0.0, 0.05),
         "classification_head.cls_logits": (-3.0, 1.2),
         "regression_head.bbox_reg": (0.0, 0.2),
         "regression_head.bbox_ctrness": (2.0, 0.5),
         "classification_head.module_list": (0.0, 1.3),
         "regression_head.module_list": (0.0, 0.5),
     },
-    {"mask_predictor.mask_fcn_logits": (0.0, 0.5), "keypoint_predictor.kps_score_lowres": (0.0, 1.0)},
+    {"mask_predictor.mask_fcn_logits": (0.0, 0.3), "keypoint_predictor.kps_score_lowres": (0.0, 1.0)},
 )
 
 
