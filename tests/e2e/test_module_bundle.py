@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import armopt
 from armopt import accuracy, doctor, package
@@ -193,26 +192,3 @@ def test_the_commands(mask_rcnn: torch.nn.Module, bundle: Path, tmp_path: Path) 
     text = command("inspect", str(bundle)).stdout
     assert "roi_heads.mask_head" in text
     assert "Plain ATen or Python" in text
-
-
-def test_weights_of_a_torchvision_model_and_a_built_in_factory(tmp_path: Path) -> None:
-    """The command of the README on the smallest of torchvision's detection models."""
-    model = detection.named("ssdlite320_mobilenet_v3_large", num_classes=91)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "weights.safetensors")
-    assert load_file(tmp_path / "weights.safetensors")
-    made = command(
-        *("optimize", str(tmp_path / "weights.safetensors"), "--model", "torchvision:ssdlite320_mobilenet_v3_large"),
-        *("-o", str(tmp_path / "bundle"), "--json"),
-    )
-    assert made.returncode == 0, made.stderr
-    assert json.loads(made.stdout)["kind"] == "module"
-    loaded = armopt.load(tmp_path / "bundle")  # no factory: torchvision's own
-    images = detection.images((3, 200, 300))
-    with torch.no_grad():
-        (expected,) = model(images)
-    (found,) = loaded(images)
-    assert expected.keys() == found.keys()
-    scores = torch.nn.functional.cosine_similarity(
-        *(one["scores"].sort(descending=True).values[:100] for one in (expected, found)), dim=0
-    )
-    assert scores > 0.999
