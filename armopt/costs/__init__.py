@@ -97,6 +97,10 @@ class CostTable:
         """The core and build that it stands for."""
         return f"{self.core}, torch {self.torch}"
 
+    def describe(self, cost: float) -> str:
+        """A cost with its unit."""
+        return f"{cost / 1e6:.3g} M instructions"
+
     def estimate(self, kernel: Kernel, site: Site) -> float | None:
         """Instructions of one call with its post-op; None where the table doesn't know the kernel."""
         variants = self.kernels.get(kernel.name)

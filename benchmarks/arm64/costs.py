@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from packaging.version import Version
 from scipy.optimize import nnls
 
 from armopt import costs
@@ -198,7 +199,12 @@ def write(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
 #: Multiplications, packed bytes and merged bytes in a cycle, of the Compute Library's estimates (arm_gemm, fixed-format
 #: kernels): NEON's for all cores. SVE's interleaved kernel on FP32 has its own on each core and release: searched for.
 _BF16_CYCLES = {"sve": (39.90, 8.55, 4.42), "neon": (31.62, 9.07, 3.23)}
-_FP32_CYCLES = {"neon": (38.10, 5.23, 3.15), "sve hybrid": (32.35, 0.0, 0.0), "neon hybrid": (28.48, 0.0, 0.0)}
+_FP32_CYCLES = {
+    "neon": (38.10, 5.23, 3.15),
+    "sve hybrid": (32.35, 0.0, 0.0),
+    "neon hybrid": (28.48, 0.0, 0.0),
+    "neon narrow": (20.5, 0.0, 0.0),
+}
 _NONE = (0.0,) * len(TERMS)
 
 
@@ -220,18 +226,28 @@ def fast_math_variants(vector_bits: int, sve_cycles: tuple[float, float, float])
     return [
         Variant("sve hybrid", 2, 2 * columns, _NONE, sweep=4, cycles=_FP32_CYCLES["sve hybrid"]),
         Variant("neon hybrid", 2, 24, _NONE, sweep=4, cycles=_FP32_CYCLES["neon hybrid"]),
+        Variant("neon hybrid, narrow", 2, 16, _NONE, sweep=6, cycles=_FP32_CYCLES["neon narrow"]),
         _interleaved("sve interleaved", columns, sve_cycles),
         _interleaved("neon interleaved", 12, _FP32_CYCLES["neon"]),
     ]
 
 
-#: BLAS has routines for one row, one column, and small products.
-_BLAS_VARIANTS = [
+_ONE = [
     Variant("one column", 1, 1, _NONE, most_columns=1),
     Variant("one row", 1, 8, _NONE, most_rows=1),
+]
+#: OpenBLAS has routines for small products.
+_OPENBLAS = [
+    *_ONE,
     Variant("two rows, small product", 1, 8, _NONE, most_rows=2, most_product=1e6),
     Variant("small product", 2, 8, _NONE, sweep=4, most_product=1e6),
     Variant("large", 1, 8, _NONE, sweep=8),
+]
+#: NVPL, in PyPI's wheels from 2.11, computes twelve rows at a time.
+_NVPL = [
+    *_ONE,
+    Variant("few rows", 12, 8, _NONE, sweep=12, most_rows=12),
+    Variant("large", 12, 8, _NONE, sweep=12),
 ]
 _FP32_VARIANTS = [Variant("few rows", 1, 4, _NONE, most_rows=4), Variant("large", 4, 8, _NONE)]
 
@@ -325,7 +341,7 @@ def fit(path: Path) -> None:
     kernels, errors = {}, {}
     for name, held in sorted(by_kernel.items()):
         if name.startswith("blas"):
-            variants = _BLAS_VARIANTS
+            variants = _OPENBLAS if Version(version) < Version("2.11") else _NVPL
         elif sum(sum(s["counts"][:2]) for s in held) == 0:
             variants = _FP32_VARIANTS
         else:
