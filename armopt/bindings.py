@@ -21,7 +21,15 @@ _methods: Any = torch._C.TensorBase
 _IN_TORCH = (
     *("add.Tensor", "addmm.default", "bmm.default", "cat.default", "clone.default", "convolution.default"),
     *("div.Tensor", "embedding.default", "flatten.using_ints", "layer_norm.default", "matmul.default"),
-    *("max_pool2d.default", "mean.dim", "mm.default", "mul.Tensor", "permute.default", "relu.default"),
+    *(
+        "max_pool2d.default",
+        "mean.dim",
+        "mm.default",
+        "mul.Tensor",
+        "narrow.default",
+        "permute.default",
+        "relu.default",
+    ),
     *("relu_.default", "reshape.default", "rsqrt.default", "select.int", "sigmoid.default", "sigmoid_.default"),
     *("softmax.int", "split.Tensor", "split_with_sizes.default", "squeeze.dim", "squeeze.dims", "sub.Tensor"),
     *("tanh.default", "tanh_.default", "transpose.int", "unsqueeze.default"),

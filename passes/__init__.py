@@ -13,6 +13,7 @@ from armopt.passes.canonicalise_linear import CanonicaliseLinear
 from armopt.passes.fold_batch_norm import FoldBatchNorm
 from armopt.passes.fold_constants import FoldConstants
 from armopt.passes.fuse_pointwise import FusePointwise
+from armopt.passes.merge_projections import MergeProjections
 from armopt.passes.pack_conv import PackConv
 from armopt.passes.pack_linear import PackLinear
 from armopt.passes.propagate_bf16 import PropagateBf16
@@ -30,6 +31,7 @@ PREPARE: tuple[Pass, ...] = (
     CanonicaliseConv(),
     FoldBatchNorm(),
     FusePointwise(),
+    MergeProjections(),
 )
 
 

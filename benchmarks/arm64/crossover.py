@@ -1,17 +1,19 @@
 """Is the plan's choice the best one? Where do packed weights begin to win? Writes docs/costs.md and docs/crossover.png.
 
     python -m benchmarks.arm64.crossover            # counts twenty shapes that no table holds, then writes both
+    python -m benchmarks.arm64.crossover --redraw   # writes both from the counts of the last time
 
 Each shape is one layer alone, FP32 in and out: a kernel on BF16 activations pays for its two casts.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from benchmarks.arm64 import counts, jobs
 from benchmarks.arm64.counts import Job
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+RESULTS = Path(__file__).with_name("crossover.json")
 _RELEASES = (DEFAULT_TORCH, "2.13.0")
 #: Rows, terms, columns: drawn once, log-uniformly.
 LINEAR = (
@@ -51,21 +54,18 @@ _CASTS = "casts"
 
 @dataclass(frozen=True)
 class Checked:
-    """One shape: what was chosen, and what each kernel retires, casts included."""
+    """One shape: what was chosen and what was best, with their instructions, casts included."""
 
     shape: str
     chosen: str
-    totals: Mapping[str, int]
-
-    @property
-    def best(self) -> str:
-        """The kernel of the fewest instructions."""
-        return min(self.totals, key=lambda name: self.totals[name])
+    instructions: int
+    best: str
+    least: int
 
     @property
     def ratio(self) -> float:
         """The chosen kernel's instructions over the best one's."""
-        return self.totals[self.chosen] / self.totals[self.best]
+        return self.instructions / self.least
 
 
 def sites() -> list[Site]:
@@ -97,7 +97,8 @@ def check(target: Target, release: str) -> list[Checked]:
         whole = {name: total + (casts if name.endswith("_bf16") else 0) for name, total in held.items()}
         kernel = policy.choose([site], target)[0].kernel
         assert kernel is not None
-        checked.append(Checked(_name(site), kernel.name, whole))
+        best = min(whole, key=lambda name: whole[name])
+        checked.append(Checked(_name(site), kernel.name, whole[kernel.name], best, whole[best]))
     return checked
 
 
@@ -145,6 +146,7 @@ def draw(path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     target = targets.load("graviton3")
     found = costs.find(target, DEFAULT_TORCH)
@@ -166,6 +168,8 @@ def draw(path: Path) -> None:
     for axes, label in ((by_rows, "rows (M)"), (by_product, "product (M x K x N)")):
         axes.axhline(1, color="grey", linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel=label)
+        axes.set_yticks([0.2, 0.5, 1, 2, 4], ["0.2", "0.5", "1", "2", "4"])
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25)
     by_rows.set_ylabel("instructions of BLAS / of the best packed kernel")
     by_rows.legend(title="Linear, K x N")
@@ -222,7 +226,7 @@ def page(checked: Mapping[str, Sequence[Checked]]) -> str:
             cells = (
                 row.shape,
                 row.chosen,
-                f"{row.totals[row.chosen]:,}",
+                f"{row.instructions:,}",
                 row.best,
                 f"{row.ratio:.3f}",
                 f"{floor:,.0f}",
@@ -260,10 +264,16 @@ samples that were left out of the fit, five-fold:
 """
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Counts, then writes the page and the figure."""
-    target = targets.load("graviton3")
-    checked = {release: check(target, release) for release in _RELEASES}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.arm64.crossover", description=__doc__)
+    parser.add_argument("--redraw", action="store_true", help="count nothing")
+    if not parser.parse_args(arguments).redraw:
+        target = targets.load("graviton3")
+        counted = {release: [asdict(row) for row in check(target, release)] for release in _RELEASES}
+        RESULTS.write_text(json.dumps(counted, indent=1) + "\n")
+    held = json.loads(RESULTS.read_text())
+    checked = {release: [Checked(**row) for row in rows] for release, rows in held.items()}
     draw(DOCS / "crossover.png")
     (DOCS / "costs.md").write_text(page(checked))
     for release, rows in checked.items():

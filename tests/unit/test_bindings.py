@@ -36,6 +36,7 @@ CALLS = {
     "mm.default": [((SQUARE, SQUARE), {})],
     "mul.Tensor": [((X, X), {}), ((X, 3), {})],
     "mul_.Tensor": [((X, X), {})],
+    "narrow.default": [((X, -1, 1, 2), {})],
     "permute.default": [((X, [2, 0, 1]), {})],
     "reshape.default": [((X, [4, -1]), {})],
     "rsqrt.default": [((X + 2,), {})],

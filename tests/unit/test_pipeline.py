@@ -105,4 +105,5 @@ def test_the_order_is_one_visible_tuple() -> None:
         "CanonicaliseConv",
         "FoldBatchNorm",
         "FusePointwise",
+        "MergeProjections",
     ]
