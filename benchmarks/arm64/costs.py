@@ -47,6 +47,8 @@ _LINEAR = ("conv1x1_bf16", "conv1x1_fastmath", "linear_fastmath", "blas_fp32_w16
 _LINEAR_FP32 = ("conv1x1_fp32", "blas_fp32")
 _CONV = ("conv_bf16", "conv_fastmath")
 _CONV_FP32 = ("conv_fp32",)
+#: What a sample has beyond what was asked for.
+_FOUND = ("counts", "floor")
 #: Pointwise operations behind a kernel that doesn't fuse them, and casts.
 _POINTWISE = ("relu", "gelu", "gelu_tanh", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "relu6", "add")
 
@@ -181,7 +183,14 @@ def _linear_job(kernel: str, shape: Mapping[str, int]) -> Job:
 
 
 def _key(entry: Mapping[str, Any]) -> str:
-    return json.dumps({name: value for name, value in entry.items() if name != "counts"}, sort_keys=True)
+    return json.dumps({name: value for name, value in entry.items() if name not in _FOUND}, sort_keys=True)
+
+
+def _floor(sample: Mapping[str, Any]) -> dict[str, int]:
+    if sample["name"] == "pointwise":
+        return {}
+    site = _site(sample)
+    return {"floor": site.m * site.k * site.n // 32}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -190,8 +199,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
-    """One sample a line."""
-    lines = ",\n".join(json.dumps(sample) for sample in sorted(samples, key=_key))
+    """One sample a line; products with their floor, the BFMMLA instructions of 256 bits that they need."""
+    whole = [{**sample, **_floor(sample)} for sample in samples]
+    lines = ",\n".join(json.dumps(sample) for sample in sorted(whole, key=_key))
     path.write_text('{"classes": ' + json.dumps(counts.CLASSES) + ', "samples": [\n' + lines + "\n]}\n")
 
 
@@ -285,7 +295,7 @@ def answered(sample: Mapping[str, Any], vector_bits: int) -> set[str]:
 def _site(sample: Mapping[str, Any]) -> Site:
     from benchmarks.arm64 import jobs
 
-    arguments = {name: value for name, value in sample.items() if name not in ("name", "counts", "kernel")}
+    arguments = {name: value for name, value in sample.items() if name not in ("name", "kernel", *_FOUND)}
     return jobs.conv_site(**arguments) if "shape" in sample else jobs.linear_site(**arguments)
 
 

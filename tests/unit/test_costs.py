@@ -28,7 +28,7 @@ def linear(m: int, k: int = 1024, n: int = 1024) -> Site:
 def _sites(samples: list[Mapping[str, Any]]) -> dict[str, tuple[Site, dict[str, int]]]:
     found: dict[str, tuple[Site, dict[str, int]]] = {}
     for sample in samples:
-        shape = {k: v for k, v in sample.items() if k not in ("name", "kernel", "counts", "dtype", "elements")}
+        shape = {k: v for k, v in sample.items() if k not in ("name", "kernel", "counts", "floor")}
         if sample["name"] != "pointwise":
             site = jobs.conv_site(**shape) if "shape" in shape else jobs.linear_site(**shape)
             found.setdefault(json.dumps(shape), (site, {}))[1][sample["kernel"]] = sum(sample["counts"])
@@ -58,6 +58,15 @@ def test_the_samples_cover_the_grid(path: Path) -> None:
             rows[sample["k"], sample["n"]].add(sample["m"])
     assert rows[256, 256] == {1, 2, 4, 8, 10, 16, 32, 64, 128, 256, 512}
     assert {(1024, 1024), (768, 3072), (513, 257), (512, 1)} <= rows.keys()
+
+
+def test_an_empty_product_costs_a_call() -> None:
+    found = costs.find(GRAVITON3, "2.10")
+    assert found is not None
+    assert 0 < (found.estimate(table.get("blas_fp32_w16"), linear(0)) or 0) < 1e6
+    choice = cost_policy.default(GRAVITON3, "2.10").choose([linear(0)], GRAVITON3)[0]
+    assert choice.kernel is not None
+    assert choice.kernel.name == "blas_fp32_w16"
 
 
 def test_small_layers_go_to_blas_and_large_ones_do_not() -> None:
