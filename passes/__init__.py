@@ -12,6 +12,7 @@ from armopt.passes.canonicalise_conv import CanonicaliseConv
 from armopt.passes.canonicalise_linear import CanonicaliseLinear
 from armopt.passes.fold_batch_norm import FoldBatchNorm
 from armopt.passes.fold_constants import FoldConstants
+from armopt.passes.fold_stride import FoldStride
 from armopt.passes.fuse_pointwise import FusePointwise
 from armopt.passes.merge_projections import MergeProjections
 from armopt.passes.pack_conv import PackConv
@@ -31,6 +32,7 @@ PREPARE: tuple[Pass, ...] = (
     CanonicaliseConv(),
     FoldBatchNorm(),
     FusePointwise(),
+    FoldStride(),
     MergeProjections(),
 )
 

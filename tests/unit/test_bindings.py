@@ -18,6 +18,7 @@ CALLS = {
     "bmm.default": [((X, X.transpose(1, 2)), {})],
     "cat.default": [(([X, X], -1), {}), (([X],), {})],
     "clone.default": [((IMAGE,), {}), ((IMAGE,), {"memory_format": torch.channels_last})],
+    "constant_pad_nd.default": [((IMAGE, [1, 2, 0, 3]), {}), ((X, [1, -1], 2.0), {})],
     "convolution.default": [((IMAGE, torch.ones(3, 2, 3, 3), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1), {})],
     "copy_.default": [((X, X + 1), {}), ((X, X + 1, False), {})],
     "div.Tensor": [((X, X + 3), {}), ((X, 8.0), {})],
@@ -51,8 +52,10 @@ CALLS = {
     "split_with_sizes.default": [((X, [1, 3], -1), {})],
     "squeeze.dim": [((X[:1], 0), {})],
     "squeeze.dims": [((X[:1], [0, 1]), {})],
+    "stack.default": [(([X, X], -1), {}), (([X, X],), {})],
     "sub.Tensor": [((X, X + 1), {}), ((X, X), {"alpha": 2})],
     "transpose.int": [((X, 0, 2), {})],
+    "unbind.int": [((X, 2), {}), ((X,), {})],
     "unsqueeze.default": [((X, 1), {})],
     "view.default": [((X, [6, 4]), {})],
 }
