@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,18 @@ import torch
 from torch import fx
 
 import armopt
-from armopt import accuracy as metrics
-from armopt import capture, cost_policy, environment, passes, pipeline, plan, sites, sources, structure, targets
+from armopt import capture, cost_policy, environment, inputs, passes, pipeline, plan, repair, sites, sources, targets
 from armopt import graph as g
+from armopt.accuracy import MIN_COSINE, Checker, NodeError, Validation, bucket_name, gates, nodes, runs, samples
+from armopt.accuracy import report as report_module
+from armopt.accuracy.checker import Evidence, Run, flat_run
+from armopt.accuracy.samples import Given
+from armopt.accuracy.tasks import Outputs
+from armopt.accuracy.validation import check_report_place
 from armopt.bundle import codec, manifest, source, writer
 from armopt.errors import AccuracyError, InputError
 from armopt.ir import Bucket, Captured, Plan, Skip, Target
+from armopt.repair import EVALUATIONS
 
 #: Told the name of each step and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -25,6 +31,29 @@ Progress = Callable[[str, int, int], None]
 
 def _silent(step: str, done: int, total: int) -> None:
     pass
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """What has to hold before a bundle may be deployed, and what is done where it does not.
+
+    Attributes:
+        gates: Bounds besides the cosine: ``top1>=0.995``.
+        task: Whose metrics to measure; found from the outputs where empty.
+        inputs: What to measure on: a file or folder, or tensors; the example inputs where None.
+        repair: Whether layers that break a gate go back to FP32.
+        evaluations: How many plans repair may measure.
+        keep_reference: Whether the bundle keeps the FP32 original, so that `validate` needs nothing else.
+        report: Where to write an HTML report.
+    """
+
+    gates: tuple[str, ...] = ()
+    task: str = ""
+    inputs: Given | None = None
+    repair: bool = True
+    evaluations: int = EVALUATIONS
+    keep_reference: bool = False
+    report: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +92,20 @@ def make_plan(
     return Planned(captured, prepared, target, plans, records)
 
 
-def lower(planned: Planned) -> tuple[codec.Program, ...]:
-    """Carries out each plan on a copy of the graph; the programs share their weights."""
-    rounded: dict[str, torch.Tensor] = {}
-    programs = []
-    for each in planned.plans:
-        module, _ = pipeline.run(g.copy(planned.prepared), passes.lower(each, rounded))
-        programs.append(codec.program(module, each.bucket, planned.captured.values(each.bucket)))
-    return tuple(programs)
+def lower(planned: Planned, rounded: dict[str, torch.Tensor] | None = None) -> tuple[codec.Program, ...]:
+    """Carries out each plan on a copy of the graph; the programs share their weights.
+
+    Args:
+        planned: What to carry out.
+        rounded: Weights in BF16 by name, to share with other plans of the model.
+    """
+    rounded = {} if rounded is None else rounded
+    return tuple(_lower_one(planned, each, rounded) for each in planned.plans)
+
+
+def _lower_one(planned: Planned, each: Plan, rounded: dict[str, torch.Tensor]) -> codec.Program:
+    module, _ = pipeline.run(g.copy(planned.prepared), passes.lower(each, rounded))
+    return codec.program(module, each.bucket, planned.captured.values(each.bucket))
 
 
 def optimize(
@@ -81,7 +116,8 @@ def optimize(
     target: str | Target = "graviton3",
     batch: Sequence[int] = (),
     policy: plan.Policy | None = None,
-    min_cosine: float = metrics.MIN_COSINE,
+    min_cosine: float = MIN_COSINE,
+    checks: Checks = Checks(),
     force: bool = False,
     progress: Progress = _silent,
 ) -> manifest.Manifest:
@@ -95,6 +131,7 @@ def optimize(
         batch: Sizes of the first dimension to plan for; several make it dynamic.
         policy: How kernels are chosen; by cost where there is a table for the target's core.
         min_cosine: The least cosine similarity to FP32 of any output.
+        checks: More gates, what to measure them on, and whether to repair what breaks them.
         force: Replace a bundle that is there.
         progress: Told of each step.
 
@@ -108,6 +145,9 @@ def optimize(
     """
     output = Path(output)
     writer.check_place(output, force=force)
+    if checks.report is not None:
+        check_report_place(checks.report)
+    bounds = gates.standard(checks.gates, min_cosine)
     chosen = find_target(target)
     policy = policy or cost_policy.default(chosen)
     steps = ("capture", "plan", "rewrite", "validate", "write")
@@ -121,10 +161,20 @@ def optimize(
     step("plan")
     planned = make_plan(captured, chosen, policy, buckets)
     step("rewrite")
-    programs = lower(planned)
+    rounded: dict[str, torch.Tensor] = {}
+    programs = lower(planned, rounded)
     step("validate")
-    accuracy = check_accuracy(captured, programs, min_cosine)
+    checked = _Checked(captured, buckets, bounds, checks)
+    validation = checked.validate(programs)
+    repaired = None
+    if not validation.passed and checks.repair:
+        repaired = checked.repair(planned, programs, rounded, progress)
+        if repaired.passed:
+            planned = replace(planned, plans=repaired.plans)
+            programs = lower(planned, rounded)
+            validation = checked.validate(programs)
     step("write")
+    accuracy = validation.to_json() | {"repair": None if repaired is None else repaired.to_json()}
     variables = environment.variables(chosen)
     described = _describe(planned, programs, accuracy, variables)
     texts = {
@@ -135,19 +185,125 @@ def optimize(
     signature: dict[str, Any] = {
         "inputs": captured.inputs,
         "outputs": captured.outputs,
-        "specs": [asdict(spec) for spec in captured.input_specs],
+        "specs": [
+            asdict(spec) | {"statistics": inputs.statistics(tensor)}
+            for spec, tensor in zip(captured.input_specs, captured.example, strict=True)
+        ],
         "symbols": [asdict(symbol) for symbol in captured.symbols],
     }
-    written = writer.write(output, described, programs, texts, signature, force=force)
+    reference = None
+    if checks.keep_reference:
+        reference = codec.program(planned.prepared, buckets[0], captured.values(buckets[0]))
+    written = writer.write(output, described, programs, texts, signature, reference=reference, force=force)
+    if checks.report is not None:
+        errors, evidence = checked.nodes(planned.prepared, programs, validation)
+        about = report_module.About.of(written, str(output))
+        pictures = checked.samples.pictures[:1] if checked.samples is not None else ()
+        report_module.write(
+            checks.report, report_module.render(about, validation, errors, evidence, pictures, repaired)
+        )
     progress("done", len(steps), len(steps))
-    if not accuracy["passed"]:
+    if not validation.passed:
+        no_repair = f". There is {repaired.said}" if repaired is not None else ""
         raise AccuracyError(
-            f"cosine similarity to FP32 is {accuracy['cosine']:.6f}, below {min_cosine}"
-            + ("" if accuracy["finite"] else "; values that are finite in FP32 are not in BF16"),
+            f"{validation.failures()}{no_repair}",
             where=str(output),
             hint="The bundle is marked as not deployable; see its report.json",
         )
     return written
+
+
+class _Checked:
+    """Measures programs of one captured model, on the user's inputs or on the example's, batch by batch."""
+
+    def __init__(
+        self, captured: Captured, buckets: Sequence[Bucket], bounds: Sequence[gates.Gate], checks: Checks
+    ) -> None:
+        self._captured, self._checks = captured, checks
+        self._order = [spec.name for spec in captured.input_specs]
+        graph_module = captured.graph_module
+        self._checker = Checker(
+            reference=self._named(lambda tensors: runs.run(graph_module, tensors)),
+            anchor=self._named(lambda tensors: runs.run(graph_module, tensors, runs.InFp64)),
+            gates=tuple(bounds),
+            task=checks.task,
+            source=captured.source,
+            keep=checks.repair,
+        )
+        self.samples = None
+        if checks.inputs is not None:
+            specs = [asdict(spec) for spec in captured.input_specs]
+            self.samples = samples.read(checks.inputs, specs, captured.source)
+        self._buckets = tuple(buckets)
+
+    def validate(self, programs: Sequence[codec.Program]) -> Validation:
+        """Figures of every bucket, and the verdicts."""
+        figures = {bucket_name(program.bucket): self._figures(program) for program in programs}
+        given = self.samples
+        return Validation(
+            reference="the model in FP32",
+            inputs="the model's example inputs" if given is None else given.said,
+            given=given is not None,
+            samples=1 if given is None else len(given),
+            ran="portable twins on this host",
+            figures=figures,
+            verdicts=self._checker.verdicts(figures),
+            task=self._checker.task_name,
+            task_why=self._checker.task_why,
+            no_anchor=self._checker.no_anchor,
+        )
+
+    def repair(
+        self,
+        planned: Planned,
+        programs: Sequence[codec.Program],
+        rounded: dict[str, torch.Tensor],
+        progress: Progress,
+    ) -> repair.Repair:
+        """Takes out of BF16 what breaks a gate."""
+        by_bucket = {bucket_name(program.bucket): program for program in programs}
+
+        def alone(each: Plan, node: str) -> gates.Figures:
+            program = by_bucket[bucket_name(each.bucket)]
+            only = nodes.OnlyThese(planned.prepared, program, {node})
+
+            def run(tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
+                with runs.unchanged_buffers(planned.prepared):
+                    outputs: Sequence[Any] = only.run(*tensors)
+                    return outputs
+
+            return self._checker.figures(bucket_name(each.bucket), self._inputs(each.bucket), self._named(run))
+
+        return repair.search(
+            planned.plans,
+            [program.sites for program in programs],
+            self._checker.gates,
+            lambda each: self._figures(_lower_one(planned, each, rounded)),
+            alone,
+            evaluations=self._checks.evaluations,
+            progress=lambda done, most: progress("repair", done, most),
+        )
+
+    def nodes(
+        self, prepared: fx.GraphModule, programs: Sequence[codec.Program], validation: Validation
+    ) -> tuple[list[NodeError], Evidence]:
+        """The errors of every layer in the worst bucket, and a call of both sides."""
+        worst = validation.worst_bucket
+        program = next(program for program in programs if bucket_name(program.bucket) == worst)
+        evidence = self._checker.evidence[worst]
+        return nodes.errors(program, prepared, [evidence.inputs[name] for name in self._order]), evidence
+
+    def _figures(self, program: codec.Program) -> gates.Figures:
+        found = self._named(lambda tensors: runs.run(program.graph_module, tensors))
+        return self._checker.figures(bucket_name(program.bucket), self._inputs(program.bucket), found)
+
+    def _inputs(self, bucket: Bucket) -> Iterable[Outputs]:
+        if self.samples is not None:
+            return self.samples
+        return [dict(zip(self._order, example_at(self._captured, bucket), strict=True))]
+
+    def _named(self, run: Callable[[Sequence[torch.Tensor]], Sequence[Any]]) -> Run:
+        return flat_run(run, self._order, self._captured.outputs)
 
 
 def find_target(target: str | Target) -> Target:
@@ -187,30 +343,6 @@ def find_buckets(captured: Captured, batch: Sequence[int]) -> tuple[Bucket, ...]
     if not batch or "batch" not in example:
         return (example,)
     return tuple(example | {"batch": size} for size in sorted(set(batch)))
-
-
-def check_accuracy(captured: Captured, programs: Sequence[codec.Program], min_cosine: float) -> dict[str, Any]:
-    """Runs the captured FP32 graph and each program's twins on the example, batch by batch."""
-    found = {}
-    for program in programs:
-        tensors = example_at(captured, program.bucket)
-        reference = _run(captured.graph_module, tensors)
-        result = _run(program.graph_module, tensors)
-        found[metrics.bucket_name(program.bucket)] = metrics.compare_all(
-            structure.output_names(captured.outputs, len(reference)), reference, result
-        )
-    return metrics.summary(found, min_cosine=min_cosine, reference="the model in FP32, on its example inputs")
-
-
-def _run(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
-    """Runs a graph and undoes what it wrote to its buffers: runs that are compared start alike."""
-    written = [getattr(graph_module, name) for name in g.written_constants(graph_module.graph)]
-    before = [tensor.clone() for tensor in written]
-    with torch.no_grad():
-        result: Sequence[Any] = graph_module(*tensors)
-        for tensor, value in zip(written, before, strict=True):
-            tensor.copy_(value)
-    return result
 
 
 def example_at(captured: Captured, bucket: Bucket) -> tuple[torch.Tensor, ...]:
@@ -259,15 +391,20 @@ def _describe(
             }
             for each in planned.plans
         ),
-        accuracy={
-            name: accuracy[name] for name in ("cosine", "max_abs", "finite", "min_cosine", "passed", "reference")
-        },
+        accuracy={name: accuracy[name] for name in _RECORDED},
         weights={
             "bytes": sum(_size(tensor) for tensor in weights.values()),
             "fp32_bytes": sum(_size(tensor) for tensor in captured.graph_module.buffers()),
         },
         refused=tuple(asdict(skip) for skip in planned.refused),
     )
+
+
+#: What the manifest says of accuracy; report.json has the rest.
+_RECORDED = (
+    *("cosine", "max_abs", "finite", "min_cosine", "passed", "reference"),
+    *("gates", "inputs", "inputs_given", "task", "repair"),
+)
 
 
 def _size(tensor: torch.Tensor) -> int:
