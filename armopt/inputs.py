@@ -140,9 +140,11 @@ def like(spec: Mapping[str, Any], bucket: Mapping[str, int], generator: torch.Ge
     if not known:
         return InputOption(spec["name"], shape, dtype).tensor(generator)
     if dtype == torch.bool:
-        return torch.rand(shape, generator=generator) < known["mean"]
+        chosen: torch.Tensor = torch.rand(shape, generator=generator) < known["mean"]
+        return chosen
     if dtype.is_floating_point:
-        values = torch.randn(shape, generator=generator, dtype=torch.float64) * known["std"] + known["mean"]
+        values: torch.Tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
+        values = values * known["std"] + known["mean"]
         return values.clamp(known["min"], known["max"]).to(dtype)
     return torch.randint(int(known["min"]), int(known["max"]) + 1, shape, generator=generator).to(dtype)
 

@@ -107,9 +107,7 @@ def layers(errors: Sequence[NodeError], repaired: frozenset[str] = frozenset()) 
     step = max(1, math.ceil(len(errors) / 20))
     x_ticks = [(float(i), str(i + 1)) for i in range(0, len(errors), step)]
     y_ticks = [(float(e), f"1e{e}") for e in range(low, max(high, low + 1) + 1)]
-    paths, texts = axes.frame(
-        x_ticks, y_ticks, "layer, in the order of the graph", "error, relative to FP32's result"
-    )
+    paths, texts = axes.frame(x_ticks, y_ticks, "layer, in the order of the graph", "error, relative to FP32's result")
     rects, line = [], ""
     for i, error in enumerate(errors):
         said = (

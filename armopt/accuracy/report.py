@@ -168,4 +168,4 @@ def _winners(evidence: Evidence, task: str) -> list[tuple[int, float, int, float
         return []
     both = [side[name][0].double().topk(min(5, side[name].shape[1])) for side in (evidence.reference, evidence.found)]
     columns = [column.tolist() for top in both for column in (top.indices, top.values)]
-    return [tuple(row) for row in zip(*columns, strict=True)]  # type: ignore[misc]
+    return list(zip(*columns, strict=True))

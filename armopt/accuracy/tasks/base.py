@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 
@@ -36,7 +37,7 @@ class Sample:
     run_found: Run
 
 
-class Task(Protocol):
+class Task(ABC):
     """A task collects over samples; :meth:`results` gives its figures.
 
     Attributes:
@@ -47,21 +48,23 @@ class Task(Protocol):
     metrics: ClassVar[tuple[Metric, ...]]
     needs: ClassVar[str]
 
-    def __init__(self) -> None: ...
-
     @classmethod
+    @abstractmethod
     def fits(cls, inputs: Outputs, outputs: Outputs, *, asked: bool) -> bool:
         """Whether a model with these outputs does this task; if `asked` for, whether it can at all."""
 
+    @abstractmethod
     def update(self, sample: Sample) -> None:
         """Looks at one sample."""
 
+    @abstractmethod
     def results(self) -> dict[str, float]:
         """The figures over all samples, by metric; one that no sample could give is left out."""
 
     @classmethod
     def align(cls, reference: Outputs, found: Outputs) -> tuple[Outputs, Outputs]:
         """Both sides with what belongs together at the same place, where a model orders by its own results."""
+        return reference, found
 
 
 def last(name: str) -> str:

@@ -7,24 +7,24 @@ from typing import ClassVar
 import torch
 
 from armopt.accuracy.metrics import Metric
-from armopt.accuracy.tasks.base import Outputs, Sample, last
+from armopt.accuracy.tasks.base import Outputs, Sample, Task, last
 
 _NAMES = ("logits", "scores", "probs", "probabilities", "classes")
 
 
-class Classification:
+class Classification(Task):
     """Agreement of the first class and of the first five, on scores [batch, classes].
 
     Of several such outputs the first counts, unless one is called logits, scores or probabilities.
     """
 
-    metrics: ClassVar = (
+    metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("top1", True, "rows whose highest class is FP32's"),
         Metric("top5", True, "rows whose five highest classes hold FP32's highest"),
         Metric("margin_flips", False, "rows whose class changed"),
         Metric("flip_margin", False, "largest FP32 margin between two classes, over their spread, that flipped"),
     )
-    needs: ClassVar = "an output [batch, classes] with at least two classes"
+    needs: ClassVar[str] = "an output [batch, classes] with at least two classes"
 
     def __init__(self) -> None:
         self._rows = self._first = self._five = 0
@@ -40,7 +40,7 @@ class Classification:
         """The name of the output that holds them; None where none does."""
         fitting = [name for name, y in outputs.items() if y.dim() == 2 and y.shape[1] >= 2 and y.is_floating_point()]
         named = [name for name in fitting if last(name) in _NAMES]
-        return (named or fitting or [None])[0]
+        return next(iter(named or fitting), None)
 
     def update(self, sample: Sample) -> None:
         """Counts the rows that agree."""
@@ -71,8 +71,3 @@ class Classification:
             "margin_flips": float(self._rows - self._first),
             "flip_margin": self._margin,
         }
-
-    @classmethod
-    def align(cls, reference: Outputs, found: Outputs) -> tuple[Outputs, Outputs]:
-        """As they are."""
-        return reference, found

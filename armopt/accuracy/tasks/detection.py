@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from armopt.accuracy.metrics import Metric
-from armopt.accuracy.tasks.base import Outputs, Sample, last
+from armopt.accuracy.tasks.base import Outputs, Sample, Task, last
 
 #: Boxes of one class that overlap by this much are the same object, as in PASCAL VOC and COCO's AP50.
 MATCH_IOU = 0.5
@@ -26,21 +26,21 @@ class Matched:
     iou: torch.Tensor
 
 
-class Detection:
+class Detection(Task):
     """Boxes matched by class and IoU: ``boxes`` [n, 4] (x1, y1, x2, y2), ``labels`` and ``scores`` [n] of each image.
 
     The outputs of an image share a prefix (``0.boxes``, ``0.scores``…); ``masks`` [n, 1, height, width] or [n, height,
     width] are compared above a half. What FP32 scores below a half does not have to be found again.
     """
 
-    metrics: ClassVar = (
+    metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("box_recall", True, "FP32's boxes that are found again, with the same class and an IoU of a half"),
         Metric("box_precision", True, "found boxes that FP32 has too"),
         Metric("box_iou", True, "mean IoU of the boxes that belong together"),
         Metric("score_drift", False, "largest change of a score"),
         Metric("instance_iou", True, "mean IoU of the masks that belong together"),
     )
-    needs: ClassVar = "outputs called boxes [n, 4], labels [n] and scores [n]"
+    needs: ClassVar[str] = "outputs called boxes [n, 4], labels [n] and scores [n]"
 
     def __init__(self) -> None:
         self._wanted = self._found = self._again = self._known = 0

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from armopt.accuracy.metrics import Metric
-from armopt.accuracy.tasks.base import Outputs, Sample, last
+from armopt.accuracy.tasks.base import Outputs, Sample, Task, last
 
 _NAMES = (
     *("embedding", "embeddings", "image_embeds", "text_embeds", "sentence_embedding", "pooler_output", "features"),
@@ -16,18 +16,18 @@ _NAMES = (
 _MOST_ROWS = 2048
 
 
-class Embedding:
+class Embedding(Task):
     """Agreement of rankings by cosine similarity, on vectors [batch, features] or [batch, length, features].
 
     Each vector in turn is the query and all others are ranked, in FP32 and as found. The ranking needs three vectors.
     """
 
-    metrics: ClassVar = (
+    metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("ranking", True, "pairs of other vectors that a query puts in FP32's order"),
         Metric("nearest", True, "vectors whose nearest neighbour is FP32's"),
         Metric("embedding_cosine", True, "least cosine similarity of a vector to its own in FP32"),
     )
-    needs: ClassVar = "an output [batch, features] or [batch, length, features]"
+    needs: ClassVar[str] = "an output [batch, features] or [batch, length, features]"
 
     def __init__(self) -> None:
         self._reference: list[torch.Tensor] = []
@@ -49,7 +49,7 @@ class Embedding:
             for name in fitting:
                 if last(name) == wanted:
                     return name
-        return (fitting or [None])[0]
+        return next(iter(fitting), None)
 
     def update(self, sample: Sample) -> None:
         """Keeps the vectors, up to two thousand."""
@@ -76,11 +76,6 @@ class Embedding:
         results["nearest"] = float((wanted.argmax(1) == found.argmax(1)).double().mean())
         results["ranking"] = _concordance(wanted, found)
         return results
-
-    @classmethod
-    def align(cls, reference: Outputs, found: Outputs) -> tuple[Outputs, Outputs]:
-        """As they are."""
-        return reference, found
 
 
 def _concordance(wanted: torch.Tensor, found: torch.Tensor) -> float:

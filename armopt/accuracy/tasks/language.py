@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 
 from armopt.accuracy.metrics import Metric
-from armopt.accuracy.tasks.base import Outputs, Sample, last, tokens
+from armopt.accuracy.tasks.base import Outputs, Sample, Task, last, tokens
 
 _NAMES = ("logits", "prediction_logits", "lm_logits", "output")
 #: Greedy steps to look for a divergence.
 _STEPS = 16
 
 
-class Language:
+class Language(Task):
     """Next tokens, on logits [batch, length, vocabulary] over tokens [batch, length].
 
     Generation is greedy, from the first half of the tokens, for up to sixteen steps; it is compared where the model is
@@ -23,13 +23,13 @@ class Language:
     sides differ their sequences are the same, so one call of the bundle on FP32's sequence finds it.
     """
 
-    metrics: ClassVar = (
+    metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("next_token", True, "positions whose likeliest token is FP32's"),
         Metric("kl", False, "mean Kullback-Leibler divergence of the next token from FP32, in nats"),
         Metric("perplexity_drift", False, "relative change of the perplexity of the tokens given, without its sign"),
         Metric("greedy_tokens", True, "share of greedily generated tokens before the first that differs from FP32"),
     )
-    needs: ClassVar = "an output [batch, length, vocabulary] and integer tokens [batch, length]"
+    needs: ClassVar[str] = "an output [batch, length, vocabulary] and integer tokens [batch, length]"
 
     def __init__(self) -> None:
         self._positions = self._alike = self._scored = 0
@@ -53,7 +53,7 @@ class Language:
             if y.dim() == 3 and y.is_floating_point() and y.shape[:2] == x.shape and y.shape[2] > int(x.max())
         ]
         named = [pair for pair in pairs if last(pair[0]) in _NAMES]
-        return (named or pairs or [None])[0]
+        return next(iter(named or pairs), None)
 
     def update(self, sample: Sample) -> None:
         """Compares the distributions at every position; on the first sample generation too."""
@@ -84,11 +84,6 @@ class Language:
         if self._generated is not None:
             results["greedy_tokens"] = self._generated
         return results
-
-    @classmethod
-    def align(cls, reference: Outputs, found: Outputs) -> tuple[Outputs, Outputs]:
-        """As they are."""
-        return reference, found
 
 
 def _generate(sample: Sample, logits: str, given: str) -> float | None:

@@ -7,20 +7,20 @@ from typing import ClassVar
 import torch
 
 from armopt.accuracy.metrics import Metric
-from armopt.accuracy.tasks.base import Outputs, Sample, images, last
+from armopt.accuracy.tasks.base import Outputs, Sample, Task, images, last
 
 _NAMES = ("out", "masks", "logits", "segmentation")
 
 
-class Segmentation:
+class Segmentation(Task):
     """Agreement of the classes of pixels, on scores [batch, classes, height, width]; FP32's classes are the truth."""
 
-    metrics: ClassVar = (
+    metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("miou", True, "mean over classes of the intersection over union of the pixels given to them"),
         Metric("mask_iou", True, "least intersection over union of a class with a hundredth of the pixels or more"),
         Metric("pixel_agreement", True, "pixels that keep their class"),
     )
-    needs: ClassVar = "an output [batch, classes, height, width] with at least two classes"
+    needs: ClassVar[str] = "an output [batch, classes, height, width] with at least two classes"
 
     def __init__(self) -> None:
         self._confusion = torch.zeros(0, 0, dtype=torch.int64)
@@ -39,7 +39,7 @@ class Segmentation:
         """The name of the output that holds them; None where none does."""
         fitting = [name for name, y in outputs.items() if y.dim() == 4 and y.shape[1] >= 2 and y.is_floating_point()]
         named = [name for name in fitting if last(name) in _NAMES]
-        return (named or fitting or [None])[0]
+        return next(iter(named or fitting), None)
 
     def update(self, sample: Sample) -> None:
         """Counts pixels by the class that FP32 gives them and the one found."""
@@ -67,8 +67,3 @@ class Segmentation:
             "mask_iou": float(iou[large].min()) if bool(large.any()) else float(iou.mean()),
             "pixel_agreement": float(both.sum() / total),
         }
-
-    @classmethod
-    def align(cls, reference: Outputs, found: Outputs) -> tuple[Outputs, Outputs]:
-        """As they are."""
-        return reference, found
