@@ -13,7 +13,9 @@ from armopt.accuracy.metrics import METRICS, MIN_COSINE, Accuracy, Metric
 from armopt.accuracy.tasks import TASKS
 from armopt.errors import InputError
 
-_PATTERN = re.compile(r"\s*(?P<metric>\w+)\s*(\[(?P<output>[^\]]+)\])?\s*(?P<relation>>=|<=|>|<)\s*(?P<bound>[^\s=<>]+)\s*")
+_PATTERN = re.compile(
+    r"\s*(?P<metric>\w+)\s*(\[(?P<output>[^\]]+)\])?\s*(?P<relation>>=|<=|>|<)\s*(?P<bound>[^\s=<>]+)\s*"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,9 @@ def _boxes(picture: torch.Tensor, objects: Outputs) -> Any:
     for label, box, score in zip(labels, boxes, scores, strict=True):
         x0, y0, x1, y1 = (scale * side for side in box)
         draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=_colour(label), width=2)
-        draw.text((x0 + 3, max(0.0, y0 + 2)), f"{label}: {score:.2f}", fill=_colour(label))
+        said, corner = f"{label}: {score:.2f}", (x0 + 3, y0 + 1)
+        draw.rectangle(draw.textbbox(corner, said), fill=_colour(label))
+        draw.text(corner, said, fill=(255, 255, 255))
     return shown
 
 

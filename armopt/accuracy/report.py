@@ -80,6 +80,9 @@ def render(
     """
     repaired = repair.to_json() if repair is not None else about.repaired
     changed = frozenset(change["node"] for change in repaired["changes"]) if repaired else frozenset()
+    reference, found = evidence.reference, evidence.found
+    if validation.task:
+        reference, found = TASKS[validation.task].align(reference, found)
     place = {error.node: number for number, error in enumerate(errors, start=1)}
     template = _environment().get_template("report.html.jinja")
     return template.render(
@@ -92,7 +95,7 @@ def render(
         place=place,
         rows=_ROWS,
         bucket=validation.worst_bucket,
-        outputs=[_output(name, a, evidence.found[name]) for name, a in _floats(evidence.reference).items()],
+        outputs=[_output(name, a, found[name]) for name, a in _floats(reference).items()],
         pairs=pictures_module.pairs(evidence, validation.task),
         winners=_winners(evidence, validation.task),
         picture=pictures_module.first_image(evidence) if validation.task == "classification" else "",
@@ -150,8 +153,6 @@ def _floats(outputs: Outputs) -> dict[str, torch.Tensor]:
 
 def _output(name: str, reference: torch.Tensor, found: torch.Tensor) -> _Output:
     shape = "x".join(map(str, reference.shape)) or "scalar"
-    if reference.shape != found.shape:  # a detector's outputs: as many as it found
-        return _Output(name, shape, None, None, None)
     stride = max(1, reference.numel() // _MOST)
     a, b = (side.detach().flatten()[::stride] for side in (reference, found))
     return _Output(name, shape, plots.scatter(a, b), plots.values(a, b), plots.histogram(a, b))

@@ -214,6 +214,7 @@ def compare_callables(
         verdicts=checker.verdicts(figures),
         task=checker.task_name,
         task_why=checker.task_why,
+        no_anchor="the original is no single graph",
     )
     return result, checker
 
