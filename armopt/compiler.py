@@ -268,7 +268,7 @@ class _Checked:
             only = nodes.OnlyThese(planned.prepared, program, {node})
 
             def run(tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
-                with runs.unchanged_buffers(planned.prepared):
+                with runs.true_fp32(), runs.unchanged_buffers(planned.prepared):
                     outputs: Sequence[Any] = only.run(*tensors)
                     return outputs
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from armopt import sites
 from armopt.accuracy.metrics import relative_error
-from armopt.accuracy.runs import InFp32, Steps, unchanged_buffers
+from armopt.accuracy.runs import InFp32, Steps, true_fp32, unchanged_buffers
 from armopt.bundle.codec import Program
 from armopt.errors import InputError
 from armopt.kernels import aten, table
@@ -79,7 +79,7 @@ def errors(
     exact = program.graph_module if reference is None else reference
     runner = InFp32(exact) if reference is None else fx.Interpreter(exact)
     found = []
-    with unchanged_buffers(exact), unchanged_buffers(program.graph_module):
+    with true_fp32(), unchanged_buffers(exact), unchanged_buffers(program.graph_module):
         left, right = Steps(runner, tensors), Steps(fx.Interpreter(program.graph_module), tensors)
         for done, layer in enumerate(layers):
             progress(done, len(layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import fx
 
 from armopt import graph as g
+from armopt import runtime
 from armopt.kernels import aten, post_ops
 from armopt.kernels.ops import CONV, KERNEL, LINEAR, OTHER, POST_OP
 
@@ -37,24 +39,19 @@ class InFp64(fx.Interpreter):
         """The input, widened."""
         return _wide(super().placeholder(target, args, kwargs))
 
-    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The constant, widened; a buffer that is written to stays as it was."""
-        return _wide(super().get_attr(target, args, kwargs))
-
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same operation on FP64."""
+        """The same operation on FP64; a buffer that it writes to stays as it was."""
+        args, kwargs = torch.utils._pytree.tree_map(_wide, (args, kwargs))
         if target in (LINEAR, CONV):
             return _layer(target, args)
-        args, kwargs = torch.utils._pytree.tree_map(_wide_dtype, (args, kwargs))
         result = super().call_function(target, args, kwargs)
         return torch.utils._pytree.tree_map(_wide, result)
 
 
 def _wide(value: Any) -> Any:
-    return value.double() if isinstance(value, torch.Tensor) and value.dtype in _NARROW else value
-
-
-def _wide_dtype(value: Any) -> Any:
+    """A tensor or a dtype in FP64 where it is of less."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.dtype in _NARROW else value
     return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
 
 
@@ -65,6 +62,16 @@ def _layer(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
     else:
         y = torch.convolution(x, weight, bias, *args[4 : POST_OP[CONV]])
     return post_ops.apply(args[POST_OP[target]], y, args[OTHER])
+
+
+@contextlib.contextmanager
+def true_fp32() -> Iterator[None]:
+    """FP32 that is FP32: in a process with fast math oneDNN would multiply it in BF16, so it is switched off there."""
+    if not runtime.fast_math(os.environ):
+        yield
+        return
+    with torch.backends.mkldnn.flags(enabled=False):  # type: ignore[no-untyped-call]
+        yield
 
 
 @contextlib.contextmanager
@@ -85,7 +92,7 @@ def run(
     graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor], interpreter: type[fx.Interpreter] = fx.Interpreter
 ) -> Sequence[Any]:
     """The flat outputs of a graph; its buffers stay as they were."""
-    with unchanged_buffers(graph_module):
+    with true_fp32(), unchanged_buffers(graph_module):
         outputs: Sequence[Any] = interpreter(graph_module).run(*tensors)
         return outputs
 

@@ -33,8 +33,8 @@ def read(path: Path | str, *, reference: bool = False) -> Bundle:
 
     Args:
         path: The bundle, a folder or a zip.
-        reference: Whether to read the FP32 original too, where the bundle keeps one. Otherwise its files are not
-            opened, and may be missing.
+        reference: Whether to read the FP32 original too, where the bundle keeps one and its files were not left out on
+            the way. Otherwise they are not opened.
 
     Raises:
         BundleError: A file is missing, extra or changed; the message names it.
@@ -43,7 +43,8 @@ def read(path: Path | str, *, reference: bool = False) -> Bundle:
     source = Source(path)
     described = manifest.from_bytes(source.read(manifest.NAME), path / manifest.NAME)
     present = source.names() - {manifest.NAME}
-    wanted = {name: digest for name, digest in described.files.items() if reference or name not in KEPT}
+    with_reference = reference and bool(KEPT & present)
+    wanted = {name: digest for name, digest in described.files.items() if with_reference or name not in KEPT}
     for name in sorted(set(wanted) - present):
         raise BundleError("is missing", where=str(path / name), hint="Copy the bundle again")
     for name in sorted(present - set(described.files)):

@@ -14,7 +14,7 @@ def inspect(bundle: options.BundlePath, as_json: options.Json = False) -> None:
     """Show a bundle: every layer's kernel and reason, weights, accuracy, environment. Checks all hashes."""
     from armopt.bundle import reader
 
-    read = reader.read(bundle)
+    read = reader.read(bundle, reference=True)
     out = sink.Sink(as_json)
     out.result(to_json(read.manifest), lambda: _text(read.manifest))
 
