@@ -70,7 +70,7 @@ def true_fp32() -> Iterator[None]:
     if not runtime.fast_math(os.environ):
         yield
         return
-    with torch.backends.mkldnn.flags(enabled=False):  # type: ignore[no-untyped-call]
+    with torch.backends.mkldnn.flags(enabled=False):
         yield
 
 

@@ -6,6 +6,7 @@ import armopt
 from armopt import onednn_log
 from armopt.compiler import Checks
 from armopt.errors import AccuracyError
+from armopt.plan import ThresholdPolicy
 from tests.unit.broken_networks import GATES, CancelledBias, CancelledBiasConv, Exponential, build
 
 JOBS = "tests.arm64.jobs_validation"
@@ -17,7 +18,7 @@ def test_the_verdict_is_that_of_the_twins(server, tmp_path, figures, kind, repai
     model, x = build(kind)
     checks = Checks(gates=GATES[kind], repair=repaired, keep_reference=True)
     try:
-        armopt.optimize(model, (x,), output=tmp_path / "bundle", checks=checks)
+        armopt.optimize(model, (x,), output=tmp_path / "bundle", policy=ThresholdPolicy(), checks=checks)
     except AccuracyError:
         assert not repaired
     twin = armopt.validate(tmp_path / "bundle", inputs={"x": x}, gates=GATES[kind])
@@ -35,7 +36,7 @@ def test_the_verdict_is_that_of_the_twins(server, tmp_path, figures, kind, repai
 
 def test_a_repaired_convolution_does_not_reach_onednn(server, tmp_path):
     model, x = build(CancelledBiasConv)
-    written = armopt.optimize(model, (x,), output=tmp_path / "bundle")
+    written = armopt.optimize(model, (x,), output=tmp_path / "bundle", policy=ThresholdPolicy())
     changed = {change["node"]: change["after"] for change in written.accuracy["repair"]["changes"]}
     arguments = {"bundle": str(tmp_path / "bundle"), "inputs": {"x": x}}
     text, kernels = server("graviton3").call(f"{JOBS}:log_of_one_call", **arguments).value

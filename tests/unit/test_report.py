@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import armopt
-from armopt import accuracy
+from armopt import accuracy, plan
 from armopt.accuracy import gates, pictures, plots, report
 from armopt.accuracy.checker import Evidence, Validation
 from armopt.accuracy.gates import Figures
@@ -57,7 +57,16 @@ def test_of_a_bundle_that_passes(mlp_bundle: Path, mlp: nn.Module, tmp_path: Pat
     found = armopt.validate(mlp_bundle, against=mlp, report=path, gates=["top1>=0.9"])
     shown = page(path.read_text())
     assert shown.said.index("Passed: may be deployed") < shown.said.index("Gates")
-    for said in ("top1>=0.9", "batch=2", "batch=64", "logits", "hidden", "conv1x1_bf16", found["inputs"], "Mlp"):
+    for said in (
+        "top1>=0.9",
+        "batch=2",
+        "batch=64",
+        "logits",
+        "hidden",
+        found["nodes"][0]["kernel"],
+        found["inputs"],
+        "Mlp",
+    ):
         assert said in shown.said
     # two outputs with three plots each, and the layers
     assert shown.tags.count("svg") == 7
@@ -85,7 +94,7 @@ def test_of_a_repaired_one_names_the_layers(tmp_path: Path) -> None:
 
     model, x = build(CancelledBias)
     path = tmp_path / "report.html"
-    armopt.optimize(model, (x,), output=tmp_path / "bundle", checks=Checks(report=path))
+    armopt.optimize(model, (x,), output=tmp_path / "bundle", policy=plan.ThresholdPolicy(), checks=Checks(report=path))
     shown = page(path.read_text())
     assert "Passed" in shown.said
     assert "out of BF16" in shown.said
