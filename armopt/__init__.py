@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from armopt.accuracy import validate as validate
-    from armopt.compiler import Checks as Checks
+    from armopt.checks import Checks as Checks
     from armopt.compiler import optimize as optimize
     from armopt.errors import ArmoptError as ArmoptError
     from armopt.ir import Target as Target
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ArmoptError": "armopt.errors",
-    "Checks": "armopt.compiler",
+    "Checks": "armopt.checks",
     "Target": "armopt.ir",
     "load": "armopt.runtime",
     "optimize": "armopt.compiler",

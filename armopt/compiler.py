@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,15 @@ import torch
 from torch import fx
 
 import armopt
-from armopt import capture, cost_policy, environment, inputs, passes, pipeline, plan, repair, sites, sources, targets
+from armopt import capture, cost_policy, environment, inputs, passes, pipeline, plan, sites, sources, targets
 from armopt import graph as g
-from armopt.accuracy import MIN_COSINE, Checker, NodeError, Validation, bucket_name, gates, nodes, runs, samples
+from armopt.accuracy import MIN_COSINE, gates
 from armopt.accuracy import report as report_module
-from armopt.accuracy.checker import Evidence, Run, flat_run
-from armopt.accuracy.samples import Given
-from armopt.accuracy.tasks import Outputs
 from armopt.accuracy.validation import check_report_place
 from armopt.bundle import codec, manifest, source, writer
+from armopt.checks import Checked, Checks
 from armopt.errors import AccuracyError, InputError
 from armopt.ir import Bucket, Captured, Plan, Skip, Target
-from armopt.repair import EVALUATIONS
 
 #: Told the name of each step and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -31,29 +28,6 @@ Progress = Callable[[str, int, int], None]
 
 def _silent(step: str, done: int, total: int) -> None:
     pass
-
-
-@dataclass(frozen=True, slots=True)
-class Checks:
-    """What has to hold before a bundle may be deployed, and what is done where it does not.
-
-    Attributes:
-        gates: Bounds besides the cosine: ``top1>=0.995``.
-        task: Whose metrics to measure; found from the outputs where empty.
-        inputs: What to measure on: a file or folder, or tensors; the example inputs where None.
-        repair: Whether layers that break a gate go back to FP32.
-        evaluations: How many plans repair may measure.
-        keep_reference: Whether the bundle keeps the FP32 original, so that `validate` needs nothing else.
-        report: Where to write an HTML report.
-    """
-
-    gates: tuple[str, ...] = ()
-    task: str = ""
-    inputs: Given | None = None
-    repair: bool = True
-    evaluations: int = EVALUATIONS
-    keep_reference: bool = False
-    report: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +74,15 @@ def lower(planned: Planned, rounded: dict[str, torch.Tensor] | None = None) -> t
         rounded: Weights in BF16 by name, to share with other plans of the model.
     """
     rounded = {} if rounded is None else rounded
-    return tuple(_lower_one(planned, each, rounded) for each in planned.plans)
+    return tuple(
+        lower_at(planned.prepared, each, planned.captured.values(each.bucket), rounded) for each in planned.plans
+    )
 
 
-def _lower_one(planned: Planned, each: Plan, rounded: dict[str, torch.Tensor]) -> codec.Program:
-    module, _ = pipeline.run(g.copy(planned.prepared), passes.lower(each, rounded))
-    return codec.program(module, each.bucket, planned.captured.values(each.bucket))
+def lower_at(prepared: fx.GraphModule, chosen: Plan, values: Bucket, rounded: dict[str, torch.Tensor]) -> codec.Program:
+    """Carries out one plan on a copy of the graph; plans of one graph share `rounded`."""
+    module, _ = pipeline.run(g.copy(prepared), passes.lower(chosen, rounded))
+    return codec.program(module, chosen.bucket, values)
 
 
 def optimize(
@@ -164,11 +141,17 @@ def optimize(
     rounded: dict[str, torch.Tensor] = {}
     programs = lower(planned, rounded)
     step("validate")
-    checked = _Checked(captured, buckets, bounds, checks)
+    checked = Checked(captured, bounds, checks)
     validation = checked.validate(programs)
     repaired = None
     if not validation.passed and checks.repair:
-        repaired = checked.repair(planned, programs, rounded, progress)
+        repaired = checked.repair(
+            planned.prepared,
+            planned.plans,
+            programs,
+            lambda each: lower_at(planned.prepared, each, captured.values(each.bucket), rounded),
+            lambda done, most: progress("repair", done, most),
+        )
         if repaired.passed:
             planned = replace(planned, plans=repaired.plans)
             programs = lower(planned, rounded)
@@ -213,99 +196,6 @@ def optimize(
     return written
 
 
-class _Checked:
-    """Measures programs of one captured model, on the user's inputs or on the example's, batch by batch."""
-
-    def __init__(
-        self, captured: Captured, buckets: Sequence[Bucket], bounds: Sequence[gates.Gate], checks: Checks
-    ) -> None:
-        self._captured, self._checks = captured, checks
-        self._order = [spec.name for spec in captured.input_specs]
-        graph_module = captured.graph_module
-        self._checker = Checker(
-            reference=self._named(lambda tensors: runs.run(graph_module, tensors)),
-            anchor=self._named(lambda tensors: runs.run(graph_module, tensors, runs.InFp64)),
-            gates=tuple(bounds),
-            task=checks.task,
-            source=captured.source,
-            keep=checks.repair,
-        )
-        self.samples = None
-        if checks.inputs is not None:
-            specs = [asdict(spec) for spec in captured.input_specs]
-            self.samples = samples.read(checks.inputs, specs, captured.source)
-        self._buckets = tuple(buckets)
-
-    def validate(self, programs: Sequence[codec.Program]) -> Validation:
-        """Figures of every bucket, and the verdicts."""
-        figures = {bucket_name(program.bucket): self._figures(program) for program in programs}
-        given = self.samples
-        return Validation(
-            reference="the model in FP32",
-            inputs="the model's example inputs" if given is None else given.said,
-            given=given is not None,
-            samples=1 if given is None else len(given),
-            ran="portable twins on this host",
-            figures=figures,
-            verdicts=self._checker.verdicts(figures),
-            task=self._checker.task_name,
-            task_why=self._checker.task_why,
-            no_anchor=self._checker.no_anchor,
-        )
-
-    def repair(
-        self,
-        planned: Planned,
-        programs: Sequence[codec.Program],
-        rounded: dict[str, torch.Tensor],
-        progress: Progress,
-    ) -> repair.Repair:
-        """Takes out of BF16 what breaks a gate."""
-        by_bucket = {bucket_name(program.bucket): program for program in programs}
-
-        def alone(each: Plan, node: str) -> gates.Figures:
-            program = by_bucket[bucket_name(each.bucket)]
-            only = nodes.OnlyThese(planned.prepared, program, {node})
-
-            def run(tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
-                with runs.true_fp32(), runs.unchanged_buffers(planned.prepared):
-                    outputs: Sequence[Any] = only.run(*tensors)
-                    return outputs
-
-            return self._checker.figures(bucket_name(each.bucket), self._inputs(each.bucket), self._named(run))
-
-        return repair.search(
-            planned.plans,
-            [program.sites for program in programs],
-            self._checker.gates,
-            lambda each: self._figures(_lower_one(planned, each, rounded)),
-            alone,
-            evaluations=self._checks.evaluations,
-            progress=lambda done, most: progress("repair", done, most),
-        )
-
-    def nodes(
-        self, prepared: fx.GraphModule, programs: Sequence[codec.Program], validation: Validation
-    ) -> tuple[list[NodeError], Evidence]:
-        """The errors of every layer in the worst bucket, and a call of both sides."""
-        worst = validation.worst_bucket
-        program = next(program for program in programs if bucket_name(program.bucket) == worst)
-        evidence = self._checker.evidence[worst]
-        return nodes.errors(program, prepared, [evidence.inputs[name] for name in self._order]), evidence
-
-    def _figures(self, program: codec.Program) -> gates.Figures:
-        found = self._named(lambda tensors: runs.run(program.graph_module, tensors))
-        return self._checker.figures(bucket_name(program.bucket), self._inputs(program.bucket), found)
-
-    def _inputs(self, bucket: Bucket) -> Iterable[Outputs]:
-        if self.samples is not None:
-            return self.samples
-        return [dict(zip(self._order, example_at(self._captured, bucket), strict=True))]
-
-    def _named(self, run: Callable[[Sequence[torch.Tensor]], Sequence[Any]]) -> Run:
-        return flat_run(run, self._order, self._captured.outputs)
-
-
 def find_target(target: str | Target) -> Target:
     """A target by name; ``host`` is this machine."""
     if isinstance(target, Target):
@@ -343,19 +233,6 @@ def find_buckets(captured: Captured, batch: Sequence[int]) -> tuple[Bucket, ...]
     if not batch or "batch" not in example:
         return (example,)
     return tuple(example | {"batch": size} for size in sorted(set(batch)))
-
-
-def example_at(captured: Captured, bucket: Bucket) -> tuple[torch.Tensor, ...]:
-    """The example inputs, repeated or cut along the batch to a bucket's size."""
-    tensors = []
-    for spec, tensor in zip(captured.input_specs, captured.example, strict=True):
-        for dimension, size in enumerate(spec.shape):
-            if size == "batch" and "batch" in bucket:
-                repeats = [1] * tensor.dim()
-                repeats[dimension] = -(-bucket["batch"] // tensor.shape[dimension])
-                tensor = tensor.repeat(repeats).narrow(dimension, 0, bucket["batch"])
-        tensors.append(tensor.contiguous())
-    return tuple(tensors)
 
 
 def _describe(

@@ -11,6 +11,7 @@ and is compared on seeded inputs. Portable twins run, which round as the kernels
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import tempfile
 import warnings
@@ -131,7 +132,7 @@ def measure(name: str) -> dict[str, Any]:
     import armopt
     from armopt import accuracy
     from armopt.accuracy import gates
-    from armopt.compiler import Checks
+    from armopt.checks import Checks
 
     torch.set_num_threads(1)
     each = MODELS[name]
@@ -139,10 +140,13 @@ def measure(name: str) -> dict[str, Any]:
     args, kwargs = calls[0]
     with tempfile.TemporaryDirectory(prefix="armopt-accuracy-") as folder:
         bundle = Path(folder) / "bundle"
-        checks = Checks(gates=each.gates if each.single_graph else (), keep_reference=each.single_graph)
+        checks = Checks()
+        if each.single_graph:
+            first = next(iter(inspect.signature(model.forward).parameters))
+            inputs = [kwargs or {first: args[0]} for args, kwargs in calls]
+            checks = Checks(gates=each.gates, inputs=inputs, keep_reference=True)
         written = armopt.optimize(model, kwargs or args, output=bundle, target=TARGET, checks=checks)
         if each.single_graph:
-            inputs = [kwargs or {written.model["inputs"][0]["name"]: args[0]} for args, kwargs in calls]
             found = armopt.validate(bundle, inputs=inputs, gates=each.gates)
             found["layers"] = len(found["nodes"])
         else:

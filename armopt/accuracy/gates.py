@@ -156,7 +156,7 @@ def _verdict(gate: Gate, figures: Mapping[str, Figures], task: str) -> Verdict:
     if not found:
         if gate.metric == "cosine" and not gate.output:  # no output is a tensor of numbers
             return Verdict(gate, 1.0, "", True)
-        raise InputError(_unmeasured(gate, task), where="--gate", hint=_hint(gate, figures))
+        raise InputError(_unmeasured(gate, task), where="--gate", hint=_hint(gate, figures, task))
     short, _, value, bucket, output = max(found, key=lambda entry: entry[:2])
     where = ", ".join(part for part in (bucket if len(figures) > 1 else "", output) if part)
     return Verdict(gate, value, where, short == 0.0)
@@ -165,14 +165,22 @@ def _verdict(gate: Gate, figures: Mapping[str, Figures], task: str) -> Verdict:
 def _unmeasured(gate: Gate, task: str) -> str:
     if gate.metric in METRICS:
         return f"{gate} bounds an output that was not measured"
+    if task in _owners(gate):
+        return f"{gate} can't be measured on so few inputs"
     return f"{gate} was not measured: the task is {task or 'none'}"
 
 
-def _hint(gate: Gate, figures: Mapping[str, Figures]) -> str:
+def _owners(gate: Gate) -> list[str]:
+    """The tasks that a gate's metric belongs to."""
+    return [name for name, task in TASKS.items() if any(metric.name == gate.metric for metric in task.metrics)]
+
+
+def _hint(gate: Gate, figures: Mapping[str, Figures], task: str) -> str:
     if gate.metric == "rmse_ratio" and not gate.output:
-        return "It needs the original, which has to run in FP64: give --against, or optimize with --keep-reference"
+        return "The original can't be run in FP64, or FP32 is exact"
     if gate.metric in METRICS:
         names = dict.fromkeys(entry.output for each in figures.values() for entry in each.outputs)
         return f"Outputs are {', '.join(names)}"
-    owners = [name for name, task in TASKS.items() if any(metric.name == gate.metric for metric in task.metrics)]
-    return f"{gate.metric} belongs to --task {' or '.join(owners)}"
+    if task in _owners(gate):
+        return "Give more with --inputs (optimize: --check-inputs)"
+    return f"{gate.metric} belongs to --task {' or '.join(_owners(gate))}"

@@ -91,9 +91,15 @@ def unchanged_buffers(graph_module: fx.GraphModule) -> Iterator[None]:
 def run(
     graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor], interpreter: type[fx.Interpreter] = fx.Interpreter
 ) -> Sequence[Any]:
-    """The flat outputs of a graph; its buffers stay as they were."""
-    with true_fp32(), unchanged_buffers(graph_module):
-        outputs: Sequence[Any] = interpreter(graph_module).run(*tensors)
+    """The flat outputs of a graph in FP32 that is FP32; its buffers stay as they were."""
+    return run_with(interpreter(graph_module), tensors)
+
+
+def run_with(interpreter: fx.Interpreter, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
+    """The same with an interpreter that is made already."""
+    assert isinstance(interpreter.module, fx.GraphModule)
+    with true_fp32(), unchanged_buffers(interpreter.module):
+        outputs: Sequence[Any] = interpreter.run(*tensors)
         return outputs
 
 

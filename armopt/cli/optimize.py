@@ -48,6 +48,7 @@ def optimize(
     """Optimize a model for an Arm server and write a bundle."""
     from armopt import compiler
     from armopt.bundle import source, writer
+    from armopt.checks import Checks
     from armopt.errors import AccuracyError
 
     out = sink.Sink(as_json)
@@ -65,7 +66,7 @@ def optimize(
                 batch=sizes,
                 policy=policy_chosen,
                 min_cosine=min_cosine,
-                checks=compiler.Checks(
+                checks=Checks(
                     gates=tuple(gates or ()),
                     task=task,
                     inputs=checked_on,

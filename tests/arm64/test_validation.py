@@ -4,7 +4,7 @@ import pytest
 
 import armopt
 from armopt import onednn_log
-from armopt.compiler import Checks
+from armopt.checks import Checks
 from armopt.errors import AccuracyError
 from armopt.plan import ThresholdPolicy
 from tests.unit.broken_networks import GATES, CancelledBias, CancelledBiasConv, Exponential, build

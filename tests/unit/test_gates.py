@@ -82,6 +82,11 @@ def test_a_task_that_was_not_measured() -> None:
         gates.check([gates.parse("miou>=0.9")], {"static": Figures((GOOD,), {})}, "")
 
 
+def test_a_figure_that_needs_more_inputs() -> None:
+    with pytest.raises(InputError, match=r"ranking>=0.9 can.t be measured on so few inputs\. Give more with --inputs"):
+        gates.check([gates.parse("ranking>=0.9")], {"static": Figures((GOOD,), {"embedding_cosine": 1.0})}, "embedding")
+
+
 def test_no_noise_is_infinite_sqnr_and_nan_holds_nothing() -> None:
     (verdict,) = gates.check([gates.parse("sqnr>=200")], {"static": Figures((GOOD,), {})}, "")
     assert verdict.passed

@@ -16,7 +16,7 @@ import armopt
 from armopt import package
 from armopt.bundle import reader
 from armopt.bundle.source import KEPT
-from armopt.compiler import Checks
+from armopt.checks import Checks
 from armopt.errors import BundleError
 
 

@@ -15,11 +15,11 @@ from broken_networks import GATES, build
 from torch import nn
 
 import armopt
-from armopt import compiler, plan, repair
+from armopt import checks, compiler, plan, repair
 from armopt import runtime as runtime_module
 from armopt.accuracy import compare, gates
 from armopt.accuracy.gates import Figures
-from armopt.compiler import Checks
+from armopt.checks import Checks
 from armopt.errors import AccuracyError
 from armopt.ir import Decision, Plan, Site
 from armopt.targets import load as load_target
@@ -34,7 +34,7 @@ def known_minimum(kind: type[nn.Module], seed: int) -> int:
     captured = compiler._capture(model, (x,), ())
     planned = compiler.make_plan(captured, load_target("graviton3"), THRESHOLD, ({},))
     sites = compiler.lower(planned)[0].sites
-    checked = compiler._Checked(captured, ({},), gates.standard(GATES[kind]), Checks())
+    checked = checks.Checked(captured, gates.standard(GATES[kind]), Checks())
     for count in range(len(sites) + 1):
         for chosen in itertools.combinations(sites, count):
             repaired = repair._apply(planned.plans[0], sites, dict.fromkeys(chosen, "fp32"))

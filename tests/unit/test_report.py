@@ -19,7 +19,7 @@ from armopt.accuracy import gates, pictures, plots, report
 from armopt.accuracy.checker import Evidence, Validation
 from armopt.accuracy.gates import Figures
 from armopt.accuracy.nodes import NodeError
-from armopt.compiler import Checks
+from armopt.checks import Checks
 from armopt.errors import AccuracyError, InputError
 
 
