@@ -32,6 +32,7 @@ class Checks:
         evaluations: How many plans repair may measure.
         keep_reference: Whether the bundle keeps the FP32 original, so that `validate` needs nothing else.
         report: Where to write an HTML report.
+        examples: What the example inputs are, in words.
     """
 
     gates: tuple[str, ...] = ()
@@ -41,6 +42,7 @@ class Checks:
     evaluations: int = EVALUATIONS
     keep_reference: bool = False
     report: Path | None = None
+    examples: str = "the example inputs, as given"
 
 
 class Checked:
@@ -69,7 +71,7 @@ class Checked:
         given = self.samples
         return Validation(
             reference="the model in FP32",
-            inputs="the model's example inputs" if given is None else given.said,
+            inputs=self._checks.examples if given is None else given.said,
             given=given is not None,
             samples=1 if given is None else len(given),
             ran="portable twins on this host",

@@ -153,6 +153,11 @@ class Model:
             )
         return given, named
 
+    def bucket(self, tensors: Sequence[torch.Tensor]) -> Mapping[str, int]:
+        """The bucket whose program runs for these flat inputs."""
+        forward = self._select(tensors)
+        return next(bucket for bucket, run in self._programs if run is forward)
+
     def _select(self, tensors: Sequence[torch.Tensor]) -> Forward:
         """The program of the nearest bucket, by ratio."""
         if len(self._programs) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def validate(
         gates: More bounds: ``top1>=0.995``.
         task: ``classification``, ``detection``, ``segmentation``, ``language``, ``embedding`` or ``none``; by default
             found from the outputs.
-        report: Where to write an HTML report.
+        report: Where to write a report: HTML, or JSON where the name ends in .json.
         trust_pickle: Whether unpickling `against` may run code.
         progress: Told of each step.
 
@@ -132,7 +133,7 @@ def validate(
         task=task,
         source=original.source,
     )
-    by_bucket = _by_bucket(read, specs, given)
+    by_bucket = _by_bucket(read, specs, given, lambda sample: loaded.bucket([sample[name] for name in order]))
     figures = {
         bucket: checker.figures(bucket, _counted(samples, bucket, progress), found)
         for bucket, samples in by_bucket.items()
@@ -158,15 +159,19 @@ def validate(
         [sample[name] for name in order],
         lambda done, total: progress("layers", done, total),
     )
+    outcome = result.to_json() | {"nodes": node_entries(errors), "node_bucket": result.worst_bucket}
     if report is not None:
         from armopt.accuracy import report as report_module
 
         progress("report", 0, 1)
-        about = report_module.About.of(read.manifest, str(bundle))
-        pictures = first.pictures[:1] if first.given else ()
-        text = report_module.render(about, result, errors, checker.evidence[result.worst_bucket], pictures)
-        report_module.write(Path(report), text)
-    return result.to_json() | {"nodes": node_entries(errors), "node_bucket": result.worst_bucket}
+        place, text = Path(report), json.dumps(outcome, indent=1, sort_keys=True) + "\n"
+        if place.suffix != ".json":
+            about = report_module.About.of(read.manifest, str(bundle))
+            text = report_module.render(
+                about, result, errors, checker.evidence[result.worst_bucket], first.pictures[:1]
+            )
+        report_module.write(place, text)
+    return outcome
 
 
 def compare_callables(
@@ -261,10 +266,15 @@ def _is_image_folder(inputs: Given | None) -> bool:
     return isinstance(inputs, (str, Path)) and Path(inputs).is_dir()
 
 
-def _by_bucket(read: Bundle, specs: Sequence[Mapping[str, Any]], given: Samples | None) -> dict[str, Samples]:
-    """The user's samples once, or generated ones for each bucket."""
+def _by_bucket(
+    read: Bundle,
+    specs: Sequence[Mapping[str, Any]],
+    given: Samples | None,
+    bucket_of: Callable[[Outputs], Mapping[str, int]],
+) -> dict[str, Samples]:
+    """The user's samples, in the bucket that the first of them runs in, or generated ones for each bucket."""
     if given is not None:
-        return {bucket_name(read.programs[0].bucket): given}
+        return {bucket_name(bucket_of(given.load[0]())): given}
     return {bucket_name(program.bucket): samples_module.generated(specs, program.bucket) for program in read.programs}
 
 

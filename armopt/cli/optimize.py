@@ -73,6 +73,7 @@ def optimize(
                     repair=repair,
                     keep_reference=keep_reference,
                     report=report,
+                    examples=_examples(model, described, samples),
                 ),
                 force=force,
                 progress=progress,
@@ -83,6 +84,17 @@ def optimize(
     out.result(to_json(written, output), lambda: summary(written, output))
     if failed is not None:
         raise failed
+
+
+def _examples(model: Path | None, described: list[str] | None, samples: Path | None) -> str:
+    """What the example inputs are, in words."""
+    if samples is not None:
+        return f"the example inputs in {samples}"
+    if described:
+        return f"generated: seeded random numbers for --input {', '.join(described)}"
+    if model is not None and model.suffix == ".pt2":
+        return f"the example inputs in {model}"
+    return "generated: seeded random numbers of the model's usual size"
 
 
 def to_json(written: Manifest, path: Path) -> dict[str, Any]:

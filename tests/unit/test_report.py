@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -71,6 +72,11 @@ def test_of_a_bundle_that_passes(mlp_bundle: Path, mlp: nn.Module, tmp_path: Pat
     # two outputs with three plots each, and the layers
     assert shown.tags.count("svg") == 7
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_figures_alone(mlp_bundle: Path, tmp_path: Path) -> None:
+    found = armopt.validate(mlp_bundle, report=tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text()) == found
 
 
 def test_of_one_that_fails(tmp_path: Path) -> None:

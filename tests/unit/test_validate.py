@@ -179,6 +179,9 @@ def test_validate_with_inputs(mlp_bundle: Path, mlp_inputs: tuple[torch.Tensor, 
     x, scale = mlp_inputs
     report = accuracy.validate(mlp_bundle, inputs={"x": x, "scale": scale})
     assert (report["inputs"], report["inputs_given"], report["passed"]) == ("given as tensors", True, True)
+    assert list(report["outputs"]) == ["batch=2"]  # four rows are nearer to two than to 64
+    many = accuracy.validate(mlp_bundle, inputs={"x": x.repeat(10, 1), "scale": scale})
+    assert (list(many["outputs"]), many["node_bucket"]) == (["batch=64"], "batch=64")
     assert "the bundle's own graph" in report["reference"]
     with pytest.raises(InputError, match="lacks scale"):
         accuracy.validate(mlp_bundle, inputs={"x": x})
