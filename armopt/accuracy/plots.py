@@ -116,8 +116,10 @@ def layers(errors: Sequence[NodeError], repaired: frozenset[str] = frozenset()) 
         )
         height = _log(error.isolated, low, high)
         (x0, y0), (x1, y1) = axes.at(i - 0.4, low), axes.at(i + 0.4, height)
-        css = "repaired" if error.node in repaired else "bar"
-        rects.append(Rect(x0, y1, round(x1 - x0, 2), round(max(0.0, y0 - y1), 2), css, said))
+        if error.node in repaired:
+            top = axes.at(0, axes.y[1])[1]
+            rects.append(Rect(x0, top, round(x1 - x0, 2), round(y0 - top, 2), "repaired", said))
+        rects.append(Rect(x0, y1, round(x1 - x0, 2), round(max(0.0, y0 - y1), 2), "bar", said))
         x, y = axes.at(i, _log(error.cumulative, low, high))
         line += f"{'L' if line else 'M'}{x} {y}"
     return Plot(1000, 300, "error per layer", tuple(rects), (*paths, Path(line, "carried")), texts)
