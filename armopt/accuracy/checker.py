@@ -56,6 +56,7 @@ class Checker:
     task_why: str = ""
     evidence: dict[str, Evidence] = field(default_factory=dict)
     _task: type[Task] | None = None
+    _memos: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     _kept: dict[str, list[tuple[Outputs, Outputs, Outputs | None]]] = field(default_factory=dict)
 
     def figures(self, bucket: str, samples: Iterable[Outputs], found: Run) -> Figures:
@@ -79,7 +80,8 @@ class Checker:
                 task = None if self._task is None else self._task()
                 self.evidence[bucket] = Evidence(inputs, reference, result)
             if task is not None:
-                task.update(Sample(inputs, reference, result, self.reference, found))
+                memo = self._memos.setdefault((bucket, number), {}) if self.keep else {}
+                task.update(Sample(inputs, reference, result, self.reference, found, memo))
                 left, right = task.align(reference, result)
                 aligned = anchor if left is reference else None
             else:

@@ -67,11 +67,13 @@ def _layer(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
 @contextlib.contextmanager
 def true_fp32() -> Iterator[None]:
     """FP32 that is FP32: in a process with fast math oneDNN would multiply it in BF16, so it is switched off there."""
-    if not runtime.fast_math(os.environ):
+    before: bool = torch._C._get_mkldnn_enabled()
+    # not torch.backends.mkldnn.flags: that sets TF32 too, and warns of it
+    torch._C._set_mkldnn_enabled(before and not runtime.fast_math(os.environ))
+    try:
         yield
-        return
-    with torch.backends.mkldnn.flags(enabled=False):
-        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 @contextlib.contextmanager

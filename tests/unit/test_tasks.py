@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from armopt.accuracy import compare_callables, gates, tasks
+from armopt.accuracy import Checker, compare_callables, gates, tasks
 from armopt.accuracy.tasks import Outputs, Sample
 from armopt.accuracy.tasks.detection import box_iou, mask_iou
 from armopt.errors import InputError
@@ -119,6 +119,16 @@ def test_where_greedy_generation_diverges(wrong_from: int, share: float) -> None
         sequences.append(own[0, 8:])
     alike = (sequences[0] == sequences[1]).long().cumprod(0).sum()
     assert float(alike) / 8 == pytest.approx(share)
+
+
+def test_the_original_generates_once_for_all_candidates() -> None:
+    ids = torch.arange(16).reshape(1, 16)
+    good = Chain(99)
+    checker = Checker(good, None, (), "language", keep=True)
+    for wrong_from in (10, 14):
+        figures = checker.figures("static", [{"ids": ids}], Chain(wrong_from))
+        assert figures.task["greedy_tokens"] == pytest.approx((wrong_from - 7) / 8)
+    assert good.calls == 1 + 1 + 7  # the logits, whether it is causal, and a token each but for the first
 
 
 def test_a_model_that_looks_ahead_does_not_generate() -> None:

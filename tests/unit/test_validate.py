@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import armopt
 from armopt import accuracy
-from armopt.accuracy import Validation, gates
+from armopt.accuracy import Validation, gates, runs
 from armopt.accuracy.gates import Figures
 from armopt.errors import InputError
 
@@ -157,6 +158,24 @@ def test_the_bundle_is_read_once(mlp_bundle: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(source.Source, "hash", counting)
     accuracy.validate(mlp_bundle)
     assert len(hashed) == len(set(hashed)) > 3
+
+
+def test_the_reference_is_fp32_in_a_process_with_fast_math(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There oneDNN multiplies FP32 in BF16 (seen on the emulated core, tests/arm64/test_validation.py)."""
+
+    def enabled() -> bool:
+        return bool(torch._C._get_mkldnn_enabled())
+
+    monkeypatch.delenv("ONEDNN_DEFAULT_FPMATH_MODE", raising=False)
+    monkeypatch.delenv("DNNL_DEFAULT_FPMATH_MODE", raising=False)
+    with runs.true_fp32():
+        assert enabled()
+    monkeypatch.setenv("DNNL_DEFAULT_FPMATH_MODE", "BF16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with runs.true_fp32():
+            assert not enabled()
+    assert enabled()
 
 
 class _Nan(nn.Module):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,6 +28,7 @@ class Sample:
         found: What the bundle gives.
         run_reference: Calls the original again, on other inputs of the same shapes.
         run_found: Calls the bundle again.
+        memo: What a task found out of the original alone, for when the sample is compared with another candidate.
     """
 
     inputs: Outputs
@@ -35,6 +36,7 @@ class Sample:
     found: Outputs
     run_reference: Run
     run_found: Run
+    memo: dict[str, Any] = field(default_factory=dict)
 
 
 class Task(ABC):
