@@ -1,8 +1,8 @@
-"""Repair: the fewest and cheapest layers to take out of BF16 so that every gate holds.
+"""Repair: the fewest layers to take out of BF16, and no further than needed, so that every gate holds.
 
-Layers are ranked by what each alone, in BF16, does to the outputs. The shortest prefix of that ranking that passes is
-found by doubling and halving, then every layer of it that is not needed goes back, and what is left gets the cheaper of
-its two remedies where that is enough. Every step is measured; how many there may be is bounded.
+Layers are ranked by what each alone, as planned, does to the outputs. The shortest prefix of that ranking that passes
+in FP32 is found by doubling and halving, then every layer of it that is not needed goes back, and each that is left
+gets the cheapest of its remedies that is enough. Every step is measured; how many there may be is bounded.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ Progress = Callable[[int, int], None]
 #: Evaluations if nothing else is said.
 EVALUATIONS = 128
 
-#: Remedies by operation, the cheaper first: FP32 activations on weights in BF16, then all in FP32.
+#: Remedies by operation, the cheapest first: results in FP32, multiplied in BF16; multiplied in FP32, on weights in BF16;
+#: all in FP32.
 _REMEDIES = {
-    "linear": ("blas_fp32_w16", "blas_fp32"),
-    "conv": ("conv_blas_fp32_w16", "conv_blas_fp32"),
+    "linear": ("conv1x1_fastmath", "blas_fp32_w16", "blas_fp32"),
+    "conv": ("conv_fastmath", "conv_blas_fp32_w16", "conv_blas_fp32"),
 }
-_STRENGTH = {"bf16": 0, "bf16-weights": 1, "fp32": 2}
-#: Layer -> how far it is taken out of BF16.
-_Assignment = Mapping[str, str]
+_FULL = 3
+#: Layer -> how far it is taken out of BF16, from 1, the first remedy, to all in FP32.
+_Assignment = Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,26 +155,28 @@ class _Searcher:
 
         if passes(base, always=True):
             return base
-        free = [decision for decision in plan.decisions if base.get(decision.node) != "fp32"]
-        candidates = [decision.node for decision in free if _remedy(decision, sites[decision.node], "fp32")]
-        everything = {**base, **dict.fromkeys(candidates, "fp32")}
+        free = [decision for decision in plan.decisions if base.get(decision.node) != _FULL]
+        candidates = [decision.node for decision in free if _remedy(decision, sites[decision.node], _FULL)]
+        everything = {**base, **dict.fromkeys(candidates, _FULL)}
         if not passes(everything, always=True):
             return None
         chosen: _Assignment = everything
         try:
             ranked = self._rank(plan, sites, candidates)
-            count = _shortest(len(ranked), lambda k: passes({**base, **dict.fromkeys(ranked[:k], "fp32")}))
-            chosen = {**base, **dict.fromkeys(ranked[:count], "fp32")}
+            count = _shortest(len(ranked), lambda k: passes({**base, **dict.fromkeys(ranked[:k], _FULL)}))
+            chosen = {**base, **dict.fromkeys(ranked[:count], _FULL)}
             for node in sorted(ranked[:count], key=lambda n: (-ranked.index(n), -_work(sites[n]))):
                 fewer = {name: how for name, how in chosen.items() if name != node} | (
                     {node: base[node]} if node in base else {}
                 )
                 if passes(fewer):
                     chosen = fewer
-            for node in [name for name in chosen if name not in base]:
-                cheaper = {**chosen, node: "bf16-weights"}
-                if passes(cheaper):
-                    chosen = cheaper
+            for node in [name for name in chosen if chosen[name] != base.get(name)]:
+                for level in range(base.get(node, 0) + 1, _FULL):
+                    cheaper = {**chosen, node: level}
+                    if passes(cheaper):
+                        chosen = cheaper
+                        break
         except _OutOfBudgetError:
             pass  # what passes so far is a repair, if not the smallest
         return chosen
@@ -224,31 +227,37 @@ def _work(site: Site) -> int:
     return site.m * site.k * site.n
 
 
-def _remedy(decision: Decision, site: Site, precision: str) -> Kernel | None:
-    """The kernel that takes a layer as far out of BF16; None where it is that far out already or there is none."""
-    if _STRENGTH[decision.precision] >= _STRENGTH[precision]:
+def _level(kernel: Kernel) -> int:
+    """How far a kernel is out of BF16, as remedies count."""
+    if kernel.precision == "fp32":
+        return _FULL
+    if kernel.precision == "bf16-weights":
+        return 2
+    return int(kernel.activations == torch.float32)
+
+
+def _remedy(decision: Decision, site: Site, level: int) -> Kernel | None:
+    """The kernel that takes a layer as far out of BF16; None where it is that far out already, or there is none."""
+    if _level(table.get(decision.kernel)) >= level:
         return None
-    for name in _REMEDIES[decision.op]:
-        kernel = table.get(name)
-        if kernel.precision == precision and kernel.refuses(site) is None:
-            return kernel
-    return None
+    kernel = table.get(_REMEDIES[decision.op][level - 1])
+    return kernel if kernel.refuses(site) is None else None
 
 
 def _apply(plan: Plan, sites: Mapping[str, Site], assignment: _Assignment) -> Plan:
     """The plan with some layers taken out of BF16."""
     decisions = []
     for decision in plan.decisions:
-        wanted = assignment.get(decision.node)
-        kernel = None if wanted is None else _remedy(decision, sites[decision.node], wanted)
+        site, level = sites[decision.node], assignment.get(decision.node)
+        kernel = None if level is None else _remedy(decision, site, level)
         if kernel is not None:
             decision = replace(
                 decision,
                 kernel=kernel.name,
                 precision=kernel.precision,
-                layout="plain",
+                layout="plain" if kernel.backend == "blas" or site.op == "linear" else "channels_last",
                 reason=f"repaired: a gate failed with {decision.kernel}",
-                block=kernel.block(sites[decision.node], plan.target),
+                block=kernel.block(site, plan.target),
             )
         decisions.append(decision)
     return replace(plan, decisions=tuple(decisions))
@@ -270,11 +279,11 @@ def _cost(before: Sequence[Plan], after: Sequence[Plan], sites: Sequence[Mapping
     for first, second, known in zip(before, after, sites, strict=True):
         moved = [new for old, new in zip(first.decisions, second.decisions, strict=True) if old.kernel != new.kernel]
         total = sum(_work(site) for site in known.values())
-        shares.append(sum(_work(known[d.node]) for d in moved) / total if total else 0.0)
+        shares.append(sum(_work(known[d.node]) for d in moved if d.precision != "bf16") / total if total else 0.0)
         for decision in moved:
             if table.get(decision.kernel).rounding.weights == torch.float32:
                 widened[known[decision.node].weight_key] = 2 * math.prod(known[decision.node].weight)
     nodes = {change.node for change in _changes(before, after)}
     layers = "1 layer" if len(nodes) == 1 else f"{len(nodes)} layers"
     bytes_more = f", {sum(widened.values()):,} bytes more of weights" if widened else ""
-    return f"{layers} out of BF16: {100 * max(shares):.3g} % of the multiplications in FP32{bytes_more}"
+    return f"{layers} repaired: {100 * max(shares):.3g} % of the multiplications in FP32{bytes_more}"

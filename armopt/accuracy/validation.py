@@ -101,12 +101,6 @@ def validate(
     bounds = gates_module.standard(gates, min_cosine)
     if report is not None:
         check_report_place(Path(report))
-    if model and against is None and not _is_image_folder(inputs):
-        raise InputError(
-            "says what class --against's state dict belongs to, and there is no --against",
-            where=f"--model {model}",
-            hint="Add --against FILE, or leave --model out",
-        )
     progress("read", 0, 1)
     read = reader.read(bundle, reference=True)
     with warnings.catch_warnings():
@@ -116,6 +110,12 @@ def validate(
     order = [spec["name"] for spec in specs]
     model_name = model or str(read.manifest.model["source"])
     given = None if inputs is None else samples_module.read(inputs, specs, model_name)
+    if model and against is None and not (given is not None and given.pictures):
+        raise InputError(
+            "says what class --against's state dict belongs to, and there is no --against",
+            where=f"--model {model}",
+            hint="Add --against FILE, or leave --model out",
+        )
     progress("capture", 0, 1)
     original = _original(read, against, model, trust_pickle)
     if original.prepared is not None and against is not None:
@@ -260,10 +260,6 @@ def check_report_place(path: Path) -> None:
 def bucket_name(bucket: Mapping[str, int]) -> str:
     """A bucket as text: ``batch=8``; ``static`` where nothing is dynamic."""
     return ",".join(f"{name}={size}" for name, size in bucket.items()) or "static"
-
-
-def _is_image_folder(inputs: Given | None) -> bool:
-    return isinstance(inputs, (str, Path)) and Path(inputs).is_dir()
 
 
 def _by_bucket(

@@ -22,6 +22,7 @@ from armopt.accuracy.gates import Figures
 from armopt.checks import Checks
 from armopt.errors import AccuracyError
 from armopt.ir import Decision, Plan, Site
+from armopt.kernels import table
 from armopt.targets import load as load_target
 
 #: At these small sizes BLAS is cheaper; the tutorial's rule takes BF16 for them all the same.
@@ -37,7 +38,7 @@ def known_minimum(kind: type[nn.Module], seed: int) -> int:
     checked = checks.Checked(captured, gates.standard(GATES[kind]), Checks())
     for count in range(len(sites) + 1):
         for chosen in itertools.combinations(sites, count):
-            repaired = repair._apply(planned.plans[0], sites, dict.fromkeys(chosen, "fp32"))
+            repaired = repair._apply(planned.plans[0], sites, dict.fromkeys(chosen, repair._FULL))
             programs = compiler.lower(dataclasses.replace(planned, plans=(repaired,)))
             if checked.validate(programs).passed:
                 return count
@@ -62,7 +63,7 @@ def test_what_bf16_breaks_is_mended(kind: type[nn.Module], seed: int, tmp_path: 
     assert done["evaluations"] <= repair.EVALUATIONS + 3
     nodes = {node["node"]: node for node in written.plan[0]["nodes"]}
     assert {name for name, node in nodes.items() if node["reason"].startswith("repaired: ")} == changed
-    assert {nodes[name]["precision"] for name in changed} <= {"fp32", "bf16-weights"}
+    assert {table.get(nodes[name]["kernel"]).activations for name in changed} == {torch.float32}
     assert {node["precision"] for name, node in nodes.items() if name not in changed} == {"bf16"}
     # and it is the bundle that passes, on its own
     again = armopt.validate(path, against=model, inputs={written.model["inputs"][0]["name"]: x}, gates=GATES[kind])
@@ -77,8 +78,7 @@ def test_layers_for_every_batch(tmp_path: Path) -> None:
     assert written.accuracy["passed"] is True
     planned = [{n["node"]: n for n in each["nodes"]} for each in written.plan]
     for change in written.accuracy["repair"]["changes"]:
-        precisions = {each[change["node"]]["precision"] for each in planned}
-        assert "bf16" not in precisions
+        assert {table.get(each[change["node"]]["kernel"]).activations for each in planned} == {torch.float32}
 
 
 def test_a_gate_that_fp32_fails_too_is_not_repaired(tmp_path: Path) -> None:
@@ -147,6 +147,22 @@ def test_the_bound_on_evaluations_holds_and_what_is_found_passes() -> None:
         assert needed <= {change.node for change in found.changes}
         if most == 256:
             assert needed == {change.node for change in found.changes}
+
+
+@pytest.mark.parametrize(("harm", "kernel"), [(0, "conv1x1_fastmath"), (1, "blas_fp32_w16"), (2, "blas_fp32")], ids=str)
+def test_the_cheapest_remedy_that_is_enough_is_taken(harm: int, kernel: str) -> None:
+    """The rounding of results, of operands, or of weights does the harm."""
+    each, sites = given_plan(4)
+    effect = Effect({"n2": 1.0})
+
+    def evaluate(plan: Plan) -> Figures:
+        return effect.figures([d.node for d in plan.decisions if repair._level(table.get(d.kernel)) <= harm])
+
+    found = repair.search([each], [sites], [gates.Gate("max_abs", "<=", 0.1)], evaluate, effect.alone)
+    assert [(change.node, change.after) for change in found.changes] == [("n2", kernel)]
+    share = 0 if harm == 0 else 25
+    assert found.said.startswith(f"1 layer repaired: {share} % of the multiplications in FP32")
+    assert ("8,192 bytes more of weights" in found.said) is (harm == 2)
 
 
 def test_a_plan_that_passes_is_left_alone() -> None:
