@@ -28,8 +28,8 @@ Progress = Callable[[int, int], None]
 #: Evaluations if nothing else is said.
 EVALUATIONS = 128
 
-#: Remedies by operation, the cheapest first: results in FP32, multiplied in BF16; multiplied in FP32, on weights in BF16;
-#: all in FP32.
+#: Remedies by operation, the cheapest first: results in FP32, multiplied in BF16; multiplied in FP32, on weights in
+#: BF16; all in FP32.
 _REMEDIES = {
     "linear": ("conv1x1_fastmath", "blas_fp32_w16", "blas_fp32"),
     "conv": ("conv_fastmath", "conv_blas_fp32_w16", "conv_blas_fp32"),
