@@ -15,7 +15,6 @@ import torch
 from armopt.accuracy import pictures as pictures_module
 from armopt.accuracy import plots
 from armopt.accuracy.checker import Evidence, Validation
-from armopt.accuracy.metrics import METRICS
 from armopt.accuracy.nodes import NodeError
 from armopt.accuracy.tasks import TASKS, Outputs
 from armopt.errors import InputError
@@ -100,7 +99,6 @@ def render(
         winners=_winners(evidence, validation.task),
         picture=pictures_module.first_image(evidence) if validation.task == "classification" else "",
         file=files[0].name if files else "",
-        metrics=METRICS,
         task_metrics={m.name: m for m in TASKS[validation.task].metrics} if validation.task else {},
     )
 

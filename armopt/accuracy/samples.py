@@ -121,7 +121,9 @@ def _of_images(folder: Path, files: Sequence[Path], specs: Sequence[Mapping[str,
     def loader(group: Sequence[Path]) -> Callable[[], Named]:
         return lambda: {name: torch.stack([prepare.read(file) for file in group])}
 
-    said = f"{folder} ({len(groups) * batch} images; {prepare.said})"
+    used = len(groups) * batch
+    left_out = f" of {len(files)}, as the model takes {batch} at a time" if used < len(files) else ""
+    said = f"{folder} ({used} images{left_out}; {prepare.said})"
     return Samples(said, True, tuple(loader(group) for group in groups), tuple(group[0] for group in groups))
 
 

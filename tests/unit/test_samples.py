@@ -99,6 +99,8 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert torch.allclose(first["x"].mean((0, 2, 3)), red, atol=0.05)  # JPEG's colours are near
     assert second["x"][0, 2].mean() > second["x"][0, 0].mean()
     assert [path.name for path in found.pictures] == ["0.jpg", "2.JPEG"]
+    _photo(tmp_path / "5.png")
+    assert "(4 images of 5, as the model takes 2 at a time; " in samples.read(tmp_path, IMAGE, "").said
 
 
 def test_images_are_prepared_as_torchvisions_weights_want(tmp_path: Path) -> None:

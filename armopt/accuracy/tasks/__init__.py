@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from armopt.accuracy.tasks import classification, detection, embedding, language, segmentation
-from armopt.accuracy.tasks.base import Names, Outputs, Sample, Task
+from armopt.accuracy.tasks.base import Outputs, Sample, Task
 from armopt.errors import InputError
 
 #: In the order in which they are tried on a model's outputs.
@@ -17,7 +17,7 @@ TASKS: dict[str, type[Task]] = {
 #: ``--task none``: no task metrics.
 NONE = "none"
 
-__all__ = ["NONE", "TASKS", "Names", "Outputs", "Sample", "Task", "choose", "find"]
+__all__ = ["NONE", "TASKS", "Outputs", "Sample", "Task", "choose", "find"]
 
 
 def choose(name: str, inputs: Outputs, outputs: Outputs) -> tuple[type[Task] | None, str]:

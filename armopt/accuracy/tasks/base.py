@@ -15,7 +15,6 @@ from armopt.accuracy.metrics import Metric
 Outputs = Mapping[str, torch.Tensor]
 #: A model as a function from named inputs to named outputs.
 Run = Callable[[Outputs], Outputs]
-Names = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
