@@ -31,7 +31,7 @@ class Checks:
         repair: Whether layers that break a gate go back to FP32.
         evaluations: How many plans repair may measure.
         keep_reference: Whether the bundle keeps the FP32 original, so that `validate` needs nothing else.
-        report: Where to write an HTML report.
+        report: Where to write a report: HTML, or JSON where the name ends in .json.
         examples: What the example inputs are, in words.
     """
 

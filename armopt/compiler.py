@@ -14,9 +14,8 @@ from torch import fx
 import armopt
 from armopt import capture, cost_policy, environment, inputs, passes, pipeline, plan, sites, sources, targets
 from armopt import graph as g
-from armopt.accuracy import MIN_COSINE, gates
+from armopt.accuracy import MIN_COSINE, gates, nodes
 from armopt.accuracy import report as report_module
-from armopt.accuracy.validation import check_report_place
 from armopt.bundle import codec, manifest, source, writer
 from armopt.checks import Checked, Checks
 from armopt.errors import AccuracyError, InputError
@@ -123,7 +122,7 @@ def optimize(
     output = Path(output)
     writer.check_place(output, force=force)
     if checks.report is not None:
-        check_report_place(checks.report)
+        report_module.check_place(checks.report)
     bounds = gates.standard(checks.gates, min_cosine)
     chosen = find_target(target)
     policy = policy or cost_policy.default(chosen)
@@ -182,9 +181,8 @@ def optimize(
         errors, evidence = checked.nodes(planned.prepared, programs, validation)
         about = report_module.About.of(written, str(output))
         pictures = checked.samples.pictures[:1] if checked.samples is not None else ()
-        report_module.write(
-            checks.report, report_module.render(about, validation, errors, evidence, pictures, repaired)
-        )
+        outcome = accuracy | {"nodes": nodes.entries(errors), "node_bucket": validation.worst_bucket}
+        report_module.save(checks.report, outcome, about, validation, errors, evidence, pictures, repaired)
     progress("done", len(steps), len(steps))
     if not validation.passed:
         no_repair = f". There is {repaired.said}" if repaired is not None else ""

@@ -92,6 +92,26 @@ def errors(
     return found
 
 
+def entries(errors: Sequence[NodeError]) -> list[dict[str, Any]]:
+    """Nodes as reports have them, the worst alone first; an infinite error as null."""
+    ranked = sorted(errors, key=lambda error: -error.isolated)
+    return [
+        {
+            "node": error.node,
+            "op": error.op,
+            "kernel": error.kernel,
+            "precision": error.precision,
+            "shape": list(error.shape),
+            "comes_from": error.comes_from,
+            **{
+                part: value if (value := getattr(error, part)) != float("inf") else None
+                for part in ("isolated", "cumulative", "weights", "activations")
+            },
+        }
+        for error in ranked
+    ]
+
+
 class OnlyThese(fx.Interpreter):
     """The FP32 graph with some layers as a program has them: what those alone do to the outputs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,40 @@ def render(
         file=files[0].name if files else "",
         task_metrics={m.name: m for m in TASKS[validation.task].metrics} if validation.task else {},
     )
+
+
+def save(
+    path: Path,
+    outcome: Mapping[str, Any],
+    about: About,
+    validation: Validation,
+    errors: Sequence[NodeError],
+    evidence: Evidence,
+    files: Sequence[Path] = (),
+    repair: Repair | None = None,
+) -> None:
+    """Writes a report: HTML as :func:`render` makes it, or `outcome` as JSON where the name ends in .json.
+
+    Raises:
+        InputError: The place can't be written.
+    """
+    if path.suffix == ".json":
+        write(path, json.dumps(outcome, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    else:
+        write(path, render(about, validation, errors, evidence, files, repair))
+
+
+def check_place(path: Path) -> None:
+    """Refuses a place that can't take a report, before any work is done.
+
+    Raises:
+        InputError: Its folder is missing, or it is a folder.
+    """
+    if path.is_dir():
+        raise InputError("is a folder", where=f"--report {path}", hint=f"Name a file: {path / 'report.html'}")
+    if not path.absolute().parent.is_dir():
+        folder = path.absolute().parent
+        raise InputError("the folder to write into does not exist", where=str(folder), hint=f"mkdir -p {folder}")
 
 
 def write(path: Path, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from armopt import inputs as inputs_module
 from armopt import sites
 from armopt.accuracy import gates as gates_module
 from armopt.accuracy import nodes, runs
+from armopt.accuracy import report as report_module
 from armopt.accuracy import samples as samples_module
 from armopt.accuracy.checker import Checker, Run, Validation, flat_run, named
 from armopt.accuracy.gates import Gate
 from armopt.accuracy.metrics import MIN_COSINE, relative_error
-from armopt.accuracy.nodes import NodeError
 from armopt.accuracy.samples import Given, Samples
 from armopt.accuracy.tasks import Outputs
 from armopt.errors import InputError
@@ -101,7 +100,7 @@ def validate(
 
     bounds = gates_module.standard(gates, min_cosine)
     if report is not None:
-        check_report_place(Path(report))
+        report_module.check_place(Path(report))
     progress("read", 0, 1)
     read = reader.read(bundle, reference=True)
     with warnings.catch_warnings():
@@ -163,18 +162,12 @@ def validate(
         [sample[name] for name in order],
         lambda done, total: progress("layers", done, total),
     )
-    outcome = result.to_json() | {"nodes": node_entries(errors), "node_bucket": result.worst_bucket}
+    outcome = result.to_json() | {"nodes": nodes.entries(errors), "node_bucket": result.worst_bucket}
     if report is not None:
-        from armopt.accuracy import report as report_module
-
         progress("report", 0, 1)
-        place, text = Path(report), json.dumps(outcome, indent=1, sort_keys=True) + "\n"
-        if place.suffix != ".json":
-            about = report_module.About.of(read.manifest, str(bundle))
-            text = report_module.render(
-                about, result, errors, checker.evidence[result.worst_bucket], first.pictures[:1]
-            )
-        report_module.write(place, text)
+        about = report_module.About.of(read.manifest, str(bundle))
+        evidence = checker.evidence[result.worst_bucket]
+        report_module.save(Path(report), outcome, about, result, errors, evidence, first.pictures[:1])
     return outcome
 
 
@@ -226,39 +219,6 @@ def compare_callables(
         no_anchor="the original is no single graph",
     )
     return result, checker
-
-
-def node_entries(errors: Sequence[NodeError]) -> list[dict[str, Any]]:
-    """Nodes as reports have them, the worst alone first; an infinite error as null."""
-    ranked = sorted(errors, key=lambda error: -error.isolated)
-    return [
-        {
-            "node": error.node,
-            "op": error.op,
-            "kernel": error.kernel,
-            "precision": error.precision,
-            "shape": list(error.shape),
-            "comes_from": error.comes_from,
-            **{
-                part: value if (value := getattr(error, part)) != float("inf") else None
-                for part in ("isolated", "cumulative", "weights", "activations")
-            },
-        }
-        for error in ranked
-    ]
-
-
-def check_report_place(path: Path) -> None:
-    """Refuses a place that can't take a report, before any work is done.
-
-    Raises:
-        InputError: Its folder is missing, or it is a folder.
-    """
-    if path.is_dir():
-        raise InputError("is a folder", where=f"--report {path}", hint=f"Name a file: {path / 'report.html'}")
-    if not path.absolute().parent.is_dir():
-        folder = path.absolute().parent
-        raise InputError("the folder to write into does not exist", where=str(folder), hint=f"mkdir -p {folder}")
 
 
 def bucket_name(bucket: Mapping[str, int]) -> str:

@@ -73,7 +73,10 @@ CheckInputs = Annotated[
     ),
 ]
 ReportPath = Annotated[
-    Path | None, typer.Option("--report", metavar="FILE", help="Write an HTML report: one file, to be opened anywhere.")
+    Path | None,
+    typer.Option(
+        "--report", metavar="FILE", help="Write a report: one HTML file, or JSON where the name ends in .json."
+    ),
 ]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle a module: this runs code from the file.")]
 

@@ -77,6 +77,9 @@ def test_of_a_bundle_that_passes(mlp_bundle: Path, mlp: nn.Module, tmp_path: Pat
 def test_figures_alone(mlp_bundle: Path, tmp_path: Path) -> None:
     found = armopt.validate(mlp_bundle, report=tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == found
+    made = tmp_path / "made.json"
+    armopt.optimize(nn.Linear(4, 4), (torch.ones(2, 4),), output=tmp_path / "b", checks=Checks(report=made))
+    assert {"passed", "gates", "repair", "nodes", "outputs"} <= json.loads(made.read_text()).keys()
 
 
 def test_of_one_that_fails(tmp_path: Path) -> None:
