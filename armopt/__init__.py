@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from armopt.accuracy import validate as validate
+    from armopt.checks import Checks as Checks
     from armopt.compiler import optimize as optimize
     from armopt.errors import ArmoptError as ArmoptError
     from armopt.ir import Target as Target
@@ -22,13 +23,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ArmoptError": "armopt.errors",
+    "Checks": "armopt.checks",
     "Target": "armopt.ir",
     "load": "armopt.runtime",
     "optimize": "armopt.compiler",
     "validate": "armopt.accuracy",
 }
 
-__all__ = ["ArmoptError", "Target", "__version__", "load", "optimize", "validate"]
+__all__ = ["ArmoptError", "Checks", "Target", "__version__", "load", "optimize", "validate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from torch import fx
 
 import armopt
-from armopt import accuracy as metrics
-from armopt import capture, cost_policy, environment, passes, pipeline, plan, sites, sources, structure, targets
+from armopt import capture, cost_policy, environment, inputs, passes, pipeline, plan, sites, sources, targets
 from armopt import graph as g
+from armopt.accuracy import MIN_COSINE, gates, nodes
+from armopt.accuracy import report as report_module
 from armopt.bundle import codec, manifest, source, writer
+from armopt.checks import Checked, Checks
 from armopt.errors import AccuracyError, InputError
 from armopt.ir import Bucket, Captured, Plan, Skip, Target
 
@@ -63,14 +65,23 @@ def make_plan(
     return Planned(captured, prepared, target, plans, records)
 
 
-def lower(planned: Planned) -> tuple[codec.Program, ...]:
-    """Carries out each plan on a copy of the graph; the programs share their weights."""
-    rounded: dict[str, torch.Tensor] = {}
-    programs = []
-    for each in planned.plans:
-        module, _ = pipeline.run(g.copy(planned.prepared), passes.lower(each, rounded))
-        programs.append(codec.program(module, each.bucket, planned.captured.values(each.bucket)))
-    return tuple(programs)
+def lower(planned: Planned, rounded: dict[str, torch.Tensor] | None = None) -> tuple[codec.Program, ...]:
+    """Carries out each plan on a copy of the graph; the programs share their weights.
+
+    Args:
+        planned: What to carry out.
+        rounded: Weights in BF16 by name, to share with other plans of the model.
+    """
+    rounded = {} if rounded is None else rounded
+    return tuple(
+        lower_at(planned.prepared, each, planned.captured.values(each.bucket), rounded) for each in planned.plans
+    )
+
+
+def lower_at(prepared: fx.GraphModule, chosen: Plan, values: Bucket, rounded: dict[str, torch.Tensor]) -> codec.Program:
+    """Carries out one plan on a copy of the graph; plans of one graph share `rounded`."""
+    module, _ = pipeline.run(g.copy(prepared), passes.lower(chosen, rounded))
+    return codec.program(module, chosen.bucket, values)
 
 
 def optimize(
@@ -81,7 +92,8 @@ def optimize(
     target: str | Target = "graviton3",
     batch: Sequence[int] = (),
     policy: plan.Policy | None = None,
-    min_cosine: float = metrics.MIN_COSINE,
+    min_cosine: float = MIN_COSINE,
+    checks: Checks = Checks(),
     force: bool = False,
     progress: Progress = _silent,
 ) -> manifest.Manifest:
@@ -95,6 +107,7 @@ def optimize(
         batch: Sizes of the first dimension to plan for; several make it dynamic.
         policy: How kernels are chosen; by cost where there is a table for the target's core.
         min_cosine: The least cosine similarity to FP32 of any output.
+        checks: More gates, what to measure them on, and whether to repair what breaks them.
         force: Replace a bundle that is there.
         progress: Told of each step.
 
@@ -108,6 +121,9 @@ def optimize(
     """
     output = Path(output)
     writer.check_place(output, force=force)
+    if checks.report is not None:
+        report_module.check_place(checks.report)
+    bounds = gates.standard(checks.gates, min_cosine)
     chosen = find_target(target)
     policy = policy or cost_policy.default(chosen)
     steps = ("capture", "plan", "rewrite", "validate", "write")
@@ -121,10 +137,26 @@ def optimize(
     step("plan")
     planned = make_plan(captured, chosen, policy, buckets)
     step("rewrite")
-    programs = lower(planned)
+    rounded: dict[str, torch.Tensor] = {}
+    programs = lower(planned, rounded)
     step("validate")
-    accuracy = check_accuracy(captured, programs, min_cosine)
+    checked = Checked(captured, bounds, checks)
+    validation = checked.validate(programs)
+    repaired = None
+    if not validation.passed and checks.repair:
+        repaired = checked.repair(
+            planned.prepared,
+            planned.plans,
+            programs,
+            lambda each: lower_at(planned.prepared, each, captured.values(each.bucket), rounded),
+            lambda done, most: progress("repair", done, most),
+        )
+        if repaired.passed:
+            planned = replace(planned, plans=repaired.plans)
+            programs = lower(planned, rounded)
+            validation = checked.validate(programs)
     step("write")
+    accuracy = validation.to_json() | {"repair": None if repaired is None else repaired.to_json()}
     variables = environment.variables(chosen)
     described = _describe(planned, programs, accuracy, variables)
     texts = {
@@ -135,15 +167,27 @@ def optimize(
     signature: dict[str, Any] = {
         "inputs": captured.inputs,
         "outputs": captured.outputs,
-        "specs": [asdict(spec) for spec in captured.input_specs],
+        "specs": [
+            asdict(spec) | {"statistics": inputs.statistics(tensor)}
+            for spec, tensor in zip(captured.input_specs, captured.example, strict=True)
+        ],
         "symbols": [asdict(symbol) for symbol in captured.symbols],
     }
-    written = writer.write(output, described, programs, texts, signature, force=force)
+    reference = None
+    if checks.keep_reference:
+        reference = codec.program(planned.prepared, buckets[0], captured.values(buckets[0]))
+    written = writer.write(output, described, programs, texts, signature, reference=reference, force=force)
+    if checks.report is not None:
+        errors, evidence = checked.nodes(planned.prepared, programs, validation)
+        about = report_module.About.of(written, str(output))
+        pictures = checked.samples.pictures[:1] if checked.samples is not None else ()
+        outcome = accuracy | {"nodes": nodes.entries(errors), "node_bucket": validation.worst_bucket}
+        report_module.save(checks.report, outcome, about, validation, errors, evidence, pictures, repaired)
     progress("done", len(steps), len(steps))
-    if not accuracy["passed"]:
+    if not validation.passed:
+        no_repair = f". There is {repaired.said}" if repaired is not None else ""
         raise AccuracyError(
-            f"cosine similarity to FP32 is {accuracy['cosine']:.6f}, below {min_cosine}"
-            + ("" if accuracy["finite"] else "; values that are finite in FP32 are not in BF16"),
+            f"{validation.failures()}{no_repair}",
             where=str(output),
             hint="The bundle is marked as not deployable; see its report.json",
         )
@@ -189,43 +233,6 @@ def find_buckets(captured: Captured, batch: Sequence[int]) -> tuple[Bucket, ...]
     return tuple(example | {"batch": size} for size in sorted(set(batch)))
 
 
-def check_accuracy(captured: Captured, programs: Sequence[codec.Program], min_cosine: float) -> dict[str, Any]:
-    """Runs the captured FP32 graph and each program's twins on the example, batch by batch."""
-    found = {}
-    for program in programs:
-        tensors = example_at(captured, program.bucket)
-        reference = _run(captured.graph_module, tensors)
-        result = _run(program.graph_module, tensors)
-        found[metrics.bucket_name(program.bucket)] = metrics.compare_all(
-            structure.output_names(captured.outputs, len(reference)), reference, result
-        )
-    return metrics.summary(found, min_cosine=min_cosine, reference="the model in FP32, on its example inputs")
-
-
-def _run(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
-    """Runs a graph and undoes what it wrote to its buffers: runs that are compared start alike."""
-    written = [getattr(graph_module, name) for name in g.written_constants(graph_module.graph)]
-    before = [tensor.clone() for tensor in written]
-    with torch.no_grad():
-        result: Sequence[Any] = graph_module(*tensors)
-        for tensor, value in zip(written, before, strict=True):
-            tensor.copy_(value)
-    return result
-
-
-def example_at(captured: Captured, bucket: Bucket) -> tuple[torch.Tensor, ...]:
-    """The example inputs, repeated or cut along the batch to a bucket's size."""
-    tensors = []
-    for spec, tensor in zip(captured.input_specs, captured.example, strict=True):
-        for dimension, size in enumerate(spec.shape):
-            if size == "batch" and "batch" in bucket:
-                repeats = [1] * tensor.dim()
-                repeats[dimension] = -(-bucket["batch"] // tensor.shape[dimension])
-                tensor = tensor.repeat(repeats).narrow(dimension, 0, bucket["batch"])
-        tensors.append(tensor.contiguous())
-    return tuple(tensors)
-
-
 def _describe(
     planned: Planned,
     programs: Sequence[codec.Program],
@@ -259,15 +266,20 @@ def _describe(
             }
             for each in planned.plans
         ),
-        accuracy={
-            name: accuracy[name] for name in ("cosine", "max_abs", "finite", "min_cosine", "passed", "reference")
-        },
+        accuracy={name: accuracy[name] for name in _RECORDED},
         weights={
             "bytes": sum(_size(tensor) for tensor in weights.values()),
             "fp32_bytes": sum(_size(tensor) for tensor in captured.graph_module.buffers()),
         },
         refused=tuple(asdict(skip) for skip in planned.refused),
     )
+
+
+#: What the manifest says of accuracy; report.json has the rest.
+_RECORDED = (
+    *("cosine", "max_abs", "finite", "min_cosine", "passed", "reference"),
+    *("gates", "inputs", "inputs_given", "task", "repair"),
+)
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -153,6 +153,11 @@ class Model:
             )
         return given, named
 
+    def bucket(self, tensors: Sequence[torch.Tensor]) -> Mapping[str, int]:
+        """The bucket whose program runs for these flat inputs."""
+        forward = self._select(tensors)
+        return next(bucket for bucket, run in self._programs if run is forward)
+
     def _select(self, tensors: Sequence[torch.Tensor]) -> Forward:
         """The program of the nearest bucket, by ratio."""
         if len(self._programs) == 1:
@@ -184,12 +189,20 @@ def load(path: str | Path, *, strict: bool = False, tuning: str | Path | None = 
         BundleError: The bundle is damaged.
         HostError: This host lacks a CPU feature that the bundle needs, or, if strict, differs at all.
     """
-    bundle = reader.read(path)
+    return from_bundle(reader.read(path), strict=strict, tuning=tuning)
+
+
+def from_bundle(bundle: reader.Bundle, *, strict: bool = False, tuning: str | Path | None = None) -> Model:
+    """The same for a bundle that is read already.
+
+    Raises:
+        HostError: As :func:`load`.
+    """
     if not bundle.manifest.accuracy["passed"]:
         warnings.warn(
-            f"{path} is marked as not deployable: its accuracy gate failed (see its report.json)",
+            f"{bundle.path} is marked as not deployable: its accuracy gate failed (see its report.json)",
             ArmoptWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     portable = platform.machine() != bundle.manifest.machine
     if portable:
@@ -198,7 +211,7 @@ def load(path: str | Path, *, strict: bool = False, tuning: str | Path | None = 
             f"the bundle is for {aim}, this host is {platform.machine()}: "
             "portable twins run, with the target's rounding but not its speed",
             ArmoptWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return _model(bundle, [(p, p.graph_module.forward, []) for p in bundle.programs], portable=True)
     _check_host(bundle.manifest, strict)
@@ -228,7 +241,7 @@ def load(path: str | Path, *, strict: bool = False, tuning: str | Path | None = 
         )
         if strict:
             raise HostError(message, hint="Start the process with: armopt run BUNDLE -- CMD")
-        warnings.warn(message, ArmoptWarning, stacklevel=2)
+        warnings.warn(message, ArmoptWarning, stacklevel=3)
     return _model(bundle, bound, portable=False)
 
 
@@ -279,7 +292,7 @@ def _check_host(manifest: Manifest, strict: bool) -> None:
         if difference.severity == "soft":
             if strict:
                 raise HostError(str(difference), hint="Start the process with: armopt run BUNDLE -- CMD")
-            warnings.warn(str(difference), ArmoptWarning, stacklevel=3)
+            warnings.warn(str(difference), ArmoptWarning, stacklevel=4)
 
 
 def _short(dtype: torch.dtype) -> str:

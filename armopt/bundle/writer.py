@@ -18,7 +18,14 @@ from safetensors.torch import save_file
 
 from armopt import structure
 from armopt.bundle import codec, manifest
-from armopt.bundle.source import GRAPH, WEIGHTS, hash_file, looks_like_bundle
+from armopt.bundle.source import (
+    GRAPH,
+    REFERENCE_GRAPH,
+    REFERENCE_WEIGHTS,
+    WEIGHTS,
+    hash_file,
+    looks_like_bundle,
+)
 from armopt.errors import InputError
 
 
@@ -49,6 +56,7 @@ def write(
     texts: Mapping[str, str],
     signature: Mapping[str, structure.Structure],
     *,
+    reference: codec.Program | None = None,
     force: bool = False,
 ) -> manifest.Manifest:
     """Writes a bundle, as a folder or, where `path` ends in .zip, as one file.
@@ -59,6 +67,7 @@ def write(
         programs: One for each bucket.
         texts: Other files by name.
         signature: ``inputs``, ``outputs`` and ``specs`` of the model.
+        reference: The FP32 original, to be kept for `validate`.
         force: Replace a bundle that is there.
 
     Returns:
@@ -73,8 +82,12 @@ def write(
             # not sorted: the order of fields is part of what the model takes and returns
             graph = {**signature, "programs": [codec.encode(program) for program in programs]}
             _write_text(folder / GRAPH, json.dumps(graph, allow_nan=False) + "\n")
-            save_file(collect_weights(programs), folder / WEIGHTS, metadata={"format": "pt"})
-            _sync(folder / WEIGHTS)
+            weights = collect_weights(programs)
+            _save(folder / WEIGHTS, weights)
+            if reference is not None:
+                _write_text(folder / REFERENCE_GRAPH, json.dumps(codec.encode(reference), allow_nan=False) + "\n")
+                exact = collect_weights([reference])
+                _save(folder / REFERENCE_WEIGHTS, {name: exact[name] for name in exact.keys() - weights.keys()})
             for name, text in texts.items():
                 _write_text(folder / name, text)
             files = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
@@ -96,6 +109,11 @@ def write(
             ) from error
         raise
     return complete
+
+
+def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    _sync(path)
 
 
 def collect_weights(programs: Sequence[codec.Program]) -> dict[str, torch.Tensor]:

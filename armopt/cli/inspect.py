@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from armopt.cli import options, sink
@@ -14,7 +15,7 @@ def inspect(bundle: options.BundlePath, as_json: options.Json = False) -> None:
     """Show a bundle: every layer's kernel and reason, weights, accuracy, environment. Checks all hashes."""
     from armopt.bundle import reader
 
-    read = reader.read(bundle)
+    read = reader.read(bundle, reference=True)
     out = sink.Sink(as_json)
     out.result(to_json(read.manifest), lambda: _text(read.manifest))
 
@@ -55,8 +56,11 @@ def _text(manifest: Manifest) -> str:
         f"inputs    {inputs}",
         f"weights   {sink.size(manifest.weights['bytes'])}, FP32 {sink.size(manifest.weights['fp32_bytes'])}",
         f"accuracy  cosine {manifest.accuracy['cosine']:.6f} against {manifest.accuracy['reference']}; {verdict}",
-        "",
+        f"gates     {_gates(manifest.accuracy)}",
     ]
+    if repair := manifest.accuracy.get("repair"):
+        lines.append(f"repair    {repair['said']}")
+    lines.append("")
     for each in manifest.plan:
         if each["bucket"]:
             lines.append(", ".join(f"{name}={value}" for name, value in each["bucket"].items()) + ":")
@@ -70,3 +74,11 @@ def _text(manifest: Manifest) -> str:
         lines += ["Plain ATen:", sink.table(("node", "reason"), rows_refused), ""]
     lines += ["environment:", *(f"  {name}={entry['value']}" for name, entry in manifest.environment.items())]
     return "\n".join(lines)
+
+
+def _gates(accuracy: Mapping[str, Any]) -> str:
+    """Every gate and its worst value; a bundle of an earlier armopt has the cosine alone."""
+    gates = accuracy.get("gates", [{"gate": f"cosine>={accuracy['min_cosine']}", "value": accuracy["cosine"]}])
+    return ", ".join(
+        f"{gate['gate']} ({'-' if gate['value'] is None else format(gate['value'], '.6g')})" for gate in gates
+    )
