@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -78,7 +79,8 @@ def insert_call(
     kwargs = kwargs or {}
     with graph.inserting_before(before):
         node = graph.create_node("call_function", target, args, kwargs, name=name)
-    with torch.no_grad(), fake_mode(graph):
+    # without Python's dispatcher some operations make numbers of symbolic sizes
+    with torch.no_grad(), fake_mode(graph), enable_python_dispatcher():
         node.meta["val"] = target(*fx.map_arg(args, _fake), **fx.map_arg(kwargs, _fake))
     return node
 

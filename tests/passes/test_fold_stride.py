@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from harness import Case, Contract, Forward, noise, until
 from torch import fx, nn
 
-from armopt import pipeline
-from armopt.passes import Pass
+from armopt import capture, pipeline
+from armopt.passes import PREPARE, Pass
 from armopt.passes.fold_stride import FoldStride
 
 
@@ -59,10 +60,17 @@ class TestFoldStride(Contract):
     )
 
 
-def test_an_image_of_dynamic_size_is_refused() -> None:
-    from armopt import capture
-    from armopt.passes import PREPARE
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 7, 2, 3), nn.Conv2d(3, 4, 8, 8)], ids=["stem", "patches"])
+def test_a_dynamic_batch_stays_dynamic(layer: nn.Module) -> None:
+    captured = capture.module(layer.eval(), (noise(2, 3, 16, 16),), batch=(2, 5), source="here")
+    graph_module = pipeline.run(captured.graph_module, PREPARE)[0]
+    assert "folded" in graph_module.code
+    for size in (1, 2, 5, 7):
+        x = noise(size, 3, 16, 16)
+        torch.testing.assert_close(graph_module(x)[0], layer(x), rtol=1e-5, atol=1e-5)
 
+
+def test_an_image_of_dynamic_size_is_refused() -> None:
     size = torch.export.Dim("size", min=16, max=64)
     exported = torch.export.export(nn.Conv2d(3, 4, 7, 2, 3).eval(), (noise(1, 3, 32, 16),), dynamic_shapes=({2: size},))
     graph_module = pipeline.run(capture.exported(exported, None, None, source="here").graph_module, PREPARE[:7])[0]
