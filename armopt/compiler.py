@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -20,6 +21,11 @@ from armopt.bundle import codec, manifest, source, writer
 from armopt.checks import Checked, Checks
 from armopt.errors import AccuracyError, InputError
 from armopt.ir import Bucket, Captured, Plan, Skip, Target
+from armopt.onnx_export import session
+from armopt.onnx_export.options import Options
+
+if TYPE_CHECKING:
+    from armopt.onnx_export.export import Prepared
 
 #: Told the name of each step and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -95,6 +101,7 @@ def optimize(
     min_cosine: float = MIN_COSINE,
     checks: Checks = Checks(),
     force: bool = False,
+    onnx: Options | None = None,
     progress: Progress = _silent,
 ) -> manifest.Manifest:
     """Optimizes a model for a target and writes a bundle.
@@ -109,13 +116,14 @@ def optimize(
         min_cosine: The least cosine similarity to FP32 of any output.
         checks: More gates, what to measure them on, and whether to repair what breaks them.
         force: Replace a bundle that is there.
+        onnx: Put an ONNX model into the bundle as well, as ``model.onnx``.
         progress: Told of each step.
 
     Returns:
         The manifest, as in the bundle.
 
     Raises:
-        InputError: The model, an input or the place is unusable.
+        InputError: The model, an input or the place is unusable; or ONNX has no form of an operation.
         CaptureError: torch.export can't take the model whole.
         AccuracyError: The gate failed; the bundle is written and marked as not deployable.
     """
@@ -126,7 +134,7 @@ def optimize(
     bounds = gates.standard(checks.gates, min_cosine)
     chosen = find_target(target)
     policy = policy or cost_policy.default(chosen)
-    steps = ("capture", "plan", "rewrite", "validate", "write")
+    steps = ("capture", "plan", "rewrite", "validate", *(("onnx",) if onnx else ()), "write")
 
     def step(name: str) -> None:
         progress(name, steps.index(name), len(steps))
@@ -155,15 +163,6 @@ def optimize(
             planned = replace(planned, plans=repaired.plans)
             programs = lower(planned, rounded)
             validation = checked.validate(programs)
-    step("write")
-    accuracy = validation.to_json() | {"repair": None if repaired is None else repaired.to_json()}
-    variables = environment.variables(chosen)
-    described = _describe(planned, programs, accuracy, variables)
-    texts = {
-        source.REPORT: writer.to_json(accuracy | {"passes": [_record(record) for record in planned.records]}),
-        source.ENV: environment.render(variables, "shell"),
-        source.REQUIREMENTS: _requirements(),
-    }
     signature: dict[str, Any] = {
         "inputs": captured.inputs,
         "outputs": captured.outputs,
@@ -173,10 +172,32 @@ def optimize(
         ],
         "symbols": [asdict(symbol) for symbol in captured.symbols],
     }
+    prepared = None
+    if onnx:
+        step("onnx")
+        prepared = _translate(programs, signature, onnx)
+    step("write")
+    accuracy = validation.to_json() | {"repair": None if repaired is None else repaired.to_json()}
+    variables = environment.variables(chosen)
+    described = _describe(planned, programs, accuracy, variables, session.describe(programs, onnx, inside=True))
+    texts = {
+        source.REPORT: writer.to_json(accuracy | {"passes": [_record(record) for record in planned.records]}),
+        source.ENV: environment.render(variables, "shell"),
+        source.REQUIREMENTS: _requirements(),
+    }
     reference = None
     if checks.keep_reference:
         reference = codec.program(planned.prepared, buckets[0], captured.values(buckets[0]))
-    written = writer.write(output, described, programs, texts, signature, reference=reference, force=force)
+    written = writer.write(
+        output,
+        described,
+        programs,
+        texts,
+        signature,
+        reference=reference,
+        force=force,
+        attach=partial(prepared.attach, described) if prepared else None,
+    )
     if checks.report is not None:
         errors, evidence = checked.nodes(planned.prepared, programs, validation)
         about = report_module.About.of(written, str(output))
@@ -192,6 +213,12 @@ def optimize(
             hint="The bundle is marked as not deployable; see its report.json",
         )
     return written
+
+
+def _translate(programs: Sequence[codec.Program], signature: Mapping[str, Any], onnx: Options) -> Prepared:
+    from armopt.onnx_export import export  # onnx and onnxscript take a second to import
+
+    return export.prepare(programs, signature, onnx)
 
 
 def find_target(target: str | Target) -> Target:
@@ -238,6 +265,7 @@ def _describe(
     programs: Sequence[codec.Program],
     accuracy: Mapping[str, Any],
     variables: Mapping[str, environment.Variable],
+    onnxruntime: Mapping[str, Any],
 ) -> manifest.Manifest:
     captured, target = planned.captured, planned.target
     weights = writer.collect_weights(programs)
@@ -267,6 +295,7 @@ def _describe(
             for each in planned.plans
         ),
         accuracy={name: accuracy[name] for name in _RECORDED},
+        onnxruntime=onnxruntime,
         weights={
             "bytes": sum(_size(tensor) for tensor in weights.values()),
             "fp32_bytes": sum(_size(tensor) for tensor in captured.graph_module.buffers()),

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,7 @@ def check_place(path: Path, *, force: bool = False) -> None:
     Raises:
         InputError: The parent is missing or not writable, or something is there already.
     """
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise InputError("the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {parent}")
-    if not os.access(parent, os.W_OK):
-        raise InputError("the folder is not writable", where=str(parent), hint="Choose another place with -o")
+    check_parent(path)
     if path.exists():
         if not force:
             raise InputError("is there already", where=str(path), hint="Choose another place with -o, or pass --force")
@@ -47,6 +43,19 @@ def check_place(path: Path, *, force: bool = False) -> None:
             raise InputError(
                 "is there already and is not a bundle", where=str(path), hint="Choose another place with -o"
             )
+
+
+def check_parent(path: Path) -> None:
+    """Refuses a path whose folder can't be written to.
+
+    Raises:
+        InputError: The folder is missing or not writable.
+    """
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise InputError("the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {parent}")
+    if not os.access(parent, os.W_OK):
+        raise InputError("the folder is not writable", where=str(parent), hint="Choose another place with -o")
 
 
 def write(
@@ -58,6 +67,7 @@ def write(
     *,
     reference: codec.Program | None = None,
     force: bool = False,
+    attach: Callable[[Path], None] | None = None,
 ) -> manifest.Manifest:
     """Writes a bundle, as a folder or, where `path` ends in .zip, as one file.
 
@@ -69,6 +79,7 @@ def write(
         signature: ``inputs``, ``outputs`` and ``specs`` of the model.
         reference: The FP32 original, to be kept for `validate`.
         force: Replace a bundle that is there.
+        attach: Adds further files to the folder that it is given; graph and weights are there by then.
 
     Returns:
         The manifest as written.
@@ -90,10 +101,12 @@ def write(
                 _save(folder / REFERENCE_WEIGHTS, {name: exact[name] for name in exact.keys() - weights.keys()})
             for name, text in texts.items():
                 _write_text(folder / name, text)
+            if attach is not None:
+                attach(folder)
             files = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
             complete = replace(described, files=files)
             (folder / manifest.NAME).write_bytes(manifest.to_bytes(complete))
-            _sync(folder / manifest.NAME)
+            sync(folder / manifest.NAME)
             _put(folder, path)
     except OSError as error:
         raise InputError(
@@ -113,7 +126,7 @@ def write(
 
 def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file(dict(tensors), path, metadata={"format": "pt"})
-    _sync(path)
+    sync(path)
 
 
 def collect_weights(programs: Sequence[codec.Program]) -> dict[str, torch.Tensor]:
@@ -156,7 +169,7 @@ def _put(folder: Path, path: Path) -> None:
         with zipfile.ZipFile(ready, "w", zipfile.ZIP_STORED) as archive:
             for file in sorted(folder.iterdir()):
                 archive.write(file, file.name)
-        _sync(ready)
+        sync(ready)
         _replace(ready, path)
     finally:
         ready.unlink(missing_ok=True)
@@ -175,16 +188,17 @@ def _replace(ready: Path, path: Path) -> None:
         raise
     if old is not None:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
-    _sync(path)
-    _sync(path.absolute().parent)
+    sync(path)
+    sync(path.absolute().parent)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
-    _sync(path)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has the system write a file or a folder's entries to its disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

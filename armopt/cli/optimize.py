@@ -41,6 +41,9 @@ def optimize(
         bool, typer.Option("--keep-reference", help="Keep the FP32 original in the bundle, for validate.")
     ] = False,
     report: options.ReportPath = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Put an ONNX model into the bundle as well.")] = False,
+    onnx_weights: options.OnnxWeights = "fp32",
+    onnx_plain: options.OnnxPlain = False,
     trust_pickle: options.TrustPickle = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
     as_json: options.Json = False,
@@ -50,11 +53,13 @@ def optimize(
     from armopt.bundle import source, writer
     from armopt.checks import Checks
     from armopt.errors import AccuracyError
+    from armopt.onnx_export.options import Options
 
     out = sink.Sink(as_json)
     writer.check_place(output, force=force)
     chosen = compiler.find_target(target)
     policy_chosen, sizes = options.parse_policy(policy, chosen, tuning), options.parse_batch(batch)
+    exported = Options(onnx_weights, fast_math=not onnx_plain)  # refuses an unknown dtype now
     with out.progress() as progress:
         progress("capture", 0, 5)
         captured = options.open_model(model, reference, described, samples, sizes, trust_pickle)
@@ -76,6 +81,7 @@ def optimize(
                     examples=_examples(model, described, samples),
                 ),
                 force=force,
+                onnx=exported if onnx else None,
                 progress=progress,
             )
             failed = None
@@ -106,6 +112,7 @@ def to_json(written: Manifest, path: Path) -> dict[str, Any]:
         "weights_bytes": written.weights["bytes"],
         "fp32_weights_bytes": written.weights["fp32_bytes"],
         "refused": list(written.refused),
+        "onnx": dict(written.onnxruntime["model"]),
         "accuracy": dict(written.accuracy),
     }
 
@@ -138,6 +145,8 @@ def summary(written: Manifest, path: Path) -> str:
     if accuracy["repair"] is not None:
         lines.append(f"  repair    {accuracy['repair']['said']}")
         lines += [f"            {c['node']}: {c['before']} -> {c['after']}" for c in accuracy["repair"]["changes"]]
+    if onnx := written.onnxruntime["model"]:
+        lines.append(f"  onnx      {path / onnx['file']}, weights in {onnx['weights']}")
     if written.refused:
         lines.append(f"  refused   {len(written.refused)} nodes run as plain ATen: armopt inspect {path}")
     lines += ["", f"Next, on the server:  armopt run {path} -- python serve.py"]

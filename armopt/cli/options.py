@@ -78,6 +78,16 @@ ReportPath = Annotated[
         "--report", metavar="FILE", help="Write a report: one HTML file, or JSON where the name ends in .json."
     ),
 ]
+OnnxWeights = Annotated[
+    str,
+    typer.Option(
+        "--onnx-weights", metavar="DTYPE", help="What the ONNX model stores its weights in: fp32, bf16 or fp16."
+    ),
+]
+OnnxPlain = Annotated[
+    bool,
+    typer.Option("--onnx-plain", help="Keep Gemm and Conv everywhere, for other runtimes than ONNX Runtime on Arm."),
+]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle a module: this runs code from the file.")]
 
 

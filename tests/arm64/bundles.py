@@ -176,7 +176,7 @@ EXAMPLES = {
 }
 
 
-def make(name: str, target: str, folder: Path) -> Made:
+def make(name: str, target: str, folder: Path, policy: plan.Policy | None = None) -> Made:
     """Optimizes an example for a target, and runs what can be run here."""
     example = EXAMPLES[name]
     path = folder / f"{name}-{target}"
@@ -191,7 +191,7 @@ def make(name: str, target: str, folder: Path) -> Made:
             output=path,
             target=target,
             batch=example.batch,
-            policy=example.policy,
+            policy=policy or example.policy,
         )
         portable = armopt.load(path)
     with torch.no_grad():
