@@ -20,8 +20,8 @@ $(BIN)/.ready-dev: $(BIN)/.ready
 
 demo: $(BIN)/.ready  ## install into .venv and optimize ResNet-50 for Graviton3
 	rm -rf build/demo && mkdir -p build/demo
-	$(BIN)/armopt optimize --model $(MODEL) --target $(TARGET) --batch 1,8 -o build/demo/model
-	$(BIN)/armopt validate build/demo/model
+	$(BIN)/armopt optimize --model $(MODEL) --target $(TARGET) --batch 1,8 --keep-reference -o build/demo/model
+	$(BIN)/armopt validate build/demo/model --report build/demo/report.html
 
 test: test-x86 test-arm64  ## install what tests need and run them all
 

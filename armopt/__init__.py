@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from armopt.accuracy import validate as validate
+    from armopt.checks import Checks as Checks
     from armopt.compiled import compile as compile
     from armopt.compiler import optimize as optimize
     from armopt.errors import ArmoptError as ArmoptError
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ArmoptError": "armopt.errors",
+    "Checks": "armopt.checks",
     "Target": "armopt.ir",
     "compile": "armopt.compiled",
     "load": "armopt.runtime",
@@ -30,7 +32,7 @@ _PUBLIC = {
     "validate": "armopt.accuracy",
 }
 
-__all__ = ["ArmoptError", "Target", "__version__", "compile", "load", "optimize", "validate"]
+__all__ = ["ArmoptError", "Checks", "Target", "__version__", "compile", "load", "optimize", "validate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,21 +5,30 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx
 
 import armopt
-from armopt import accuracy as metrics
-from armopt import capture, cost_policy, costs, environment, passes, pipeline, plan, sites, sources, structure, targets
+from armopt import capture, cost_policy, costs, environment, inputs, passes, pipeline, plan, sites, sources, targets
 from armopt import graph as g
+from armopt.accuracy import MIN_COSINE, Validation, gates, nodes
+from armopt.accuracy import report as report_module
 from armopt.bundle import codec, manifest, source, writer
+from armopt.checks import Checked, Checks
 from armopt.errors import AccuracyError, InputError
 from armopt.ir import Bucket, Captured, Plan, Skip, Target
+from armopt.onnx_export import session
+from armopt.onnx_export.options import Options
+from armopt.repair import Repair
 from armopt.tuning import TunedCosts
 from armopt.tuning import read as read_tuning
+
+if TYPE_CHECKING:
+    from armopt.onnx_export.export import Prepared
 
 _RELEASE = r"(\d+\.\d+(\.\d+)?)?"
 #: Told the name of each step and how many there are.
@@ -58,9 +67,14 @@ def make_plan(
     return Planned(captured, prepared, target, plans, records)
 
 
-def lower(planned: Planned) -> tuple[codec.Program, ...]:
-    """Carries out each plan on a copy of the graph; the programs share their weights."""
-    rounded: dict[str, torch.Tensor] = {}
+def lower(planned: Planned, rounded: dict[str, torch.Tensor] | None = None) -> tuple[codec.Program, ...]:
+    """Carries out each plan on a copy of the graph; the programs share their weights.
+
+    Args:
+        planned: What to carry out.
+        rounded: Weights in BF16 by name, to share with other plans of the model.
+    """
+    rounded = {} if rounded is None else rounded
     return tuple(
         lower_at(planned.prepared, each, planned.captured.values(each.bucket), rounded) for each in planned.plans
     )
@@ -97,8 +111,10 @@ def optimize(
     target: str | Target = "graviton3",
     batch: Sequence[int] = (),
     policy: plan.Policy | str | None = None,
-    min_cosine: float = metrics.MIN_COSINE,
+    min_cosine: float = MIN_COSINE,
+    checks: Checks = Checks(),
     force: bool = False,
+    onnx: Options | None = None,
     progress: Progress = _silent,
 ) -> manifest.Manifest:
     """Optimizes a model for a target and writes a bundle.
@@ -114,14 +130,16 @@ def optimize(
         batch: Sizes of the first dimension to plan for; several make it dynamic.
         policy: How kernels are chosen, also as ``--policy`` has it; by cost where there is a table for the core.
         min_cosine: The least cosine similarity to FP32 of any output.
+        checks: More gates, what to measure them on, and whether to repair what breaks them.
         force: Replace a bundle that is there.
+        onnx: Put an ONNX model into the bundle as well, as ``model.onnx``.
         progress: Told of each step.
 
     Returns:
         The manifest, as in the bundle.
 
     Raises:
-        InputError: The model, an input or the place is unusable.
+        InputError: The model, an input or the place is unusable; or ONNX has no form of an operation.
         CaptureError: torch.export can't take the model whole.
         AccuracyError: The gate failed; the bundle is written and marked as not deployable.
     """
@@ -133,13 +151,24 @@ def optimize(
         from armopt import module_bundle  # which is made of the functions of this module
 
         return module_bundle.optimize(
-            model, Path(output), find_target(target), policy, min_cosine=min_cosine, force=force, progress=progress
+            model,
+            Path(output),
+            find_target(target),
+            policy,
+            min_cosine=min_cosine,
+            checks=checks,
+            force=force,
+            onnx=onnx,
+            progress=progress,
         )
     output = Path(output)
     writer.check_place(output, force=force)
+    if checks.report is not None:
+        report_module.check_place(checks.report)
+    bounds = gates.standard(checks.gates, min_cosine)
     chosen = find_target(target)
     policy = find_policy(policy, chosen)
-    steps = ("capture", "plan", "rewrite", "validate", "write")
+    steps = ("capture", "plan", "rewrite", "validate", *(("onnx",) if onnx else ()), "write")
 
     def step(name: str) -> None:
         progress(name, steps.index(name), len(steps))
@@ -150,18 +179,86 @@ def optimize(
     step("plan")
     planned = make_plan(captured, chosen, policy, buckets)
     step("rewrite")
-    programs = lower(planned)
+    rounded: dict[str, torch.Tensor] = {}
+    programs = lower(planned, rounded)
     step("validate")
-    accuracy = check_accuracy(captured, programs, min_cosine)
+    checked = Checked(captured, bounds, checks)
+    planned, programs, validation, repaired = check(planned, programs, rounded, checked, checks.repair, progress)
+    signed = signature(captured)
+    prepared = None
+    if onnx:
+        step("onnx")
+        prepared = _translate(programs, signed, onnx)
     step("write")
+    accuracy = validation.to_json() | {"repair": None if repaired is None else repaired.to_json()}
     variables = environment.variables(chosen)
-    described = _describe(planned, programs, accuracy, variables)
+    described = _describe(planned, programs, accuracy, variables, session.describe(programs, onnx, inside=True))
+    reference = None
+    if checks.keep_reference:
+        reference = codec.program(planned.prepared, buckets[0], captured.values(buckets[0]))
     written = writer.write(
-        output, described, programs, texts(accuracy, [planned], variables), signature(captured), force=force
+        output,
+        described,
+        programs,
+        texts(accuracy, [planned], variables),
+        signed,
+        reference=reference,
+        force=force,
+        attach=partial(prepared.attach, described) if prepared else None,
     )
+    if checks.report is not None:
+        errors, evidence = checked.nodes(planned.prepared, programs, validation)
+        about = report_module.About.of(written, str(output))
+        pictures = checked.samples.pictures[:1] if checked.samples is not None else ()
+        outcome = accuracy | {"nodes": nodes.entries(errors), "node_bucket": validation.worst_bucket}
+        report_module.save(checks.report, outcome, about, validation, errors, evidence, pictures, repaired)
     progress("done", len(steps), len(steps))
     gate(accuracy, output)
     return written
+
+
+def check(
+    planned: Planned,
+    programs: tuple[codec.Program, ...],
+    rounded: dict[str, torch.Tensor],
+    checked: Checked,
+    may_repair: bool,
+    progress: Progress,
+) -> tuple[Planned, tuple[codec.Program, ...], Validation, Repair | None]:
+    """Measures programs and, where a gate breaks and it helps, takes layers out of BF16.
+
+    Args:
+        planned: The plans.
+        programs: Those carried out.
+        rounded: Weights in BF16 by name, as `programs` share them.
+        checked: Measures.
+        may_repair: Whether plans may change.
+        progress: Told of each measurement of repair.
+
+    Returns:
+        Plans and programs as they are to be written, their figures, and what repair did; None where nothing broke.
+    """
+    validation = checked.validate(programs)
+    if validation.passed or not may_repair:
+        return planned, programs, validation, None
+    repaired = checked.repair(
+        planned.prepared,
+        planned.plans,
+        programs,
+        lambda each: lower_at(planned.prepared, each, planned.captured.values(each.bucket), rounded),
+        lambda done, most: progress("repair", done, most),
+    )
+    if not repaired.passed:
+        return planned, programs, validation, repaired
+    better = replace(planned, plans=repaired.plans)
+    programs = lower(better, rounded)
+    return better, programs, checked.validate(programs), repaired
+
+
+def _translate(programs: Sequence[codec.Program], signature: Mapping[str, Any], onnx: Options) -> Prepared:
+    from armopt.onnx_export import export  # onnx and onnxscript take a second to import
+
+    return export.prepare(programs, signature, onnx)
 
 
 def find_target(target: str | Target) -> Target:
@@ -231,54 +328,12 @@ def find_buckets(captured: Captured, batch: Sequence[int]) -> tuple[Bucket, ...]
     return tuple(example | {"batch": size} for size in sorted(set(batch)))
 
 
-def check_accuracy(captured: Captured, programs: Sequence[codec.Program], min_cosine: float) -> dict[str, Any]:
-    """Runs the captured FP32 graph and each program's twins on the example, batch by batch."""
-    found = compare(captured, programs)
-    return metrics.summary(found, min_cosine=min_cosine, reference="the model in FP32, on its example inputs")
-
-
-def compare(captured: Captured, programs: Sequence[codec.Program]) -> dict[str, list[metrics.Accuracy]]:
-    """The metrics of every output, by bucket."""
-    found = {}
-    for program in programs:
-        tensors = example_at(captured, program.bucket)
-        reference = _run(captured.graph_module, tensors)
-        result = _run(program.graph_module, tensors)
-        found[metrics.bucket_name(program.bucket)] = metrics.compare_all(
-            structure.output_names(captured.outputs, len(reference)), reference, result
-        )
-    return found
-
-
-def _run(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
-    """Runs a graph and undoes what it wrote to its buffers: runs that are compared start alike."""
-    written = [getattr(graph_module, name) for name in g.written_constants(graph_module.graph)]
-    before = [tensor.clone() for tensor in written]
-    with torch.no_grad():
-        result: Sequence[Any] = graph_module(*tensors)
-        for tensor, value in zip(written, before, strict=True):
-            tensor.copy_(value)
-    return result
-
-
-def example_at(captured: Captured, bucket: Bucket) -> tuple[torch.Tensor, ...]:
-    """The example inputs, repeated or cut along the batch to a bucket's size."""
-    tensors = []
-    for spec, tensor in zip(captured.input_specs, captured.example, strict=True):
-        for dimension, size in enumerate(spec.shape):
-            if size == "batch" and "batch" in bucket:
-                repeats = [1] * tensor.dim()
-                repeats[dimension] = -(-bucket["batch"] // tensor.shape[dimension])
-                tensor = tensor.repeat(repeats).narrow(dimension, 0, bucket["batch"])
-        tensors.append(tensor.contiguous())
-    return tuple(tensors)
-
-
 def _describe(
     planned: Planned,
     programs: Sequence[codec.Program],
     accuracy: Mapping[str, Any],
     variables: Mapping[str, environment.Variable],
+    onnxruntime: Mapping[str, Any],
 ) -> manifest.Manifest:
     captured = planned.captured
     model = {"source": captured.source, "digest": captured.digest, **inputs_of(captured)}
@@ -286,7 +341,7 @@ def _describe(
         "bytes": size(writer.collect_weights(programs).values()),
         "fp32_bytes": size(captured.graph_module.buffers()),
     }
-    return describe({"": planned}, model, sizes, accuracy, variables)
+    return describe({"": planned}, model, sizes, accuracy, variables, onnxruntime)
 
 
 def inputs_of(captured: Captured) -> dict[str, Any]:
@@ -303,6 +358,7 @@ def describe(
     weights: Mapping[str, int],
     accuracy: Mapping[str, Any],
     variables: Mapping[str, environment.Variable],
+    onnxruntime: Mapping[str, Any],
     left: Sequence[Skip] = (),
 ) -> manifest.Manifest:
     """A manifest without files.
@@ -313,6 +369,7 @@ def describe(
         weights: Bytes in the bundle and in FP32.
         accuracy: The report.
         variables: Wanted of the environment.
+        onnxruntime: The manifest's section of that name.
         left: What is left to Python.
     """
     target = next(iter(planned.values())).target
@@ -337,9 +394,8 @@ def describe(
             }
             for path, each in plans
         ),
-        accuracy={
-            name: accuracy[name] for name in ("cosine", "max_abs", "finite", "min_cosine", "passed", "reference")
-        },
+        accuracy={name: accuracy[name] for name in _RECORDED},
+        onnxruntime=onnxruntime,
         weights=weights,
         refused=tuple(
             asdict(replace(skip, node=f"{path}: {skip.node}") if path else skip)
@@ -348,6 +404,13 @@ def describe(
         )
         + tuple(asdict(skip) for skip in left),
     )
+
+
+#: What the manifest says of accuracy; report.json has the rest.
+_RECORDED = (
+    *("cosine", "max_abs", "finite", "min_cosine", "passed", "reference"),
+    *("gates", "inputs", "inputs_given", "task", "repair"),
+)
 
 
 def size(tensors: Iterable[torch.Tensor]) -> int:
@@ -360,7 +423,10 @@ def signature(captured: Captured) -> dict[str, Any]:
     return {
         "inputs": captured.inputs,
         "outputs": captured.outputs,
-        "specs": [asdict(spec) for spec in captured.input_specs],
+        "specs": [
+            asdict(spec) | {"statistics": inputs.statistics(tensor)}
+            for spec, tensor in zip(captured.input_specs, captured.example, strict=True)
+        ],
         "symbols": [asdict(symbol) for symbol in captured.symbols],
     }
 
@@ -384,9 +450,9 @@ def gate(accuracy: Mapping[str, Any], output: Path) -> None:
         AccuracyError: It is not.
     """
     if not accuracy["passed"]:
+        no_repair = f". There is {accuracy['repair']['said']}" if accuracy["repair"] is not None else ""
         raise AccuracyError(
-            f"cosine similarity to FP32 is {accuracy['cosine']:.6f}, below {accuracy['min_cosine']}"
-            + ("" if accuracy["finite"] else "; values that are finite in FP32 are not in BF16"),
+            f"{accuracy['failed']}{no_repair}",
             where=str(output),
             hint="The bundle is marked as not deployable; see its report.json",
         )

@@ -26,6 +26,9 @@ class Costs(Protocol):
     def name(self) -> str:
         """As reports have it."""
 
+    def describe(self, cost: float) -> str:
+        """A cost with its unit."""
+
     def estimate(self, kernel: Kernel, site: Site) -> float | None:
         """The cost of one call with its post-op; None where it is not known."""
 
@@ -73,15 +76,15 @@ class CostPolicy:
     def _options(self, site: Site, target: Target) -> dict[str, _Option]:
         """The best kernel on BF16 and on FP32 activations."""
         found: dict[str, list[tuple[float, Kernel]]] = {_BF16: [], _FP32: []}
-        candidates = _candidates(site, target)
-        for kernel in candidates:
+        taking = candidates(site, target)
+        for kernel in taking:
             cost = self.costs.estimate(kernel, site)
             if cost is not None:
                 label = _BF16 if kernel.activations == torch.bfloat16 else _FP32
                 found[label].append((cost, kernel))
         options = {label: self._best(entries) for label, entries in found.items() if entries}
-        if candidates and not options:  # none was measured: the order of the kernels is the order of preference
-            first = candidates[0]
+        if taking and not options:  # none was measured: the order of the kernels is the order of preference
+            first = taking[0]
             options[_BF16 if first.activations == torch.bfloat16 else _FP32] = _Option(first, 0.0)
         return options
 
@@ -104,7 +107,7 @@ class CostPolicy:
         rival, ratio = chosen.rival, chosen.ratio
         if other is not None and (not rival or other.cost / chosen.cost < ratio):
             rival, ratio = other.kernel.name, other.cost / chosen.cost
-        parts = [f"{chosen.cost / 1e6:.3g} M instructions" if chosen.cost else "the first kernel that takes it"]
+        parts = [self.costs.describe(chosen.cost) if chosen.cost else "the first kernel that takes it"]
         if rival:
             parts.append(f"{rival} {ratio:.2f}x" + (", but it would need casts" if ratio < 1 else ""))
         if chosen.kernel.precision == "fp32":
@@ -118,7 +121,7 @@ def default(target: Target, release: str = "") -> Policy:
     return plan.ThresholdPolicy() if table_of_costs is None else CostPolicy(table_of_costs)
 
 
-def _candidates(site: Site, target: Target) -> list[Kernel]:
+def candidates(site: Site, target: Target) -> list[Kernel]:
     """Kernels that take a site: with BF16 weights where the core has BF16 and any such kernel does.
 
     In a process with fast math a kernel called FP32 would multiply in BF16 as well.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -80,11 +84,14 @@ def insert_call(
     kwargs: dict[str, Any] | None = None,
     name: str | None = None,
 ) -> fx.Node:
-    """Inserts a call in front of `before`; its ``meta["val"]`` comes from running it on fake tensors."""
+    """Inserts a call in front of `before` and on its behalf; ``meta["val"]`` comes from running it on fake tensors."""
     kwargs = kwargs or {}
     with graph.inserting_before(before):
         node = graph.create_node("call_function", target, args, kwargs, name=name)
-    with torch.no_grad(), fake_mode(graph):
+    if "stack_trace" in before.meta:
+        node.meta["stack_trace"] = before.meta["stack_trace"]
+    # without Python's dispatcher some operations make numbers of symbolic sizes
+    with torch.no_grad(), fake_mode(graph), enable_python_dispatcher():
         node.meta["val"] = target(*fx.map_arg(args, _fake), **fx.map_arg(kwargs, _fake))
     return node
 
@@ -136,6 +143,28 @@ def symbolic_shape(shape: Sequence[Any]) -> tuple[Dim, ...]:
 def is_constant(size: Any) -> bool:
     """Whether a size is a number, also where torch keeps it as a symbolic integer."""
     return isinstance(size, int) or bool(size.node.expr.is_number)
+
+
+def source_line(node: fx.Node) -> str:
+    """The line of the model that a node comes from, as ``torchvision/models/resnet.py:92``; empty where unknown.
+
+    It is the innermost one outside of torch.
+    """
+    if "source" in node.meta:
+        return str(node.meta["source"])
+    frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
+    torchs_own = (str(Path(torch.__file__).parent), "torch/")  # the latter in traces that torch makes up
+    own = [frame for frame in frames if not frame[0].startswith(torchs_own)]
+    if not own:
+        return ""
+    file, line = own[-1]
+    return f"{_importable(file)}:{line}"
+
+
+def _importable(file: str) -> str:
+    """A file's path below the folder that it is imported from: nothing of this machine's folders."""
+    parents = [folder for folder in map(os.path.abspath, sys.path) if file.startswith(folder + os.sep)]
+    return os.path.relpath(file, max(parents, key=len)) if parents else os.path.basename(file)
 
 
 def replace_and_erase(node: fx.Node, replacement: fx.Node) -> None:

@@ -111,6 +111,44 @@ _READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+SUFFIXES = tuple(_READERS)
+
+
+def statistics(tensor: torch.Tensor) -> dict[str, float]:
+    """Mean, spread and range of an example input, by which others can be generated; finite values alone count."""
+    if tensor.is_complex():
+        return {}
+    values = tensor.detach().double().flatten()
+    values = values[torch.isfinite(values)]
+    if values.numel() == 0:
+        return {}
+    figures = {"mean": values.mean(), "std": values.std(correction=0), "min": values.min(), "max": values.max()}
+    return {name: float(figure) for name, figure in figures.items()}
+
+
+def like(spec: Mapping[str, Any], bucket: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
+    """A random tensor for an input: with the statistics of its example where those are known.
+
+    Args:
+        spec: ``name``, ``shape`` (dynamic sizes by name), ``dtype`` and, if known, ``statistics``.
+        bucket: The dynamic sizes.
+        generator: Of the random numbers.
+    """
+    shape = tuple(bucket.get(size, 1) if isinstance(size, str) else size for size in spec["shape"])
+    dtype: torch.dtype = getattr(torch, spec["dtype"])
+    known = spec.get("statistics")
+    if not known:
+        return InputOption(spec["name"], shape, dtype).tensor(generator)
+    if dtype == torch.bool:
+        chosen: torch.Tensor = torch.rand(shape, generator=generator) < known["mean"]
+        return chosen
+    if dtype.is_floating_point:
+        values: torch.Tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
+        values = values * known["std"] + known["mean"]
+        return values.clamp(known["min"], known["max"]).to(dtype)
+    return torch.randint(int(known["min"]), int(known["max"]) + 1, shape, generator=generator).to(dtype)
+
+
 def bind(
     names: Sequence[str],
     positional: Sequence[torch.Tensor],

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from armopt import accuracy as metrics
 from armopt import compiler, environment, parts
 from armopt import graph as g
+from armopt.accuracy import Validation, gates, tasks
 from armopt.bundle import manifest, writer
+from armopt.checks import Checked, Checks
 from armopt.errors import InputError
 from armopt.ir import Target
+from armopt.onnx_export.options import Options
 from armopt.plan import Policy
+from armopt.repair import Repair
 from armopt.sources import Whole
 
 
@@ -25,8 +30,10 @@ def optimize(
     policy: Policy | str | None,
     *,
     min_cosine: float,
+    checks: Checks,
     force: bool,
-    progress: Callable[[str, int, int], None],
+    onnx: Options | None,
+    progress: compiler.Progress,
 ) -> manifest.Manifest:
     """Finds the parts of a model, optimizes each and writes the bundle; see :func:`armopt.compiler.optimize`.
 
@@ -35,6 +42,8 @@ def optimize(
         AccuracyError: The gate failed for a part; the bundle is written and marked as not deployable.
     """
     writer.check_place(output, force=force)
+    _refuse_what_needs_one_graph(checks, onnx)
+    bounds = gates.standard(checks.gates, min_cosine)
     source = model.factory or type(model.module).__name__
     if not model.calls:
         raise InputError(
@@ -51,15 +60,20 @@ def optimize(
     step("plan")
     planned = {part.path: compiler.make_plan(part.captured, target, chosen, part.buckets) for part in found}
     step("rewrite")
-    programs = {path: compiler.lower(each) for path, each in planned.items()}
+    rounded: dict[str, dict[str, torch.Tensor]] = {path: {} for path in planned}
+    programs = {path: compiler.lower(each, rounded[path]) for path, each in planned.items()}
     step("validate")
-    compared = {
-        f"{path} {bucket}": entries
-        for path, each in planned.items()
-        for bucket, entries in compiler.compare(each.captured, programs[path]).items()
-    }
-    said = "each part of the model in FP32, on what it gets from the example calls"
-    accuracy = metrics.summary(compared, min_cosine=min_cosine, reference=said)
+    checks = replace(checks, task=tasks.NONE, examples="what each part gets from the example calls")
+    validations: dict[str, Validation] = {}
+    repairs: dict[str, Repair] = {}
+    for path, each in list(planned.items()):
+        checked = Checked(each.captured, bounds, checks)
+        planned[path], programs[path], validations[path], repaired = compiler.check(
+            each, programs[path], rounded[path], checked, checks.repair, progress
+        )
+        if repaired is not None:
+            repairs[path] = repaired
+    accuracy = _merge(validations, bounds).to_json() | {"repair": _merge_repairs(repairs)}
     step("write")
     rest = _rest(model.module, list(planned))
     held = [writer.Part(path, programs[path], compiler.signature(each.captured)) for path, each in planned.items()]
@@ -80,6 +94,7 @@ def optimize(
         },
         accuracy,
         variables := environment.variables(target),
+        {"model": {}},  # there is no one graph for ONNX Runtime
         left,
     )
     texts = compiler.texts(accuracy, planned.values(), variables)
@@ -87,6 +102,56 @@ def optimize(
     progress("done", len(steps), len(steps))
     compiler.gate(accuracy, output)
     return written
+
+
+def _refuse_what_needs_one_graph(checks: Checks, onnx: Options | None) -> None:
+    """Refuses what parts can't do.
+
+    Raises:
+        InputError: Naming the option.
+    """
+    asked = {
+        "--check-inputs": checks.inputs is not None,
+        "--task": checks.task not in ("", tasks.NONE),
+        "--keep-reference": checks.keep_reference,
+        "--report": checks.report is not None,
+        "--onnx": onnx is not None,
+    }
+    for option, given in asked.items():
+        if given:
+            raise InputError('needs the model in one graph (not kind "module")', where=option, hint="Leave it out")
+
+
+def _merge(validations: Mapping[str, Validation], bounds: Sequence[gates.Gate]) -> Validation:
+    """The parts' figures as one outcome, each bucket by path and sizes."""
+    figures = {
+        f"{path} {bucket}": each for path, whole in validations.items() for bucket, each in whole.figures.items()
+    }
+    first = next(iter(validations.values()))
+    return replace(
+        first,
+        reference="each part of the model in FP32",
+        figures=figures,
+        verdicts=gates.check(bounds, figures, ""),
+        no_anchor=next((each.no_anchor for each in validations.values() if each.no_anchor), ""),
+    )
+
+
+def _merge_repairs(repairs: Mapping[str, Repair]) -> dict[str, Any] | None:
+    """What repair did in all parts; where it failed, only that is said."""
+    if not repairs:
+        return None
+    failed = {path: each for path, each in repairs.items() if not each.passed}
+    return {
+        "passed": not failed,
+        "evaluations": sum(each.evaluations for each in repairs.values()),
+        "said": "; ".join(f"{each.said} ({path})" for path, each in (failed or repairs).items()),
+        "changes": [
+            change | {"node": f"{path}: {change['node']}"}
+            for path, each in repairs.items()
+            for change in each.to_json()["changes"]
+        ],
+    }
 
 
 def _rest(module: torch.nn.Module, paths: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from packaging.utils import canonicalize_name
 import armopt
 from armopt import environment, targets
 from armopt.bundle import manifest, reader
+from armopt.bundle.source import KEPT
 from armopt.errors import ArmoptError, HostError, InputError
 
 DOCKERFILE, REQUIREMENTS, SERVE, BUNDLE, LIBRARY = "Dockerfile", "requirements.txt", "serve.py", "bundle", "lib"
@@ -247,11 +248,12 @@ def _pip(arguments: Sequence[str]) -> str:
 
 
 def _copy_bundle(bundle: Path, place: Path) -> None:
+    """All that a server needs: without the FP32 original, which is for `validate`."""
     if bundle.is_dir():
-        shutil.copytree(bundle, place)
+        shutil.copytree(bundle, place, ignore=shutil.ignore_patterns(*KEPT))
         return
     with zipfile.ZipFile(bundle) as archive:  # its names were checked against the manifest
-        archive.extractall(place)
+        archive.extractall(place, [name for name in archive.namelist() if name not in KEPT])
 
 
 def _copy_armopt(place: Path) -> None:

@@ -149,6 +149,11 @@ class Model:
             )
         return given, named
 
+    def bucket(self, tensors: Sequence[torch.Tensor]) -> Mapping[str, int]:
+        """The bucket whose program runs for these flat inputs."""
+        forward = self._select(tensors)
+        return next((bucket for bucket, run in self._programs if run is forward), self._programs[0][0])
+
     def _select(self, tensors: Sequence[torch.Tensor]) -> Forward:
         """The program of the nearest bucket, by ratio; without elements to work on, kernels have no part in it."""
         if self._empty is not None and self._where and not all(tensor.numel() for tensor in tensors):

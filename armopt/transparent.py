@@ -22,6 +22,7 @@ EXACT = frozenset(
         _aten.flatten.using_ints,
         _aten.expand.default,
         _aten.slice.Tensor,
+        _aten.narrow.default,
         _aten.select.int,
         _aten.relu.default,
         _aten.hardtanh.default,

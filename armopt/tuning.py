@@ -63,6 +63,10 @@ class TunedCosts:
         """The host that was measured."""
         return f"tuned on {self.tuning.host.get('core', 'a host')}, torch {self.tuning.host.get('torch', '')}"
 
+    def describe(self, cost: float) -> str:
+        """A cost with its unit: a time, or a time in the table's unit."""
+        return f"{cost / 1e3:.3g} us here" if self.costs is None else f"{self.costs.describe(cost)}, by time here"
+
     def estimate(self, kernel: Kernel, site: Site) -> float | None:
         """The time of a kernel on a site, scaled to the table's unit by what both know of the site."""
         times = self.tuning.of(site)

@@ -12,7 +12,9 @@ from armopt.passes.canonicalise_conv import CanonicaliseConv
 from armopt.passes.canonicalise_linear import CanonicaliseLinear
 from armopt.passes.fold_batch_norm import FoldBatchNorm
 from armopt.passes.fold_constants import FoldConstants
+from armopt.passes.fold_stride import FoldStride
 from armopt.passes.fuse_pointwise import FusePointwise
+from armopt.passes.merge_projections import MergeProjections
 from armopt.passes.pack_conv import PackConv
 from armopt.passes.pack_linear import PackLinear
 from armopt.passes.propagate_bf16 import PropagateBf16
@@ -30,6 +32,8 @@ PREPARE: tuple[Pass, ...] = (
     CanonicaliseConv(),
     FoldBatchNorm(),
     FusePointwise(),
+    FoldStride(),
+    MergeProjections(),
 )
 
 

@@ -93,6 +93,8 @@ def encode(source: Program, prefix: str = "") -> dict[str, Any]:
             if node.name in source.sites:
                 entry["shape"] = list(source.sites[node.name].shape)
                 entry["output"] = list(source.shapes[node.name])
+            if line := g.source_line(node):
+                entry["source"] = line
             nodes.append(entry)
     return {"bucket": dict(source.bucket), "nodes": nodes, "output": output}
 
@@ -160,6 +162,8 @@ def decode(data: Mapping[str, Any], weights: Mapping[str, torch.Tensor], where: 
                 kwargs = {key: _decode(value, nodes) for key, value in entry.get("kwargs", {}).items()}
                 node = graph.create_node("call_function", resolve(entry["target"], where), args, kwargs, name=name)
             nodes[name] = node
+            if "source" in entry:
+                node.meta["source"] = entry["source"]
             if "shape" in entry:
                 weight = getattr(root, str(node.args[1].target))  # type: ignore[union-attr]
                 found[node.name] = sites.describe(node, entry["shape"], weight.shape)

@@ -34,6 +34,7 @@ class Manifest:
         refused: Nodes that run as plain ATen, each with its reason.
         accuracy: Cosine similarity, errors and the gate.
         weights: ``bytes`` in the bundle, ``fp32_bytes`` of the model.
+        onnxruntime: What a session of ONNX Runtime needs to be told on the target, and the ONNX model in the bundle.
     """
 
     schema_version: int
@@ -49,6 +50,7 @@ class Manifest:
     refused: tuple[Mapping[str, str], ...]
     accuracy: Mapping[str, Any]
     weights: Mapping[str, int]
+    onnxruntime: Mapping[str, Any]
 
     @property
     def is_module(self) -> bool:
@@ -58,9 +60,16 @@ class Manifest:
 
 def to_bytes(manifest: Manifest) -> bytes:
     """Canonical JSON, with the sha256 of everything else as ``digest``."""
-    content = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
-    content["digest"] = hashlib.sha256(_canonical(content)).hexdigest()
-    return _canonical(content)
+    return _canonical(_content(manifest) | {"digest": digest(manifest)})
+
+
+def digest(manifest: Manifest) -> str:
+    """The manifest's sha256, and through its files' that of the whole bundle."""
+    return hashlib.sha256(_canonical(_content(manifest))).hexdigest()
+
+
+def _content(manifest: Manifest) -> dict[str, Any]:
+    return {field.name: getattr(manifest, field.name) for field in fields(manifest)}
 
 
 def from_bytes(data: bytes, where: str | Path) -> Manifest:
@@ -72,7 +81,7 @@ def from_bytes(data: bytes, where: str | Path) -> Manifest:
     damaged = BundleError("was changed or damaged after it was written", where=str(where), hint="Copy the bundle again")
     try:
         content = json.loads(data)
-        digest = content.pop("digest")
+        found = content.pop("digest")
         version = content["schema_version"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise damaged from None
@@ -82,9 +91,9 @@ def from_bytes(data: bytes, where: str | Path) -> Manifest:
             where=str(where),
             hint=f"Install armopt {content.get('armopt_version', '')} or later",
         )
-    if digest != hashlib.sha256(_canonical(content)).hexdigest():
+    if found != hashlib.sha256(_canonical(content)).hexdigest():
         raise damaged
-    if _canonical(content | {"digest": digest}) != data or set(content) != {f.name for f in fields(Manifest)}:
+    if _canonical(content | {"digest": found}) != data or set(content) != {f.name for f in fields(Manifest)}:
         raise damaged
     content["required_features"] = tuple(content["required_features"])
     content["plan"] = tuple(content["plan"])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, load_file
 
 from armopt.bundle import codec, manifest
-from armopt.bundle.source import GRAPH, REPORT, WEIGHTS, Source, damaged
+from armopt.bundle.source import GRAPH, KEPT, REFERENCE_GRAPH, REFERENCE_WEIGHTS, REPORT, WEIGHTS, Source, damaged
 from armopt.errors import BundleError
 
 
@@ -35,6 +35,7 @@ class Bundle:
         parts: One for the whole model, or one for each submodule of a bundle of kind "module".
         rest: Of kind "module": all other parameters and buffers, by name.
         report: Accuracy.
+        reference: The FP32 original, if it was kept.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Bundle:
     parts: tuple[Part, ...]
     rest: Mapping[str, torch.Tensor]
     report: Mapping[str, Any]
+    reference: codec.Program | None = None
 
     @property
     def programs(self) -> tuple[codec.Program, ...]:
@@ -64,8 +66,13 @@ class Bundle:
         return self.parts[0].signature
 
 
-def read(path: Path | str) -> Bundle:
-    """Reads a whole bundle.
+def read(path: Path | str, *, reference: bool = False) -> Bundle:
+    """Reads a bundle.
+
+    Args:
+        path: The bundle, a folder or a zip.
+        reference: Whether to read the FP32 original too, where the bundle keeps one and its files were not left out on
+            the way. Otherwise they are not opened.
 
     Raises:
         BundleError: A file is missing, extra or changed; the message names it.
@@ -74,24 +81,30 @@ def read(path: Path | str) -> Bundle:
     source = Source(path)
     described = manifest.from_bytes(source.read(manifest.NAME), path / manifest.NAME)
     present = source.names() - {manifest.NAME}
-    for name in sorted(set(described.files) - present):
+    with_reference = reference and bool(KEPT & present)
+    wanted = {name: digest for name, digest in described.files.items() if with_reference or name not in KEPT}
+    for name in sorted(set(wanted) - present):
         raise BundleError("is missing", where=str(path / name), hint="Copy the bundle again")
     for name in sorted(present - set(described.files)):
         raise BundleError(
             "does not belong to the bundle", where=str(path / name), hint="Remove it, or copy the bundle again"
         )
-    for name, digest in described.files.items():
+    for name, digest in wanted.items():
         if source.hash(name) != digest:
             raise damaged(path / name)
-    weights = _tensors(source)
+    weights = _tensors(source, WEIGHTS)
     graph = json.loads(source.read(GRAPH))
     where = str(path / GRAPH)
     report = json.loads(source.read(REPORT))
-    if not described.is_module:
-        return Bundle(path, described, (_part(graph, weights, where),), {}, report)
-    parts = tuple(_part(part, weights, where) for part in graph["parts"])
-    rest = {name.removeprefix("/"): tensor for name, tensor in weights.items() if name.startswith("/")}
-    return Bundle(path, described, parts, rest, report)
+    if described.is_module:
+        parts = tuple(_part(part, weights, where) for part in graph["parts"])
+        rest = {name.removeprefix("/"): tensor for name, tensor in weights.items() if name.startswith("/")}
+        return Bundle(path, described, parts, rest, report)
+    kept = None
+    if REFERENCE_GRAPH in wanted:
+        exact = weights | _tensors(source, REFERENCE_WEIGHTS)
+        kept = codec.decode(json.loads(source.read(REFERENCE_GRAPH)), exact, str(path / REFERENCE_GRAPH))
+    return Bundle(path, described, (_part(graph, weights, where),), {}, report, kept)
 
 
 def _part(data: dict[str, Any], weights: Mapping[str, torch.Tensor], where: str) -> Part:
@@ -101,8 +114,8 @@ def _part(data: dict[str, Any], weights: Mapping[str, torch.Tensor], where: str)
     return Part(path, data, programs)
 
 
-def _tensors(source: Source) -> dict[str, torch.Tensor]:
-    """The weights; those of a folder are mapped, not copied into memory."""
+def _tensors(source: Source, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file; those of a folder are mapped, not copied into memory."""
     found: dict[str, torch.Tensor]
-    found = load(source.read(WEIGHTS)) if source.folder is None else load_file(source.folder / WEIGHTS)
+    found = load(source.read(name)) if source.folder is None else load_file(source.folder / name)
     return found

@@ -16,6 +16,9 @@ GRAPH, WEIGHTS, REPORT, ENV, REQUIREMENTS = (
     "env.sh",
     "requirements.txt",
 )
+#: The FP32 original, where it was kept: for `validate` alone, so a server may leave both out.
+REFERENCE_GRAPH, REFERENCE_WEIGHTS = "reference.json", "reference.safetensors"
+KEPT = frozenset({REFERENCE_GRAPH, REFERENCE_WEIGHTS})
 
 
 def looks_like_bundle(path: Path) -> bool:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ from safetensors.torch import save_file
 
 from armopt import structure
 from armopt.bundle import codec, manifest
-from armopt.bundle.source import GRAPH, WEIGHTS, hash_file, looks_like_bundle
+from armopt.bundle.source import (
+    GRAPH,
+    REFERENCE_GRAPH,
+    REFERENCE_WEIGHTS,
+    WEIGHTS,
+    hash_file,
+    looks_like_bundle,
+)
 from armopt.errors import InputError
 
 
@@ -28,11 +35,7 @@ def check_place(path: Path, *, force: bool = False) -> None:
     Raises:
         InputError: The parent is missing or not writable, or something is there already.
     """
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise InputError("the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {parent}")
-    if not os.access(parent, os.W_OK):
-        raise InputError("the folder is not writable", where=str(parent), hint="Choose another place with -o")
+    check_parent(path)
     if path.exists():
         if not force:
             raise InputError("is there already", where=str(path), hint="Choose another place with -o, or pass --force")
@@ -42,6 +45,19 @@ def check_place(path: Path, *, force: bool = False) -> None:
             )
 
 
+def check_parent(path: Path) -> None:
+    """Refuses a path whose folder can't be written to.
+
+    Raises:
+        InputError: The folder is missing or not writable.
+    """
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise InputError("the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {parent}")
+    if not os.access(parent, os.W_OK):
+        raise InputError("the folder is not writable", where=str(parent), hint="Choose another place with -o")
+
+
 def write(
     path: Path,
     described: manifest.Manifest,
@@ -49,7 +65,9 @@ def write(
     texts: Mapping[str, str],
     signature: Mapping[str, structure.Structure],
     *,
+    reference: codec.Program | None = None,
     force: bool = False,
+    attach: Callable[[Path], None] | None = None,
 ) -> manifest.Manifest:
     """Writes a bundle, as a folder or, where `path` ends in .zip, as one file.
 
@@ -59,7 +77,9 @@ def write(
         programs: One for each bucket.
         texts: Other files by name.
         signature: ``inputs``, ``outputs`` and ``specs`` of the model.
+        reference: The FP32 original, to be kept for `validate`.
         force: Replace a bundle that is there.
+        attach: Adds further files to the folder that it is given; graph and weights are there by then.
 
     Returns:
         The manifest as written.
@@ -68,7 +88,8 @@ def write(
         InputError: The place can't take it; nothing is left there.
     """
     graph = {**signature, "programs": [codec.encode(program) for program in programs]}
-    return _write(path, described, graph, collect_weights(programs), texts, force=force)
+    weights = collect_weights(programs)
+    return _write(path, described, graph, weights, texts, reference=reference, force=force, attach=attach)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,24 +148,31 @@ def _write(
     path: Path,
     described: manifest.Manifest,
     graph: Mapping[str, Any],
-    weights: dict[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
     texts: Mapping[str, str],
     *,
+    reference: codec.Program | None = None,
     force: bool,
+    attach: Callable[[Path], None] | None = None,
 ) -> manifest.Manifest:
     check_place(path, force=force)
     try:
         with _temporary(path) as folder:
             # not sorted: the order of fields is part of what the model takes and returns
             _write_text(folder / GRAPH, json.dumps(graph, allow_nan=False) + "\n")
-            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-            _sync(folder / WEIGHTS)
+            _save(folder / WEIGHTS, weights)
+            if reference is not None:
+                _write_text(folder / REFERENCE_GRAPH, json.dumps(codec.encode(reference), allow_nan=False) + "\n")
+                exact = collect_weights([reference])
+                _save(folder / REFERENCE_WEIGHTS, {name: exact[name] for name in exact.keys() - weights.keys()})
             for name, text in texts.items():
                 _write_text(folder / name, text)
+            if attach is not None:
+                attach(folder)
             files = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
             complete = replace(described, files=files)
             (folder / manifest.NAME).write_bytes(manifest.to_bytes(complete))
-            _sync(folder / manifest.NAME)
+            sync(folder / manifest.NAME)
             _put(folder, path)
     except OSError as error:
         raise InputError(
@@ -160,6 +188,11 @@ def _write(
             ) from error
         raise
     return complete
+
+
+def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    sync(path)
 
 
 def collect_weights(programs: Sequence[codec.Program]) -> dict[str, torch.Tensor]:
@@ -203,7 +236,7 @@ def _put(folder: Path, path: Path) -> None:
         with zipfile.ZipFile(ready, "w", zipfile.ZIP_STORED) as archive:
             for file in sorted(folder.iterdir()):
                 archive.write(file, file.name)
-        _sync(ready)
+        sync(ready)
         _replace(ready, path)
     finally:
         ready.unlink(missing_ok=True)
@@ -222,16 +255,17 @@ def _replace(ready: Path, path: Path) -> None:
         raise
     if old is not None:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
-    _sync(path)
-    _sync(path.absolute().parent)
+    sync(path)
+    sync(path.absolute().parent)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
-    _sync(path)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has the system write a file or a folder's entries to its disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

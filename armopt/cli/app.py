@@ -8,7 +8,7 @@ import sys
 import typer
 
 import armopt
-from armopt.cli import doctor, emulate, env, inspect, optimize, package, plan, run, targets, tune, validate
+from armopt.cli import doctor, emulate, env, export_onnx, inspect, optimize, package, plan, run, targets, tune, validate
 from armopt.errors import ArmoptError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ COMMANDS = (
     run.run,
     doctor.doctor,
     package.package,
+    export_onnx.export_onnx,
     tune.tune,
     targets.targets,
     emulate.emulate,

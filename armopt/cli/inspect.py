@@ -15,7 +15,7 @@ def inspect(bundle: options.BundlePath, as_json: options.Json = False) -> None:
     """Show a bundle: every layer's kernel and reason, weights, accuracy, environment. Checks all hashes."""
     from armopt.bundle import reader
 
-    read = reader.read(bundle)
+    read = reader.read(bundle, reference=True)
     out = sink.Sink(as_json)
     out.result(to_json(read.manifest), lambda: _text(read.manifest))
 
@@ -57,9 +57,11 @@ def _text(manifest: Manifest) -> str:
         f"inputs    {inputs}",
         f"weights   {sink.size(manifest.weights['bytes'])}, FP32 {sink.size(manifest.weights['fp32_bytes'])}",
         f"accuracy  cosine {manifest.accuracy['cosine']:.6f} against {manifest.accuracy['reference']}; {verdict}",
-        "",
+        f"gates     {_gates(manifest.accuracy)}",
     ]
-    lines[-1:] = [*(f"part      {p['path']}: {_inputs(p['inputs'])}" for p in manifest.model.get("parts", ())), ""]
+    if repair := manifest.accuracy.get("repair"):
+        lines.append(f"repair    {repair['said']}")
+    lines += [*(f"part      {p['path']}: {_inputs(p['inputs'])}" for p in manifest.model.get("parts", ())), ""]
     for each in manifest.plan:
         if "part" in each:
             lines += ["", f"{each['part']}:"]
@@ -83,3 +85,11 @@ def _text(manifest: Manifest) -> str:
 
 def _inputs(described: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{i['name']} [{', '.join(map(str, i['shape']))}] {i['dtype']}" for i in described)
+
+
+def _gates(accuracy: Mapping[str, Any]) -> str:
+    """Every gate and its worst value; a bundle of an earlier armopt has the cosine alone."""
+    gates = accuracy.get("gates", [{"gate": f"cosine>={accuracy['min_cosine']}", "value": accuracy["cosine"]}])
+    return ", ".join(
+        f"{gate['gate']} ({'-' if gate['value'] is None else format(gate['value'], '.6g')})" for gate in gates
+    )

@@ -24,7 +24,27 @@ def optimize(
     policy: options.PolicyName = "cost",
     tuning: options.TuningFile = None,
     kind: options.Kind = "auto",
-    min_cosine: Annotated[float, typer.Option("--min-cosine", help="Least cosine similarity to FP32.")] = 0.99,
+    min_cosine: options.MinCosine = 0.99,
+    gates: options.Gates = None,
+    task: options.TaskName = "",
+    checked_on: Annotated[
+        Path | None,
+        typer.Option(
+            "--check-inputs",
+            metavar="FILE|DIR",
+            help="What to compare with FP32 on, as validate --inputs; by default the example inputs.",
+        ),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair/--no-repair", help="Take layers that break a gate out of BF16.")
+    ] = True,
+    keep_reference: Annotated[
+        bool, typer.Option("--keep-reference", help="Keep the FP32 original in the bundle, for validate.")
+    ] = False,
+    report: options.ReportPath = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Put an ONNX model into the bundle as well.")] = False,
+    onnx_weights: options.OnnxWeights = "fp32",
+    onnx_plain: options.OnnxPlain = False,
     trust_pickle: options.TrustPickle = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
     as_json: options.Json = False,
@@ -32,12 +52,15 @@ def optimize(
     """Optimize a model for an Arm server and write a bundle."""
     from armopt import compiler
     from armopt.bundle import source, writer
+    from armopt.checks import Checks
     from armopt.errors import AccuracyError
+    from armopt.onnx_export.options import Options
 
     out = sink.Sink(as_json)
     writer.check_place(output, force=force)
     chosen = compiler.find_target(target)
     policy_chosen, sizes = options.parse_policy(policy, chosen, tuning), options.parse_batch(batch)
+    exported = Options(onnx_weights, fast_math=not onnx_plain)  # refuses an unknown dtype now
     with out.progress() as progress:
         progress("capture", 0, 5)
         opened = options.open_for(kind, model, reference, described, samples, sizes, trust_pickle)
@@ -49,7 +72,17 @@ def optimize(
                 batch=sizes,
                 policy=policy_chosen,
                 min_cosine=min_cosine,
+                checks=Checks(
+                    gates=tuple(gates or ()),
+                    task=task,
+                    inputs=checked_on,
+                    repair=repair,
+                    keep_reference=keep_reference,
+                    report=report,
+                    examples=_examples(model, described, samples),
+                ),
                 force=force,
+                onnx=exported if onnx else None,
                 progress=progress,
             )
             failed = None
@@ -58,6 +91,17 @@ def optimize(
     out.result(to_json(written, output), lambda: summary(written, output))
     if failed is not None:
         raise failed
+
+
+def _examples(model: Path | None, described: list[str] | None, samples: Path | None) -> str:
+    """What the example inputs are, in words."""
+    if samples is not None:
+        return f"the example inputs in {samples}"
+    if described:
+        return f"generated: seeded random numbers for --input {', '.join(described)}"
+    if model is not None and model.suffix == ".pt2":
+        return f"the example inputs in {model}"
+    return "generated: seeded random numbers of the model's usual size"
 
 
 def to_json(written: Manifest, path: Path) -> dict[str, Any]:
@@ -73,6 +117,7 @@ def to_json(written: Manifest, path: Path) -> dict[str, Any]:
         "weights_bytes": written.weights["bytes"],
         "fp32_weights_bytes": written.weights["fp32_bytes"],
         "refused": list(written.refused),
+        "onnx": dict(written.onnxruntime["model"]),
         "accuracy": dict(written.accuracy),
     }
 
@@ -96,11 +141,18 @@ def summary(written: Manifest, path: Path) -> str:
         lines.append(f"  kernels   {f'at {where}: ' if where else ''}{chosen}")
     ratio = f" ({half / full:.2f} of FP32's {sink.size(full)})" if full else ""
     lines.append(f"  weights   {sink.size(half)}{ratio}")
-    verdict = "passed" if written.accuracy["passed"] else "FAILED"
+    accuracy = written.accuracy
+    verdict = "passed" if accuracy["passed"] else "FAILED"
     lines.append(
-        f"  accuracy  cosine similarity to FP32 {written.accuracy['cosine']:.6f}, "
-        f"largest error {written.accuracy['max_abs']:.3g}: {verdict} (gate {written.accuracy['min_cosine']})"
+        f"  accuracy  cosine similarity to FP32 {accuracy['cosine']:.6f}, "
+        f"largest error {accuracy['max_abs']:.3g}: {verdict} ({', '.join(v['gate'] for v in accuracy['gates'])})"
     )
+    lines.append(f"  inputs    {'yours: ' if accuracy['inputs_given'] else ''}{accuracy['inputs']}")
+    if accuracy["repair"] is not None:
+        lines.append(f"  repair    {accuracy['repair']['said']}")
+        lines += [f"            {c['node']}: {c['before']} -> {c['after']}" for c in accuracy["repair"]["changes"]]
+    if onnx := written.onnxruntime["model"]:
+        lines.append(f"  onnx      {path / onnx['file']}, weights in {onnx['weights']}")
     if written.refused:
         lines.append(f"  refused   {len(written.refused)} nodes run as plain ATen: armopt inspect {path}")
     lines += ["", f"Next, on the server:  armopt run {path} -- python serve.py"]

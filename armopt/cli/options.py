@@ -58,6 +58,44 @@ PolicyName = Annotated[
 TuningFile = Annotated[
     Path | None, typer.Option("--tuning", metavar="FILE", help="Times from armopt tune, instead of the cost table.")
 ]
+MinCosine = Annotated[float, typer.Option("--min-cosine", help="Least cosine similarity to FP32 of any output.")]
+Gates = Annotated[
+    list[str] | None,
+    typer.Option("--gate", metavar="METRIC>=VALUE", help='One more gate, e.g. "top1>=0.995". Repeatable.'),
+]
+TaskName = Annotated[
+    str,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help="classification, detection, segmentation, language, embedding or none; found from the outputs.",
+        show_default=False,
+    ),
+]
+CheckInputs = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs",
+        metavar="FILE|DIR",
+        help="What to compare on: .safetensors, .npz or .pt, or a folder of such files or of images.",
+    ),
+]
+ReportPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="FILE", help="Write a report: one HTML file, or JSON where the name ends in .json."
+    ),
+]
+OnnxWeights = Annotated[
+    str,
+    typer.Option(
+        "--onnx-weights", metavar="DTYPE", help="What the ONNX model stores its weights in: fp32, bf16 or fp16."
+    ),
+]
+OnnxPlain = Annotated[
+    bool,
+    typer.Option("--onnx-plain", help="Keep Gemm and Conv everywhere, for other runtimes than ONNX Runtime on Arm."),
+]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle a module: this runs code from the file.")]
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from armopt.cli import options, sink
 
@@ -21,9 +24,12 @@ def plan(
     policy: options.PolicyName = "cost",
     tuning: options.TuningFile = None,
     trust_pickle: options.TrustPickle = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Draw the graph, coloured by kernel.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show which kernel each layer would get, and why. Writes nothing."""
+    """Show which kernel each layer would get, and why. Writes nothing but what --html asks for."""
     from armopt import compiler
 
     out = sink.Sink(as_json)
@@ -34,7 +40,22 @@ def plan(
         captured = options.open_model(model, reference, described, samples, sizes, trust_pickle)
         progress("plan", 1, 2)
         planned = compiler.make_plan(captured, chosen, policy_chosen, compiler.find_buckets(captured, sizes))
+    if html is not None:
+        _write_html(planned, html)
     out.result(_to_json(planned), lambda: _text(planned))
+
+
+def _write_html(planned: Planned, path: Path) -> None:
+    from armopt import plan_html
+    from armopt.errors import InputError
+
+    page = plan_html.render(planned)
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"can't be written: {error.strerror}", where=str(path), hint="Choose another place with --html"
+        ) from None
 
 
 def _to_json(planned: Planned) -> dict[str, Any]:

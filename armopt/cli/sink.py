@@ -30,8 +30,8 @@ class Sink:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A bar on a terminal; silent elsewhere."""
-        if not sys.stderr.isatty():
+        """A bar on a terminal; silent elsewhere, and with --json."""
+        if self.as_json or not sys.stderr.isatty():
             yield lambda step, done, total: None
             return
         from rich.console import Console

@@ -14,34 +14,61 @@ def validate(
     bundle: options.BundlePath,
     against: Annotated[Path | None, typer.Option("--against", metavar="MODEL", help="The original model file.")] = None,
     reference: options.Reference = "",
-    samples: options.Samples = None,
-    min_cosine: Annotated[float, typer.Option("--min-cosine", help="Least cosine similarity to FP32.")] = 0.99,
+    samples: options.CheckInputs = None,
+    min_cosine: options.MinCosine = 0.99,
+    gates: options.Gates = None,
+    task: options.TaskName = "",
+    report: options.ReportPath = None,
     trust_pickle: options.TrustPickle = False,
     as_json: options.Json = False,
 ) -> None:
-    """Compare a bundle with FP32: cosine similarity, SQNR, largest error. Exit code 4 if the gate fails."""
-    from armopt import accuracy, inputs
+    """Compare a bundle with FP32, per output, per task and per layer. Exit code 4 if a gate fails."""
+    from armopt import accuracy
     from armopt.errors import AccuracyError
 
     out = sink.Sink(as_json)
-    report = accuracy.validate(
-        bundle,
-        against=against,
-        model=reference,
-        inputs=inputs.read(samples) if samples else None,
-        min_cosine=min_cosine,
-        trust_pickle=trust_pickle,
-    )
-    out.result(report, lambda: _text(report))
-    if not report["passed"]:
+    with out.progress() as progress:
+        found = accuracy.validate(
+            bundle,
+            against=against,
+            model=reference,
+            inputs=samples,
+            min_cosine=min_cosine,
+            gates=gates or (),
+            task=task,
+            report=report,
+            trust_pickle=trust_pickle,
+            progress=progress,
+        )
+    if report is not None:
+        found["report"] = str(report)
+    out.result(found, lambda: _text(found))
+    if not found["passed"]:
         raise AccuracyError(
-            f"cosine similarity is {report['cosine']:.6f}, the gate is {min_cosine}",
+            found["failed"],
             where=str(bundle),
-            hint="Lower --min-cosine if that is good enough for your task",
+            hint="Lower --min-cosine or the gate if that is good enough for your task, "
+            "or optimize again: it repairs what breaks a gate given there",
         )
 
 
-def _text(report: dict[str, Any]) -> str:
+def _text(found: dict[str, Any]) -> str:
+    given = "yours: " if found["inputs_given"] else ""
+    parts = [f"Against {found['reference']}.\nInputs: {given}{found['inputs']}. Ran {found['ran']}.", _outputs(found)]
+    if measured := _task(found):
+        parts.append(measured)
+    if found["nodes"]:
+        parts.append(_nodes(found))
+    parts.append(gates_table(found))
+    verdict = "passed" if found["passed"] else "FAILED"
+    gate = f", gate {found['min_cosine']}" if found["min_cosine"] is not None else ""
+    parts.append(f"{verdict}: cosine {found['cosine']:.6f}{gate}")
+    if "report" in found:
+        parts[-1] += f"\nWrote {found['report']}."
+    return "\n\n".join(parts)
+
+
+def _outputs(found: dict[str, Any]) -> str:
     rows = [
         (
             bucket,
@@ -50,14 +77,49 @@ def _text(report: dict[str, Any]) -> str:
             "-" if entry["sqnr_db"] is None else f"{entry['sqnr_db']:.1f} dB",
             f"{entry['max_abs']:.3g}",
             f"{entry['max_rel']:.2g}",
-            "yes" if entry["finite"] else "NO",
+            "-" if entry["rmse_ratio"] is None else f"{entry['rmse_ratio']:.3g}",
+            "yes" if entry["finite"] else f"NO: {entry['nan']} NaN, {entry['inf']} inf",
         )
-        for bucket, entries in report["outputs"].items()
+        for bucket, entries in found["outputs"].items()
         for entry in entries
     ]
-    verdict = "passed" if report["passed"] else "FAILED"
-    return (
-        f"Against {report['reference']}; inputs: {report['inputs']}; ran {report['ran']}.\n\n"
-        + sink.table(("bucket", "output", "cosine", "SQNR", "max error", "relative", "finite"), rows)
-        + f"\n\n{verdict}: cosine {report['cosine']:.6f}, gate {report['min_cosine']}"
-    )
+    headers = ("bucket", "output", "cosine", "SQNR", "max error", "relative", "RMSE ratio", "finite")
+    return sink.table(headers, rows)
+
+
+def _task(found: dict[str, Any]) -> str:
+    measured = {bucket: figures for bucket, figures in found["task"]["metrics"].items() if figures}
+    if not measured:
+        return ""
+    names = list(dict.fromkeys(name for figures in measured.values() for name in figures))
+    rows = [
+        (bucket, *(f"{figures[name]:.6g}" if name in figures else "-" for name in names))
+        for bucket, figures in measured.items()
+    ]
+    return f"{found['task']['name']} ({found['task']['why']}):\n" + sink.table(("bucket", *names), rows)
+
+
+def _nodes(found: dict[str, Any], most: int = 5) -> str:
+    def error(value: float | None) -> str:
+        return "inf" if value is None else f"{value:.2e}"
+
+    rows = [
+        (n["node"], n["kernel"], error(n["isolated"]), error(n["cumulative"]), n["comes_from"])
+        for n in found["nodes"][:most]
+    ]
+    table = sink.table(("layer", "kernel", "alone", "carried", "comes from"), rows)
+    return f"Layers that add most, of {len(found['nodes'])} ({found['node_bucket']}):\n{table}"
+
+
+def gates_table(found: dict[str, Any]) -> str:
+    """The gates and what became of them."""
+    rows = [
+        (
+            entry["gate"],
+            "-" if entry["value"] is None else f"{entry['value']:.6g}",
+            entry["where"] or "-",
+            "holds" if entry["passed"] else "FAILED",
+        )
+        for entry in found["gates"]
+    ]
+    return sink.table(("gate", "worst value", "where", "verdict"), rows)

@@ -97,6 +97,10 @@ class CostTable:
         """The core and build that it stands for."""
         return f"{self.core}, torch {self.torch}"
 
+    def describe(self, cost: float) -> str:
+        """A cost with its unit."""
+        return f"{cost / 1e6:.3g} M instructions"
+
     def estimate(self, kernel: Kernel, site: Site) -> float | None:
         """Instructions of one call with its post-op; None where the table doesn't know the kernel."""
         variants = self.kernels.get(kernel.name)
@@ -112,8 +116,8 @@ class CostTable:
         return call + element * elements
 
     def _post_op(self, kernel: Kernel, site: Site) -> float:
-        """Nothing where the post-op is fused."""
-        if site.post_op == post_ops.NONE or site.post_op in kernel.fuses:
+        """Next to nothing for a fused relu; a fused sigmoid saves a pass over memory, but little of the work."""
+        if site.post_op == post_ops.NONE or (site.post_op == "relu" and "relu" in kernel.fuses):
             return 0.0
         dtype = "bf16" if kernel.activations == torch.bfloat16 else "fp32"
         parts = ("add", "relu") if site.post_op == post_ops.ADD_RELU else (site.post_op,)

@@ -10,6 +10,7 @@ from armopt.kernels import (
     conv1x1_fastmath,
     conv1x1_fp32,
     conv_bf16,
+    conv_blas_fp32,
     conv_fastmath,
     conv_fp32,
     conv_merged_fp32,
@@ -33,7 +34,9 @@ ALL = (
     aten.LINEAR,
     aten.CONV,
 )
-_BY_NAME = {kernel.name: kernel for kernel in ALL}
+#: What repair alone chooses, where a layer has to leave BF16.
+REPAIRS = (conv_blas_fp32.KERNEL_BF16_WEIGHTS, conv_blas_fp32.KERNEL)
+_BY_NAME = {kernel.name: kernel for kernel in (*ALL, *REPAIRS)}
 
 
 def get(name: str) -> Kernel:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from packaging.version import Version
 from scipy.optimize import nnls
 
 from armopt import costs
@@ -28,6 +29,7 @@ from armopt.costs import TERMS, Variant
 from armopt.emulation import core_named
 from armopt.emulation.folder import DEFAULT_TORCH
 from armopt.ir import Site
+from armopt.kernels import table as kernel_table
 from benchmarks.arm64 import counts
 from benchmarks.arm64.counts import Counts, Job
 
@@ -45,6 +47,8 @@ _LINEAR = ("conv1x1_bf16", "conv1x1_fastmath", "linear_fastmath", "blas_fp32_w16
 _LINEAR_FP32 = ("conv1x1_fp32", "blas_fp32")
 _CONV = ("conv_bf16", "conv_fastmath")
 _CONV_FP32 = ("conv_fp32",)
+#: What a sample has beyond what was asked for.
+_FOUND = ("counts", "floor")
 #: Pointwise operations behind a kernel that doesn't fuse them, and casts.
 _POINTWISE = ("relu", "gelu", "gelu_tanh", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "relu6", "add")
 
@@ -179,7 +183,14 @@ def _linear_job(kernel: str, shape: Mapping[str, int]) -> Job:
 
 
 def _key(entry: Mapping[str, Any]) -> str:
-    return json.dumps({name: value for name, value in entry.items() if name != "counts"}, sort_keys=True)
+    return json.dumps({name: value for name, value in entry.items() if name not in _FOUND}, sort_keys=True)
+
+
+def _floor(sample: Mapping[str, Any]) -> dict[str, int]:
+    if sample["name"] == "pointwise":
+        return {}
+    site = _site(sample)
+    return {"floor": site.m * site.k * site.n // 32}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -188,8 +199,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
-    """One sample a line."""
-    lines = ",\n".join(json.dumps(sample) for sample in sorted(samples, key=_key))
+    """One sample a line; products with their floor, the BFMMLA instructions of 256 bits that they need."""
+    whole = [{**sample, **_floor(sample)} for sample in samples]
+    lines = ",\n".join(json.dumps(sample) for sample in sorted(whole, key=_key))
     path.write_text('{"classes": ' + json.dumps(counts.CLASSES) + ', "samples": [\n' + lines + "\n]}\n")
 
 
@@ -198,7 +210,12 @@ def write(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
 #: Multiplications, packed bytes and merged bytes in a cycle, of the Compute Library's estimates (arm_gemm, fixed-format
 #: kernels): NEON's for all cores. SVE's interleaved kernel on FP32 has its own on each core and release: searched for.
 _BF16_CYCLES = {"sve": (39.90, 8.55, 4.42), "neon": (31.62, 9.07, 3.23)}
-_FP32_CYCLES = {"neon": (38.10, 5.23, 3.15), "sve hybrid": (32.35, 0.0, 0.0), "neon hybrid": (28.48, 0.0, 0.0)}
+_FP32_CYCLES = {
+    "neon": (38.10, 5.23, 3.15),
+    "sve hybrid": (32.35, 0.0, 0.0),
+    "neon hybrid": (28.48, 0.0, 0.0),
+    "neon narrow": (20.5, 0.0, 0.0),
+}
 _NONE = (0.0,) * len(TERMS)
 
 
@@ -220,18 +237,28 @@ def fast_math_variants(vector_bits: int, sve_cycles: tuple[float, float, float])
     return [
         Variant("sve hybrid", 2, 2 * columns, _NONE, sweep=4, cycles=_FP32_CYCLES["sve hybrid"]),
         Variant("neon hybrid", 2, 24, _NONE, sweep=4, cycles=_FP32_CYCLES["neon hybrid"]),
+        Variant("neon hybrid, narrow", 2, 16, _NONE, sweep=6, cycles=_FP32_CYCLES["neon narrow"]),
         _interleaved("sve interleaved", columns, sve_cycles),
         _interleaved("neon interleaved", 12, _FP32_CYCLES["neon"]),
     ]
 
 
-#: BLAS has routines for one row, one column, and small products.
-_BLAS_VARIANTS = [
+_ONE = [
     Variant("one column", 1, 1, _NONE, most_columns=1),
     Variant("one row", 1, 8, _NONE, most_rows=1),
+]
+#: OpenBLAS has routines for small products.
+_OPENBLAS = [
+    *_ONE,
     Variant("two rows, small product", 1, 8, _NONE, most_rows=2, most_product=1e6),
     Variant("small product", 2, 8, _NONE, sweep=4, most_product=1e6),
     Variant("large", 1, 8, _NONE, sweep=8),
+]
+#: NVPL, in PyPI's wheels from 2.11, computes twelve rows at a time.
+_NVPL = [
+    *_ONE,
+    Variant("few rows", 12, 8, _NONE, sweep=12, most_rows=12),
+    Variant("large", 12, 8, _NONE, sweep=12),
 ]
 _FP32_VARIANTS = [Variant("few rows", 1, 4, _NONE, most_rows=4), Variant("large", 4, 8, _NONE)]
 
@@ -268,7 +295,7 @@ def answered(sample: Mapping[str, Any], vector_bits: int) -> set[str]:
 def _site(sample: Mapping[str, Any]) -> Site:
     from benchmarks.arm64 import jobs
 
-    arguments = {name: value for name, value in sample.items() if name not in ("name", "counts", "kernel")}
+    arguments = {name: value for name, value in sample.items() if name not in ("name", "kernel", *_FOUND)}
     return jobs.conv_site(**arguments) if "shape" in sample else jobs.linear_site(**arguments)
 
 
@@ -323,10 +350,15 @@ def fit(path: Path) -> None:
     fast = [s for s in fast if sum(s["counts"][:2])]
     sve_cycles = search_sve_cycles(fast, bits) if fast and bits else (1.0, 1.0, 1.0)
     kernels, errors = {}, {}
+    left_out = []
     for name, held in sorted(by_kernel.items()):
+        multiplied = any(sum(s["counts"][:2]) for s in held)
+        if kernel_table.get(name).precision == "bf16" and not multiplied:
+            left_out.append(name)  # a reference kernel in FP32 answers
+            continue
         if name.startswith("blas"):
-            variants = _BLAS_VARIANTS
-        elif sum(sum(s["counts"][:2]) for s in held) == 0:
+            variants = _OPENBLAS if Version(version) < Version("2.11") else _NVPL
+        elif not multiplied:
             variants = _FP32_VARIANTS
         else:
             variants = bf16_variants(bits) if name.endswith("bf16") else fast_math_variants(bits, sve_cycles)
@@ -347,6 +379,7 @@ def fit(path: Path) -> None:
             "unit": "instructions retired by one thread, DNNL_DEFAULT_FPMATH_MODE=BF16, LRU_CACHE_CAPACITY=1024",
             "samples": f"benchmarks/arm64/samples/{path.name}",
             "command": f"python -m benchmarks.arm64.costs measure --cpu {target.name} --torch {version}",
+            "left out, because no BFMMLA answers": left_out,
             "error of samples left out of the fit": errors,
         },
         "kernels": kernels,

@@ -283,6 +283,9 @@ def demangle(symbol: str) -> str:
 # --- command line ---------------------------------------------------------------------------------
 
 
+_ONNX = "ONNX Runtime "
+
+
 def linear_jobs(ms: Sequence[int], k: int, n: int, names: Sequence[str]) -> list[Job]:
     """Every kernel and contender on every M; names are the kernels' or the contenders'."""
     jobs = []
@@ -292,15 +295,21 @@ def linear_jobs(ms: Sequence[int], k: int, n: int, names: Sequence[str]) -> list
             if name.startswith("kernel "):
                 arguments = {"kernel": name.removeprefix("kernel "), **shape}
                 jobs.append(Job(f"{name} M={m}", "benchmarks.arm64.jobs:linear_kernel", arguments))
+            elif name.startswith(_ONNX):
+                form, _, flag = name.removeprefix(_ONNX).partition(", ")
+                arguments = {"form": form, "fast_math": bool(flag), **shape}
+                jobs.append(Job(f"{name} M={m}", "benchmarks.arm64.onnxruntime_jobs:linear", arguments))
             else:
                 jobs.append(Job(f"{name} M={m}", "benchmarks.arm64.jobs:linear_contender", {"how": name, **shape}))
     return jobs
 
 
-#: Names as in jobs.CONTENDERS; spelled out because importing that imports torch.
+#: Names as in jobs.CONTENDERS, and forms of ONNX Runtime; spelled out because importing those imports torch.
 CONTENDERS = (
     *("F.linear", "F.linear bf16", "BLAS f32 (addmm on [K, N])", "BLAS bf16 (mkldnn off)"),
     *("_linear_pointwise, packed", "conv1x1_bf16 with casts"),
+    # as in onnxruntime_jobs.LINEAR_FORMS
+    *(f"{_ONNX}{form}{flag}" for form in ("Gemm", "MatMul+Add", "MatMul+Sub") for flag in ("", ", BF16 flag")),
 )
 
 

@@ -39,6 +39,7 @@ class Contender:
     env: Mapping[str, str]
     arguments: Mapping[str, Any]
     only: str = ""  # models whose name holds one of these words
+    onnx: str = ""  # the form of its ONNX model: plain, or for the BF16 flag
 
 
 _BLAS = {**FAST_MATH, "TORCH_MKLDNN_MATMUL_MIN_DIM": "64"}
@@ -50,6 +51,9 @@ CONTENDERS = {
     "fast math, channels_last": Contender(FAST_MATH, {"channels_last": True}, _CONVOLUTIONAL),
     "fast math, OpenBLAS below 64": Contender(_BLAS, {}, _DENSE),
     "model.bfloat16()": Contender(FAST_MATH, {"dtype": "bfloat16"}),
+    "ONNX Runtime": Contender(ONE_THREAD, {"fast_math": False}, onnx="plain"),
+    "ONNX Runtime, BF16 flag": Contender(ONE_THREAD, {"fast_math": True}, onnx="plain"),
+    "ONNX Runtime, BF16 flag, armopt's form": Contender(ONE_THREAD, {"fast_math": True}, onnx="flag"),
     ARMOPT: Contender(FAST_MATH, {}),
 }
 
@@ -68,6 +72,17 @@ def make_bundle(workload: str, cpu: str) -> Path:
     return place
 
 
+def make_onnx(workload: str, cpu: str, form: str) -> Path:
+    """The bundle as an ONNX model, with weights in FP32."""
+    from armopt.onnx_export import export
+    from armopt.onnx_export.options import Options
+
+    bundle = make_bundle(workload, cpu)
+    place = bundle.with_name(f"{bundle.name}-{form}.onnx")
+    export.export(bundle, place, Options(fast_math=form != "plain"), force=True)
+    return place
+
+
 def measure(
     workloads: Sequence[str], contenders: Sequence[str], *, cpu: str, torch_version: str, nodes: bool, profile: bool
 ) -> None:
@@ -81,6 +96,9 @@ def measure(
             if contender == ARMOPT:
                 arguments: dict[str, Any] = {"path": str(make_bundle(workload, cpu))}
                 job = Job(f"{workload}: armopt", "benchmarks.arm64.jobs:bundle", arguments, 1, 1, nodes)
+            elif kind.onnx:
+                arguments = {"path": str(make_onnx(workload, cpu, kind.onnx)), **kind.arguments}
+                job = Job(f"{workload}: {contender}", "benchmarks.arm64.onnxruntime_jobs:model", arguments, 1)
             else:
                 arguments = {"workload": workload, **kind.arguments}
                 job = Job(f"{workload}: {contender}", "benchmarks.arm64.workloads:eager", arguments, 1)
@@ -171,6 +189,7 @@ A count is not a time: it knows nothing of caches, memory bandwidth and how many
 `mlp` is the tutorial's 4096-4096-11008-10, `mlp/4` the same with each width divided by 4. All weights are random.
 Every contender runs with LRU_CACHE_CAPACITY=1024 and OMP_NUM_THREADS=1; fast math is DNNL_DEFAULT_FPMATH_MODE=BF16,
 "OpenBLAS below 64" adds the tutorial's TORCH_MKLDNN_MATMUL_MIN_DIM=64. armopt's calls include its checks of the inputs.
+ONNX Runtime runs armopt's exports; its BF16 flag is mlas.enable_gemm_fastmath_arm64_bfloat16 (docs/onnx.md).
 
 {body}"""
 

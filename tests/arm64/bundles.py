@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import armopt
-from armopt import plan
+from armopt import cost_policy, plan, targets
 from armopt.bundle import reader
 from armopt.bundle.manifest import Manifest
 from armopt.ir import Site, Target
@@ -149,17 +149,25 @@ def _text(batch: int, length: int) -> dict[str, torch.Tensor]:
     }
 
 
-# 64 tokens are below no threshold, 12 are; nothing has a weight of the shape of an activation.
+# No example has a weight of the shape of an activation.
 EXAMPLES = {
     "mlp": Example(
         lambda: mlp(1024, 256, 344, 10), tuple(_noise(m, 1024) for m in (1, 10, 32, 256)), batch=(1, 10, 32, 256)
+    ),
+    "mlp-for-2.10": Example(
+        lambda: mlp(1024, 256, 344, 10),
+        tuple(_noise(m, 1024) for m in (1, 10, 32, 256)),
+        batch=(1, 10, 32, 256),
+        policy=cost_policy.default(targets.load("graviton3"), "2.10"),
     ),
     "mlp-full-size": Example(lambda: mlp(4096, 4096, 11008, 10), (_noise(10, 4096),)),
     "resnet50": Example(lambda: _torchvision("resnet50"), (_noise(1, 3, 64, 64),)),
     "mobilenet": Example(lambda: _torchvision("mobilenet_v2"), (_noise(1, 3, 64, 64),)),
     "gpt2": Example(_gpt2, (_text(1, 72),)),
     "bert": Example(_bert, (_text(2, 40),)),
-    "convnet": Example(lambda: randomize(ConvNet(), [(4, 3, 32, 32)]), (_noise(2, 3, 32, 32),)),
+    "convnet": Example(
+        lambda: randomize(ConvNet(), [(4, 3, 32, 32)]), (_noise(2, 3, 32, 32),), policy=plan.ThresholdPolicy()
+    ),
     "fast-math": Example(
         lambda: randomize(ConvNet(), [(4, 3, 32, 32)]),
         (_noise(2, 3, 32, 32),),
@@ -168,7 +176,7 @@ EXAMPLES = {
 }
 
 
-def make(name: str, target: str, folder: Path) -> Made:
+def make(name: str, target: str, folder: Path, policy: plan.Policy | None = None) -> Made:
     """Optimizes an example for a target, and runs what can be run here."""
     example = EXAMPLES[name]
     path = folder / f"{name}-{target}"
@@ -183,7 +191,7 @@ def make(name: str, target: str, folder: Path) -> Made:
             output=path,
             target=target,
             batch=example.batch,
-            policy=example.policy,
+            policy=policy or example.policy,
         )
         portable = armopt.load(path)
     with torch.no_grad():

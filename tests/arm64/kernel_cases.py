@@ -67,6 +67,16 @@ def operands(case: Case) -> dict[str, torch.Tensor]:
         case "overflow":
             x.mul_(1e20)
             weight.mul_(1e20)
+        case "huge weights":
+            weight.mul_(1e30)
+        case "tiny weights":
+            weight.mul_(1e-30)
+            found["bias"].mul_(1e-30)
+        case "saturating weights":  # BF16 has no such number: the nearest is infinity
+            weight.flatten()[3] = torch.finfo(torch.float32).max
+            weight.flatten()[-2] = torch.finfo(torch.float32).min
+        case "saturating inputs":
+            x.flatten()[3] = torch.finfo(torch.float32).max
         case "subnormal weights":
             weight.mul_(1e-37)
             found["bias"].zero_()

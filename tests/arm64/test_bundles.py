@@ -22,6 +22,7 @@ from tests.arm64 import bundles
 JOBS = "tests.arm64.jobs_bundles"
 RUNS = (
     "mlp@graviton3",
+    "mlp-for-2.10@graviton3",
     "convnet@yitian710",
     "fast-math@graviton3",
     "mlp@yitian710",
@@ -82,7 +83,7 @@ def runs(request, server, made):
         example, _, host = name.partition("@")
         where = server(host)
         bundle = made(example, where.host.cpu)
-        captured = 1 if example in ("resnet50", "mlp-full-size", "mlp") else 2
+        captured = 1 if example in ("resnet50", "mlp-full-size", "mlp", "mlp-for-2.10") else 2
         future = where.submit(f"{JOBS}:run", bundle=bundle.path, calls=bundle.calls, captured=captured)
         queued[name] = (bundle, future, captured)
 
@@ -132,9 +133,9 @@ def test_the_log_holds_just_the_planned_products(run):
             if kernel.backend in ("acl", "onednn"):
                 dtype = "bf16" if kernel.precision == "bf16" else "f32"
                 expected[(*_problem_of(sites[node]), dtype)] += run.captured
-        convolutions = [e for e in executions if e.primitive in ("convolution", "deconvolution")]
-        assert Counter((*_problem(e), e.weight_dtype) for e in convolutions) == expected
-        for execution in convolutions:
+        products = [e for e in executions if e.primitive in ("convolution", "deconvolution", "inner_product")]
+        assert Counter((*_problem(e), e.weight_dtype) for e in products) == expected
+        for execution in products:
             native = execution.is_acl or re.match(r"(jit|brg)", execution.implementation)
             assert native, execution
             # BF16 products are the Compute Library's

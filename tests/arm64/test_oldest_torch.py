@@ -8,4 +8,5 @@ def test_optimize_and_load_on_the_oldest_torch(server, tmp_path):
     assert found["gate"]
     assert found["cosine"] >= 0.999  # BF16 rounds to 8 bits: above 0.9999 for two layers
     assert found["buckets"] == [{"batch": 1}, {"batch": 4}]
-    assert found["kernels"] == [["conv_bf16", "conv_transpose_fp32", "blas_fp32_w16"]] * 2  # each passed its probe
+    # each passed its probe; so small a layer does without the casts
+    assert found["kernels"] == [["conv_fastmath", "conv_transpose_fp32", "blas_fp32_w16"]] * 2

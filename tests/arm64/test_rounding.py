@@ -73,6 +73,8 @@ FP32_CONV = (
     (1, 16, (10, 10), 24, (3, 3), {"stride": 2, "padding": 1}),
     DILATED,
 )
+#: What repair takes instead of conv_bf16, in the same process with fast math.
+BLAS_CONV = (BF16_CONV[0], BF16_CONV[3], BF16_CONV[12], DILATED)
 # Groups of fewer than 16 channels are `gemm:ref` as they are. Without SVE of 256 bits all are, unless depthwise.
 NARROW = (
     (1, 32, (9, 9), 64, (3, 3), {"padding": 1, "groups": 4}),
@@ -94,6 +96,9 @@ CASES = {
         *_conv("conv_merged_fp32", *NARROW),
         *_linear("blas_fp32_w16", (1, 1024, 64), (33, 684, 10)),
         *_linear("linear_fastmath", *FASTMATH_LINEAR[:3]),
+        *_linear("blas_fp32", (64, 684, 33)),
+        *_conv("conv_blas_fp32", *BLAS_CONV),
+        *_conv("conv_blas_fp32_w16", *BLAS_CONV[:2]),
         Case("conv1x1_bf16", (64, 400), 48, bias=False, post_op="relu"),
         Case("conv_bf16", (1, 64, 8, 8), 32, (3, 3), padding=1, bias=False, post_op="relu"),
         Case("conv_fastmath", (1, 64, 8, 8), 32, (3, 3), padding=1, post_op="relu"),
@@ -119,6 +124,7 @@ LAYERS = {
 }
 OPERANDS = (
     *("zeros", "zero weights", "huge", "overflow", "subnormal weights", "subnormal inputs", "subnormal products"),
+    *("huge weights", "tiny weights", "saturating weights", "saturating inputs"),
     *("infinite input", "nan input", "infinite weight", "both infinities", "nan weight"),
 )
 SPECIAL = tuple(Case(kernel, operands=values, **layer) for kernel, layer in LAYERS.items() for values in OPERANDS)
@@ -163,6 +169,15 @@ def test_the_twin_rounds_as_the_kernel(results, figures, target, case):
         assert apart <= real / 10
     else:
         assert max(real, apart) <= FP32_ERROR
+
+
+@_of({"graviton3": tuple(_conv("conv_fp32", BF16_CONV[3]))})
+def test_a_dense_convolution_called_fp32_is_none_with_fast_math(results, target, case):
+    """Why repair has a kernel of its own: oneDNN multiplies this one in BF16 all the same."""
+    found, kernel, reason = results(case, target)
+    assert kernel == "conv_fp32", reason
+    exact = kernel_cases.exact(case)
+    assert _norm(found.double() - exact) / _norm(exact) > 100 * FP32_ERROR
 
 
 @_of({"graviton3": SPECIAL})

@@ -62,6 +62,17 @@ class OfDtype(nn.Module):
         return x.to(self.weight.dtype) @ self.weight
 
 
+class Bessel(nn.Module):
+    """An operation that ONNX lacks."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 32)
+
+    def forward(self, x):
+        return torch.special.bessel_j0(self.layer(x))
+
+
 def net():
     torch.manual_seed(0)
     return Net().eval()
@@ -70,6 +81,10 @@ def net():
 def two_inputs():
     torch.manual_seed(0)
     return TwoInputs().eval()
+
+
+def bessel():
+    return Bessel().eval()
 
 
 def of_dtype(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -285,6 +286,23 @@ def test_policy_threshold_moves_the_border(models: Models, cli: Cli, tmp_path: P
 
     assert all("blas" in kernel for kernel in kernels("threshold"))
     assert all("conv1x1" in kernel for kernel in kernels("threshold=1"))
+
+
+def test_the_plan_names_rivals_and_draws_itself(models: Models, cli: Cli, tmp_path: Path) -> None:
+    done = cli("plan", models["static.pt2"], "--policy", "cost=2.10", "--html", "p.html", "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    (bucket,) = done.json["buckets"]
+    assert bucket["policy"] == "cost (neoverse-v1, torch 2.10.0)"
+    assert all(re.match(r"[\d.]+ M instructions; \w+ [\d.]+x", node["reason"]) for node in bucket["nodes"])
+    page = (tmp_path / "p.html").read_text()
+    for node in bucket["nodes"]:
+        assert f">{node['node']}<" in page
+        assert node["kernel"] in page
+    assert "src=" not in page
+    assert "href=" not in page
+    refused = cli("plan", models["static.pt2"], "--html", "missing/p.html", cwd=tmp_path)
+    assert refused.code == 2
+    assert "missing/p.html: can't be written" in refused.err
 
 
 def test_second_process_needs_no_source(models: Models, cli: Cli, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from e2e_helpers import ROOT, environment
 EXAMPLES = ROOT / "examples"
 #: Example -> what its output must hold.
 EXPECTED = {
-    "tutorial_mlp.py": ("conv1x1_bf16", "blas_fp32_w16", "batch 256: cosine similarity to FP32 0.999"),
+    "tutorial_mlp.py": ("conv1x1_bf16", "M instructions", "batch 256: cosine similarity to FP32 0.999"),
     "tutorial_mlp_cli.sh": ("Wrote mlp.armopt for graviton3", "passed: cosine 0.999", "armopt run mlp.armopt"),
-    "resnet50.py": ("'conv_bf16': 53", "batch 2: cosine similarity to FP32 0.999"),
+    "resnet50.py": ("'conv_bf16': ", "batch 2: cosine similarity to FP32 0.999"),
     "bert.py": ("BaseModelOutput", "pooler_output: cosine similarity to FP32 0.999"),
 }
 

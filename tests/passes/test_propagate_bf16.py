@@ -75,7 +75,9 @@ class TestPropagateBf16(Contract):
         ),
         Case(
             "one_input_for_two",
-            lambda: Forward(lambda s, x: s.a(x).sin() + s.b(x).cos(), a=nn.Linear(4, 4), b=nn.Linear(4, 4)),
+            lambda: Forward(
+                lambda s, x: s.a(x).relu().sin() + s.b(x).relu().cos(), a=nn.Linear(4, 4), b=nn.Linear(4, 4)
+            ),
             (noise(2, 4),),
             ops={CAST: 3},
             rewritten=1,

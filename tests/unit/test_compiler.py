@@ -39,6 +39,17 @@ def test_a_model_that_counts_its_calls(tmp_path: Path) -> None:
             torch.testing.assert_close(loaded(x), model(x), rtol=2**-7, atol=2**-7)
 
 
+def test_samples_are_compared_from_the_same_state(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Counter().eval()
+    armopt.optimize(model, (torch.randn(2, 4),), output=tmp_path / "bundle", checks=armopt.Checks(keep_reference=True))
+    samples = [{"x": torch.randn(2, 4)} for _ in range(3)]
+    for against in (None, model):
+        found = armopt.validate(tmp_path / "bundle", against=against, inputs=samples)
+        assert found["cosine"] >= 0.9999
+        assert found["samples"] == 3
+
+
 def test_a_bundle_that_failed_its_gate_says_so_when_loaded(tmp_path: Path) -> None:
     path = tmp_path / "bundle"
     with pytest.raises(AccuracyError, match="not deployable"):

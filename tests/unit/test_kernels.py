@@ -163,8 +163,9 @@ def test_linear_calls_agree_with_their_twin(kernel: Any, post_op: str) -> None:
     agree(kernel, site, lambda x, w, b, o: LINEAR(x, w, b, o, post_op, kernel.name, 0), x, weight, bias, other)
 
 
+EVERY = (*table.ALL, *table.REPAIRS)
 #: Plain ATen reads its geometry from the node: test_bind.py runs it.
-PAIRS = [(k, name) for k in table.ALL for name in GEOMETRIES if k.op == "conv" and not k.refuses(conv_site(name))]
+PAIRS = [(k, name) for k in EVERY for name in GEOMETRIES if k.op == "conv" and not k.refuses(conv_site(name))]
 PAIRS = [(kernel, name) for kernel, name in PAIRS if kernel.backend != "aten"]
 
 
@@ -182,6 +183,19 @@ def test_conv_calls_agree_with_their_twin(kernel: Any, name: str, post_op: str) 
     agree(kernel, site, twin, x, weight, bias, other)
 
 
+@pytest.mark.parametrize("kernel", table.REPAIRS, ids=lambda kernel: kernel.name)
+def test_dilated_convolutions_through_blas(kernel: Any) -> None:
+    site = conv_site("dense", dilation=2, padding=2)
+    x, weight, bias = noise(*site.shape), noise(*site.weight, seed=1) / 4, noise(site.n, seed=2)
+    geometry = ([2, 2], [2, 2], [2, 2], False, [0, 0], 1)
+    agree(kernel, site, lambda x, w, b, o: CONV(x, w, b, o, *geometry, "none", kernel.name, 0), x, weight, bias, None)
+
+
+def test_no_policy_chooses_what_is_for_repair() -> None:
+    assert not set(table.ALL) & set(table.REPAIRS)
+    assert not {kernel.name for kernel in table.REPAIRS} & {name for names in bind.FALLBACKS.values() for name in names}
+
+
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(1, 2), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_output_size_is_torchs(
@@ -196,9 +210,9 @@ def test_output_size_is_torchs(
 
 
 def test_every_kernel_has_a_name_a_summary_and_a_fallback() -> None:
-    names = [kernel.name for kernel in table.ALL]
+    names = [kernel.name for kernel in EVERY]
     assert len(names) == len(set(names))
-    assert all(kernel.summary and table.get(kernel.name) is kernel for kernel in table.ALL)
+    assert all(kernel.summary and table.get(kernel.name) is kernel for kernel in EVERY)
     for op, names in bind.FALLBACKS.items():
         assert all(table.get(name).op == op for name in names)
         assert names[-1] == f"aten_{op}"

@@ -26,6 +26,7 @@ def example(**changes: Any) -> manifest.Manifest:
         "refused": ({"node": "fc", "reason": "out_features=1"},),
         "accuracy": {"cosine": 0.99975, "passed": True},
         "weights": {"bytes": 10, "fp32_bytes": 20},
+        "onnxruntime": {"session_options": {"intra_op_num_threads": {"value": 0}}},
     }
     return manifest.Manifest(**{**values, **changes})
 

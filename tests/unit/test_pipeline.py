@@ -105,4 +105,6 @@ def test_the_order_is_one_visible_tuple() -> None:
         "CanonicaliseConv",
         "FoldBatchNorm",
         "FusePointwise",
+        "FoldStride",
+        "MergeProjections",
     ]

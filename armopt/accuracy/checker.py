@@ -1,0 +1,285 @@
+"""Runs both sides on samples and collects figures: what `optimize`, `validate` and repair share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from armopt import structure
+from armopt.accuracy import gates as gates_module
+from armopt.accuracy import tasks
+from armopt.accuracy.gates import Figures, Gate, Verdict
+from armopt.accuracy.metrics import Accuracy, compare
+from armopt.accuracy.tasks import Outputs, Sample, Task
+from armopt.errors import InputError
+
+#: Samples of which the original is run in FP64 too: enough for a ratio of errors, at twice the time.
+ANCHORED = 4
+#: A model as a function from named inputs to named outputs.
+Run = Callable[[Outputs], Outputs]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One call of both sides, for plots and pictures."""
+
+    inputs: Outputs
+    reference: Outputs
+    found: Outputs
+
+
+@dataclass(slots=True)
+class Checker:
+    """Compares candidates with one reference.
+
+    Attributes:
+        reference: The original in FP32.
+        anchor: The original in FP64; given up, with the reason in `no_anchor`, where it does not run.
+        gates: What has to hold.
+        task: Name of the task; found from the outputs where empty.
+        source: What to call the original in messages.
+        keep: Whether to keep what the reference gives for each bucket: candidates are then compared without running it
+            again.
+    """
+
+    reference: Run
+    anchor: Run | None
+    gates: tuple[Gate, ...]
+    task: str = ""
+    source: str = "the original"
+    keep: bool = False
+    no_anchor: str = ""
+    task_why: str = ""
+    evidence: dict[str, Evidence] = field(default_factory=dict)
+    _task: type[Task] | None = None
+    _memos: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    _kept: dict[str, list[tuple[Outputs, Outputs, Outputs | None]]] = field(default_factory=dict)
+
+    def figures(self, bucket: str, samples: Iterable[Outputs], found: Run) -> Figures:
+        """Runs a candidate on the samples of a bucket.
+
+        Raises:
+            InputError: The original gives NaN, or other outputs than the candidate.
+        """
+        worst: dict[str, Accuracy] = {}
+        task: Task | None = None
+        for number, (inputs, reference, anchor) in enumerate(self._references(bucket, samples)):
+            result = found(inputs)
+            if result.keys() != reference.keys():
+                raise InputError(
+                    f"gives {', '.join(reference)}, the bundle {', '.join(result)}",
+                    where=self.source,
+                    hint="Is the bundle made from this model?",
+                )
+            if number == 0:
+                self._choose(inputs, reference)
+                task = None if self._task is None else self._task()
+                self.evidence[bucket] = Evidence(inputs, reference, result)
+            if task is not None:
+                memo = self._memos.setdefault((bucket, number), {}) if self.keep else {}
+                task.update(Sample(inputs, reference, result, self.reference, found, memo))
+                left, right = task.align(reference, result)
+                aligned = anchor if left is reference else None
+            else:
+                left, right, aligned = reference, result, anchor
+            for name, a in left.items():
+                entry = compare(name, a, right[name], None if aligned is None else aligned[name])
+                worst[name] = entry if name not in worst else worse(worst[name], entry)
+        return Figures(tuple(worst.values()), {} if task is None else task.results())
+
+    def verdicts(self, figures: Mapping[str, Figures]) -> tuple[Verdict, ...]:
+        """Which gates hold.
+
+        Raises:
+            InputError: A gate bounds something that was not measured.
+        """
+        return gates_module.check(self.gates, figures, self.task_name)
+
+    @property
+    def task_name(self) -> str:
+        """The task that is measured; empty where none is."""
+        return next((name for name, task in tasks.TASKS.items() if task is self._task), "")
+
+    def _choose(self, inputs: Outputs, outputs: Outputs) -> None:
+        if not self.task_why:
+            self._task, self.task_why = tasks.choose(self.task, inputs, outputs)
+
+    def _references(self, bucket: str, samples: Iterable[Outputs]) -> Iterable[tuple[Outputs, Outputs, Outputs | None]]:
+        if bucket in self._kept:
+            yield from self._kept[bucket]
+            return
+        kept = []
+        for number, inputs in enumerate(samples):
+            reference = self.reference(inputs)
+            self._check_nan(reference)
+            entry = (inputs, reference, self._anchor_of(inputs) if number < ANCHORED else None)
+            if self.keep:
+                kept.append(entry)
+            yield entry
+        if self.keep:
+            self._kept[bucket] = kept
+
+    def _anchor_of(self, inputs: Outputs) -> Outputs | None:
+        if self.anchor is None:
+            return None
+        try:
+            return self.anchor(inputs)
+        except Exception as error:  # whatever an operation says that has no FP64
+            self.anchor = None
+            self.no_anchor = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            return None
+
+    def _check_nan(self, outputs: Outputs) -> None:
+        for name, y in outputs.items():
+            count = int(y.isnan().sum())
+            if count:
+                raise InputError(
+                    f"gives NaN in FP32 on these inputs: {count} of {y.numel()} values of {name}",
+                    where=self.source,
+                    hint="Nothing can be compared with that. Give real inputs with --inputs, or mend the model",
+                )
+
+
+def worse(a: Accuracy, b: Accuracy) -> Accuracy:
+    """The worse of each figure."""
+    noises = [x for x in (a.sqnr_db, b.sqnr_db) if x is not None]
+    ratios = [x for x in (a.rmse_ratio, b.rmse_ratio) if x is not None]
+    return replace(
+        a,
+        cosine=min(a.cosine, b.cosine),
+        sqnr_db=min(noises, default=None),
+        max_abs=max(a.max_abs, b.max_abs),
+        mean_abs=max(a.mean_abs, b.mean_abs),
+        max_rel=max(a.max_rel, b.max_rel),
+        mean_rel=max(a.mean_rel, b.mean_rel),
+        finite=a.finite and b.finite,
+        nan=a.nan + b.nan,
+        inf=a.inf + b.inf,
+        rmse_ratio=max(ratios, default=None),
+    )
+
+
+def named(tree: Any) -> Outputs:
+    """The tensors among nested results, each by its path: ``logits``, ``0.boxes``."""
+    described, tensors = structure.describe(tree, lambda leaf: isinstance(leaf, torch.Tensor), "outputs")
+    names = structure.output_names(described | {"positions": list(range(len(tensors)))}, len(tensors))
+    return dict(zip(names, tensors, strict=True))
+
+
+def flat_run(
+    run: Callable[[Sequence[torch.Tensor]], Sequence[Any]], inputs: Sequence[str], outputs: Mapping[str, Any]
+) -> Run:
+    """A run over flat tensors as a run over names.
+
+    Args:
+        run: From flat inputs to flat outputs.
+        inputs: Names of the inputs, in order.
+        outputs: How the model's outputs nest (:mod:`armopt.structure`).
+    """
+
+    def call(given: Outputs) -> Outputs:
+        results = run([given[name] for name in inputs])
+        names = structure.output_names(outputs, len(results))
+        return {names[i]: results[i] for i in outputs["positions"] if isinstance(results[i], torch.Tensor)}
+
+    return call
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The outcome: figures by bucket, verdicts, and what was compared with what.
+
+    Attributes:
+        reference: What was compared with, in words.
+        inputs: What both sides ran on, in words.
+        given: Whether those are the user's.
+        samples: How many in each bucket.
+        ran: What was run, in words.
+        figures: By bucket.
+        verdicts: One for each gate.
+        task: Name of the task; empty where there is none.
+        task_why: Why that one.
+        no_anchor: Why there are no errors against FP64; empty where there are.
+    """
+
+    reference: str
+    inputs: str
+    given: bool
+    samples: int
+    ran: str
+    figures: Mapping[str, Figures]
+    verdicts: tuple[Verdict, ...]
+    task: str = ""
+    task_why: str = ""
+    no_anchor: str = ""
+
+    @property
+    def entries(self) -> list[Accuracy]:
+        """Every output in every bucket."""
+        return [entry for each in self.figures.values() for entry in each.outputs]
+
+    @property
+    def finite(self) -> bool:
+        """Whether infinities and NaNs stand where they do in FP32."""
+        return all(entry.finite for entry in self.entries)
+
+    @property
+    def passed(self) -> bool:
+        """Whether all gates hold and nothing is NaN or infinite that is not in FP32."""
+        return self.finite and all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def worst_bucket(self) -> str:
+        """The bucket with the least cosine similarity."""
+        return min(self.figures, key=lambda b: min((e.cosine for e in self.figures[b].outputs), default=1.0))
+
+    def failures(self) -> str:
+        """What failed, in one sentence; empty where nothing did."""
+        said = [
+            f"{verdict.gate.metric} is {_figure(verdict.value)}"
+            + (f" ({verdict.where})" if verdict.where else "")
+            + f", the gate is {verdict.gate.relation}{verdict.gate.bound:g}"
+            for verdict in self.verdicts
+            if not verdict.passed
+        ]
+        if not self.finite:
+            said.append("values that are finite in FP32 are not in BF16")
+        return "; ".join(said)
+
+    def to_json(self) -> dict[str, Any]:
+        """As report.json has it."""
+        entries = self.entries
+        bound = next((v.gate.bound for v in self.verdicts if v.gate.metric == "cosine" and not v.gate.output), None)
+        return {
+            "cosine": min((entry.cosine for entry in entries), default=1.0),
+            "max_abs": max((entry.max_abs for entry in entries), default=0.0),
+            "finite": self.finite,
+            "min_cosine": bound,
+            "passed": self.passed,
+            "failed": self.failures(),
+            "gates": [verdict.to_json() for verdict in self.verdicts],
+            "reference": self.reference,
+            "inputs": self.inputs,
+            "inputs_given": self.given,
+            "samples": self.samples,
+            "ran": self.ran,
+            "task": {
+                "name": self.task,
+                "why": self.task_why,
+                "metrics": {bucket: dict(each.task) for bucket, each in self.figures.items()},
+            },
+            "no_anchor": self.no_anchor,
+            "outputs": {bucket: [_entry(entry) for entry in each.outputs] for bucket, each in self.figures.items()},
+        }
+
+
+def _entry(entry: Accuracy) -> dict[str, Any]:
+    return {name: getattr(entry, name) for name in entry.__dataclass_fields__}
+
+
+def _figure(value: float) -> str:
+    return f"{value:.6g}" if math.isfinite(value) else str(value)

@@ -1,0 +1,179 @@
+"""Per node: the error that its own rounding adds, the error carried along, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from armopt import sites
+from armopt.accuracy.metrics import relative_error
+from armopt.accuracy.runs import InFp32, Steps, true_fp32, unchanged_buffers
+from armopt.bundle.codec import Program
+from armopt.errors import InputError
+from armopt.kernels import aten, table
+from armopt.kernels.ops import BLOCK, CONV, KERNEL, LINEAR, OTHER
+
+#: Told how many nodes are done, of how many.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeError:
+    """What rounding does at one Linear or convolution. Errors are norms, relative to the node's FP32 result.
+
+    Attributes:
+        node: Its name.
+        op: ``linear`` or ``conv``.
+        kernel: What it is planned for.
+        precision: Of that kernel.
+        shape: Of its input.
+        isolated: Error of the node alone, on FP32's inputs.
+        cumulative: Error of its result in the program, with what came before.
+        weights: Error of the node alone where only its weights are rounded.
+        activations: Error of the node alone where only its input, its sum and its result are rounded.
+    """
+
+    node: str
+    op: str
+    kernel: str
+    precision: str
+    shape: tuple[int, ...]
+    isolated: float
+    cumulative: float
+    weights: float
+    activations: float
+
+    @property
+    def comes_from(self) -> str:
+        """The larger part of the isolated error: ``weights``, ``activations``, ``both`` (within 1.5x), or nothing."""
+        if not self.isolated:
+            return "-"
+        if self.weights > 1.5 * self.activations:
+            return "weights"
+        return "activations" if self.activations > 1.5 * self.weights else "both"
+
+
+def errors(
+    program: Program,
+    reference: fx.GraphModule | None,
+    tensors: Sequence[torch.Tensor],
+    progress: Progress = lambda done, total: None,
+) -> list[NodeError]:
+    """Runs a program's twins beside the prepared FP32 graph, layer by layer; in the order of the graph.
+
+    Args:
+        program: The lowered graph.
+        reference: The prepared FP32 graph, whose layers have the same names; None for the program's own in FP32,
+            which leaves the rounding of weights out.
+        tensors: Inputs of both.
+        progress: Told of each node.
+
+    Raises:
+        InputError: The two are not of one model.
+    """
+    layers = list(sites.layers(program.graph_module.graph))
+    exact = program.graph_module if reference is None else reference
+    runner = InFp32(exact) if reference is None else fx.Interpreter(exact)
+    found = []
+    with true_fp32(), unchanged_buffers(exact), unchanged_buffers(program.graph_module):
+        left, right = Steps(runner, tensors), Steps(fx.Interpreter(program.graph_module), tensors)
+        for done, layer in enumerate(layers):
+            progress(done, len(layers))
+            wanted, carried = left.until(layer.name), right.until(layer.name)
+            if wanted is None or carried is None:
+                raise InputError(
+                    f"has no layer {layer.name}", where="the original", hint="Is the bundle made from this model?"
+                )
+            found.append(_compare(program, layer, wanted, carried))
+    return found
+
+
+def entries(errors: Sequence[NodeError]) -> list[dict[str, Any]]:
+    """Nodes as reports have them, the worst alone first; an infinite error as null."""
+    ranked = sorted(errors, key=lambda error: -error.isolated)
+    return [
+        {
+            "node": error.node,
+            "op": error.op,
+            "kernel": error.kernel,
+            "precision": error.precision,
+            "shape": list(error.shape),
+            "comes_from": error.comes_from,
+            **{
+                part: value if (value := getattr(error, part)) != float("inf") else None
+                for part in ("isolated", "cumulative", "weights", "activations")
+            },
+        }
+        for error in ranked
+    ]
+
+
+class OnlyThese(fx.Interpreter):
+    """The FP32 graph with some layers as a program has them: what those alone do to the outputs."""
+
+    def __init__(self, reference: fx.GraphModule, program: Program, names: Collection[str]) -> None:
+        super().__init__(reference)
+        self._program = program.graph_module
+        self._layers = {layer.name: layer for layer in sites.layers(self._program.graph) if layer.name in names}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The layer as planned where it is one of these, else as it is; results in FP32."""
+        layer = self._layers.get(n.name)
+        if layer is None:
+            return super().run_node(n)
+        exact, _ = self.fetch_args_kwargs_from_env(n)
+        weight = getattr(self._program, str(layer.args[1].target))  # type: ignore[union-attr]
+        return isolated(layer, exact, (exact[0], weight, *layer.args[2:])).float()
+
+
+def isolated(layer: fx.Node, exact: tuple[Any, ...], lowered: tuple[Any, ...]) -> torch.Tensor:
+    """The result of a planned layer on FP32's inputs.
+
+    Args:
+        layer: The node of armopt::linear or armopt::conv.
+        exact: The arguments of the FP32 node.
+        lowered: The arguments of the planned node.
+    """
+    return _call(layer.target, lowered, exact, weight=lowered[1])
+
+
+def _compare(
+    program: Program, layer: fx.Node, wanted: tuple[tuple[Any, ...], Any], carried: tuple[tuple[Any, ...], Any]
+) -> NodeError:
+    (exact, y), (lowered, value) = wanted, carried
+    kernel = table.get(str(lowered[KERNEL[layer.target]]))
+    site = program.sites[layer.name]
+    stored: torch.Tensor = lowered[1]
+    return NodeError(
+        node=layer.name,
+        op=site.op,
+        kernel=kernel.name,
+        precision=kernel.precision,
+        shape=site.shape,
+        isolated=relative_error(y, isolated(layer, exact, lowered)),
+        cumulative=relative_error(y, value),
+        weights=relative_error(y, _call(layer.target, _plain(layer.target, lowered), exact, weight=stored.float())),
+        activations=relative_error(y, _call(layer.target, lowered, exact, weight=exact[1])),
+    )
+
+
+def _plain(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a layer with its kernel replaced by plain ATen."""
+    changed = list(args)
+    changed[KERNEL[target]] = (aten.LINEAR if target is LINEAR else aten.CONV).name
+    changed[BLOCK[target]] = 0
+    return tuple(changed)
+
+
+def _call(target: Any, args: tuple[Any, ...], exact: tuple[Any, ...], *, weight: torch.Tensor) -> torch.Tensor:
+    """A layer as `args` have it, on the tensors of `exact` and a weight."""
+    assert target in (LINEAR, CONV)
+    dtype = table.get(str(args[KERNEL[target]])).activations
+    other = exact[OTHER]
+    given = (exact[0].to(dtype), weight, exact[2], None if other is None else other.to(dtype))
+    result: torch.Tensor = target(*given, *args[OTHER + 1 :])
+    return result

@@ -1,0 +1,130 @@
+"""Runs graphs for comparison: as they stand, in FP32, in FP64, and node by node. Values go after their last use."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from armopt import graph as g
+from armopt import host
+from armopt.kernels import aten, post_ops
+from armopt.kernels.ops import CONV, KERNEL, LINEAR, OTHER, POST_OP
+
+_CAST = torch.ops.aten._to_copy.default
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class InFp32(fx.Interpreter):
+    """Runs a lowered program without its roundings of activations: weights as they are stored, all else in FP32."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Sends each layer to plain ATen, and drops casts to BF16."""
+        if target is _CAST and kwargs.get("dtype") == torch.bfloat16:
+            return args[0]
+        if target in (LINEAR, CONV):
+            plain = aten.LINEAR if target is LINEAR else aten.CONV
+            args = (*args[: KERNEL[target]], plain.name, 0)
+        return super().call_function(target, args, kwargs)
+
+
+class InFp64(fx.Interpreter):
+    """Runs a graph in FP64: inputs, weights and every result widened, each weight only while it is used."""
+
+    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The input, widened."""
+        return _wide(super().placeholder(target, args, kwargs))
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same operation on FP64; a buffer that it writes to stays as it was."""
+        args, kwargs = torch.utils._pytree.tree_map(_wide, (args, kwargs))
+        if target in (LINEAR, CONV):
+            return _layer(target, args)
+        result = super().call_function(target, args, kwargs)
+        return torch.utils._pytree.tree_map(_wide, result)
+
+
+def _wide(value: Any) -> Any:
+    """A tensor or a dtype in FP64 where it is of less."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.dtype in _NARROW else value
+    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+
+
+def _layer(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
+    x, weight, bias = args[:3]
+    if target is LINEAR:
+        y = torch.nn.functional.linear(x, weight, bias)
+    else:
+        y = torch.convolution(x, weight, bias, *args[4 : POST_OP[CONV]])
+    return post_ops.apply(args[POST_OP[target]], y, args[OTHER])
+
+
+@contextlib.contextmanager
+def true_fp32() -> Iterator[None]:
+    """FP32 that is FP32: in a process with fast math oneDNN would multiply it in BF16, so it is switched off there."""
+    before: bool = torch._C._get_mkldnn_enabled()
+    # not torch.backends.mkldnn.flags: that sets TF32 too, and warns of it
+    torch._C._set_mkldnn_enabled(before and not host.fast_math(os.environ))
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@contextlib.contextmanager
+def unchanged_buffers(graph_module: fx.GraphModule) -> Iterator[None]:
+    """Undoes what runs write to buffers: runs that are compared start alike."""
+    written = [getattr(graph_module, name) for name in g.written_constants(graph_module.graph)]
+    before = [tensor.clone() for tensor in written]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(written, before, strict=True):
+                tensor.copy_(value)
+
+
+def run(
+    graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor], interpreter: type[fx.Interpreter] = fx.Interpreter
+) -> Sequence[Any]:
+    """The flat outputs of a graph in FP32 that is FP32; its buffers stay as they were."""
+    return run_with(interpreter(graph_module), tensors)
+
+
+def run_with(interpreter: fx.Interpreter, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
+    """The same with an interpreter that is made already."""
+    assert isinstance(interpreter.module, fx.GraphModule)
+    with true_fp32(), unchanged_buffers(interpreter.module):
+        outputs: Sequence[Any] = interpreter.run(*tensors)
+        return outputs
+
+
+class Steps:
+    """A run that stops where asked."""
+
+    def __init__(self, interpreter: fx.Interpreter, tensors: Sequence[torch.Tensor]) -> None:
+        self._interpreter = interpreter
+        self._interpreter.args_iter = iter(tensors)
+        self._interpreter.env = {}
+        assert isinstance(interpreter.module, fx.GraphModule)
+        self._nodes = iter(interpreter.module.graph.nodes)
+
+    def until(self, name: str) -> tuple[tuple[Any, ...], Any] | None:
+        """Goes on to the node called `name`: its arguments and its value; None where there is no such node ahead."""
+        env, runner = self._interpreter.env, self._interpreter
+        for node in self._nodes:
+            args: tuple[Any, ...] = ()
+            if node.name == name:
+                args, _ = runner.fetch_args_kwargs_from_env(node)
+            value = env[node] = runner.run_node(node)
+            for dead in runner.user_to_last_uses.get(node, ()):
+                del env[dead]
+            if node.name == name:
+                return args, value
+        return None

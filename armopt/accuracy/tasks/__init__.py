@@ -1,0 +1,49 @@
+"""Task metrics: what rounding changes in what a model is for. One file for each task."""
+
+from __future__ import annotations
+
+from armopt.accuracy.tasks import classification, detection, embedding, language, segmentation
+from armopt.accuracy.tasks.base import Outputs, Sample, Task
+from armopt.errors import InputError
+
+#: In the order in which they are tried on a model's outputs.
+TASKS: dict[str, type[Task]] = {
+    "detection": detection.Detection,
+    "segmentation": segmentation.Segmentation,
+    "language": language.Language,
+    "embedding": embedding.Embedding,
+    "classification": classification.Classification,
+}
+#: ``--task none``: no task metrics.
+NONE = "none"
+
+__all__ = ["NONE", "TASKS", "Outputs", "Sample", "Task", "choose", "find"]
+
+
+def choose(name: str, inputs: Outputs, outputs: Outputs) -> tuple[type[Task] | None, str]:
+    """The task of that name, or the one that the outputs' names, shapes and dtypes speak for.
+
+    Returns:
+        The task, None where there is none; and why, in words.
+
+    Raises:
+        InputError: There is no such task, or the outputs don't fit it.
+    """
+    if name == NONE:
+        return None, "as asked"
+    if not name:
+        found = find(inputs, outputs)
+        return (None, "no output looks like a known task's") if found is None else (found, "found from the outputs")
+    if name not in TASKS:
+        raise InputError(f"unknown task {name!r}", where="--task", hint=f"Known are {', '.join([*TASKS, NONE])}")
+    if not TASKS[name].fits(inputs, outputs, asked=True):
+        shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in outputs.items())
+        raise InputError(
+            f"the outputs don't fit {name}: {shapes}", where="--task", hint=f"It needs {TASKS[name].needs}"
+        )
+    return TASKS[name], "as asked"
+
+
+def find(inputs: Outputs, outputs: Outputs) -> type[Task] | None:
+    """The first task that the outputs speak for; None where nothing does."""
+    return next((task for task in TASKS.values() if task.fits(inputs, outputs, asked=False)), None)

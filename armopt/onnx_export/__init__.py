@@ -1,0 +1,1 @@
+"""A bundle's graph as an ONNX model, for other runtimes. See docs/onnx.md."""

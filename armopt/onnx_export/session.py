@@ -1,0 +1,43 @@
+"""What an ONNX Runtime session on the target needs to be told, and what comes of it: a section of the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from armopt import sites
+from armopt.bundle.codec import Program
+from armopt.onnx_export.options import NAME, OPSET, Options
+from armopt.onnx_export.standard import takes_fast_math
+
+#: The version that all this was seen with, on emulated cores (tests/arm64/test_onnx_runtime.py).
+SEEN_WITH = "1.31.1"
+FAST_MATH = "mlas.enable_gemm_fastmath_arm64_bfloat16"
+_ENGAGES = (
+    "multiplies in BF16 (BFMMLA) in MatMul alone, not in Gemm, Conv, or a MatMul with a fused scale; "
+    "the exported graph has MatMul where BF16 is planned"
+)
+_NOT = "no layer of the exported graph is in a form that it takes effect on"
+_THREADS = "0 is one thread for each core of the machine; a container with a smaller share has to say how many"
+
+
+def describe(programs: Sequence[Program], options: Options | None, *, inside: bool = False) -> dict[str, Any]:
+    """The section.
+
+    Args:
+        programs: Of the bundle; the last is what is exported.
+        options: How it is exported; None for a bundle without an ONNX model: then as it would be by default.
+        inside: Whether the model is a file of the bundle.
+    """
+    program, chosen = programs[-1], options or Options()
+    layers = [takes_fast_math(node, program.sites[node.name]) for node in sites.layers(program.graph_module.graph)]
+    engaged = sum(layers) if chosen.fast_math else 0
+    flag = {"value": str(int(engaged > 0)), "engages": engaged > 0, "why": _ENGAGES if engaged else _NOT}
+    model = {"opset": OPSET, "weights": chosen.weights, "bucket": dict(program.bucket)}
+    return {
+        "seen_with": SEEN_WITH,
+        "session_config": {FAST_MATH: flag},
+        "session_options": {"intra_op_num_threads": {"value": 0, "why": _THREADS}},
+        "layers": {"bf16": engaged, "all": len(layers)},
+        "model": model | ({"file": NAME} if inside else {}) if options else {},
+    }
