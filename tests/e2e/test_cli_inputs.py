@@ -167,7 +167,7 @@ class TestSeveralInputs:
         self.check(tmp_path / "b", models)
         done = cli("validate", "b", "--inputs", path, "--against", models["two.pt"], *TWO, "--json", cwd=tmp_path)
         assert done.code == 0, done.err
-        assert done.json["inputs"] == "given"
+        assert done.json["inputs"] == str(path)
         assert done.json["cosine"] >= 0.999
 
     def test_wrong_calls_say_what_the_model_takes(self, models: Models, cli: Cli, tmp_path: Path) -> None:
