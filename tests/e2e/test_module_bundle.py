@@ -15,7 +15,7 @@ import torch
 import armopt
 from armopt import accuracy, doctor, package
 from armopt.bundle import reader
-from armopt.errors import BundleError, InputError
+from armopt.errors import AccuracyError, BundleError, InputError
 from armopt.host import ArmoptWarning
 from armopt.runtime import ModuleModel
 from tests import detection
@@ -130,6 +130,29 @@ def test_doctor_examines_it_and_package_says_why_not(bundle: Path, tmp_path: Pat
         package.write(bundle, tmp_path / "image")
 
 
+def test_what_needs_one_graph_is_refused(bundle: Path, mask_rcnn: torch.nn.Module, tmp_path: Path) -> None:
+    from armopt.onnx_export import export
+
+    with pytest.raises(InputError, match='kind "module": its parts are graphs'):
+        export.export(bundle, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+    calls = [(detection.images((3, 128, 128)),)]
+    with pytest.raises(InputError, match=r"--keep-reference.*needs the model in one graph"):
+        armopt.optimize(
+            mask_rcnn, calls, kind="module", output=tmp_path / "b", checks=armopt.Checks(keep_reference=True)
+        )
+    with pytest.raises(InputError, match=r"--inputs.*its parts take no inputs"):
+        accuracy.validate(bundle, inputs={"images": torch.ones(1)})
+    with pytest.raises(InputError, match=r"--task detection.*its parts have no task"):
+        accuracy.validate(bundle, task="detection")
+
+
+def test_a_report_of_its_worst_part(bundle: Path, tmp_path: Path) -> None:
+    found = accuracy.validate(bundle, report=tmp_path / "report.html")
+    assert found["node_bucket"].split()[0] in PARTS
+    assert found["node_bucket"] in (tmp_path / "report.html").read_text()
+
+
 def test_a_changed_file_is_noticed(bundle: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -168,6 +191,26 @@ def test_any_model_and_its_own_parameters(tmp_path: Path) -> None:
         with torch.no_grad():
             expected = model(x)["y"]
         torch.testing.assert_close(loaded(x)["y"], expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+
+
+def test_parts_that_break_a_gate_are_repaired(tmp_path: Path) -> None:
+    """Each part alone; a gate that nothing can keep fails the whole bundle."""
+    torch.manual_seed(0)
+    model = Router().eval()
+    calls = [(torch.randn(64, 16),), (3 * torch.randn(96, 16),)]
+    output = tmp_path / "b"
+    written = armopt.optimize(
+        model, calls, kind="module", output=output, policy="threshold=1", checks=armopt.Checks(gates=("sqnr>=80",))
+    )
+    repair = written.accuracy["repair"]
+    assert written.accuracy["passed"]
+    assert repair["passed"]
+    assert repair["changes"]
+    assert all(change["node"].split(": ")[0] in {"look", "ways.0", "ways.1"} for change in repair["changes"])
+    checks = armopt.Checks(gates=("sqnr>=80",), repair=False)
+    with pytest.raises(AccuracyError, match="sqnr is"):
+        armopt.optimize(model, calls, kind="module", output=output, policy="threshold=1", checks=checks, force=True)
+    assert not reader.read(output).manifest.accuracy["passed"]
 
 
 def test_what_can_be_captured_whole_is_told_so(tmp_path: Path) -> None:
