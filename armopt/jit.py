@@ -8,7 +8,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -236,7 +236,8 @@ class Weights:
             bucket = dict(zip([symbol for symbol, _ in found], key, strict=True))
             values = {s: args[i] if d is None else args[i].shape[d] for s, i, d in self._graph.sizes} | bucket
             chosen = compiler.plan_at(prepared, settings.target, settings.policy, bucket, values)
-            programmed = _program(prepared, chosen, values, settings, self._graph.name)
+            own = {args[i].data_ptr() for i in self._graph.weights}
+            programmed = _program(prepared, chosen, values, settings, self._graph.name, own)
         global _made
         _made += 1
         self._planned.append((bucket, programmed))
@@ -321,14 +322,15 @@ def graphs() -> Iterator[Graph]:
     return iter(list(_graphs))
 
 
-def _program(prepared: fx.GraphModule, chosen: Plan, values: Bucket, settings: Settings, name: str) -> Programmed:
-    """Lowers and binds one plan; what is stored or packed already is shared."""
+def _program(
+    prepared: fx.GraphModule, chosen: Plan, values: Bucket, settings: Settings, name: str, own: Set[int]
+) -> Programmed:
+    """Lowers and binds one plan; what is stored or packed already is shared, except the model's `own` by address."""
     program = compiler.lower_at(prepared, chosen, values, {})
     module = program.graph_module
     weights = {name: site.weight for name, site in program.sites.items()}
-    original = {tensor.data_ptr() for tensor in prepared.buffers()}
     for constant, tensor in list(module.named_buffers()):
-        if tensor.data_ptr() not in original:
+        if tensor.data_ptr() not in own:
             module._buffers[constant] = _POOL.share(tensor)
     if settings.portable:
         return Programmed(chosen, (), weights, module.forward, tuple(module.buffers()))
