@@ -74,8 +74,8 @@ def test_anything_else_is_an_error_of_ours(data: bytes) -> None:
 
 
 def test_a_later_schema_says_what_to_install() -> None:
-    later = json.loads(DATA) | {"schema_version": 2, "armopt_version": "9.1", "new_field": 1}
-    with pytest.raises(BundleError, match=r"schema 2.*up to 1.*armopt 9\.1"):
+    later = json.loads(DATA) | {"schema_version": 3, "armopt_version": "9.1", "new_field": 1}
+    with pytest.raises(BundleError, match=r"schema 3.*up to 2.*armopt 9\.1"):
         manifest.from_bytes(json.dumps(later).encode(), "m")
 
 
