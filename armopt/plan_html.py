@@ -57,7 +57,6 @@ def render(planned: Planned) -> str:
         size=size,
         box=(_WIDTH, _HEIGHT),
         refused=refused,
-        nodes=graph.nodes,
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from armopt import text_file
 from armopt.costs import CostTable
 from armopt.errors import InputError
 from armopt.ir import Site
@@ -99,15 +98,7 @@ def write(tuning: Tuning, path: Path) -> None:
         "host": dict(tuning.host),
         "seconds": {k: dict(v) for k, v in tuning.times.items()},
     }
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(content, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"can't be written: {error.strerror}", where=str(path), hint="Choose another place with -o"
-        ) from None
+    text_file.write(path, json.dumps(content, indent=1, sort_keys=True) + "\n", "-o")
 
 
 def read(path: Path) -> Tuning:

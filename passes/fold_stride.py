@@ -86,10 +86,12 @@ def _fold(graph_module: fx.GraphModule, node: fx.Node, weight: torch.Tensor) -> 
     rows = batch if isinstance(batch, int) else -1
     x = g.insert_call(graph, node, _aten.reshape.default, (x, [rows, channels, blocks[0], step, blocks[1], step]))
     depth = channels * step * step
-    order = (5, 3, 1) if step == 2 else (1, 3, 5)  # of what becomes channels
+    order: tuple[int, ...]  # of what becomes channels
     if step == 2:
+        order = (5, 3, 1)
         x = _stacked(graph, node, x, order)
     else:  # runs of `step` values are copied at once
+        order = (1, 3, 5)
         x = g.insert_call(graph, node, _aten.permute.default, (x, [0, 2, 4, *order]))
         x = g.insert_call(graph, node, _aten.reshape.default, (x, [rows, *blocks, depth]))
     x = g.insert_call(graph, node, _aten.permute.default, (x, [0, 3, 1, 2]))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from armopt import text_file
 from armopt.accuracy import pictures as pictures_module
 from armopt.accuracy import plots
 from armopt.accuracy.checker import Evidence, Validation
@@ -120,9 +119,10 @@ def save(
         InputError: The place can't be written.
     """
     if path.suffix == ".json":
-        write(path, json.dumps(outcome, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        text = json.dumps(outcome, indent=1, sort_keys=True, allow_nan=False) + "\n"
     else:
-        write(path, render(about, validation, errors, evidence, files, repair))
+        text = render(about, validation, errors, evidence, files, repair)
+    text_file.write(path, text, "--report")
 
 
 def check_place(path: Path) -> None:
@@ -136,24 +136,6 @@ def check_place(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         folder = path.absolute().parent
         raise InputError("the folder to write into does not exist", where=str(folder), hint=f"mkdir -p {folder}")
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a report, whole or not at all.
-
-    Raises:
-        InputError: The place can't be written.
-    """
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"can't be written: {error.strerror}", where=str(path), hint="Choose another place with --report"
-        ) from None
 
 
 @functools.cache

@@ -41,21 +41,10 @@ def plan(
         progress("plan", 1, 2)
         planned = compiler.make_plan(captured, chosen, policy_chosen, compiler.find_buckets(captured, sizes))
     if html is not None:
-        _write_html(planned, html)
+        from armopt import plan_html, text_file
+
+        text_file.write(html, plan_html.render(planned), "--html")
     out.result(_to_json(planned), lambda: _text(planned))
-
-
-def _write_html(planned: Planned, path: Path) -> None:
-    from armopt import plan_html
-    from armopt.errors import InputError
-
-    page = plan_html.render(planned)
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"can't be written: {error.strerror}", where=str(path), hint="Choose another place with --html"
-        ) from None
 
 
 def _to_json(planned: Planned) -> dict[str, Any]:

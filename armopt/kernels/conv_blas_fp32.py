@@ -17,11 +17,6 @@ from armopt.kernels.onednn_convolution import refuses_dense_2d
 _aten = torch.ops.aten
 
 
-def _refuses(site: Site) -> str | None:
-    # the same convolutions as those that fast math multiplies in BF16
-    return refuses_dense_2d(site)
-
-
 def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
     weight = weight.float().contiguous()
     return weight.unsqueeze(2) if len(site.shape) == 3 else weight
@@ -48,7 +43,7 @@ def _kernel(name: str, weights: torch.dtype, summary: str) -> Kernel:
         activations=torch.float32,
         rounding=Rounding(torch.float32, weights),
         summary=summary,
-        refuses=_refuses,
+        refuses=refuses_dense_2d,  # those that fast math multiplies in BF16
         pack=_pack,
         emit=_emit,
     )

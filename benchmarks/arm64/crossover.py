@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -197,7 +198,7 @@ def _square(held: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], float]:
 
 def page(checked: Mapping[str, Sequence[Checked]]) -> str:
     """docs/costs.md."""
-    parts = [_HEAD]
+    parts = [_head()]
     parts.append("| K = N | torch 2.10, alone | in a BF16 chain | torch 2.13, alone | in a BF16 chain |")
     parts.append("| ---: | ---: | ---: | ---: | ---: |")
     for size in (32, 64, 128, 256, 512, 768, 1024, 2048, 4096):
@@ -235,6 +236,21 @@ def page(checked: Mapping[str, Sequence[Checked]]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _head() -> str:
+    found = costs.find(targets.load("graviton3"), DEFAULT_TORCH)
+    assert found is not None
+    calls = costs.TERMS.index("calls")
+
+    def fixed(kernel: str) -> float:
+        return statistics.median(variant.coefficients[calls] for variant in found.kernels[kernel]) / 1000
+
+    return _HEAD.format(
+        near=round((cost_policy.CostPolicy(found).near - 1) * 100),
+        packed=round(fixed("conv1x1_bf16")),
+        blas=round(fixed("blas_fp32_w16")),
+    )
+
+
 _HEAD = """\
 # What a call costs, and what follows
 
@@ -242,8 +258,8 @@ _HEAD = """\
 the fewest over the whole graph. The estimates come from tables in `armopt/costs`, fitted to counts on the emulated core
 with the real aarch64 PyTorch. This page is written by `python -m benchmarks.arm64.crossover`.
 
-A count is not a time. It leaves out memory: where two kernels are within 3 % of one another, the one that reads fewer
-bytes of weights is taken, because a layer with few rows is bound by them.
+A count is not a time. It leaves out memory: where two kernels are within {near} % of one another, the one that reads
+fewer bytes of weights is taken, because a layer with few rows is bound by them.
 
 ## Where packed weights begin to win
 
@@ -251,8 +267,8 @@ bytes of weights is taken, because a layer with few rows is bound by them.
 
 The Graviton tutorial advises BLAS below 64 rows, for the whole process, because PyTorch packs the weights on every
 call. With weights packed once the border moves, and depends on the layer's size: a call of a packed convolution costs
-200 thousand instructions before any arithmetic (the tables' `calls`), a call of BLAS about 17 thousand. Small layers
-go to BLAS whatever their batch. Fewest rows from which a packed kernel wins on a square Linear:
+about {packed} thousand instructions before any arithmetic (the tables' `calls`), a call of BLAS about {blas} thousand.
+Small layers go to BLAS whatever their batch. Fewest rows from which a packed kernel wins on a square Linear:
 """
 _ERRORS = """
 ## How well the tables know

@@ -15,6 +15,7 @@ from armopt.bind import Single, single
 from armopt.bindings import BINDINGS, CASTS
 from armopt.ir import Site
 from armopt.kernels import post_ops, table
+from armopt.kernels.geometry import output_size
 
 Prepared = Callable[[], Any]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -93,7 +94,7 @@ def conv_site(
     post_op: str = "none",
 ) -> Site:
     """A convolution, alike in both dimensions."""
-    rows = [(size + 2 * padding - k) // stride + 1 for size, k in zip(shape[2:], weight[2:], strict=True)]
+    rows = output_size(shape[2:], weight[2:], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0])
     return Site(
         "layer",
         "conv",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -71,6 +71,16 @@ class Task(ABC):
 def last(name: str) -> str:
     """The last part of an output's name: ``logits`` of ``0.logits``."""
     return name.rsplit(".", 1)[-1]
+
+
+def scores(outputs: Outputs, dimensions: int, names: Sequence[str]) -> str | None:
+    """The name of the output with scores of two classes or more along dimension 1; None where there is none.
+
+    Of several with so many dimensions the first, unless one is called as in `names`.
+    """
+    fitting = [n for n, y in outputs.items() if y.dim() == dimensions and y.shape[1] >= 2 and y.is_floating_point()]
+    named = [name for name in fitting if last(name) in names]
+    return next(iter(named or fitting), None)
 
 
 def images(inputs: Outputs) -> list[torch.Tensor]:

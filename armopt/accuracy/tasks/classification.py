@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from armopt.accuracy.metrics import Metric
-from armopt.accuracy.tasks.base import Outputs, Sample, Task, last
+from armopt.accuracy.tasks.base import Outputs, Sample, Task, scores
 
 _NAMES = ("logits", "scores", "probs", "probabilities", "classes")
 
@@ -38,9 +38,7 @@ class Classification(Task):
     @classmethod
     def scores(cls, outputs: Outputs) -> str | None:
         """The name of the output that holds them; None where none does."""
-        fitting = [name for name, y in outputs.items() if y.dim() == 2 and y.shape[1] >= 2 and y.is_floating_point()]
-        named = [name for name in fitting if last(name) in _NAMES]
-        return next(iter(named or fitting), None)
+        return scores(outputs, 2, _NAMES)
 
     def update(self, sample: Sample) -> None:
         """Counts the rows that agree."""

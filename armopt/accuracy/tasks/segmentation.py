@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from armopt.accuracy.metrics import Metric
-from armopt.accuracy.tasks.base import Outputs, Sample, Task, images, last
+from armopt.accuracy.tasks.base import Outputs, Sample, Task, images, scores
 
 _NAMES = ("out", "masks", "logits", "segmentation")
 
@@ -37,9 +37,7 @@ class Segmentation(Task):
     @classmethod
     def scores(cls, outputs: Outputs) -> str | None:
         """The name of the output that holds them; None where none does."""
-        fitting = [name for name, y in outputs.items() if y.dim() == 4 and y.shape[1] >= 2 and y.is_floating_point()]
-        named = [name for name in fitting if last(name) in _NAMES]
-        return next(iter(named or fitting), None)
+        return scores(outputs, 4, _NAMES)
 
     def update(self, sample: Sample) -> None:
         """Counts pixels by the class that FP32 gives them and the one found."""
