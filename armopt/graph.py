@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,13 @@ def raw(tensor: torch.Tensor) -> memoryview:
     return data.view(torch.uint8).numpy().data if data.numel() else memoryview(b"")
 
 
-def add_constant(graph_module: fx.GraphModule, wanted: str, value: torch.Tensor, before: fx.Node) -> fx.Node:
-    """Registers `value` and returns a new get_attr node for it in front of `before`."""
+def add_constant(
+    graph_module: fx.GraphModule, wanted: str, value: torch.Tensor, before: fx.Node, made_of: Iterable[fx.Node] = ()
+) -> fx.Node:
+    """Registers `value` and returns a new get_attr node for it in front of `before`.
+
+    `made_of` are the constants whose values it holds, arranged anew or scaled: rounding those rounds it as much.
+    """
     name = _same_tensor(graph_module, value)
     if name is None:
         name = attribute_name(graph_module, wanted)
@@ -62,7 +67,14 @@ def add_constant(graph_module: fx.GraphModule, wanted: str, value: torch.Tensor,
     with graph_module.graph.inserting_before(before):
         node = graph_module.graph.get_attr(name)
     node.meta["val"] = fake_mode(graph_module.graph).from_tensor(value, static_shapes=True)
+    node.meta["origins"] = frozenset().union(*map(origins, made_of))
     return node
+
+
+def origins(constant: fx.Node) -> frozenset[str]:
+    """The names of the constants whose values the one behind a get_attr node holds: its own, if no pass made it."""
+    found: frozenset[str] = constant.meta.get("origins", frozenset((str(constant.target),)))
+    return found
 
 
 def _same_tensor(graph_module: torch.nn.Module, value: torch.Tensor) -> str | None:

@@ -67,6 +67,7 @@ class Programmed:
         plan: Decisions and refusals.
         kernels: What every node got on this host; empty where portable twins run.
         weights: Shape of every node's weight.
+        dtypes: Position of a weight among the graph's inputs -> the dtypes in which its values are used.
         forward: Takes the graph's inputs without its weights.
         constants: All that it holds, packed or not.
     """
@@ -74,6 +75,7 @@ class Programmed:
     plan: Plan
     kernels: tuple[Bound, ...]
     weights: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[int, frozenset[torch.dtype]]
     forward: Forward
     constants: tuple[torch.Tensor, ...] = field(repr=False)
 
@@ -163,15 +165,14 @@ class Weights:
 
     @property
     def halved(self) -> tuple[torch.Tensor, ...]:
-        """The weights that programs multiply in BF16 alone, told by their size: others of that size count as well."""
-        stored = [
-            (math.prod(programmed.weights[entry.node]), table.get(entry.kernel).rounding.weights)
-            for programmed in self.programs
-            for entry in programmed.plan.decisions
-        ]
-        whole = {size for size, dtype in stored if dtype != torch.bfloat16}
-        half = {size for size, dtype in stored} - whole
-        return tuple(t for t in self.tensors if t.dim() > 1 and t.numel() in half)
+        """The weights whose values all programs use in BF16 alone."""
+        used: dict[int, frozenset[torch.dtype]] = {}
+        for programmed in self.programs:
+            for position, dtypes in programmed.dtypes.items():
+                used[position] = used.get(position, frozenset()) | dtypes
+        alone = {position for position, dtypes in used.items() if dtypes == {torch.bfloat16}}
+        weights = [each.reference() for each in self._watched if each.position in alone]
+        return tuple(tensor for tensor in weights if tensor is not None and tensor.dim() > 1)
 
     @property
     def alive(self) -> bool:
@@ -226,7 +227,9 @@ class Weights:
     def _plan(self, args: Sequence[Any], first: bool = False) -> Forward:
         settings = self._graph.settings
         with torch.inference_mode(False), torch.no_grad():
-            prepared, records = self._prepare(args)
+            weights = {i: _value(args[i]) for i in self._graph.weights}
+            frozen = self._graph.freeze(weights)
+            prepared, records = compiler.prepare(frozen)
             if first:
                 symbols = _symbols_of_layers(prepared)
                 self._relevant = [entry for entry in self._graph.sizes if entry[0] in symbols]
@@ -236,16 +239,15 @@ class Weights:
             bucket = dict(zip([symbol for symbol, _ in found], key, strict=True))
             values = {s: args[i] if d is None else args[i].shape[d] for s, i, d in self._graph.sizes} | bucket
             chosen = compiler.plan_at(prepared, settings.target, settings.policy, bucket, values)
+            positions = {tensor.data_ptr(): i for i, tensor in weights.items()}
+            names = {n: positions[t.data_ptr()] for n, t in frozen.named_buffers() if t.data_ptr() in positions}
             own = {args[i].data_ptr() for i in self._graph.weights}
-            programmed = _program(prepared, chosen, values, settings, self._graph.name, own)
+            programmed = _program(prepared, chosen, values, settings, self._graph.name, own, names)
         global _made
         _made += 1
         self._planned.append((bucket, programmed))
         self._by_bucket[key] = programmed.forward
         return programmed.forward
-
-    def _prepare(self, args: Sequence[Any]) -> Any:
-        return compiler.prepare(self._graph.freeze({i: _value(args[i]) for i in self._graph.weights}))
 
 
 class _Watched(NamedTuple):
@@ -323,24 +325,48 @@ def graphs() -> Iterator[Graph]:
 
 
 def _program(
-    prepared: fx.GraphModule, chosen: Plan, values: Bucket, settings: Settings, name: str, own: Set[int]
+    prepared: fx.GraphModule,
+    chosen: Plan,
+    values: Bucket,
+    settings: Settings,
+    name: str,
+    own: Set[int],
+    positions: Mapping[str, int],
 ) -> Programmed:
-    """Lowers and binds one plan; what is stored or packed already is shared, except the model's `own` by address."""
+    """Lowers and binds one plan; what is stored or packed already is shared, except the model's `own` by address.
+
+    `positions` tells by name which inputs of the graph its constants were.
+    """
     program = compiler.lower_at(prepared, chosen, values, {})
     module = program.graph_module
     weights = {name: site.weight for name, site in program.sites.items()}
+    dtypes = _dtypes(module.graph, chosen, positions)
     for constant, tensor in list(module.named_buffers()):
         if tensor.data_ptr() not in own:
             module._buffers[constant] = _POOL.share(tensor)
     if settings.portable:
-        return Programmed(chosen, (), weights, module.forward, tuple(module.buffers()))
+        return Programmed(chosen, (), weights, dtypes, module.forward, tuple(module.buffers()))
     _check_host(settings, chosen.decisions)
     binder = Binder(host.fast_math(os.environ), host.tuning(settings.tuning), {}, _POOL.identify, _POOL)
     with host.remembering(binder.verdicts):
         bound, entries = binder.bind(program)
     if changed := host.changes([entries]):
         warnings.warn(f"{name}: {changed}", host.ArmoptWarning, stacklevel=2)
-    return Programmed(chosen, tuple(entries), weights, bound.forward, tuple(_constants(bound)))
+    return Programmed(chosen, tuple(entries), weights, dtypes, bound.forward, tuple(_constants(bound)))
+
+
+def _dtypes(graph: fx.Graph, chosen: Plan, positions: Mapping[str, int]) -> Mapping[int, frozenset[torch.dtype]]:
+    """In which dtypes the values of each weight are used: a kernel may round what the graph holds in FP32."""
+    kernels = {entry.node: table.get(entry.kernel) for entry in chosen.decisions}
+    found: dict[int, frozenset[torch.dtype]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        used = set()
+        for user in node.users:
+            rounds = user.name in kernels and user.args[1] is node and node not in user.args[2:]
+            used.add(kernels[user.name].rounding.weights if rounds else g.value(node).dtype)
+        for name in g.origins(node) & positions.keys():
+            found[positions[name]] = found.get(positions[name], frozenset()) | used
+    return found
 
 
 def _check_host(settings: Settings, decisions: Sequence[Decision]) -> None:

@@ -43,7 +43,7 @@ def pack(
             name = str(weight.target)
             if name not in rounded:
                 rounded[name] = getattr(graph_module, name).detach().to(torch.bfloat16)
-            args[1] = g.add_constant(graph_module, f"{name}_bf16", rounded[name], node)
+            args[1] = g.add_constant(graph_module, f"{name}_bf16", rounded[name], node, [weight])
         if kernel.activations == torch.bfloat16:
             for index in (0, 3):  # the input and the second tensor of a residual add
                 if isinstance(args[index], fx.Node):

@@ -44,7 +44,7 @@ class CanonicaliseLinear:
                 name = str(weight.target)
                 if name not in transposed:
                     transposed[name] = getattr(graph_module, name).detach().t().contiguous()
-                weight = g.add_constant(graph_module, f"{name}_t", transposed[name], node)
+                weight = g.add_constant(graph_module, f"{name}_t", transposed[name], node, [weight])
             layer_name = re.sub(r"_?weight(_t)?$", "", str(weight.target)) or node.name
             args = (x, weight, bias, None, "none", aten.LINEAR.name, 0)
             replacement = g.insert_call(graph_module.graph, node, LINEAR, args, name=layer_name)

@@ -60,7 +60,7 @@ class FoldBatchNorm:
                 folded[key] = weights.setdefault((weight.target, norm.key), new_weight), new_bias
             new_weight, new_bias = folded[key]
             args = list(layer.args)
-            args[1] = g.add_constant(graph_module, f"{weight.target}_bn", new_weight, layer)
+            args[1] = g.add_constant(graph_module, f"{weight.target}_bn", new_weight, layer, [weight])
             args[2] = g.add_constant(graph_module, f"{weight.target}_bn_bias", new_bias, layer)
             layer.args = tuple(args)
             rewritten.append(node.name)

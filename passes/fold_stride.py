@@ -99,7 +99,8 @@ def _fold(graph_module: fx.GraphModule, node: fx.Node, weight: torch.Tensor) -> 
     folded = torch.nn.functional.pad(weight, (0, extra[1], 0, extra[0]))
     folded = folded.reshape(outputs, channels, taps[0], step, taps[1], step).permute(0, *order, 2, 4)
     name = f"{node.args[1].target}_folded"  # type: ignore[union-attr]
-    constant = g.add_constant(graph_module, name, folded.reshape(outputs, depth, *taps).contiguous(), node)
+    folded = folded.reshape(outputs, depth, *taps).contiguous()
+    constant = g.add_constant(graph_module, name, folded, node, [node.args[1]])  # type: ignore[list-item]
     args = (x, constant, *node.args[2:4], [1, 1], [0, 0], *node.args[6:])
     replacement = g.insert_call(graph, node, CONV, args, name=f"{node.name}_folded")
     g.replace_and_erase(node, replacement)

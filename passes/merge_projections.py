@@ -63,14 +63,15 @@ def _refusal(layer: fx.Node, uses: Counter[str]) -> str | None:
 def _merge(graph_module: fx.GraphModule, members: list[fx.Node]) -> None:
     first = members[0]
     weights = [_constant(graph_module, member.args[1]) for member in members]
-    weight = g.add_constant(graph_module, f"{_name(first.args[1])}_merged", torch.cat(weights), first)
+    name = f"{_name(first.args[1])}_merged"
+    weight = g.add_constant(graph_module, name, torch.cat(weights), first, [member.args[1] for member in members])  # type: ignore[misc]
     bias = None
     if any(member.args[2] is not None for member in members):
         biases = [
             w.new_zeros(w.shape[0]) if member.args[2] is None else _constant(graph_module, member.args[2])
             for member, w in zip(members, weights, strict=True)
         ]
-        bias = g.add_constant(graph_module, f"{_name(first.args[1])}_merged_bias", torch.cat(biases), first)
+        bias = g.add_constant(graph_module, f"{name}_bias", torch.cat(biases), first)
     args = (first.args[0], weight, bias, None, "none", aten.LINEAR.name, 0)
     merged = g.insert_call(graph_module.graph, first, LINEAR, args, name=f"{first.name}_merged")
     start = 0

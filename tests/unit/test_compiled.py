@@ -282,6 +282,35 @@ def test_released_weights_are_gone_and_the_model_still_runs(model: Classifier) -
         assert_close(logits(made, tokens(batch, length)), logits(plain, tokens(batch, length)))
 
 
+class Attention(torch.nn.Module):
+    """One head: query, key and value read the same input; `mix` has their size, and is used by a function of it."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (torch.nn.Linear(width, width) for _ in range(4))
+        self.mix = torch.nn.Parameter(torch.randn(width, width) / 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        return self.out(torch.nn.functional.scaled_dot_product_attention(q, k, v) @ (self.mix * 2).tanh())
+
+
+def test_merged_projections_are_released_and_weights_of_their_size_are_not() -> None:
+    torch.manual_seed(0)
+    model = Attention().eval()
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 9, 64)
+    made = armopt.compile(model, (x,), target="graviton3", policy="threshold=1", release_original=True)
+    (query, *_) = made.forward.explain().layers
+    assert query.node == "query_merged"
+    assert all(getattr(made, name).weight.isnan().all() for name in ("query", "key", "value", "out"))
+    assert not made.mix.isnan().any()
+    with torch.no_grad():
+        for rows in (9, 200):
+            x = torch.randn(2, rows, 64)
+            assert_close(made(x), plain(x))
+
+
 @pytest.mark.parametrize(
     "use",
     [

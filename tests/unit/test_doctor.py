@@ -216,7 +216,7 @@ def test_verdicts_of_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         portable = False
         kernels = (bound,)
 
-    monkeypatch.setattr(runtime, "load", lambda path: Loaded)
+    monkeypatch.setattr(runtime, "load_parts", lambda opened: {"": Loaded})
     report = doctor.examine(path)
     assert sum(v.layers for v in report.verdicts) == len(nodes)
     (changed,) = (v for v in report.verdicts if v.reason)
