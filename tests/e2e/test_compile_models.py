@@ -227,7 +227,7 @@ def test_detections_of_fp32_are_found_again(name: str) -> None:
     above, alike = detection.found_again(expected, found)
     assert above >= 5
     # random weights rank boxes and proposals by next to nothing: which of them are kept may change
-    assert alike >= (0.9 if "rcnn" in name else 0.95) * above
+    assert alike >= above - max(1, 0.05 * above)
     boxes = [torch.cat([each["boxes"] for each in run]) for run in (expected, found)]
     assert not torch.equal(*boxes)
     assert len(made.forward.explain().layers) > 30
