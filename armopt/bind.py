@@ -90,7 +90,7 @@ class Binder:
         mapping: dict[fx.Node, fx.Node] = {}
         output = graph.graph_copy(source.graph, mapping)
         graph.output(output)
-        constants = dict(source.named_buffers())
+        constants = dict(source.named_buffers(remove_duplicate=False))
         bound = []
         for old in sites.layers(source.graph):
             node = mapping[old]

@@ -346,6 +346,27 @@ def test_graphs_of_one_model_share_their_packed_weights(model: Classifier) -> No
     assert more.program_bytes < 1.1 * once.program_bytes
 
 
+class Scaled(torch.nn.Module):
+    """Two constants of the same values, which the pool holds once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scaled: torch.Tensor = self.layer(x * torch.tensor([2.0, 3.0] * 8)) * torch.tensor([2.0, 3.0] * 8)
+        return scaled
+
+
+def test_constants_of_equal_values() -> None:
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    x = torch.randn(3, 16)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", ArmoptWarning)
+        assert_close(armopt.compile(model, (x,), target="host")(x), model(x))
+
+
 def test_memory_stays_flat_over_a_thousand_shapes(model: Classifier) -> None:
     made = armopt.compile(model, target="graviton3", policy="cost=2.10")
     shapes = [(batch, length) for batch in range(2, 42) for length in range(2, 27)]
