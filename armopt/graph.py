@@ -224,8 +224,8 @@ def sweep(graph_module: fx.GraphModule) -> None:
 
 def copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy with its own graph and the same tensors."""
-    tensors = dict(graph_module.named_parameters(remove_duplicate=False))
-    tensors |= dict(graph_module.named_buffers(remove_duplicate=False))
+    tensors: dict[str, torch.Tensor] = dict(graph_module.named_buffers(remove_duplicate=False))
+    tensors |= graph_module.named_parameters(remove_duplicate=False)
     graph = fx.Graph()
     output = graph.graph_copy(graph_module.graph, {})
     graph.output(output)
