@@ -10,14 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from armopt import graph as g
 from armopt import probe, sites, verdicts
 from armopt.bindings import rebind
 from armopt.bundle.codec import Program
 from armopt.ir import Site
-from armopt.kernels import post_ops, table
+from armopt.kernels import max_pool, post_ops, table
 from armopt.kernels.base import Call, Kernel
 from armopt.kernels.geometry import output_size
-from armopt.kernels.ops import KERNEL
+from armopt.kernels.ops import KERNEL, POST_OP
 from armopt.tuning import Tuning
 
 _aten = torch.ops.aten
@@ -108,6 +109,7 @@ class Binder:
                 program.shapes[old.name],
                 site,
             )
+        _pool_as_integers(source, mapping, program.shapes)
         return _finish(root, graph, constants), bound
 
     def _choose(
@@ -224,7 +226,11 @@ def single(kernel: Kernel, site: Site, weight: torch.Tensor, bias: torch.Tensor 
         constants["bias"] = bias
         bias_node = graph.get_attr("bias")
     place = graph.call_function(_aten.alias.default, (x,))
-    graph.output(kernel.emit(Call(place, x, weight_node, bias_node, other, site.post_op, _output_shape(site), site)))
+    graph.output(
+        kernel.emit(
+            Call(place, x, weight_node, bias_node, other, site.post_op, _output_shape(site), site, kernel.activations)
+        )
+    )
     graph.erase_node(place)
     # a convolution's neighbours hand it channels_last
     if site.op == "conv":
@@ -267,12 +273,28 @@ def _replace(
     weight_node = _attribute(graph, constants, node, f"{node.name}_packed", weight)
     bias_node = None if bias is None else _attribute(graph, constants, node, f"{node.name}_bias", bias)
     shape = _dynamic_shape(graph, node, x, output)
-    call = Call(node, x, weight_node, bias_node, other, site.post_op, shape, site)  # type: ignore[arg-type]
+    call = Call(node, x, weight_node, bias_node, other, site.post_op, shape, site, kernel.activations)  # type: ignore[arg-type]
     result = kernel.emit(call)
     if kernel.activations != planned.activations:
         result = _cast(graph, node, result, planned.activations)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+
+
+def _pool_as_integers(
+    source: fx.GraphModule, mapping: Mapping[fx.Node, fx.Node], shapes: Mapping[str, Sequence[int | None]]
+) -> None:
+    """Max pools right behind a layer in BF16 that gives nothing negative, where the size of its image is known."""
+    for old in g.calls(source.graph, _aten.max_pool2d.default):
+        layer = old.args[0]
+        if not isinstance(layer, fx.Node) or layer.name not in shapes:
+            continue
+        post_op, kernel = layer.args[POST_OP[layer.target]], table.get(str(layer.args[KERNEL[layer.target]]))
+        height, width = shapes[layer.name][-2:]
+        window = max_pool.window(old)
+        positive = post_op in max_pool.NOT_NEGATIVE and kernel.activations == torch.bfloat16
+        if positive and window is not None and height is not None and width is not None:
+            max_pool.emit(mapping[old], window, (height, width))
 
 
 def _dynamic_shape(graph: fx.Graph, node: fx.Node, x: fx.Node, output: Sequence[int | None]) -> list[Any]:

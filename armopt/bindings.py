@@ -19,7 +19,8 @@ _methods: Any = torch._C.TensorBase
 
 #: Operations with a binding that takes the operation's own arguments, by where the binding is.
 _IN_TORCH = (
-    *("add.Tensor", "addmm.default", "bmm.default", "cat.default", "clone.default", "constant_pad_nd.default"),
+    *("add.Tensor", "addmm.default", "bmm.default", "cat.default", "clamp_min_.default", "clone.default"),
+    *("constant_pad_nd.default", "maximum.default"),
     *("convolution.default", "div.Tensor", "embedding.default", "flatten.using_ints", "layer_norm.default"),
     *("matmul.default", "max_pool2d.default", "mean.dim", "mm.default", "mul.Tensor", "narrow.default"),
     *("permute.default", "relu.default", "relu_.default", "reshape.default", "rsqrt.default", "select.int"),
@@ -32,7 +33,7 @@ _IN_NN = (
     *("hardsigmoid_.default", "hardswish.default", "hardswish_.default", "hardtanh.default", "hardtanh_.default"),
     *("linear.default", "scaled_dot_product_attention.default", "silu.default", "silu_.default"),
 )
-_METHODS = ("add_.Tensor", "copy_.default", "expand.default", "mul_.Tensor", "view.default")
+_METHODS = ("add_.Tensor", "copy_.default", "expand.default", "mul_.Tensor", "view.default", "view.dtype")
 
 
 def _operation(name: str) -> Any:

@@ -270,7 +270,9 @@ def _call(kernel: Any, site: Any, packed: torch.Tensor) -> Callable[[torch.Tenso
     graph = fx.Graph()
     x, weight = graph.placeholder("x"), graph.placeholder("weight")
     marker = graph.call_function(torch.ops.aten.alias.default, (x,))
-    result = kernel.emit(Call(marker, x, weight, None, None, "none", [*site.shape[:-1], site.n], site))
+    result = kernel.emit(
+        Call(marker, x, weight, None, None, "none", [*site.shape[:-1], site.n], site, kernel.activations)
+    )
     graph.output(result)
     graph.erase_node(marker)
     module = fx.GraphModule(torch.nn.Module(), graph)

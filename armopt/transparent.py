@@ -29,6 +29,7 @@ EXACT = frozenset(
         _aten.max_pool2d.default,
         _aten.constant_pad_nd.default,
         _aten.pad.default,
+        _aten.cat.default,
         _aten.channel_shuffle.default,
     }
 )
@@ -38,9 +39,10 @@ TRANSPARENT = EXACT | ROUNDS_ONCE
 
 
 def origin(node: Any) -> fx.Node:
-    """The node that makes a value, looking through transparent operations."""
+    """The node that makes a value, looking through transparent operations; of what is concatenated, the first."""
     while node.op == "call_function" and node.target in TRANSPARENT:
-        node = node.args[0]
+        source = node.args[0]
+        node = source[0] if isinstance(source, (list, tuple)) else source
     assert isinstance(node, fx.Node)
     return node
 

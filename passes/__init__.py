@@ -15,6 +15,7 @@ from armopt.passes.fold_constants import FoldConstants
 from armopt.passes.fold_stride import FoldStride
 from armopt.passes.fuse_pointwise import FusePointwise
 from armopt.passes.merge_projections import MergeProjections
+from armopt.passes.merge_shortcut import MergeShortcut
 from armopt.passes.pack_conv import PackConv
 from armopt.passes.pack_linear import PackLinear
 from armopt.passes.propagate_bf16 import PropagateBf16
@@ -32,6 +33,7 @@ PREPARE: tuple[Pass, ...] = (
     CanonicaliseConv(),
     FoldBatchNorm(),
     FusePointwise(),
+    MergeShortcut(),
     FoldStride(),
     MergeProjections(),
 )

@@ -21,8 +21,8 @@ _CAST = _aten._to_copy.default
 class PropagateBf16:
     """cast_bf16(cast_fp32(x)) -> x; cast_bf16(f(cast_fp32(x))) -> f(x) for an f that moves or selects values.
 
-    The second form reaches through gelu, silu and hardswish as well, which round once more. Refuses an f whose FP32
-    result is used by anything but casts to BF16.
+    The second form reaches through gelu, silu and hardswish as well, which round once more, and casts each part of a
+    concatenation. Refuses an f whose FP32 result is used by anything but casts to BF16.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -70,6 +70,14 @@ def _cancel(graph_module: fx.GraphModule) -> list[str]:
 def _sink(graph_module: fx.GraphModule) -> list[str]:
     """f(cast_fp32(x)) -> cast_fp32(f(x)) where every reader of f goes back to BF16, so that the casts cancel."""
     rewritten = []
+    for node in g.calls(graph_module.graph, _aten.cat.default):
+        if not _wants_bf16(node):
+            continue
+        parts: Any = node.args[0]
+        halves = [cast(graph_module.graph, node, part, torch.bfloat16) for part in parts]
+        half = g.insert_call(graph_module.graph, node, _aten.cat.default, (halves, *node.args[1:]))
+        rewritten.append(node.name)
+        g.replace_and_erase(node, cast(graph_module.graph, node, half, torch.float32))
     for node in g.calls(graph_module.graph, *TRANSPARENT):
         source = node.args[0]
         if not is_cast(source, torch.float32) or not _wants_bf16(node):

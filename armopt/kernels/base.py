@@ -89,6 +89,7 @@ class Call:
         post_op: Name of the post-op.
         shape: Output shape with -1 for the one dynamic dimension, or nodes where more are.
         site: What the planner knows of the node.
+        dtype: Of the result.
     """
 
     node: fx.Node
@@ -99,6 +100,7 @@ class Call:
     post_op: str
     shape: Sequence[Any]
     site: Site
+    dtype: torch.dtype
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Inserts a call in front of the node."""
@@ -109,9 +111,17 @@ class Call:
         """Inserts the post-op as in-place operations on the fresh tensor `y`."""
         if self.post_op in (post_ops.ADD, post_ops.ADD_RELU):
             y = self.call(_aten.add_.Tensor, y, self.other)
-            return self.call(_aten.relu_.default, y) if self.post_op == post_ops.ADD_RELU else y
+            return self._relu(y) if self.post_op == post_ops.ADD_RELU else y
         if self.post_op == post_ops.NONE:
             return y
+        if self.post_op == "relu":
+            return self._relu(y)
         post = post_ops.UNARY[self.post_op]
         kwargs = {"approximate": "tanh"} if post.algorithm == "tanh" else {}
         return self.call(post.inplace, y, *post.inplace_args, **kwargs)
+
+    def _relu(self, y: fx.Node) -> fx.Node:
+        if self.dtype != torch.bfloat16 or self.site.m * self.site.n < post_ops.RELU_AS_INTEGERS:
+            return self.call(_aten.relu_.default, y)
+        self.call(_aten.clamp_min_.default, self.call(_aten.view.dtype, y, torch.int16), 0)
+        return y

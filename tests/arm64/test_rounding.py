@@ -127,7 +127,15 @@ OPERANDS = (
     *("huge weights", "tiny weights", "saturating weights", "saturating inputs"),
     *("infinite input", "nan input", "infinite weight", "both infinities", "nan weight"),
 )
-SPECIAL = tuple(Case(kernel, operands=values, **layer) for kernel, layer in LAYERS.items() for values in OPERANDS)
+SPECIAL = (
+    *(Case(kernel, operands=values, **layer) for kernel, layer in LAYERS.items() for values in OPERANDS),
+    # large enough for relu on the bits
+    *(
+        Case(kernel, operands=values, **LAYERS[kernel] | {"shape": shape, "post_op": "relu"})
+        for kernel, shape in (("conv1x1_bf16", (512, 400)), ("conv_bf16", (1, 64, 20, 20)))
+        for values in ("normal", "infinite input", "nan input", "both infinities", "nan weight")
+    ),
+)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ CALLS = {
     "avg_pool2d.default": [((IMAGE, [2, 2]), {}), ((IMAGE, [3, 3], [1, 1], [1, 1], True, False), {})],
     "bmm.default": [((X, X.transpose(1, 2)), {})],
     "cat.default": [(([X, X], -1), {}), (([X],), {})],
+    "clamp_min_.default": [((X, 0), {}), ((X.bfloat16().view(torch.int16), 0), {})],
     "clone.default": [((IMAGE,), {}), ((IMAGE,), {"memory_format": torch.channels_last})],
     "constant_pad_nd.default": [((IMAGE, [1, 2, 0, 3]), {}), ((X, [1, -1], 2.0), {})],
     "convolution.default": [((IMAGE, torch.ones(3, 2, 3, 3), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1), {})],
@@ -33,6 +34,7 @@ CALLS = {
     "linear.default": [((X, SQUARE), {}), ((X, SQUARE, SQUARE[0]), {})],
     "matmul.default": [((X, SQUARE), {})],
     "max_pool2d.default": [((IMAGE, [3, 3], [2, 2], [1, 1]), {}), ((IMAGE, [2, 2], [2, 2], [0, 0], [1, 1], True), {})],
+    "maximum.default": [((X, X.flip(0)), {})],
     "mean.dim": [((X, [1, 2], True), {}), ((X, [-1]), {"dtype": torch.float64})],
     "mm.default": [((SQUARE, SQUARE), {})],
     "mul.Tensor": [((X, X), {}), ((X, 3), {})],
@@ -58,6 +60,7 @@ CALLS = {
     "unbind.int": [((X, 2), {}), ((X,), {})],
     "unsqueeze.default": [((X, 1), {})],
     "view.default": [((X, [6, 4]), {})],
+    "view.dtype": [((X.bfloat16(), torch.int16), {})],
 }
 
 

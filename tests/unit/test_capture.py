@@ -192,3 +192,17 @@ def test_an_exported_program_keeps_its_own_inputs_and_dynamic_shapes() -> None:
     program._example_inputs = None
     with pytest.raises(InputError, match=r"no example inputs.*--input"):
         capture.exported(program, source="m.pt2")
+
+
+class Selecting(torch.nn.Module):
+    """Decides on a size that depends on data: torch prints the whole graph when it refuses that."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.where(x > 0)[0]
+        return x[rows] if rows.numel() > 3 else x
+
+
+def test_what_torch_prints_of_a_failed_export_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError):
+        capture.module(Selecting(), (torch.randn(3, 4),), {}, source="Selecting")
+    assert capfd.readouterr().err == ""

@@ -105,6 +105,7 @@ def test_the_order_is_one_visible_tuple() -> None:
         "CanonicaliseConv",
         "FoldBatchNorm",
         "FusePointwise",
+        "MergeShortcut",
         "FoldStride",
         "MergeProjections",
     ]

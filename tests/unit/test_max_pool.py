@@ -1,0 +1,71 @@
+"""Max pooling and relu on the bits of BF16 values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from armopt.ir import Site
+from armopt.kernels import max_pool, post_ops
+from armopt.kernels.base import Call
+
+_aten = torch.ops.aten
+
+
+def pooled(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, set[Any]]:
+    graph = fx.Graph()
+    node = graph.call_function(_aten.max_pool2d.default, (graph.placeholder("x"), *args))
+    graph.output(node)
+    window = max_pool.window(node)
+    assert window is not None
+    max_pool.emit(node, window, x.shape[2:])
+    return fx.GraphModule(torch.nn.Module(), graph)(x), {each.target for each in graph.nodes}
+
+
+@pytest.mark.parametrize(
+    "args", [([3, 3], [2, 2], [1, 1]), ([2, 2],), ([2, 2], [2, 2]), ([3, 2], [1, 3], [1, 0]), ([3], [2], [0], [1])]
+)
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (3, 3)])
+def test_the_largest_of_each_window(args: Any, size: tuple[int, int]) -> None:
+    x = torch.randn(2, 5, *size).relu().bfloat16().contiguous(memory_format=torch.channels_last)
+    x[0, 0, 1, 1] = float("inf")
+    found, targets = pooled(x, *args)
+    expected = torch.nn.functional.max_pool2d(x.float(), *args).bfloat16()
+    assert torch.equal(found, expected)
+    assert found.dtype == torch.bfloat16
+    assert _aten.max_pool2d.default not in targets
+
+
+@pytest.mark.parametrize("args", [([2, 2], [2, 2], [0, 0], [2, 2]), ([2, 2], [2, 2], [0, 0], [1, 1], True)])
+def test_dilated_windows_and_ceil_stay(args: Any) -> None:
+    graph = fx.Graph()
+    assert max_pool.window(graph.call_function(_aten.max_pool2d.default, (graph.placeholder("x"), *args))) is None
+
+
+@pytest.mark.parametrize("post_op", ["relu", "add_relu"])
+@pytest.mark.parametrize("rows", [2, 4096])
+def test_relu_of_bf16(post_op: str, rows: int) -> None:
+    """From some size on as integers; the values are the same, NaN of plus sign and infinities included."""
+    site = Site("layer", "linear", rows, 4, 8, (rows, 4), (8, 4), post_op=post_op)
+    graph = fx.Graph()
+    y, other = graph.placeholder("y"), graph.placeholder("other")
+    place = graph.call_function(_aten.alias.default, (y,))
+    call = Call(place, y, y, None, other, post_op, [rows, 8], site, torch.bfloat16)
+    graph.output(call.with_post_op(y))
+    graph.erase_node(place)
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    assert (_aten.clamp_min_.default in {node.target for node in graph.nodes}) == (
+        rows * 8 >= post_ops.RELU_AS_INTEGERS
+    )
+    y = torch.randn(rows, 8).bfloat16()
+    y[0] = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-40, -3e38])
+    y.view(torch.int16)[0, 4] = 0x7FC0  # the NaN that Arm's arithmetic makes; x86's converts to one of minus sign
+    other = torch.randn(rows, 8).bfloat16()
+    other[0] = 0
+    if post_op == "add_relu":
+        y[0, 4] = 1  # x86's sum of a NaN has a minus sign as well
+    total = y if post_op == "relu" else y + other
+    torch.testing.assert_close(module(y.clone(), other), total.relu(), rtol=0, atol=0, equal_nan=True)
