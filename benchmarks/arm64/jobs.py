@@ -67,6 +67,16 @@ def bundle(path: str, inputs: str = "") -> BundleCall:
     return BundleCall(model, (), tensors)
 
 
+def module_bundle(path: str, workload: str) -> Prepared:
+    """A bundle of kind "module" in the workload's own Python."""
+    import armopt
+    from benchmarks.arm64.workloads import WORKLOADS
+
+    model = armopt.load(path, model=WORKLOADS[workload].make)
+    _, inputs = WORKLOADS[workload].build()
+    return lambda: model(*inputs)
+
+
 # --- one kernel -----------------------------------------------------------------------------------
 
 

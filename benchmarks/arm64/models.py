@@ -5,6 +5,7 @@
     python -m benchmarks.arm64.models --only "resnet50 224"    # one model, also a slow one; results are kept
     python -m benchmarks.arm64.models --contenders armopt      # count this contender again, and no other
     python -m benchmarks.arm64.models --nodes                  # armopt's calls node by node
+    python -m benchmarks.arm64.models --ablation               # armopt without one pass at a time
 
 Bundles are made here, on this machine, and run on the emulated one. One process for each environment.
 """
@@ -19,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from armopt.emulation.folder import DEFAULT_TORCH, PreparedFolder, core_named
 from armopt.errors import ArmoptError
@@ -30,6 +32,10 @@ CACHE = ROOT / ".cache" / "arm64"
 PAGE = ROOT / "docs" / "benchmarks.md"
 ARMOPT = "armopt"
 BASELINE = "eager fast math"
+INDUCTOR = "Inductor's calls"
+#: Passes that can be left out, with the models that show what each brings.
+PASSES = (*("FoldBatchNorm", "FusePointwise", "MergeShortcut", "FoldStride", "MergeProjections", "PropagateBf16"),)
+ABLATED = ("resnet50 224", "gpt2 block, 64 tokens")
 
 
 @dataclass(frozen=True)
@@ -43,41 +49,61 @@ class Contender:
 
 
 _BLAS = {**FAST_MATH, "TORCH_MKLDNN_MATMUL_MIN_DIM": "64"}
-_CONVOLUTIONAL = "resnet mobilenet"
-_DENSE = "mlp block"
+_HUGE_PAGES = {**FAST_MATH, "THP_MEM_ALLOC_ENABLE": "1"}
+_CONVOLUTIONAL = "resnet mobilenet efficientnet convnext"
+_DENSE = "mlp block gpt2 bert"
+_EXPORTED = "mlp block resnet mobilenet efficientnet convnext vit"
 CONTENDERS = {
     "eager FP32": Contender(ONE_THREAD, {}),
     BASELINE: Contender(FAST_MATH, {}),
     "fast math, channels_last": Contender(FAST_MATH, {"channels_last": True}, _CONVOLUTIONAL),
     "fast math, OpenBLAS below 64": Contender(_BLAS, {}, _DENSE),
+    "fast math, huge pages": Contender(_HUGE_PAGES, {}, "mlp resnet50"),
     "model.bfloat16()": Contender(FAST_MATH, {"dtype": "bfloat16"}),
-    "ONNX Runtime": Contender(ONE_THREAD, {"fast_math": False}, onnx="plain"),
-    "ONNX Runtime, BF16 flag": Contender(ONE_THREAD, {"fast_math": True}, onnx="plain"),
-    "ONNX Runtime, BF16 flag, armopt's form": Contender(ONE_THREAD, {"fast_math": True}, onnx="flag"),
+    INDUCTOR: Contender(FAST_MATH, {}, f"{_EXPORTED} gpt2 bert swin"),
+    "ONNX Runtime": Contender(ONE_THREAD, {"fast_math": False}, _EXPORTED, onnx="plain"),
+    "ONNX Runtime, BF16 flag": Contender(ONE_THREAD, {"fast_math": True}, _EXPORTED, onnx="plain"),
+    "ONNX Runtime, BF16 flag, armopt's form": Contender(ONE_THREAD, {"fast_math": True}, _EXPORTED, onnx="flag"),
     ARMOPT: Contender(FAST_MATH, {}),
 }
 
 
-def make_bundle(workload: str, cpu: str) -> Path:
-    """Optimizes a model on this machine; random weights, so no accuracy gate."""
+def make_bundle(workload: str, cpu: str, torch_version: str, without: str = "") -> Path:
+    """Optimizes a model on this machine, planned for a torch release; random weights, so no accuracy gate.
+
+    `without` names a pass to leave out.
+    """
     import armopt
+    from armopt import cost_policy, passes, targets
     from benchmarks.arm64.workloads import WORKLOADS
 
     model, inputs = WORKLOADS[workload].build()
-    place = CACHE / "bundles" / _file_name(workload)
+    place = CACHE / "bundles" / _file_name(f"{workload} {without}")
     place.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
+    whole = WORKLOADS[workload].whole
+    options: dict[str, Any] = {"output": place, "target": cpu, "min_cosine": -1.0, "force": True}
+    options["policy"] = cost_policy.default(targets.load(cpu), torch_version.rpartition(".")[0])
+
+    def keep(chosen: tuple[passes.Pass, ...]) -> tuple[passes.Pass, ...]:
+        return tuple(each for each in chosen if type(each).__name__ != without)
+
+    lower = passes.lower
+    with (
+        warnings.catch_warnings(),
+        mock.patch.multiple(passes, PREPARE=keep(passes.PREPARE), lower=lambda *args: keep(lower(*args))),
+    ):
         warnings.simplefilter("ignore")
-        armopt.optimize(model, inputs, output=place, target=cpu, min_cosine=-1.0, force=True)
+        example = inputs if whole else [inputs]
+        armopt.optimize(model, example, kind="graph" if whole else "module", **options)
     return place
 
 
-def make_onnx(workload: str, cpu: str, form: str) -> Path:
+def make_onnx(workload: str, cpu: str, torch_version: str, form: str) -> Path:
     """The bundle as an ONNX model, with weights in FP32."""
     from armopt.onnx_export import export
     from armopt.onnx_export.options import Options
 
-    bundle = make_bundle(workload, cpu)
+    bundle = make_bundle(workload, cpu, torch_version)
     place = bundle.with_name(f"{bundle.name}-{form}.onnx")
     export.export(bundle, place, Options(fast_math=form != "plain"), force=True)
     return place
@@ -93,27 +119,24 @@ def measure(
         for workload in workloads:
             if kind.only and not any(word in workload for word in kind.only.split()):
                 continue
+            name = f"{workload}: {contender}"
             if contender == ARMOPT:
-                arguments: dict[str, Any] = {"path": str(make_bundle(workload, cpu))}
-                job = Job(f"{workload}: armopt", "benchmarks.arm64.jobs:bundle", arguments, 1, 1, nodes)
+                job = armopt_job(name, workload, make_bundle(workload, cpu, torch_version), nodes)
+            elif contender == INDUCTOR:
+                job = Job(name, "benchmarks.arm64.workloads:inductor", {"workload": workload}, 1)
             elif kind.onnx:
-                arguments = {"path": str(make_onnx(workload, cpu, kind.onnx)), **kind.arguments}
-                job = Job(f"{workload}: {contender}", "benchmarks.arm64.onnxruntime_jobs:model", arguments, 1)
+                path = make_onnx(workload, cpu, torch_version, kind.onnx)
+                arguments: dict[str, Any] = {"path": str(path), **kind.arguments}
+                job = Job(name, "benchmarks.arm64.onnxruntime_jobs:model", arguments, 1)
             else:
                 arguments = {"workload": workload, **kind.arguments}
-                job = Job(f"{workload}: {contender}", "benchmarks.arm64.workloads:eager", arguments, 1)
+                job = Job(name, "benchmarks.arm64.workloads:eager", arguments, 1)
             groups.setdefault(tuple(sorted(kind.env.items())), []).append((workload, contender, job))
     for env, group in groups.items():
 
         def keep(index: int, counted: Counts, group: Sequence[tuple[str, str, Job]] = group) -> None:
             workload, contender, _ = group[index]
-            results = load(cpu, torch_version)
-            results.setdefault(workload, {})[contender] = _entry(counted)
-            _save(results, cpu, torch_version)
-            if counted.error:
-                _say(f"{workload}, {contender}: {counted.error}")
-            elif counted.nodes or counted.profile:
-                print(counts.details(counted), flush=True)
+            keep_result(workload, contender, counted, cpu, torch_version)
 
         counts.count(
             [job for _, _, job in group],
@@ -125,6 +148,41 @@ def measure(
             report=_say,
             finished=keep,
         )
+
+
+def armopt_job(name: str, workload: str, bundle: Path, nodes: bool = False) -> Job:
+    """One call of a bundle."""
+    from benchmarks.arm64.workloads import WORKLOADS
+
+    if WORKLOADS[workload].whole:
+        return Job(name, "benchmarks.arm64.jobs:bundle", {"path": str(bundle)}, 1, 1, nodes)
+    return Job(name, "benchmarks.arm64.jobs:module_bundle", {"path": str(bundle), "workload": workload}, 1)
+
+
+def keep_result(workload: str, contender: str, counted: Counts, cpu: str, torch_version: str) -> None:
+    """Adds one count to the kept results."""
+    results = load(cpu, torch_version)
+    results.setdefault(workload, {})[contender] = _entry(counted)
+    _save(results, cpu, torch_version)
+    if counted.error:
+        _say(f"{workload}, {contender}: {counted.error}")
+    elif counted.nodes or counted.profile:
+        print(counts.details(counted), flush=True)
+
+
+def ablate(workloads: Sequence[str], *, cpu: str, torch_version: str) -> None:
+    """Counts armopt without one pass at a time."""
+    wanted = [(workload, name) for workload in workloads for name in PASSES]
+    jobs = [
+        armopt_job(f"{workload}: without {name}", workload, make_bundle(workload, cpu, torch_version, name))
+        for workload, name in wanted
+    ]
+
+    def keep(index: int, counted: Counts) -> None:
+        workload, name = wanted[index]
+        keep_result(workload, f"without {name}", counted, cpu, torch_version)
+
+    counts.count(jobs, cpu=cpu, torch_version=torch_version, timeout=4 * 3600, report=_say, finished=keep)
 
 
 def _entry(counted: Counts) -> dict[str, Any]:
@@ -161,17 +219,27 @@ def render(results: Mapping[str, Mapping[str, Any]], floors: Mapping[str, int]) 
         row = {name: _total(entry) for name, entry in results[workload].items()}
         base, mine = row.get(BASELINE), row.get(ARMOPT)
         ratio = f"{base / mine:.2f}x" if base and mine else ""
-        others = [value for name, value in row.items() if name != ARMOPT and value]
+        others = [value for name, value in row.items() if name in used and name != ARMOPT and value]
         best = f"{min(others) / mine:.2f}x" if others and mine else ""
         cells = [_millions(row[name]) if name in row else "" for name in used]
         totals.append([workload, _millions(floors[workload] // 32), *cells, ratio, best])
         compared = [name for name in (BASELINE, ARMOPT) if row.get(name)]
         classes += [[workload, name, *counts.class_row(results[workload][name]["classes"])] for name in compared]
+    ablation = []
+    for name in PASSES:
+        row = [results.get(workload, {}) for workload in ABLATED]
+        pairs = [(_total(each.get(f"without {name}", {})), _total(each.get(ARMOPT, {}))) for each in row]
+        if all(without and whole for without, whole in pairs):
+            ablation.append(
+                [name, *(f"{without / 1e6:.2f} (+{(without - whole) / 1e6:.2f})" for without, whole in pairs)]
+            )
     header = ["model", "floor", *used, "fast math / armopt", "best other / armopt"]
     by_class = ["model", "", *counts.SHORT_CLASSES, "total"]
     return (
         "Millions of retired instructions of one call:\n\n"
-        f"{counts.table(totals, header)}\n\nBy class, in thousands:\n\n{counts.table(classes, by_class)}\n"
+        f"{counts.table(totals, header)}\n\nBy class, in thousands:\n\n{counts.table(classes, by_class)}\n\n"
+        "Millions of instructions without one of armopt's passes, and what that adds:\n\n"
+        f"{counts.table(ablation, ['without', *ABLATED])}\n"
     )
 
 
@@ -187,8 +255,12 @@ aarch64 wheel, on an emulated {core_named(cpu).name} ({cpu}, {qemu}, own plugin:
 A count is not a time: it knows nothing of caches, memory bandwidth and how many instructions a cycle takes.
 `floor` is the arithmetic alone: multiply-adds of Linear and convolution / 32, as SVE BFMMLA of 256 bits has them.
 `mlp` is the tutorial's 4096-4096-11008-10, `mlp/4` the same with each width divided by 4. All weights are random.
+gpt2 is GPT-2 small with its cache of keys and values, whole; mask r-cnn has ResNet-50 and FPN, and 50 proposals.
 Every contender runs with LRU_CACHE_CAPACITY=1024 and OMP_NUM_THREADS=1; fast math is DNNL_DEFAULT_FPMATH_MODE=BF16,
-"OpenBLAS below 64" adds the tutorial's TORCH_MKLDNN_MATMUL_MIN_DIM=64. armopt's calls include its checks of the inputs.
+"OpenBLAS below 64" adds the tutorial's TORCH_MKLDNN_MATMUL_MIN_DIM=64,
+"huge pages" THP_MEM_ALLOC_ENABLE=1.
+"Inductor's calls" are those that it emits with freezing: packed weights, batch norms folded, no post-op fused.
+armopt's calls include its checks of the inputs.
 ONNX Runtime runs armopt's exports; its BF16 flag is mlas.enable_gemm_fastmath_arm64_bfloat16 (docs/onnx.md).
 
 {body}"""
@@ -223,6 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="by library and function")
     parser.add_argument("--all", action="store_true", help="the slow models too")
     parser.add_argument("--show", action="store_true", help="count nothing: the kept results only")
+    parser.add_argument("--ablation", action="store_true", help="armopt without one pass at a time, nothing else")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
     options = parser.parse_args(arguments)
     from benchmarks.arm64.workloads import WORKLOADS
@@ -232,7 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown {', '.join(sorted(unknown))}; choose from {', '.join(WORKLOADS)}")
     chosen = options.only or [name for name, each in WORKLOADS.items() if options.all or not each.slow]
     try:
-        if not options.show:
+        if options.ablation:
+            ablate(options.only or ABLATED, cpu=options.cpu, torch_version=options.torch)
+        elif not options.show:
             measure(
                 chosen,
                 options.contenders,
