@@ -50,6 +50,7 @@ class Model:
         self._positional = len(self._inputs["items"]["args"]["items"])
         self._names: list[str] = self._inputs["names"]
         self._specs = [(s["name"], tuple(s["shape"]), getattr(torch, s["dtype"])) for s in signature["specs"]]
+        self._plain = self._names if _is_plain(self._inputs) else None
         self._symbols: list[str] = [symbol["name"] for symbol in signature["symbols"]]
         self._build = structure.builder(signature["outputs"])
         self._positions: list[int] = signature["outputs"]["positions"]
@@ -77,11 +78,19 @@ class Model:
 
     def run_flat(self, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
         """The graph's flat outputs from its flat inputs, unchecked."""
+        if not torch.is_grad_enabled():
+            return self._select(tensors)(*tensors)
         with torch.no_grad():
             return self._select(tensors)(*tensors)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors of a call, in the order of the graph's inputs, checked."""
+        if self._plain is not None and len(args) + len(kwargs) == len(self._plain):
+            names = self._plain[len(args) :]
+            if all(name in kwargs for name in names):
+                tensors = [*args, *(kwargs[name] for name in names)]
+                self.check(tensors)
+                return tensors
         args, kwargs = self._arrange(args, kwargs)
         tensors = structure.flatten(self._inputs, {"args": list(args), "kwargs": kwargs}, "inputs")
         self.check(tensors)
@@ -102,10 +111,9 @@ class Model:
                     where=f"input {name}",
                     hint=f"Convert it with .to(torch.{_short(dtype)})",
                 )
-            if len(shape) != tensor.dim() or any(
-                size != expected
-                for size, expected in zip(tensor.shape, shape, strict=True)
-                if isinstance(expected, int)
+            if tensor.shape != shape and (
+                len(shape) != tensor.dim()
+                or any(n != wanted for n, wanted in zip(tensor.shape, shape, strict=True) if isinstance(wanted, int))
             ):
                 raise InputError(
                     f"expected shape {_shape(shape)}, found {_shape(tensor.shape)}",
@@ -162,6 +170,13 @@ class Model:
             return self._programs[0][1]
         values = {symbol: tensors[i].shape[d] for symbol, i, d in self._where}
         return buckets.nearest(self._programs, values)
+
+
+def _is_plain(inputs: Mapping[str, Any]) -> bool:
+    """Whether the arguments are tensors and nothing else, all positional, in the order of the graph's inputs."""
+    items = inputs["items"]["args"]["items"]
+    plain = [item["kind"] == "tensor" and item["index"] == i for i, item in enumerate(items)]
+    return all(plain) and not inputs["items"]["kwargs"]["items"] and len(inputs["names"]) == len(items)
 
 
 #: What builds a model: a reference, a function without arguments, or the model itself.
