@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import platform
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from armopt import buckets, glue, host, structure
 from armopt.bind import Binder, Bound
@@ -210,9 +212,10 @@ def load(
     bundle = reader.read(path)
     factory = glue.find_factory(bundle, model)
     parts = load_parts(bundle, strict=strict, tuning=tuning, stacklevel=3)
-    if factory is None:
-        return parts[""]
-    return ModuleModel(bundle.manifest, glue.assemble(bundle, factory, parts), parts)
+    made = parts[""] if factory is None else ModuleModel(bundle.manifest, glue.assemble(bundle, factory, parts), parts)
+    del bundle
+    gc.collect()  # its graphs are cycles, which would hold the file of weights in memory
+    return made
 
 
 def load_parts(
@@ -251,18 +254,34 @@ def load_parts(
         stacklevel=stacklevel + 1,
     )
     bound: dict[str, list[_Bound]] = {}
+    copies: dict[int, torch.Tensor] = {}
     verdicts: dict[str, str | None] = {}
     with host.remembering(verdicts):
         for part in bundle.parts:
             binder = Binder(host.fast_math(os.environ), host.tuning(tuning), verdicts)
             for program in part.programs:
                 module, entries = binder.bind(program)
+                _leave_file(module, program, copies)
                 bound.setdefault(part.path, []).append((program, module.forward, entries))
     if changed := host.changes(entries for each in bound.values() for _, _, entries in each):
         if strict:
             raise HostError(changed, hint=_RESTART)
         warnings.warn(changed, ArmoptWarning, stacklevel=stacklevel)
     return _models(bundle, bound, portable=False)
+
+
+def _leave_file(module: fx.GraphModule, program: Program, copies: dict[int, torch.Tensor]) -> None:
+    """Copies what a bound graph keeps as it is stored: one tensor would hold the whole file of weights in memory.
+
+    `copies` are by address; programs share them.
+    """
+    stored = {tensor.data_ptr() for tensor in program.graph_module.buffers()}
+    for node in module.graph.find_nodes(op="get_attr"):
+        tensor: torch.Tensor = getattr(module, str(node.target))
+        if tensor.layout is torch.strided and tensor.data_ptr() in stored:
+            if tensor.data_ptr() not in copies:
+                copies[tensor.data_ptr()] = tensor.clone()
+            object.__setattr__(module, str(node.target), copies[tensor.data_ptr()])
 
 
 _Bound = tuple[Program, Forward, Sequence[Bound]]

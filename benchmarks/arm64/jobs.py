@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +76,25 @@ def module_bundle(path: str, workload: str) -> Prepared:
     model = armopt.load(path, model=WORKLOADS[workload].make)
     _, inputs = WORKLOADS[workload].build_quickly()
     return lambda: model(*inputs)
+
+
+def memory(path: str, first: str) -> dict[str, int]:
+    """Bytes of the process that loading a bundle takes, at its peak and when it is done; and those of its weights.
+
+    They are the emulator's, which translates code meanwhile: `first`, another bundle, has most of it translated before.
+    """
+    import armopt
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+    armopt.load(first)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    model = armopt.load(path)
+    taken = {"peak": status("VmHWM") - before, "resident": status("VmRSS") - before}
+    return {**taken, **{name: int(size) for name, size in model.manifest.weights.items()}}
 
 
 # --- one kernel -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
     python -m benchmarks.arm64.models --contenders armopt      # count this contender again, and no other
     python -m benchmarks.arm64.models --nodes                  # armopt's calls node by node
     python -m benchmarks.arm64.models --ablation               # armopt without one pass at a time
+    python -m benchmarks.arm64.models --memory                 # bytes that loading takes
 
 Bundles are made here, on this machine, and run on the emulated one. One process for each environment.
 """
@@ -35,6 +36,7 @@ BASELINE = "eager fast math"
 INDUCTOR = "Inductor's calls"
 #: Passes that can be left out, with the models that show what each brings.
 PASSES = (*("FoldBatchNorm", "FusePointwise", "MergeShortcut", "FoldStride", "MergeProjections", "PropagateBf16"),)
+WEIGHED = ("resnet50 224", "gpt2, prefill of 64", "bert base, 128 tokens")
 ABLATED = ("resnet50 224", "gpt2 block, 64 tokens")
 
 
@@ -185,6 +187,20 @@ def ablate(workloads: Sequence[str], *, cpu: str, torch_version: str) -> None:
     counts.count(jobs, cpu=cpu, torch_version=torch_version, timeout=4 * 3600, report=_say, finished=keep)
 
 
+def weigh(workloads: Sequence[str], *, cpu: str, torch_version: str) -> None:
+    """Bytes that loading each bundle takes, in one emulated process."""
+    from armopt.emulation.worker import EmulatedWorker
+
+    first = str(make_bundle("mlp/4 batch 32", cpu, torch_version))
+    bundles = {workload: str(make_bundle(workload, cpu, torch_version)) for workload in workloads}
+    worker = EmulatedWorker(cpu, torch_version, FAST_MATH)
+    for workload, path in bundles.items():
+        taken = worker.call("benchmarks.arm64.jobs:memory", path=path, first=first, timeout=3600).value
+        results = load(cpu, torch_version)
+        results.setdefault(workload, {})["memory"] = taken
+        _save(results, cpu, torch_version)
+
+
 def _entry(counted: Counts) -> dict[str, Any]:
     if counted.error:
         return {"error": counted.error.strip().splitlines()[-1]}
@@ -233,14 +249,26 @@ def render(results: Mapping[str, Mapping[str, Any]], floors: Mapping[str, int]) 
             ablation.append(
                 [name, *(f"{without / 1e6:.2f} (+{(without - whole) / 1e6:.2f})" for without, whole in pairs)]
             )
+    memory = []
+    for workload, each in results.items():
+        if found := each.get("memory"):
+            sizes = [f"{found[name] / 1e6:.1f}" for name in ("fp32_bytes", "bytes", "resident", "peak")]
+            ratios = [f"{found['resident'] / found['fp32_bytes']:.2f}", f"{found['peak'] / found['bytes']:.2f}"]
+            memory.append([workload, *sizes, *ratios])
     header = ["model", "floor", *used, "fast math / armopt", "best other / armopt"]
     by_class = ["model", "", *counts.SHORT_CLASSES, "total"]
     return (
         "Millions of retired instructions of one call:\n\n"
         f"{counts.table(totals, header)}\n\nBy class, in thousands:\n\n{counts.table(classes, by_class)}\n\n"
         "Millions of instructions without one of armopt's passes, and what that adds:\n\n"
-        f"{counts.table(ablation, ['without', *ABLATED])}\n"
+        f"{counts.table(ablation, ['without', *ABLATED])}\n\n"
+        "Megabytes of the emulated process that armopt.load takes; half of the peak is the mapped file of weights,\n"
+        "which the system can drop. Some 10 MB are the emulator's own.\n\n"
+        f"{counts.table(memory, _MEMORY)}\n"
     )
+
+
+_MEMORY = ["model", "weights in FP32", "in the bundle", "resident", "peak", "resident / FP32", "peak / bundle"]
 
 
 def page(body: str, cpu: str, torch_version: str) -> str:
@@ -297,6 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="the slow models too")
     parser.add_argument("--show", action="store_true", help="count nothing: the kept results only")
     parser.add_argument("--ablation", action="store_true", help="armopt without one pass at a time, nothing else")
+    parser.add_argument("--memory", action="store_true", help="bytes that loading takes, nothing else")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
     options = parser.parse_args(arguments)
     from benchmarks.arm64.workloads import WORKLOADS
@@ -308,6 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.ablation:
             ablate(options.only or ABLATED, cpu=options.cpu, torch_version=options.torch)
+        elif options.memory:
+            weigh(options.only or WEIGHED, cpu=options.cpu, torch_version=options.torch)
         elif not options.show:
             measure(
                 chosen,

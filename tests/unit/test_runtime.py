@@ -159,3 +159,14 @@ def test_results_carry_no_gradient_and_inputs_stay(model: runtime.Model, mlp_inp
 )
 def test_fast_math_follows_onednns_variables(environ: dict[str, str], on: bool) -> None:
     assert host.fast_math(environ) is on
+
+
+def test_the_file_of_weights_leaves_memory(tmp_path: Path) -> None:
+    """The norm's weights are kept as they are stored; one such tensor would hold all of the mapped file."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)).eval()
+    x = torch.randn(3, 64)
+    armopt.optimize(model, (x,), output=tmp_path / "bundle", target="host")
+    loaded = armopt.load(tmp_path / "bundle")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    torch.testing.assert_close(loaded(x), model(x), atol=0.05, rtol=0)
