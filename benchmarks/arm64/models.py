@@ -238,7 +238,7 @@ def render(results: Mapping[str, Mapping[str, Any]], floors: Mapping[str, int]) 
         others = [value for name, value in row.items() if name in used and name != ARMOPT and value]
         best = f"{min(others) / mine:.2f}x" if others and mine else ""
         cells = [_millions(row[name]) if name in row else "" for name in used]
-        totals.append([workload, _millions(floors[workload] // 32), *cells, ratio, best])
+        totals.append([workload, f"{floors[workload] / 32e6:.2f}", *cells, ratio, best])
         compared = [name for name in (BASELINE, ARMOPT) if row.get(name)]
         classes += [[workload, name, *counts.class_row(results[workload][name]["classes"])] for name in compared]
     ablation = []
@@ -257,17 +257,21 @@ def render(results: Mapping[str, Mapping[str, Any]], floors: Mapping[str, int]) 
             memory.append([workload, *sizes, *ratios])
     header = ["model", "floor", *used, "fast math / armopt", "best other / armopt"]
     by_class = ["model", "", *counts.SHORT_CLASSES, "total"]
-    return (
-        "Millions of retired instructions of one call:\n\n"
-        f"{counts.table(totals, header)}\n\nBy class, in thousands:\n\n{counts.table(classes, by_class)}\n\n"
-        "Millions of instructions without one of armopt's passes, and what that adds:\n\n"
-        f"{counts.table(ablation, ['without', *ABLATED])}\n\n"
-        "Megabytes of the emulated process that armopt.load takes; half of the peak is the mapped file of weights,\n"
-        "which the system can drop. Some 10 MB are the emulator's own.\n\n"
-        f"{counts.table(memory, _MEMORY)}\n"
-    )
+    sections = [
+        ("Millions of retired instructions of one call:", header, totals),
+        ("By class, in thousands:", by_class, classes),
+        (
+            "Millions of instructions without one of armopt's passes, and what that adds:",
+            ["without", *ABLATED],
+            ablation,
+        ),
+        (_ON_MEMORY, _MEMORY, memory),
+    ]
+    return "\n".join(f"{title}\n\n{counts.table(rows, columns)}\n" for title, columns, rows in sections if rows)
 
 
+_ON_MEMORY = """Megabytes of the emulated process that armopt.load takes. Half of the peak is the mapped file of
+weights, which the system can drop. Some 10 MB are the emulator's own."""
 _MEMORY = ["model", "weights in FP32", "in the bundle", "resident", "peak", "resident / FP32", "peak / bundle"]
 
 
@@ -289,7 +293,7 @@ Every contender runs with LRU_CACHE_CAPACITY=1024 and OMP_NUM_THREADS=1; fast ma
 "OpenBLAS below 64" adds the tutorial's TORCH_MKLDNN_MATMUL_MIN_DIM=64,
 "huge pages" THP_MEM_ALLOC_ENABLE=1.
 "Inductor's calls" are those that it emits with freezing: packed weights, batch norms folded, no post-op fused.
-armopt's calls include its checks of the inputs.
+armopt's calls include its checks of the inputs. Cells without a number were not counted.
 ONNX Runtime runs armopt's exports; its BF16 flag is mlas.enable_gemm_fastmath_arm64_bfloat16 (docs/onnx.md).
 
 {body}"""
