@@ -1,7 +1,7 @@
 """Max pooling of BF16 values that are not negative: they compare as the integers of their bits do.
 
 ATen's max_pool2d widens each value of each window to FP32 and keeps the index of the largest: 27 instructions an output
-of 3x3 on the emulated Graviton3. Rows, then columns, with the integer maximum take 4.
+of 3x3 on the emulated Graviton3. Rows, then columns, with the integer maximum take 5.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def emit(node: fx.Node, window: tuple[list[int], list[int], list[int]], image: S
         outputs = (length + 2 * padding[i] - size[i]) // stride[i] + 1
         whole = x
         for tap in range(size[i]):
-            part = call(_aten.slice.Tensor, whole, i + 2, tap, tap + (outputs - 1) * stride[i] + 1, stride[i])
+            part = call(_aten.slice.Tensor, whole, i - 2, tap, tap + (outputs - 1) * stride[i] + 1, stride[i])
             x = part if tap == 0 else call(_aten.maximum.default, x, part)
     node.replace_all_uses_with(call(_aten.view.dtype, x, torch.bfloat16))
     node.graph.erase_node(node)

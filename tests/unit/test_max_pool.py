@@ -21,7 +21,7 @@ def pooled(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, set[Any]]:
     graph.output(node)
     window = max_pool.window(node)
     assert window is not None
-    max_pool.emit(node, window, x.shape[2:])
+    max_pool.emit(node, window, x.shape[-2:])
     return fx.GraphModule(torch.nn.Module(), graph)(x), {each.target for each in graph.nodes}
 
 
@@ -37,6 +37,12 @@ def test_the_largest_of_each_window(args: Any, size: tuple[int, int]) -> None:
     assert torch.equal(found, expected)
     assert found.dtype == torch.bfloat16
     assert _aten.max_pool2d.default not in targets
+
+
+def test_an_image_without_a_batch() -> None:
+    x = torch.randn(5, 7, 9).relu().bfloat16()
+    found, _ = pooled(x, [3, 3], [2, 2], [1, 1])
+    assert torch.equal(found, torch.nn.functional.max_pool2d(x.float(), 3, 2, 1).bfloat16())
 
 
 @pytest.mark.parametrize("args", [([2, 2], [2, 2], [0, 0], [2, 2]), ([2, 2], [2, 2], [0, 0], [1, 1], True)])
