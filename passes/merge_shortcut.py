@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +67,7 @@ def _merge(graph_module: fx.GraphModule, node: fx.Node, shortcut: fx.Node) -> No
     weight = torch.cat([w.detach() for w in weights if w is not None], 1)
     name = str(sources[0].target)
     added = [bias.detach() for bias in biases if bias is not None]
-    bias = operator.add(*added) if len(added) == 2 else added[0] if added else None
+    bias = torch.stack(added).sum(0) if added else None
     args = (
         g.insert_call(graph, node, _aten.cat.default, (inputs, 1)),
         g.add_constant(graph_module, f"{name}_shortcut", weight, node, sources),

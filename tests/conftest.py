@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,17 @@ def host_bundle(
     path = tmp_path_factory.mktemp("bundles") / "host"
     compiler.optimize(mlp, mlp_inputs, output=path, target="host", batch=(2, 64))
     return path
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """A Dynamo that has compiled, counted and warned of nothing; afterwards too."""
+    from torch._dynamo.utils import counters
+
+    from armopt import dynamo
+
+    torch._dynamo.reset()
+    counters.clear()
+    dynamo._said.clear()
+    yield
+    torch._dynamo.reset()

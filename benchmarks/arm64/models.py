@@ -14,6 +14,7 @@ Bundles are made here, on this machine, and run on the emulated one. One process
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import warnings
@@ -70,6 +71,7 @@ CONTENDERS = {
 }
 
 
+@functools.cache
 def make_bundle(workload: str, cpu: str, torch_version: str, without: str = "") -> Path:
     """Optimizes a model on this machine, planned for a torch release; random weights, so no accuracy gate.
 

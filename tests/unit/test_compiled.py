@@ -8,7 +8,6 @@ import inspect
 import pickle
 import random
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,18 +15,11 @@ import torch
 from torch._dynamo.utils import counters
 
 import armopt
-from armopt import dynamo, jit
+from armopt import jit
 from armopt.errors import InputError
 from armopt.host import ArmoptWarning
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    dynamo._said.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Classifier(torch.nn.Module):
