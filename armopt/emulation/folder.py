@@ -67,7 +67,7 @@ def core_named(cpu: str) -> Core:
 
 # 7.2 (bookworm) has no neoverse-v1, and 11.1 (sid) hides its bf16.
 QEMU = {"package": "qemu-user", "suite": "trixie", "version": "10.0."}
-ROOT = {"packages": ["python3.11", "libgomp1", "libstdc++6"], "suite": "bookworm"}
+ROOT = {"packages": ["python3.11", "libgomp1", "libstdc++6", "libtcmalloc-minimal4"], "suite": "bookworm"}
 BASE_REQUIREMENTS = (
     # What PyTorch and torchvision need
     *("filelock==4.2.11", "fsspec==2026.9.0", "jinja2==3.1.6", "networkx==3.6.1", "sympy==1.14.0"),

@@ -41,10 +41,11 @@ def emulated_command(
         argv: ``python …`` or ``armopt …``; also ``env`` or ``sh`` that start one of them.
         torch_version: The aarch64 PyTorch it imports.
         env: The environment it gets (this process's own by default); DNNL_*, OMP_* and the like pass through.
+            Paths in LD_PRELOAD are those of the emulated machine.
         folder: The prepared folder; the user's by default.
 
     Raises:
-        InputError: An unknown core, or a command that is a program of the host.
+        InputError: An unknown core, a command that is a program of the host, or a comma in LD_PRELOAD.
         HostError: The folder is not prepared.
     """
     core = core_named(cpu)
@@ -67,7 +68,7 @@ def emulated_command(
     for variable in ("PYTHONHOME", "VIRTUAL_ENV"):
         inherited.pop(variable, None)
     return [program, *argv[1:]], {
-        **inherited,
+        **_preload_emulated(inherited),
         CPU_VARIABLE: core.name,
         "PYTHONNOUSERSITE": "1",  # ~/.local holds x86 packages
         CACHE_VARIABLE: str(folder.path),
@@ -75,6 +76,23 @@ def emulated_command(
         "PYTHONPATH": os.pathsep.join(
             [*_python_path(folder, torch_version), *filter(None, [inherited.get("PYTHONPATH", "")])]
         ),
+    }
+
+
+def _preload_emulated(env: Mapping[str, str]) -> dict[str, str]:
+    """Keeps LD_PRELOAD from the host's programs, QEMU among them: QEMU sets it for the emulated program alone.
+
+    What such a program starts inherits its LD_PRELOAD as it is then, so QEMU's own variables end there.
+    """
+    if "LD_PRELOAD" not in env:
+        return dict(env)
+    rest = {name: value for name, value in env.items() if name != "LD_PRELOAD"}
+    if "," in env["LD_PRELOAD"]:
+        raise InputError("QEMU takes no comma", where=f"LD_PRELOAD={env['LD_PRELOAD']}", hint="Separate by a colon")
+    return {
+        **rest,
+        "QEMU_SET_ENV": f"LD_PRELOAD={env['LD_PRELOAD']}",
+        "QEMU_UNSET_ENV": "QEMU_SET_ENV,QEMU_UNSET_ENV",
     }
 
 

@@ -76,6 +76,22 @@ def test_what_an_emulated_process_starts_is_emulated_too(require_torch, restart)
     assert done.stdout.split() == ["aarch64", "neoverse-n2"], done.stderr
 
 
+def test_what_is_preloaded_is_preloaded_on_the_emulated_machine_alone(require_torch):
+    require_torch("2.10.0")
+    seen = """
+import os, subprocess, sys
+print(os.environ.get("LD_PRELOAD"), "tcmalloc" in open("/proc/self/maps").read(), flush=True)
+if sys.argv[1:]:
+    subprocess.run([sys.executable, "-c", sys.argv[1]], env={**os.environ, "LD_PRELOAD": ""})
+"""
+    library = "/usr/lib/aarch64-linux-gnu/libtcmalloc_minimal.so.4"
+    given = {**os.environ, "LD_PRELOAD": library}
+    command, env = emulated_command("graviton3", ["python", "-c", seen, seen], env=given)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    # what it starts gets what it says, not what it was given
+    assert (done.stdout.splitlines(), done.stderr) == ([f"{library} True", " False"], "")
+
+
 def test_the_exit_code_is_the_commands(require_torch):
     require_torch("2.10.0")
     assert emulate("graviton3", ["python", "-c", "raise SystemExit(7)"]) == 7

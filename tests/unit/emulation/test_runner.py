@@ -46,6 +46,19 @@ def test_the_callers_settings_pass_and_its_packages_come_last(folder):
     assert env["PYTHONNOUSERSITE"] == "1"
 
 
+def test_what_is_preloaded_is_the_emulated_programs_alone(folder):
+    _, env = emulated_command("altra", ["python"], env={"LD_PRELOAD": "/usr/lib/a.so:/b.so"}, folder=folder)
+    assert "LD_PRELOAD" not in env
+    assert env["QEMU_SET_ENV"] == "LD_PRELOAD=/usr/lib/a.so:/b.so"
+    assert set(env["QEMU_UNSET_ENV"].split(",")) == {"QEMU_SET_ENV", "QEMU_UNSET_ENV"}
+    _, switched_off = emulated_command("altra", ["python"], env={"LD_PRELOAD": ""}, folder=folder)
+    assert switched_off["QEMU_SET_ENV"] == "LD_PRELOAD="
+    _, without = emulated_command("altra", ["python"], env={}, folder=folder)
+    assert not [name for name in without if name.startswith("QEMU_")]
+    with pytest.raises(InputError, match="comma"):
+        emulated_command("altra", ["python"], env={"LD_PRELOAD": "/a,b.so"}, folder=folder)
+
+
 def test_an_installed_armopt_does_not_put_x86_packages_first(folder, monkeypatch):
     monkeypatch.setattr(runner, "__file__", "/venv/lib/site-packages/armopt/emulation/runner.py")
     _, env = emulated_command("altra", ["python3"], env={}, folder=folder)
