@@ -138,6 +138,13 @@ def test_nvpl_costs_no_bundle_anything(backends: Backends) -> None:
     assert {c.name: c.found for c in report.checks if c.status == "failed"} == {"BLAS BF16": "NVPL has no sbgemm"}
 
 
+def test_glibcs_malloc_is_no_illness(backends: Backends) -> None:
+    report = examine(malloc="glibc 2.36")
+    assert report.healthy
+    assert named(report)["malloc"].severity == "info"
+    assert examine(malloc="libtcmalloc_minimal.so.4.5.10").findings == ()
+
+
 def test_wrong_numbers_are_hard(backends: Backends) -> None:
     backends.wrong = {"sbgemm": "sbgemm gives wrong numbers: all zeros"}
     assert named(examine())["BF16 in BLAS"].severity == "hard"
