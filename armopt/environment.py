@@ -8,8 +8,8 @@ True to the builds of torch 2.10 to 2.13, found in their libraries and under emu
   unless, from 2.13, ``MIMALLOC_ALLOW_THP=0`` forbids it (QEMU's log of system calls, see docs/knobs.md).
 - ``OMP_PROC_BIND`` other than ``false`` (``OMP_PLACES`` alone implies it) binds the main thread, and so every
   thread that Python starts from it, to one core. Hence it is off; ``OMP_PLACES``, void then, isn't set.
-- oneDNN and ACL make some hundred small objects on each call of a packed layer, by glibc's malloc: half of what such
-  a call costs beside its arithmetic. Allocators with a cache for each thread take a third off (docs/knobs.md).
+- oneDNN and ACL make some hundred small objects on each call of a packed layer, by glibc's malloc: nearly half of
+  what a small one costs. Allocators with a cache for each thread take a third off (docs/knobs.md).
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ _COSTS: Mapping[str, str] = {
     "OMP_PROC_BIND": "the main thread and all threads that Python starts share one core",
     "TORCH_MKLDNN_MATMUL_MIN_DIM": "Linears left to ATen pack their weights on each call: 2-3 times "
     "the time at batch 10 to 32 (tutorial, Graviton3)",
-    PRELOAD: "each call of a packed layer retires some 80 thousand instructions more",
+    PRELOAD: "each call of a packed layer retires 50 to 80 thousand instructions more",
     "THP_MEM_ALLOC_ENABLE": "large tensors live in small pages: 8 % more time at batch 256 (tutorial)",
 }
 _THREADS_WHY = "one thread for each CPU that this worker may use, so that none waits for another"
 _PRELOAD_WHY = (
     "oneDNN and ACL make some hundred small objects on each call of a packed layer: with glibc's malloc a small one "
-    "retires 245 thousand instructions, with tcmalloc 163, mimalloc 173, jemalloc 174"
+    "retires 250 thousand instructions, with tcmalloc 163, mimalloc 172, jemalloc 174"
 )
 _FPMATH_WHY = "oneDNN multiplies FP32 operands in BF16 (BFMMLA on Arm) and accumulates in FP32"
 

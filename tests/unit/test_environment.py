@@ -164,7 +164,7 @@ def test_which_allocator_is_loaded(maps: str, malloc: str, monkeypatch: pytest.M
 def test_glibcs_malloc_costs_each_call_of_a_packed_layer() -> None:
     found = compare(malloc="glibc 2.36")["malloc"]
     assert (found.severity, found.found) == ("info", "glibc 2.36")
-    assert "80 thousand instructions" in found.cost
+    assert "50 to 80 thousand instructions" in found.cost
     assert "libtcmalloc-minimal4" in found.remedy
     assert compare(malloc="libjemalloc.so.2") == compare(malloc="") == {}
     assert "malloc" not in compare(on="x86-avx512-bf16", malloc="glibc 2.36")
