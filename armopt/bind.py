@@ -19,6 +19,7 @@ from armopt.kernels import max_pool, post_ops, table
 from armopt.kernels.base import Call, Kernel
 from armopt.kernels.geometry import output_size
 from armopt.kernels.ops import KERNEL, POST_OP
+from armopt.transparent import ATTENTION, OPERANDS, origin
 from armopt.tuning import Tuning
 
 _aten = torch.ops.aten
@@ -74,6 +75,7 @@ class Binder:
         verdicts: Refusals, or None, by :func:`armopt.verdicts.key`; filled as probes run.
         identify: What tells weights apart, from a weight and its name; by default its name in the bundle.
         packed: What is packed already, to be shared.
+        bf16_attention: Whether attention works in BF16 where planned: it needs OpenBLAS's product.
     """
 
     fast_math: bool
@@ -81,6 +83,7 @@ class Binder:
     verdicts: dict[str, str | None] = field(default_factory=dict)
     identify: Callable[[str, torch.Tensor], Hashable] = _by_name
     packed: PackedWeights = field(default_factory=_nothing_packed)
+    bf16_attention: bool = True
     _biases: dict[tuple[str, torch.dtype, float], torch.Tensor] = field(default_factory=dict)
 
     def bind(self, program: Program) -> tuple[fx.GraphModule, list[Bound]]:
@@ -110,6 +113,8 @@ class Binder:
                 site,
             )
         _pool_as_integers(source, mapping, program.shapes)
+        if not self.bf16_attention:
+            _attend_in_fp32(source, mapping)
         return finish(root, graph, constants), bound
 
     def _choose(
@@ -155,7 +160,10 @@ class Binder:
         known = self.verdicts.get(verdicts.key(kernel.name, site, site.shape))
         if known is not None:
             return stored, known
-        weight = kernel.packed_weight(stored, site)
+        try:
+            weight = kernel.packed_weight(stored, site)
+        except RuntimeError as error:  # e.g. oneDNN on x86 packs BF16 with AVX-512 alone
+            return stored, f"can't be packed here: {str(error).splitlines()[0]}"
         reason = self._verdict(kernel, site, site.shape, node, weight, constants)
         if reason is None:
             held.append((site.shape, weight))
@@ -298,6 +306,22 @@ def _pool_as_integers(
         positive = post_op in max_pool.NOT_NEGATIVE and kernel.activations == torch.bfloat16
         if positive and window is not None and height is not None and width is not None:
             max_pool.emit(mapping[old], window, (height, width))
+
+
+def _attend_in_fp32(source: fx.GraphModule, mapping: Mapping[fx.Node, fx.Node]) -> None:
+    """Attention planned in BF16, between casts: without a BF16 product in BLAS torch 2.13 calls oneDNN's ``ref`` for
+    each head, 27 times the instructions of FP32 (12 heads of 128x64)."""
+    for old in g.calls(source.graph, ATTENTION):
+        made = origin(old.args[0])
+        if made.target not in KERNEL or table.get(str(made.args[KERNEL[made.target]])).activations != torch.bfloat16:
+            continue
+        node = mapping[old]
+        graph, count = node.graph, OPERANDS[ATTENTION]
+        wide = tuple(_cast(graph, node, x, torch.float32) for x in node.args[:count])  # type: ignore[arg-type]
+        node.args = (*wide, *node.args[count:])
+        with graph.inserting_after(node):
+            narrow = graph.call_function(_aten._to_copy.default, (node,), {"dtype": torch.bfloat16})
+        node.replace_all_uses_with(narrow, delete_user_cb=lambda user, narrow=narrow: user is not narrow)  # type: ignore[misc]
 
 
 def _dynamic_shape(graph: fx.Graph, node: fx.Node, x: fx.Node, output: Sequence[int | None]) -> list[Any]:

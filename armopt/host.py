@@ -118,6 +118,11 @@ def fast_math(environ: Mapping[str, str]) -> bool:
     return value.upper() in ("BF16", "ANY")
 
 
+def multiplies_bf16() -> bool:
+    """Whether this build's BLAS has a product of BF16 matrices, as far as its files tell."""
+    return environment.installed().get("sbgemm") != "no"
+
+
 def _build_facts() -> dict[str, str]:
     """What a probe's verdict depends on besides the layer: the core, the libraries, and the fast-math mode."""
     host, record = targets.host(), environment.record()

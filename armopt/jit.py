@@ -347,7 +347,9 @@ def _program(
     if settings.portable:
         return Programmed(chosen, (), weights, dtypes, module.forward, tuple(module.buffers()))
     _check_host(settings, chosen.decisions)
-    binder = Binder(host.fast_math(os.environ), host.tuning(settings.tuning), {}, _POOL.identify, _POOL)
+    binder = Binder(
+        host.fast_math(os.environ), host.tuning(settings.tuning), {}, _POOL.identify, _POOL, host.multiplies_bf16()
+    )
     with host.remembering(binder.verdicts):
         bound, entries = binder.bind(program)
     if changed := host.changes([entries]):

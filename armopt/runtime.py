@@ -258,7 +258,9 @@ def load_parts(
     verdicts: dict[str, str | None] = {}
     with host.remembering(verdicts):
         for part in bundle.parts:
-            binder = Binder(host.fast_math(os.environ), host.tuning(tuning), verdicts)
+            binder = Binder(
+                host.fast_math(os.environ), host.tuning(tuning), verdicts, bf16_attention=host.multiplies_bf16()
+            )
             for program in part.programs:
                 module, entries = binder.bind(program)
                 _leave_file(module, program, copies)

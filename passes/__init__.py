@@ -10,6 +10,7 @@ from torch import fx
 from armopt.ir import PassResult, Plan
 from armopt.passes.canonicalise_conv import CanonicaliseConv
 from armopt.passes.canonicalise_linear import CanonicaliseLinear
+from armopt.passes.canonicalise_split import CanonicaliseSplit
 from armopt.passes.convert_pixel_conv import ConvertPixelConv
 from armopt.passes.fold_batch_norm import FoldBatchNorm
 from armopt.passes.fold_constants import FoldConstants
@@ -30,6 +31,7 @@ Pass = Callable[[fx.GraphModule], PassResult]
 PREPARE: tuple[Pass, ...] = (
     RemoveIdentities(),
     RelaxViews(),
+    CanonicaliseSplit(),
     FoldConstants(),
     FuseAttention(),
     CanonicaliseLinear(),

@@ -129,7 +129,7 @@ def _as_mask(mask: fx.Node, scores: fx.Node) -> _Mask | None:
     filled = [*range(rank - 3 if rank > 4 else 0), rank - 2, rank - 1]
     wanted: list[Any] = [1] * missing + [-1] * (rank - missing)
     for i in filled:
-        if g.is_constant(shape[i]) and shape[i] == 1 and not (g.is_constant(sizes[i]) and sizes[i] == 1):
+        if g.is_constant(shape[i]) and shape[i] == 1 and not (isinstance(sizes[i], int) and sizes[i] == 1):
             wanted[i] = sizes[i]
     expanded = tuple(wanted) if missing or any(size != -1 for size in wanted) else ()
     joined = (-1, shape[rank - 3], *sizes[-2:]) if rank > 4 else ()

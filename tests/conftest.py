@@ -81,3 +81,10 @@ def fresh_dynamo() -> Iterator[None]:
     dynamo._said.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def bf16_calls() -> None:
+    """Skips where oneDNN can't pack BF16: on x86 without AVX-512. The emulated core runs the same calls anyway."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN packs BF16 on x86 with AVX-512 alone; this host has none")

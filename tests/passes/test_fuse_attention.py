@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from harness import Case, Contract, Forward, noise, until
 from torch import Tensor, fx, nn
 
@@ -69,8 +68,8 @@ class TestFuseAttention(Contract):
         Case(
             "windows_dynamic_batch",
             _attention(
-                lambda s, q, k: (
-                    ((q @ k.transpose(-2, -1)).view(q.shape[0], 1, 2, 5, 5) + s.mask).view(q.shape[0], 2, 5, 5)
+                lambda s, q, k: ((q @ k.transpose(-2, -1)).view(q.shape[0], 1, 2, 5, 5) + s.mask).view(
+                    q.shape[0], 2, 5, 5
                 ),
                 mask=noise(1, 1, 1, 5, 5),
             ),

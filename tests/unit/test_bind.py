@@ -43,6 +43,7 @@ X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 IMAGE = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.usefixtures("bf16_calls")
 def test_what_is_trusted_runs_as_planned() -> None:
     program = lowered(nn.Linear(16, 8), X)
     module, entry = bound(program)
@@ -50,6 +51,7 @@ def test_what_is_trusted_runs_as_planned() -> None:
     assert any("mkldnn" in str(node.target) for node in module.graph.nodes)
 
 
+@pytest.mark.usefixtures("bf16_calls")
 def test_a_refused_linear_takes_the_next_kernel_and_says_why() -> None:
     program = lowered(nn.Linear(16, 8), X)
     expected = program.graph_module(X)[0]
@@ -126,6 +128,7 @@ def test_this_hosts_kernels_agree_with_the_twins(model: Any, x: torch.Tensor, ta
     assert all(entry.reason or entry.kernel == entry.planned for entry in entries)
 
 
+@pytest.mark.usefixtures("bf16_calls")
 def test_a_shared_weight_is_packed_once() -> None:
     fc = nn.Linear(16, 16, bias=False)
     program = lowered(nn.Sequential(fc, nn.ReLU(), fc), X)
@@ -135,6 +138,7 @@ def test_a_shared_weight_is_packed_once() -> None:
     assert packed[0] is packed[1]
 
 
+@pytest.mark.usefixtures("bf16_calls")
 def test_each_layer_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(probe, "refusal", lambda kernel, site, run: asked.append(kernel.name))
@@ -146,8 +150,56 @@ def test_each_layer_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 2  # the first two have one shape
 
 
+@pytest.mark.usefixtures("bf16_calls")
 def test_the_program_is_left_as_it_was() -> None:
     program = lowered(nn.Linear(16, 8), X)
     before = str(program.graph_module.graph)
     bound(program)
     assert str(program.graph_module.graph) == before
+
+
+def test_a_weight_that_can_not_be_packed_leaves_its_layer_to_the_next_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> torch.Tensor:
+        raise RuntimeError("no AVX-512\nand a trace")
+
+    monkeypatch.setattr("armopt.kernels.onednn_convolution.pack_weight", fail)
+    program = lowered(nn.Linear(16, 8), X)
+    module, entry = bound(program)
+    assert (entry.planned, entry.kernel) == ("conv1x1_bf16", "blas_fp32_w16")
+    assert entry.reason == "conv1x1_bf16: can't be packed here: no AVX-512"
+    # the twin rounds the input and the result to BF16 as well
+    assert torch.allclose(module(X)[0], program.graph_module(X)[0], atol=2**-6)
+
+
+class _Attention(nn.Module):
+    """Query, key and value from one product, planned in BF16 to the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_attention_works_in_bf16_where_blas_does(bf16: bool) -> None:
+    program = lowered(_Attention(), X[None])
+    trusted = Refuse() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {}
+    module, _ = bind.Binder(False, verdicts=trusted, bf16_attention=bf16).bind(program)
+    seen = []
+    attend = torch._C._nn.scaled_dot_product_attention
+
+    class Watching(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target is attend:
+                seen.append(args[0].dtype)
+            return super().call_function(target, args, kwargs)
+
+    found = Watching(module).run(X[None])[0]
+    assert seen == [torch.bfloat16 if bf16 else torch.float32]
+    expected = program.graph_module(X[None])[0]
+    # probabilities and results rounded to 8 bits, or not
+    assert (found - expected).abs().max() <= 2**-6 * expected.abs().max()
