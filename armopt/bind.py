@@ -81,7 +81,7 @@ class Binder:
     verdicts: dict[str, str | None] = field(default_factory=dict)
     identify: Callable[[str, torch.Tensor], Hashable] = _by_name
     packed: PackedWeights = field(default_factory=_nothing_packed)
-    _biases: dict[tuple[str, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    _biases: dict[tuple[str, torch.dtype, float], torch.Tensor] = field(default_factory=dict)
 
     def bind(self, program: Program) -> tuple[fx.GraphModule, list[Bound]]:
         """A module of the kernels' own calls, and what each node got."""
@@ -105,12 +105,12 @@ class Binder:
                 node,
                 kernel,
                 weight,
-                self._bias(node, kernel, constants),
+                self._bias(node, kernel, site, constants),
                 program.shapes[old.name],
                 site,
             )
         _pool_as_integers(source, mapping, program.shapes)
-        return _finish(root, graph, constants), bound
+        return finish(root, graph, constants), bound
 
     def _choose(
         self, site: Site, planned: Kernel, node: fx.Node, constants: dict[str, torch.Tensor]
@@ -146,7 +146,8 @@ class Binder:
     ) -> tuple[torch.Tensor, str | None]:
         """A packed weight with which the kernel passes its probe: one packed for another shape, or a new one."""
         identity = self.identify(site.weight_key, stored)
-        key = (kernel.name, identity, site.stride, site.padding, site.dilation, site.groups)
+        scale = post_ops.scale(site.post_op, kernel.activations)
+        key = (kernel.name, identity, scale, site.stride, site.padding, site.dilation, site.groups)
         held = self.packed[key]
         for packed_for, weight in held:
             if self._verdict(kernel, site, packed_for, node, weight, constants) is None:
@@ -154,7 +155,7 @@ class Binder:
         known = self.verdicts.get(verdicts.key(kernel.name, site, site.shape))
         if known is not None:
             return stored, known
-        weight = kernel.pack(stored.float() if kernel.backend == "aten" else stored.to(kernel.rounding.weights), site)
+        weight = kernel.packed_weight(stored, site)
         reason = self._verdict(kernel, site, site.shape, node, weight, constants)
         if reason is None:
             held.append((site.shape, weight))
@@ -172,17 +173,19 @@ class Binder:
         """What the probe says, now or earlier, of a kernel with a weight that was packed for a shape."""
         key = verdicts.key(kernel.name, site, packed_for)
         if key not in self.verdicts:
-            run = single(kernel, site, weight, self._bias(node, kernel, constants))
+            run = single(kernel, site, weight, self._bias(node, kernel, site, constants))
             self.verdicts[key] = probe.refusal(kernel, site, run)
         return self.verdicts[key]
 
-    def _bias(self, node: fx.Node, kernel: Kernel, constants: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    def _bias(
+        self, node: fx.Node, kernel: Kernel, site: Site, constants: dict[str, torch.Tensor]
+    ) -> torch.Tensor | None:
         bias = node.args[2]
         if not isinstance(bias, fx.Node):
             return None
-        key = (str(bias.target), kernel.activations)
+        key = (str(bias.target), kernel.activations, post_ops.scale(site.post_op, kernel.activations))
         if key not in self._biases:
-            self._biases[key] = constants[key[0]].to(kernel.activations)
+            self._biases[key] = kernel.packed_bias(constants[key[0]], site)
         return self._biases[key]
 
 
@@ -235,7 +238,7 @@ def single(kernel: Kernel, site: Site, weight: torch.Tensor, bias: torch.Tensor 
     # a convolution's neighbours hand it channels_last
     if site.op == "conv":
         inputs = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in inputs]
-    return Single(_finish(torch.nn.Module(), graph, constants), inputs)
+    return Single(finish(torch.nn.Module(), graph, constants), inputs)
 
 
 def _output_shape(site: Site) -> list[int]:
@@ -321,7 +324,7 @@ def _attribute(
         return graph.get_attr(wanted)
 
 
-def _finish(root: torch.nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor]) -> fx.GraphModule:
+def finish(root: torch.nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor]) -> fx.GraphModule:
     """A module of the cheapest Python: bindings for operations, and constants as plain attributes, because
     nn.Module's lookup would cost on every call."""
     for node in reversed(list(graph.nodes)):

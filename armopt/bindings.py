@@ -33,7 +33,10 @@ _IN_NN = (
     *("hardsigmoid_.default", "hardswish.default", "hardswish_.default", "hardtanh.default", "hardtanh_.default"),
     *("linear.default", "scaled_dot_product_attention.default", "silu.default", "silu_.default"),
 )
-_METHODS = ("add_.Tensor", "copy_.default", "expand.default", "mul_.Tensor", "view.default", "view.dtype")
+_METHODS = (
+    *("add_.Tensor", "addcmul_.default", "copy_.default", "expand.default", "mul_.Tensor"),
+    *("view.default", "view.dtype"),
+)
 
 
 def _operation(name: str) -> Any:

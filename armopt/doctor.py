@@ -244,7 +244,7 @@ def _kernel(name: str) -> str:
     rows, terms, columns = _SHAPE
     x, weight, exact = _operands(rows)
     site = Site("smoke_test", "linear", rows, terms, columns, (rows, terms), (columns, terms))
-    packed = kernel.pack(weight.to(kernel.rounding.weights), site)
+    packed = kernel.packed_weight(weight, site)
     call = _call(kernel, site, packed)
     x = x.to(kernel.activations)
     with torch.no_grad():

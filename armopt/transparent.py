@@ -1,4 +1,4 @@
-"""Operations through which activations may stay in BF16: they move or select values, or round once more."""
+"""Operations through which activations may stay in BF16: they move or select values, or round once or twice more."""
 
 from __future__ import annotations
 
@@ -35,11 +35,15 @@ EXACT = frozenset(
 )
 #: Compute in FP32 on BF16 operands and round once: one rounding more than in FP32.
 ROUNDS_ONCE = frozenset({_aten.gelu.default, _aten.silu.default, _aten.hardswish.default})
-TRANSPARENT = EXACT | ROUNDS_ONCE
+#: Multiplies in BF16, sums and takes the softmax in FP32, and rounds the probabilities in between.
+ATTENTION = _aten.scaled_dot_product_attention.default
+TRANSPARENT = EXACT | ROUNDS_ONCE | {ATTENTION}
+#: How many of its first arguments an operation works on; the others, such as a mask, may stay in FP32.
+OPERANDS = {ATTENTION: 3}
 
 
 def origin(node: Any) -> fx.Node:
-    """The node that makes a value, looking through transparent operations; of what is concatenated, the first."""
+    """The node that makes a value, looking through transparent operations; of several operands, the first one's."""
     while node.op == "call_function" and node.target in TRANSPARENT:
         source = node.args[0]
         node = source[0] if isinstance(source, (list, tuple)) else source

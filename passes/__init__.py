@@ -10,9 +10,11 @@ from torch import fx
 from armopt.ir import PassResult, Plan
 from armopt.passes.canonicalise_conv import CanonicaliseConv
 from armopt.passes.canonicalise_linear import CanonicaliseLinear
+from armopt.passes.convert_pixel_conv import ConvertPixelConv
 from armopt.passes.fold_batch_norm import FoldBatchNorm
 from armopt.passes.fold_constants import FoldConstants
 from armopt.passes.fold_stride import FoldStride
+from armopt.passes.fuse_attention import FuseAttention
 from armopt.passes.fuse_pointwise import FusePointwise
 from armopt.passes.merge_projections import MergeProjections
 from armopt.passes.merge_shortcut import MergeShortcut
@@ -29,10 +31,12 @@ PREPARE: tuple[Pass, ...] = (
     RemoveIdentities(),
     RelaxViews(),
     FoldConstants(),
+    FuseAttention(),
     CanonicaliseLinear(),
     CanonicaliseConv(),
     FoldBatchNorm(),
     FusePointwise(),
+    ConvertPixelConv(),
     MergeShortcut(),
     FoldStride(),
     MergeProjections(),

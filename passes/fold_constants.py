@@ -11,16 +11,20 @@ from torch import fx
 from armopt import graph as g
 from armopt.ir import PassResult, Skip
 
+_aten = torch.ops.aten
+#: What makes a tensor of a given shape, of another only the dtype.
+_NEW = frozenset({_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default})
+
 
 @dataclass(frozen=True)
 class FoldConstants:
     """f(constants) -> constant.
 
-    Refuses a result larger than its inputs and `max_growth` bytes, random or mutable operations, and buffers that the
-    model writes to.
+    Of new_zeros(x) and the like nothing but the shape counts. Refuses a result larger than its inputs and `max_growth`
+    bytes, random or mutable operations, and buffers that the model writes to.
     """
 
-    max_growth: int = 64 * 1024
+    max_growth: int = 1 << 20
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
@@ -29,7 +33,8 @@ class FoldConstants:
         for node in list(graph_module.graph.nodes):
             if not _foldable(node) or any(str(n.target) in written for n in node.all_input_nodes):
                 continue
-            inputs = [g.constant(graph_module, n) for n in node.all_input_nodes]
+            like = node.args[0] if node.target in _NEW else None
+            inputs = [g.constant(graph_module, n) for n in node.all_input_nodes if n is not like]
             if any(tensor is None for tensor in inputs):
                 continue
             size = node.meta["val"].numel() * node.meta["val"].element_size()
@@ -37,8 +42,11 @@ class FoldConstants:
             if size > bound:
                 skipped.append(Skip(node.name, f"the result takes {size} bytes, more than what it is made from"))
                 continue
+            known = {n: g.constant(graph_module, n) for n in node.all_input_nodes}
+            if isinstance(like, fx.Node):
+                known[like] = torch.empty((), dtype=g.value(like).dtype)
             with torch.no_grad():
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: g.constant(graph_module, n))
+                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
                 value = node.target(*args, **kwargs)
             folded = g.add_constant(graph_module, f"folded_{node.name}", value, node)
             rewritten.append(node.name)
@@ -54,5 +62,5 @@ def _foldable(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or any(not isinstance(size, int) for size in value.shape):
         return False
-    tags = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+    tags = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output)
     return g.is_pure(node) and target.namespace == "aten" and not any(tag in target.tags for tag in tags)

@@ -11,7 +11,7 @@ from torch import fx
 from armopt import graph as g
 from armopt.ir import PassResult, Skip
 from armopt.passes._pack import cast
-from armopt.transparent import TRANSPARENT
+from armopt.transparent import OPERANDS, TRANSPARENT
 
 _aten = torch.ops.aten
 _CAST = _aten._to_copy.default
@@ -21,8 +21,9 @@ _CAST = _aten._to_copy.default
 class PropagateBf16:
     """cast_bf16(cast_fp32(x)) -> x; cast_bf16(f(cast_fp32(x))) -> f(x) for an f that moves or selects values.
 
-    The second form reaches through gelu, silu and hardswish as well, which round once more, and casts each part of a
-    concatenation. Refuses an f whose FP32 result is used by anything but casts to BF16.
+    The second form reaches through gelu, silu and hardswish as well, which round once more, through attention whose
+    query, key and value are all in BF16, and casts each part of a concatenation. Refuses an f whose FP32 result is used
+    by anything but casts to BF16.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -32,9 +33,9 @@ class PropagateBf16:
             rewritten += changed
         g.sweep(graph_module)
         skipped = [
-            Skip(node.name, "its result is read in FP32")
+            Skip(node.name, "another operand is in FP32" if _wants_bf16(node) else "its result is read in FP32")
             for node in g.calls(graph_module.graph, *TRANSPARENT)
-            if is_cast(node.args[0], torch.float32) and not _wants_bf16(node)
+            if is_cast(node.args[0], torch.float32)
         ]
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
@@ -79,22 +80,18 @@ def _sink(graph_module: fx.GraphModule) -> list[str]:
         rewritten.append(node.name)
         g.replace_and_erase(node, cast(graph_module.graph, node, half, torch.float32))
     for node in g.calls(graph_module.graph, *TRANSPARENT):
-        source = node.args[0]
-        if not is_cast(source, torch.float32) or not _wants_bf16(node):
-            continue
-        assert isinstance(source, fx.Node)
         target: Any = node.target
-        half = g.insert_call(
-            graph_module.graph,
-            node,
-            target,
-            (source.args[0], *node.args[1:]),
-            dict(node.kwargs),
-        )
+        count = OPERANDS.get(target, 1)
+        sources: Any = node.args[:count]
+        if not all(is_cast(source, torch.float32) for source in sources) or not _wants_bf16(node):
+            continue
+        args = (*(source.args[0] for source in sources), *node.args[count:])
+        half = g.insert_call(graph_module.graph, node, target, args, dict(node.kwargs))
         rewritten.append(node.name)
         g.replace_and_erase(node, cast(graph_module.graph, node, half, torch.float32))
-        if not source.users:
-            graph_module.graph.erase_node(source)
+        for source in set(sources):
+            if not source.users:
+                graph_module.graph.erase_node(source)
     return rewritten
 
 

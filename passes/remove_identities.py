@@ -21,6 +21,7 @@ _COPIES = (
     _aten.dropout.default,
     _aten.feature_dropout.default,
 )
+_PADS = (_aten.pad.default, _aten.constant_pad_nd.default)
 _VIEWS = (_aten.alias.default, _aten.detach.default, _aten.detach_.default)
 #: Read strides, which a copy may change.
 _STRIDED = (_aten.as_strided.default, _aten.view_as_complex.default, _aten.view.dtype)
@@ -29,7 +30,8 @@ _CASTS = (_aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout)
 
 @dataclass(frozen=True)
 class RemoveIdentities:
-    """clone, alias, detach, contiguous, dropout in eval mode, casts to the same dtype, metadata checks: x -> x.
+    """clone, alias, detach, contiguous, dropout in eval mode, padding by nothing, casts to the same dtype, metadata
+    checks: x -> x.
 
     Leaves every cast that changes the dtype, and a copy that matters: of an input or weight that the model returns, of
     a buffer that it writes to, or in front of an operation that reads strides.
@@ -39,7 +41,7 @@ class RemoveIdentities:
         """Runs the pass."""
         rewritten = []
         written = g.written_constants(graph_module.graph)
-        for node in g.calls(graph_module.graph, *_COPIES, *_CASTS):
+        for node in g.calls(graph_module.graph, *_COPIES, *_PADS, *_CASTS):
             source = node.args[0]
             if isinstance(source, fx.Node) and _is_identity(node, source, written):
                 rewritten.append(node.name)
@@ -66,6 +68,8 @@ def _is_identity(node: fx.Node, source: fx.Node, written: set[str]) -> bool:
     if before.dtype != after.dtype or before.device != after.device:
         return False
     if node.target in (_aten.dropout.default, _aten.feature_dropout.default) and node.args[2] is not False:
+        return False
+    if node.target in _PADS and any(amount != 0 for amount in node.args[1]):  # type: ignore[union-attr]
         return False
     if node.target in _VIEWS:
         return True

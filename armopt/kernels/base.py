@@ -49,7 +49,7 @@ class Kernel:
         fast_math: Whether it needs DNNL_DEFAULT_FPMATH_MODE=BF16, read when oneDNN is first used.
         summary: One line for people.
         refuses: Why it can't take a site; None where it can. Pure.
-        pack: Stored weight and site -> the weight as the call wants it. Runs once, on the host.
+        pack: Weight in its dtype and site -> the weight as the call wants it. Runs once, on the host: packed_weight.
         emit: Inserts the call in front of a node of armopt::linear or armopt::conv; returns the node with the result.
         fuses: Post-ops that are part of the call.
         block: Terms after which the sum is rounded to BF16 on a target; 0 where it stays in FP32. Pure.
@@ -74,6 +74,19 @@ class Kernel:
         if self.rounding.products == torch.bfloat16:
             return "bf16"
         return "bf16-weights" if self.rounding.weights == torch.bfloat16 else "fp32"
+
+    def packed_weight(self, stored: torch.Tensor, site: Site) -> torch.Tensor:
+        """A weight as the bundle stores it, packed for a site's call and its post-op."""
+        values = stored.float() if self.backend == "aten" else stored.to(self.rounding.weights)
+        return self.pack(self._scaled(values, site), site)
+
+    def packed_bias(self, stored: torch.Tensor, site: Site) -> torch.Tensor:
+        """A bias as a site's call takes it."""
+        return self._scaled(stored.to(self.activations), site)
+
+    def _scaled(self, values: torch.Tensor, site: Site) -> torch.Tensor:
+        scale = post_ops.scale(site.post_op, self.activations)
+        return values if scale == 1 else values * scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +129,8 @@ class Call:
             return y
         if self.post_op == "relu":
             return self._relu(y)
+        if post_ops.scale(self.post_op, self.dtype) != 1:
+            return self.call(_aten.addcmul_.default, y, y, self.call(_aten.tanh.default, y))
         post = post_ops.UNARY[self.post_op]
         kwargs = {"approximate": "tanh"} if post.algorithm == "tanh" else {}
         return self.call(post.inplace, y, *post.inplace_args, **kwargs)

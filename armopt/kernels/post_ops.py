@@ -32,6 +32,10 @@ def _unary(name: str, op: Any, inplace: Any, attribute: str, *args: Any, **onedn
     return PostOp(name, lambda y: op(y, *args), inplace, args, attribute, **onednn)
 
 
+#: In FP32 silu(2u) = u + u tanh(u): tanh takes half the instructions of the exponential. The layer in front gives u,
+#: since its weight and bias are packed as halves, which is exact. In BF16 tanh would be rounded before the sum cancels.
+SILU = "silu"
+
 #: Unary functions by name. `add` and `add_relu` take a second tensor and stand apart.
 UNARY = {
     post.name: post
@@ -46,7 +50,7 @@ UNARY = {
             "gelu",
             algorithm="tanh",
         ),
-        _unary("silu", _aten.silu.default, _aten.silu_.default, "swish"),
+        _unary(SILU, _aten.silu.default, _aten.silu_.default, "swish"),
         _unary("hardswish", _aten.hardswish.default, _aten.hardswish_.default, "hardswish"),
         _unary("hardsigmoid", _aten.hardsigmoid.default, _aten.hardsigmoid_.default, "hardsigmoid"),
         _unary("sigmoid", _aten.sigmoid.default, _aten.sigmoid_.default, "sigmoid"),
@@ -60,6 +64,11 @@ RELU_AS_INTEGERS = 1 << 14
 NONE = "none"
 ADD = "add"
 ADD_RELU = "add_relu"
+
+
+def scale(name: str, dtype: torch.dtype) -> float:
+    """By what a layer's weight and bias are multiplied when they are packed, because its post-op expects it."""
+    return 0.5 if name == SILU and dtype == torch.float32 else 1.0
 
 
 def apply(name: str, y: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:

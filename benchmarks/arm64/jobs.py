@@ -12,10 +12,11 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from armopt.bind import Single, single
-from armopt.bindings import BINDINGS, CASTS
+from armopt.bind import Single, finish, single
+from armopt.bindings import CASTS
 from armopt.ir import Site
-from armopt.kernels import post_ops, table
+from armopt.kernels import table
+from armopt.kernels.base import Call
 from armopt.kernels.geometry import output_size
 
 Prepared = Callable[[], Any]
@@ -148,21 +149,23 @@ def kernel_call(name: str, site: Site) -> Single:
     if reason := kernel.refuses(site):
         raise ValueError(f"{name} refuses: {reason}")
     stored = torch.ones(site.weight, dtype=kernel.rounding.weights)
-    return single(kernel, site, kernel.pack(stored, site), torch.ones(site.n, dtype=kernel.activations))
+    return single(kernel, site, kernel.packed_weight(stored, site), torch.ones(site.n, dtype=kernel.activations))
 
 
 def pointwise(operation: str, dtype: str, elements: int) -> Prepared:
-    """A post-op in place as kernels emit it, or a cast from a dtype to the other."""
-    x = torch.zeros(1, elements, dtype=_DTYPES[dtype])
+    """A post-op as kernels emit it behind their call, or a cast from a dtype to the other."""
+    kind = _DTYPES[dtype]
+    x = torch.zeros(1, elements, dtype=kind)
     if operation == "cast":
         cast = CASTS[_DTYPES["fp32" if dtype == "bf16" else "bf16"]]
         return lambda: cast(x)
-    if operation == "add":
-        return lambda: BINDINGS[torch.ops.aten.add_.Tensor](x, x)
-    post = post_ops.UNARY[operation]
-    kwargs = {"approximate": "tanh"} if post.algorithm == "tanh" else {}
-    call = BINDINGS[post.inplace]
-    return lambda: call(x, *post.inplace_args, **kwargs)
+    graph = fx.Graph()
+    y, other = graph.placeholder("y"), graph.placeholder("other")
+    end = graph.output(y)
+    site = linear_site(1, 1, elements, operation)
+    end.args = (Call(end, y, y, None, other, operation, (1, elements), site, kind).with_post_op(y),)
+    forward = finish(torch.nn.Module(), graph, {}).forward
+    return lambda: forward(x, x)
 
 
 # --- what else users could call -------------------------------------------------------------------

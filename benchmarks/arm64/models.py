@@ -14,11 +14,13 @@ Bundles are made here, on this machine, and run on the emulated one. One process
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import json
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "arm64"
 PAGE = ROOT / "docs" / "benchmarks.md"
 ARMOPT = "armopt"
+WITHOUT_TCMALLOC = "armopt, glibc's malloc"
 BASELINE = "eager fast math"
 INDUCTOR = "Inductor's calls"
 #: Passes that can be left out, with the models that show what each brings.
@@ -53,7 +56,9 @@ class Contender:
 
 _BLAS = {**FAST_MATH, "TORCH_MKLDNN_MATMUL_MIN_DIM": "64"}
 _HUGE_PAGES = {**FAST_MATH, "THP_MEM_ALLOC_ENABLE": "1"}
-_CONVOLUTIONAL = "resnet mobilenet efficientnet convnext"
+#: As `armopt run` starts a process where tcmalloc is installed.
+_TCMALLOC = {**FAST_MATH, "LD_PRELOAD": "/usr/lib/aarch64-linux-gnu/libtcmalloc_minimal.so.4"}
+_CONVOLUTIONAL = "resnet mobilenet efficientnet convnext mask"
 _DENSE = "mlp block gpt2 bert"
 _EXPORTED = "mlp block resnet mobilenet efficientnet convnext vit"
 CONTENDERS = {
@@ -62,12 +67,14 @@ CONTENDERS = {
     "fast math, channels_last": Contender(FAST_MATH, {"channels_last": True}, _CONVOLUTIONAL),
     "fast math, OpenBLAS below 64": Contender(_BLAS, {}, _DENSE),
     "fast math, huge pages": Contender(_HUGE_PAGES, {}, "mlp resnet50"),
+    "fast math, tcmalloc": Contender(_TCMALLOC, {}),
     "model.bfloat16()": Contender(FAST_MATH, {"dtype": "bfloat16"}),
     INDUCTOR: Contender(FAST_MATH, {}, f"{_EXPORTED} gpt2 bert swin"),
     "ONNX Runtime": Contender(ONE_THREAD, {"fast_math": False}, _EXPORTED, onnx="plain"),
     "ONNX Runtime, BF16 flag": Contender(ONE_THREAD, {"fast_math": True}, _EXPORTED, onnx="plain"),
     "ONNX Runtime, BF16 flag, armopt's form": Contender(ONE_THREAD, {"fast_math": True}, _EXPORTED, onnx="flag"),
-    ARMOPT: Contender(FAST_MATH, {}),
+    WITHOUT_TCMALLOC: Contender(FAST_MATH, {}),
+    ARMOPT: Contender(_TCMALLOC, {}),
 }
 
 
@@ -124,7 +131,7 @@ def measure(
             if kind.only and not any(word in workload for word in kind.only.split()):
                 continue
             name = f"{workload}: {contender}"
-            if contender == ARMOPT:
+            if contender in (ARMOPT, WITHOUT_TCMALLOC):
                 job = armopt_job(name, workload, make_bundle(workload, cpu, torch_version), nodes)
             elif contender == INDUCTOR:
                 job = Job(name, "benchmarks.arm64.workloads:inductor", {"workload": workload}, 1)
@@ -165,9 +172,10 @@ def armopt_job(name: str, workload: str, bundle: Path, nodes: bool = False) -> J
 
 def keep_result(workload: str, contender: str, counted: Counts, cpu: str, torch_version: str) -> None:
     """Adds one count to the kept results."""
-    results = load(cpu, torch_version)
-    results.setdefault(workload, {})[contender] = _entry(counted)
-    _save(results, cpu, torch_version)
+    with _alone(cpu, torch_version):
+        results = load(cpu, torch_version)
+        results.setdefault(workload, {})[contender] = _entry(counted)
+        _save(results, cpu, torch_version)
     if counted.error:
         _say(f"{workload}, {contender}: {counted.error}")
     elif counted.nodes or counted.profile:
@@ -186,7 +194,9 @@ def ablate(workloads: Sequence[str], *, cpu: str, torch_version: str) -> None:
         workload, name = wanted[index]
         keep_result(workload, f"without {name}", counted, cpu, torch_version)
 
-    counts.count(jobs, cpu=cpu, torch_version=torch_version, timeout=4 * 3600, report=_say, finished=keep)
+    counts.count(
+        jobs, cpu=cpu, torch_version=torch_version, env=_TCMALLOC, timeout=4 * 3600, report=_say, finished=keep
+    )
 
 
 def weigh(workloads: Sequence[str], *, cpu: str, torch_version: str) -> None:
@@ -225,6 +235,15 @@ def _save(results: Mapping[str, Any], cpu: str, torch_version: str) -> None:
     partial.replace(file)
 
 
+@contextlib.contextmanager
+def _alone(cpu: str, torch_version: str) -> Iterator[None]:
+    """Keeps another run from writing results at the same time: two fit a machine of two cores."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with _results(cpu, torch_version).with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _results(cpu: str, torch_version: str) -> Path:
     return CACHE / f"models-{cpu}-{torch_version}.json"
 
@@ -237,7 +256,7 @@ def render(results: Mapping[str, Mapping[str, Any]], floors: Mapping[str, int]) 
         row = {name: _total(entry) for name, entry in results[workload].items()}
         base, mine = row.get(BASELINE), row.get(ARMOPT)
         ratio = f"{base / mine:.2f}x" if base and mine else ""
-        others = [value for name, value in row.items() if name in used and name != ARMOPT and value]
+        others = [value for name, value in row.items() if name in used and not name.startswith(ARMOPT) and value]
         best = f"{min(others) / mine:.2f}x" if others and mine else ""
         cells = [_millions(row[name]) if name in row else "" for name in used]
         totals.append([workload, f"{floors[workload] / 32e6:.2f}", *cells, ratio, best])
@@ -293,7 +312,7 @@ bundles and constant elsewhere: no kernel's work depends on them.
 gpt2 is GPT-2 small with its cache of keys and values, whole; mask r-cnn has ResNet-50 and FPN, and 50 proposals.
 Every contender runs with LRU_CACHE_CAPACITY=1024 and OMP_NUM_THREADS=1; fast math is DNNL_DEFAULT_FPMATH_MODE=BF16,
 "OpenBLAS below 64" adds the tutorial's TORCH_MKLDNN_MATMUL_MIN_DIM=64,
-"huge pages" THP_MEM_ALLOC_ENABLE=1.
+"huge pages" THP_MEM_ALLOC_ENABLE=1, "tcmalloc" LD_PRELOAD of libtcmalloc_minimal.so.4, as `armopt run` sets it.
 "Inductor's calls" are those that it emits with freezing: packed weights, batch norms folded, no post-op fused.
 armopt's calls include its checks of the inputs. Cells without a number were not counted.
 ONNX Runtime runs armopt's exports; its BF16 flag is mlas.enable_gemm_fastmath_arm64_bfloat16 (docs/onnx.md).

@@ -10,6 +10,8 @@ from armopt import graph as g
 from armopt.passes import Pass
 from armopt.passes.fold_constants import FoldConstants
 
+_FAR = noise(4, 3) > 0
+
 
 class TestFoldConstants(Contract):
     folder = "fold_constants"
@@ -44,9 +46,22 @@ class TestFoldConstants(Contract):
         ),
         Case(
             "too_large",
-            lambda: Forward(lambda s, x: x + s.row.expand(200, 100).clone() * 1.5, row=noise(100)),
-            (noise(200, 100),),
-            skips=("the result takes 80000 bytes, more than what it is made from",),
+            lambda: Forward(lambda s, x: x + s.row.expand(3000, 100).clone() * 1.5, row=noise(100)),
+            (noise(3000, 100),),
+            skips=("the result takes 1200000 bytes, more than what it is made from",),
+        ),
+        Case(
+            "window_mask",  # as Swin makes it of its input, of which nothing but the dtype counts
+            lambda: Forward(lambda s, x: x + (x.new_zeros((4, 3)) + torch.arange(3)).masked_fill(s.far, -1), far=_FAR),
+            (noise(4, 3),),
+            ops={"aten.add.Tensor": 1},
+            absent=("aten.new_zeros.default", "aten.masked_fill.Scalar"),
+        ),
+        Case(
+            "bias_table",  # indices that are no mask of what to take: the shape is known
+            lambda: Forward(lambda s, x: x + s.table[s.place], table=noise(9), place=torch.arange(6).view(2, 3)),
+            (noise(2, 3),),
+            absent=("aten.index.Tensor",),
         ),
         Case(
             "dynamic_batch",

@@ -25,6 +25,15 @@ def _between(function: object) -> nn.Module:
     return Forward(lambda s, x: s.b(function(s.a(x))), a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 3))  # type: ignore[operator]
 
 
+def _projections(*names: str) -> dict[str, nn.Module]:
+    return {name: nn.Linear(8, 8) for name in names}
+
+
+def _attend(*qkv: torch.Tensor) -> torch.Tensor:
+    q, k, v = (x.unflatten(-1, (2, 4)).transpose(1, 2) for x in qkv)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 class TestPropagateBf16(Contract):
     folder = "propagate_bf16"
     # Exact for casts that cancel and functions that move values. Gelu, silu and hardswish round once more: 2^-9 of a
@@ -81,6 +90,18 @@ class TestPropagateBf16(Contract):
             (noise(2, 4),),
             ops={CAST: 3},
             rewritten=1,
+        ),
+        Case(
+            "attention",
+            lambda: Forward(lambda s, x: s.out(_attend(s.q(x), s.k(x), s.v(x))), **_projections("q", "k", "v", "out")),
+            (noise(2, 5, 8),),
+            ops={CAST: 2},
+        ),
+        Case(
+            "attention_to_a_key_in_fp32",
+            lambda: Forward(lambda s, x: s.out(_attend(s.q(x), x.sin(), s.v(x))), **_projections("q", "v", "out")),
+            (noise(2, 5, 8),),
+            skips=("another operand is in FP32",),
         ),
         Case("nothing_in_bf16", lambda: nn.Conv2d(4, 4, 3, groups=4), (noise(1, 4, 5, 5),), ops={CAST: 0}, rewritten=0),
         Case(

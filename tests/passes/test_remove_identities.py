@@ -4,6 +4,7 @@ import pytest
 import torch
 from harness import Case, Contract, Forward, noise, run_pass, until
 from torch import fx, nn
+from torch.nn import functional as F
 
 from armopt import capture
 from armopt import graph as g
@@ -50,6 +51,13 @@ class TestRemoveIdentities(Contract):
             "returned_copy_of_an_input",
             lambda: Forward(lambda s, x: (x.clone(), (x + 1).clone())),
             (noise(2, 3),),
+            rewritten=1,
+        ),
+        Case(
+            "padding",
+            lambda: Forward(lambda s, x: F.pad(F.pad(x, (0, 0, 0, 0)) * 2, (0, 1))),
+            (noise(2, 3),),
+            ops={"aten.pad.default": 1},
             rewritten=1,
         ),
         Case(

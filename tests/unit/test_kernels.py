@@ -139,9 +139,9 @@ def conv_site(name: str, post_op: str = "none", **changes: Any) -> Site:
 def agree(kernel: Any, site: Site, twin: Any, x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None) -> None:
     """The kernel's own calls on this host against its twin."""
     given = weight.to(kernel.rounding.weights)
-    packed = kernel.pack(given.float() if kernel.backend == "aten" else given, site)
+    packed = kernel.packed_weight(given, site)
     expected = twin(x.to(kernel.activations), given, bias, None if other is None else other.to(kernel.activations))
-    run = bind.single(kernel, site, packed, bias.to(kernel.activations))
+    run = bind.single(kernel, site, packed, kernel.packed_bias(bias, site))
     for tensor, value in zip(run.inputs, (x, other) if other is not None else (x,), strict=True):
         tensor.copy_(value)
     with torch.no_grad():

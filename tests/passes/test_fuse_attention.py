@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from harness import Case, Contract, Forward, noise, until
+from torch import Tensor, fx, nn
+
+from armopt import pipeline
+from armopt.passes import Pass
+from armopt.passes.fuse_attention import FuseAttention
+
+ATTENTION = "aten.scaled_dot_product_attention.default"
+Scores = Callable[[Forward, Tensor, Tensor], Tensor]
+
+
+def _attention(scores: Scores, dim: int = -1, also: bool = False, **parts: Tensor) -> Callable[[], Forward]:
+    """Attention of two heads written out, with scores of query and key as given."""
+
+    def forward(s: Forward, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (s.q, s.k, s.v))
+        probabilities = scores(s, q, k).softmax(dim)
+        y = (probabilities @ v).transpose(1, 2).flatten(2)
+        return (y, probabilities) if also else y
+
+    return lambda: Forward(forward, **{name: nn.Linear(8, 8) for name in "qkv"}, **parts)
+
+
+def _windows(s: Forward, q: Tensor, k: Tensor) -> Tensor:
+    """Two windows of an image, each with its own mask, as Swin has them."""
+    scores = (q * 0.3) @ k.transpose(-2, -1) + s.bias
+    return (scores.view(scores.shape[0] // 2, 2, 2, 5, 5) + s.mask[:, None][None]).view(-1, 2, 5, 5)
+
+
+class TestFuseAttention(Contract):
+    folder = "fuse_attention"
+    tolerance = 2**-19  # a softmax over five scores, by another formula
+
+    def before(self, graph_module: fx.GraphModule) -> fx.GraphModule:
+        return pipeline.run(graph_module, until(FuseAttention))[0]
+
+    def make(self, graph_module: fx.GraphModule) -> Pass:
+        return FuseAttention()
+
+    cases = (
+        Case(
+            "plain",
+            _attention(lambda s, q, k: q @ k.transpose(-2, -1)),
+            (noise(2, 5, 8),),
+            ops={ATTENTION: 1},
+            absent=("aten.matmul.default", "aten.softmax.int"),
+            rewritten=1,
+        ),
+        Case(
+            "scaled_and_masked",
+            _attention(lambda s, q, k: s.mask + q @ k.permute(0, 1, 3, 2) / 2.0, mask=noise(2, 1, 1, 5)),
+            (noise(2, 5, 8),),
+            ops={ATTENTION: 1},
+            absent=("aten.matmul.default", "aten.div.Tensor"),
+            rewritten=1,
+        ),
+        Case(
+            "windows",
+            _attention(_windows, bias=noise(1, 2, 5, 5), mask=noise(2, 5, 5)),
+            (noise(2, 5, 8),),
+            ops={ATTENTION: 1, "aten.mul.Tensor": 0},
+            rewritten=1,
+        ),
+        Case(
+            "windows_dynamic_batch",
+            _attention(
+                lambda s, q, k: (
+                    ((q @ k.transpose(-2, -1)).view(q.shape[0], 1, 2, 5, 5) + s.mask).view(q.shape[0], 2, 5, 5)
+                ),
+                mask=noise(1, 1, 1, 5, 5),
+            ),
+            (noise(2, 5, 8),),
+            batch=(2, 6),
+            ops={ATTENTION: 1},
+            rewritten=1,
+        ),
+        Case(
+            "probabilities_used_elsewhere",
+            _attention(lambda s, q, k: q @ k.transpose(-2, -1), also=True),
+            (noise(2, 5, 8),),
+            ops={ATTENTION: 0},
+            skips=("its probabilities are not along the keys, or used elsewhere",),
+        ),
+        Case(
+            "softmax_over_queries",
+            _attention(lambda s, q, k: q @ k.transpose(-2, -1), dim=-2),
+            (noise(2, 5, 8),),
+            skips=("its probabilities are not along the keys, or used elsewhere",),
+        ),
+        Case(
+            "clamped",
+            _attention(lambda s, q, k: (q @ k.transpose(-2, -1)).clamp(-1, 1)),
+            (noise(2, 5, 8),),
+            skips=("aten.clamp.default stands between the product and the softmax",),
+        ),
+        Case(
+            "scaled_mask",
+            _attention(lambda s, q, k: (q @ k.transpose(-2, -1) + s.mask) * 0.5, mask=noise(5, 5)),
+            (noise(2, 5, 8),),
+            skips=("aten.add.Tensor stands between the product and the softmax",),
+        ),
+        Case(
+            "three_dimensions",
+            lambda: Forward(lambda s, x: (x @ x.transpose(1, 2)).softmax(-1) @ x),
+            (noise(2, 5, 8),),
+            skips=("not FP32 of four dimensions",),
+        ),
+    )
