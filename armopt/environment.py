@@ -8,6 +8,8 @@ True to the builds of torch 2.10 to 2.13, found in their libraries and under emu
   unless, from 2.13, ``MIMALLOC_ALLOW_THP=0`` forbids it (QEMU's log of system calls, see docs/knobs.md).
 - ``OMP_PROC_BIND`` other than ``false`` (``OMP_PLACES`` alone implies it) binds the main thread, and so every
   thread that Python starts from it, to one core. Hence it is off; ``OMP_PLACES``, void then, isn't set.
+- oneDNN and ACL make some hundred small objects on each call of a packed layer, by glibc's malloc: nearly half of
+  what a small one costs. Allocators with a cache for each thread take a third off (docs/knobs.md).
 """
 
 from __future__ import annotations
@@ -35,8 +37,16 @@ FORMATS = ("shell", "docker", "systemd", "k8s", "json")
 FRAMEWORKS = ("pytorch", "tensorflow")
 #: The torch whose aarch64 wheel from PyPI is for CPUs alone and holds OpenBLAS and ACL; later ones are CUDA builds.
 CPU_TORCH = "2.10.0"
-#: Read by the OpenMP runtime, which may lie outside torch's own folders.
-_OPENMP = "OMP_"
+#: Read by the OpenMP runtime, which may lie outside torch's own folders, and by the dynamic loader.
+_READ_ELSEWHERE = ("OMP_", "LD_")
+PRELOAD = "LD_PRELOAD"
+#: By what a call of a packed layer takes with each, the least first.
+_ALLOCATORS = ("tcmalloc_minimal", "tcmalloc", "jemalloc", "mimalloc")
+#: Debian's, Fedora's and Amazon's, and one's own builds.
+_LIBRARY_FOLDERS = (
+    *("usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib"),
+    *("usr/local/lib/aarch64-linux-gnu", "usr/local/lib64", "usr/local/lib"),
+)
 
 #: What it costs not to have a variable as the bundle wants it.
 _COSTS: Mapping[str, str] = {
@@ -46,9 +56,14 @@ _COSTS: Mapping[str, str] = {
     "OMP_PROC_BIND": "the main thread and all threads that Python starts share one core",
     "TORCH_MKLDNN_MATMUL_MIN_DIM": "Linears left to ATen pack their weights on each call: 2-3 times "
     "the time at batch 10 to 32 (tutorial, Graviton3)",
+    PRELOAD: "each call of a packed layer retires 50 to 80 thousand instructions more",
     "THP_MEM_ALLOC_ENABLE": "large tensors live in small pages: 8 % more time at batch 256 (tutorial)",
 }
 _THREADS_WHY = "one thread for each CPU that this worker may use, so that none waits for another"
+_PRELOAD_WHY = (
+    "oneDNN and ACL make some hundred small objects on each call of a packed layer: with glibc's malloc a small one "
+    "retires 250 thousand instructions, with tcmalloc 163, mimalloc 172, jemalloc 174"
+)
 _FPMATH_WHY = "oneDNN multiplies FP32 operands in BF16 (BFMMLA on Arm) and accumulates in FP32"
 
 
@@ -92,6 +107,7 @@ def variables(
     build: Mapping[str, str] | None = None,
     framework: str = "pytorch",
     left_to_aten: bool = True,
+    allocator: str = "",
 ) -> dict[str, Variable]:
     """What to set before torch, or TensorFlow, is imported.
 
@@ -102,6 +118,7 @@ def variables(
         build: The torch build that will run, see :func:`installed`; None leaves out what only some want.
         framework: ``pytorch`` or ``tensorflow``.
         left_to_aten: Whether any Linear or product runs as plain ATen, which alone looks at the size of a product.
+        allocator: The library to preload, see :func:`allocator_library`; TensorFlow gets none.
 
     Raises:
         InputError: Another framework.
@@ -129,6 +146,8 @@ def variables(
         )
     if build and build.get("allocator") == "posix_memalign":
         chosen["THP_MEM_ALLOC_ENABLE"] = Variable("1", "torch asks for huge pages for large tensors: fewer TLB misses")
+    if allocator:
+        chosen[PRELOAD] = Variable(allocator, _PRELOAD_WHY)
     return chosen
 
 
@@ -153,7 +172,8 @@ def for_process(
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """The environment of a process that is to have the variables `wanted`, and what is worth saying about it.
 
-    Whatever else is in `environ` stays. oneDNN's own prefix would win, so it goes where it says something else.
+    Whatever else is in `environ` stays, LD_PRELOAD too, even if empty: there the user chose. oneDNN's own prefix would
+    win, so it goes where it says something else.
 
     Args:
         wanted: See :func:`variables`.
@@ -162,7 +182,8 @@ def for_process(
     """
     found, remarks = dict(environ), []
     for name, variable in sorted(wanted.items()):
-        found[name] = variable.value
+        if name != PRELOAD or name not in environ:
+            found[name] = variable.value
     own = "ONEDNN" + FPMATH.removeprefix("DNNL")
     if FPMATH in wanted and own in found and not _agree(FPMATH, wanted[FPMATH].value, found[own]):
         remarks.append(f"{own}={found.pop(own)} would win over {FPMATH}={wanted[FPMATH].value}: removed")
@@ -175,7 +196,8 @@ def for_process(
 def only_read(wanted: Mapping[str, Variable], folder: Path | None) -> dict[str, Variable]:
     """Those of `wanted` that some library of the installed framework reads.
 
-    All of them where there is no such framework here; OMP_* always, since the OpenMP runtime may be the system's.
+    All of them where there is no such framework here; OMP_* and LD_* always: the OpenMP runtime may be the system's,
+    and the dynamic loader is.
 
     Args:
         wanted: See :func:`variables`.
@@ -187,7 +209,7 @@ def only_read(wanted: Mapping[str, Variable], folder: Path | None) -> dict[str, 
     return {
         name: variable
         for name, variable in wanted.items()
-        if name.startswith(_OPENMP) or any(_holds(library, _needle(name)) for library in largest_first)
+        if name.startswith(_READ_ELSEWHERE) or any(_holds(library, _needle(name)) for library in largest_first)
     }
 
 
@@ -207,6 +229,24 @@ def threads_for_host(workers: int = 1, *, root: Path = Path("/")) -> int:
     if (quota := _cgroup_quota(root)) is not None:
         limits.append(int(quota))
     return max(1, min(limits) // max(1, workers))
+
+
+def allocator_library(*, root: Path = Path("/")) -> str:
+    """The allocator to preload on this host: the first of tcmalloc, jemalloc, mimalloc that is installed.
+
+    Empty where there is none, and on machines other than aarch64, where no packed layer runs.
+
+    Args:
+        root: Where /usr is found; for tests.
+    """
+    if platform.machine() != "aarch64":
+        return ""
+    for name in _ALLOCATORS:
+        for folder in _LIBRARY_FOLDERS:
+            for library in sorted((root / folder).glob(f"lib{name}.so.*")):
+                if _is_aarch64(library):
+                    return str(library)
+    return ""
 
 
 def installed(*, deep: bool = False) -> dict[str, str]:
@@ -233,7 +273,8 @@ def record(*, deep: bool = False) -> dict[str, str]:
     Beyond those of :func:`installed`: ``python``, ``machine``, ``system``, ``torchvision`` and
     ``transformers`` where installed, ``cpu_capability``, ``onednn``, ``openmp`` (file of each runtime loaded),
     ``blas_core`` (the kernels OpenBLAS picked), ``threads`` (as torch uses now), ``threads_for_host``,
-    ``affinity``, ``thp`` (the kernel's setting).
+    ``affinity``, ``thp`` (the kernel's setting), ``malloc`` (the allocator's library that is loaded, else ``glibc
+    2.36``).
 
     Args:
         deep: See :func:`installed`.
@@ -256,6 +297,7 @@ def record(*, deep: bool = False) -> dict[str, str]:
         # After those that import torch, since these look at what is loaded.
         "openmp": lambda: ", ".join(Path(p).name for p in _loaded("gomp", "libomp", "iomp5")),
         "blas_core": _openblas_core,
+        "malloc": _malloc,
     }
     for name, probe in probes.items():
         facts |= _fact(name, probe)
@@ -292,6 +334,7 @@ def compare(
         *_versions(recorded_versions, record),
         *_backends(required_features, host, record),
         *_huge_pages(record, environ),
+        *_small_objects(host, record),
     ]
     return tuple(sorted(found, key=lambda d: ("hard", "soft", "info").index(d.severity)))
 
@@ -543,6 +586,17 @@ def _huge_pages(record: Mapping[str, str], environ: Mapping[str, str]) -> list[D
     return []
 
 
+def _small_objects(host: Target, record: Mapping[str, str]) -> list[Difference]:
+    found = record.get("malloc", "")
+    if not _is_arm(host) or not found.startswith("glibc"):
+        return []
+    remedy = (
+        "Install libtcmalloc-minimal4 (Debian, Ubuntu) or gperftools-libs (Amazon Linux, Fedora), "
+        "then start with: armopt run BUNDLE -- CMD"
+    )
+    return [Difference("info", "malloc", "tcmalloc, jemalloc or mimalloc", found, _COSTS[PRELOAD], remedy)]
+
+
 def _is_arm(host: Target) -> bool:
     return "asimd" in host.isa_features  # every aarch64 has Advanced SIMD, and the name is Arm's
 
@@ -670,6 +724,21 @@ def _linked_blas() -> str:
 def _loaded(*parts: str) -> list[str]:
     paths = {line.split(maxsplit=5)[5] for line in _read(Path("/proc/self/maps")).splitlines() if "/" in line}
     return sorted(p for p in paths if any(part in Path(p).name for part in parts))
+
+
+def _malloc() -> str:
+    loaded = ", ".join(Path(p).name for p in _loaded("libtcmalloc", "libjemalloc", "libmimalloc"))
+    return loaded or os.confstr("CS_GNU_LIBC_VERSION") or ""
+
+
+def _is_aarch64(library: Path) -> bool:
+    """Whether the file is an ELF file for aarch64, not one of another machine in a folder they share."""
+    try:
+        with library.open("rb") as stream:
+            header = stream.read(20)
+    except OSError:  # a link to nowhere
+        return False
+    return header.startswith(b"\x7fELF\x02\x01") and header[18:20] == b"\xb7\x00"  # 64 bits, EM_AARCH64
 
 
 def _openblas_core() -> str:

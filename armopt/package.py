@@ -31,6 +31,8 @@ from armopt.errors import ArmoptError, HostError, InputError
 DOCKERFILE, REQUIREMENTS, SERVE, BUNDLE, LIBRARY = "Dockerfile", "requirements.txt", "serve.py", "bundle", "lib"
 PYTHON = "3.11"
 PORT = 8080
+#: Debian's package of what environment.allocator_library prefers; since trixie a name that another provides.
+ALLOCATOR = "libtcmalloc-minimal4"
 #: What serving a bundle imports, beyond torch and armopt itself.
 _NEEDED = ("numpy", "safetensors", "typer", "packaging")
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
@@ -151,6 +153,8 @@ def dockerfile(described: manifest.Manifest, *, hashes: bool) -> str:
 #   docker build --platform linux/arm64 -t model . && docker run --rm -p {PORT}:{PORT} model
 FROM python:{PYTHON}-slim
 
+# `armopt run` preloads it: oneDNN makes many small objects on each call
+RUN apt-get update && apt-get install -y --no-install-recommends {ALLOCATOR} && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
 COPY {REQUIREMENTS} ./
 RUN {install} -r {REQUIREMENTS}

@@ -31,7 +31,7 @@ def doctor(
 
 def _text(report: Report) -> str:
     host, facts = report.host, report.facts
-    known = {"openmp": "OpenMP", "blas_core": "kernels for", "allocator": "memory from"}
+    known = {"openmp": "OpenMP", "blas_core": "kernels for", "allocator": "memory from", "malloc": "malloc of"}
     build = [
         f"torch {facts.get('torch', 'none')} ({facts.get('torch_build', '?')})",
         *(f"{label} {facts[name]}" for name, label in (("onednn", "oneDNN"), ("acl", "ACL")) if name in facts),

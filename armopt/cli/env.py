@@ -34,6 +34,8 @@ def env(
     from armopt import environment
 
     chosen = wanted(bundle, framework, target, threads)
+    if form in ("docker", "k8s"):
+        chosen.pop(environment.PRELOAD, None)  # an image has files of its own, among which `armopt run` looks
     sink.Sink(as_json).text(environment.render(chosen, "json" if as_json else form))
 
 
@@ -54,8 +56,13 @@ def wanted(bundle: Path | None, framework: str, target: str, threads: int | None
             raise InputError("no bundle given", hint="Give a BUNDLE, or e.g. --framework tensorflow --target graviton3")
         product = targets.load(target or "graviton3")
         here = platform.machine() == "aarch64" or target == targets.HOST
-        build = environment.installed() if here else None
-        chosen = environment.variables(product, threads=threads, build=build, framework=framework or "pytorch")
+        chosen = environment.variables(
+            product,
+            threads=threads,
+            build=environment.installed() if here else None,
+            framework=framework or "pytorch",
+            allocator=environment.allocator_library() if here else "",
+        )
         return environment.only_read(chosen, environment.package_folder(framework)) if here else chosen
     if framework or target:
         raise InputError("a bundle has its own framework and target", hint="Leave out --framework and --target")
@@ -68,5 +75,6 @@ def wanted(bundle: Path | None, framework: str, target: str, threads: int | None
         threads=threads,
         build=environment.installed() if here else None,
         left_to_aten=left,
+        allocator=environment.allocator_library() if here else "",
     )
     return environment.only_read(chosen, environment.package_folder()) if here else chosen

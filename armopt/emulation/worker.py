@@ -37,6 +37,7 @@ _TUNING_PREFIXES = (
     "LRU_CACHE_",
     "THP_MEM_",
     "ATEN_",
+    "LD_PRELOAD",
 )
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _STARTED = b"started"

@@ -15,6 +15,7 @@ VARIABLES = (
     "OMP_PROC_BIND",
     "TORCH_MKLDNN_MATMUL_MIN_DIM",
     "THP_MEM_ALLOC_ENABLE",
+    "LD_PRELOAD",
 )
 
 
@@ -36,6 +37,7 @@ def run_environment(bundle, threads):
         threads=threads,
         build=environment.installed(),
         left_to_aten=bool(described.refused),
+        allocator=environment.allocator_library(),
     )
     wanted = environment.only_read(wanted, environment.package_folder())
     assert "torch" not in sys.modules

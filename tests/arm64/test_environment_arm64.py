@@ -16,7 +16,7 @@ from torch import nn
 
 import armopt
 from armopt import environment, onednn_log, targets
-from armopt.emulation import TORCH_VERSIONS, EmulatedWorker, PreparedFolder, core_named
+from armopt.emulation import TORCH_VERSIONS, EmulatedWorker, PreparedFolder, core_named, emulated_command
 
 HERE = Path(__file__).parent
 FAST_MATH = {"DNNL_DEFAULT_FPMATH_MODE": "BF16", "OMP_NUM_THREADS": "1"}
@@ -108,6 +108,33 @@ def test_who_asks_for_huge_pages(require_torch, torch_version, variable, asks):
     assert bool(re.search(r"madvise\(\w+,\d{8,},MADV_HUGEPAGE\) = 0", calls)) == asks
 
 
+# --- the allocator --------------------------------------------------------------------------------
+
+TCMALLOC = "/usr/lib/aarch64-linux-gnu/libtcmalloc_minimal.so.4"
+LOADED = """
+import os
+print(os.environ["LD_PRELOAD"], "libtcmalloc_minimal.so.4" in open("/proc/self/maps").read())
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, f"{TCMALLOC} True"),
+        # the user's choice stays, also to have none
+        ({"LD_PRELOAD": "/usr/lib/aarch64-linux-gnu/libgomp.so.1"}, "/usr/lib/aarch64-linux-gnu/libgomp.so.1 False"),
+        ({"LD_PRELOAD": ""}, " False"),
+    ],
+)
+def test_armopt_run_preloads_the_hosts_allocator(require_torch, bundle, given, seen):
+    require_torch("2.10.0")
+    clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    words = ["armopt", "run", str(bundle), "--", "python", "-c", LOADED]
+    command, env = emulated_command("graviton3", words, env={**clean, **given})
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{seen}\n", done.stderr
+
+
 # --- doctor ---------------------------------------------------------------------------------------
 
 
@@ -119,10 +146,20 @@ def test_a_good_build_answers_and_a_missing_variable_is_found(arm64, bundle):
     assert report.facts["blas_core"] == "neoversev1"
     assert report.verdicts
     assert {verdict.reason for verdict in report.verdicts} == {""}
-    # the session's workers are started without it
-    assert {name: f.severity for name, f in findings(report).items()} == {"LRU_CACHE_CAPACITY": "soft"}
+    # the session's workers are started without them
+    severities = {name: f.severity for name, f in findings(report).items()}
+    assert severities == {"LRU_CACHE_CAPACITY": "soft", "malloc": "info"}
     assert "armopt run BUNDLE" in report.findings[0].remedy
     assert not report.healthy
+
+
+def test_a_preloaded_allocator_is_seen(require_torch):
+    require_torch("2.10.0")
+    with EmulatedWorker("graviton3", "2.10.0", {**FAST_MATH, "LD_PRELOAD": TCMALLOC}) as worker:
+        report = worker.call(EXAMINE).value
+    assert report.facts["malloc"].startswith("libtcmalloc_minimal.so.4")
+    assert "malloc" not in findings(report)
+    assert set(checks(report).values()) == {"ok"}, report.checks
 
 
 def test_a_core_without_bf16(arm64, bundle):

@@ -37,6 +37,7 @@ FACTS = {
     "threads_for_host": "2",
     "thp": "madvise",
     "thp_switch": "none",
+    "malloc": "libtcmalloc_minimal.so.4.5.10",
 }
 NVPL = {"torch": "2.13.0+cu130", "torch_build": "cuda 13.0", "blas": "NVPL", "sbgemm": "no", "onednn": "3.12.0"}
 GOOD = {v: e.value for v, e in environment.variables(targets.load("graviton3"), build=FACTS).items()}
@@ -136,6 +137,13 @@ def test_nvpl_costs_no_bundle_anything(backends: Backends) -> None:
     assert report.healthy
     assert named(report)["BF16 in BLAS"].severity == "info"
     assert {c.name: c.found for c in report.checks if c.status == "failed"} == {"BLAS BF16": "NVPL has no sbgemm"}
+
+
+def test_glibcs_malloc_is_no_illness(backends: Backends) -> None:
+    report = examine(malloc="glibc 2.36")
+    assert report.healthy
+    assert named(report)["malloc"].severity == "info"
+    assert examine().findings == ()
 
 
 def test_wrong_numbers_are_hard(backends: Backends) -> None:
@@ -265,6 +273,7 @@ def test_the_exit_code_and_the_text(healthy: bool, backends: Backends, monkeypat
     assert done.exit_code == (0 if healthy else 3)
     assert "neoverse-v1 (graviton3)" in done.stdout
     assert "OpenBLAS 0.3.30" in done.stdout
+    assert "malloc of libtcmalloc_minimal.so.4" in done.stdout
     assert ("This host is healthy" if healthy else "-> Start with: armopt run BUNDLE -- CMD") in done.stdout
     assert len(done.stdout.splitlines()) < 40  # one screen
     found = json.loads(invoke("--json").stdout)

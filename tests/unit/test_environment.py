@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -88,6 +90,86 @@ def test_variables_for_tensorflow() -> None:
         env.variables(targets.load("altra"), framework="jax")
 
 
+def test_an_allocator_is_preloaded_for_pytorch_unless_the_user_chose() -> None:
+    wanted = env.variables(targets.load("altra"), allocator="/usr/lib/x.so.4")
+    assert wanted["LD_PRELOAD"].value == "/usr/lib/x.so.4"
+    assert "LD_PRELOAD" not in env.variables(targets.load("altra"))
+    assert "LD_PRELOAD" not in env.variables(targets.load("altra"), framework="tensorflow", allocator="/usr/lib/x.so.4")
+    for chosen in ("", "/mine.so"):
+        assert env.for_process(wanted, {"LD_PRELOAD": chosen}, limit=1)[0]["LD_PRELOAD"] == chosen
+    assert env.for_process(wanted, {}, limit=1)[0]["LD_PRELOAD"] == "/usr/lib/x.so.4"
+
+
+ELF = b"\x7fELF\2\1\1" + bytes(9) + b"\3\0"
+AARCH64, X86_64 = ELF + b"\xb7\0", ELF + b"\x3e\0"
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, ""),
+        # Debian, Amazon Linux, one's own
+        ({"usr/lib/aarch64-linux-gnu/libtcmalloc_minimal.so.4": AARCH64}, "libtcmalloc_minimal.so.4"),
+        ({"usr/lib64/libtcmalloc_minimal.so.4": AARCH64}, "libtcmalloc_minimal.so.4"),
+        ({"usr/local/lib/libmimalloc.so.2": AARCH64, "usr/lib64/libc.so.6": AARCH64}, "libmimalloc.so.2"),
+        # the best first, wherever it is, by the name that programs use
+        (
+            {"usr/lib64/libjemalloc.so.2": AARCH64, "usr/local/lib/libtcmalloc.so.4": AARCH64},
+            "libtcmalloc.so.4",
+        ),
+        ({f"usr/lib64/libjemalloc.so{end}": AARCH64 for end in (".2.1", ".2", "")}, "libjemalloc.so.2"),
+        # another machine's, a linker script, a debugging build
+        (
+            {"usr/lib/libtcmalloc_minimal.so.4": X86_64, "usr/lib64/libjemalloc.so.2": AARCH64},
+            "libjemalloc.so.2",
+        ),
+        ({"usr/lib64/libjemalloc.so.2": b"INPUT(-lx)", "usr/lib64/libtcmalloc_minimal_debug.so.4": AARCH64}, ""),
+    ],
+)
+def test_the_allocator_of_a_host(
+    files: Mapping[str, bytes], found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    library = env.allocator_library(root=tmp_path)
+    assert Path(library).name == found
+    assert not found or Path(library).is_relative_to(tmp_path)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert env.allocator_library(root=tmp_path) == ""
+
+
+def test_a_link_to_nowhere_is_no_allocator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    folder = tmp_path / "usr/lib64"
+    folder.mkdir(parents=True)
+    (folder / "libjemalloc.so.2").symlink_to("nowhere")
+    assert env.allocator_library(root=tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("maps", "malloc"),
+    [
+        ("", os.confstr("CS_GNU_LIBC_VERSION")),
+        ("/usr/lib/aarch64-linux-gnu/libc.so.6", os.confstr("CS_GNU_LIBC_VERSION")),
+        ("/usr/lib64/libtcmalloc_minimal.so.4.5.10", "libtcmalloc_minimal.so.4.5.10"),
+    ],
+)
+def test_which_allocator_is_loaded(maps: str, malloc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "_read", lambda path: f"7f00-7f01 r-xp 00000000 08:01 42 {maps}\n")
+    assert env._malloc() == malloc
+
+
+def test_glibcs_malloc_costs_each_call_of_a_packed_layer() -> None:
+    found = compare(malloc="glibc 2.36")["malloc"]
+    assert (found.severity, found.found) == ("info", "glibc 2.36")
+    assert "50 to 80 thousand instructions" in found.cost
+    assert "libtcmalloc-minimal4" in found.remedy
+    assert compare(malloc="libjemalloc.so.2") == compare(malloc="") == {}
+    assert "malloc" not in compare(on="x86-avx512-bf16", malloc="glibc 2.36")
+
+
 def test_the_threshold_is_left_out_where_no_product_is_left_to_aten() -> None:
     build = {"blas": "OpenBLAS 0.3.30"}
     assert "TORCH_MKLDNN_MATMUL_MIN_DIM" in env.variables(targets.load("graviton3"), build=build)
@@ -99,10 +181,10 @@ def test_the_threshold_is_left_out_where_no_product_is_left_to_aten() -> None:
 def test_a_variable_that_no_library_reads_is_not_emitted(tmp_path: Path) -> None:
     package = tmp_path / "torch"
     write(package, {"lib/libtorch_cpu.so": "x\0DEFAULT_FPMATH_MODE\0NOT_LRU_CACHE_CAPACITY\0"})
-    names = ("DNNL_DEFAULT_FPMATH_MODE", "LRU_CACHE_CAPACITY", "OMP_NUM_THREADS")
+    names = ("DNNL_DEFAULT_FPMATH_MODE", "LRU_CACHE_CAPACITY", "OMP_NUM_THREADS", "LD_PRELOAD")
     wanted = {name: env.Variable("1", "why") for name in names}
-    # the OpenMP runtime may be the system's
-    assert list(env.only_read(wanted, package)) == ["DNNL_DEFAULT_FPMATH_MODE", "OMP_NUM_THREADS"]
+    # the OpenMP runtime may be the system's, the dynamic loader is
+    assert list(env.only_read(wanted, package)) == ["DNNL_DEFAULT_FPMATH_MODE", "OMP_NUM_THREADS", "LD_PRELOAD"]
     assert env.only_read(wanted, None) == wanted
     assert env.only_read(wanted, tmp_path / "nothing") == wanted
 
@@ -308,6 +390,7 @@ def test_record_of_this_process() -> None:
     assert facts["onednn"].startswith("3.")
     assert facts["threads"] == str(torch.get_num_threads())
     assert "gomp" in facts["openmp"]
+    assert re.match(r"glibc 2\.|lib(tc|je|mi)malloc", facts["malloc"])
     assert facts.items() >= env.installed().items()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -26,7 +27,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import armopt
-from armopt import onednn_log, package, serve
+from armopt import environment, onednn_log, package, serve
 from armopt.bundle import reader, source
 from armopt.cli import app
 from armopt.errors import BundleError, HostError, InputError
@@ -142,6 +143,11 @@ def test_the_dockerfile(written: package.Package) -> None:
     assert "OMP_NUM_THREADS" not in env  # the entry point counts the CPUs of the container
     assert json.loads(dict(lines)["ENTRYPOINT"])[2:] == ["armopt", "run", "/app/bundle", "--"]
     assert any("--require-hashes" in rest for word, rest in lines if word == "RUN")
+    (allocator,) = (rest for word, rest in lines if word == "RUN" and "apt-get install" in rest)
+    assert allocator.startswith("apt-get update && ")
+    assert "-y --no-install-recommends libtcmalloc-minimal4 " in allocator
+    assert allocator.endswith("&& rm -rf /var/lib/apt/lists/*")
+    assert "LD_PRELOAD" not in env  # the entry point finds it
     words = [word for word, _ in lines]
     assert words.count("ENTRYPOINT") == words.count("CMD") == words.count("HEALTHCHECK") == 1
 
@@ -381,6 +387,20 @@ def test_env_of_a_bundle_and_of_a_framework(bundle: Path, form: str) -> None:
     assert "TF_ENABLE_ONEDNN_OPTS" in tensorflow.stdout
     assert "OMP_NUM_THREADS" in tensorflow.stdout
     assert "TF_" not in invoke("env", "--target", "graviton3", "--format", form).stdout
+
+
+@pytest.mark.parametrize("form", ["shell", "docker", "systemd", "k8s", "json"])
+def test_env_names_this_hosts_allocator_where_this_host_runs_the_command(
+    bundle: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "allocator_library", lambda: "/usr/lib/liballocator.so.4")
+    assert "LD_PRELOAD" not in invoke("env", str(bundle), "--format", form).stdout  # the bundle is for another machine
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    # an image has files of its own
+    for words in ([str(bundle)], ["--target", "graviton3"]):
+        said = invoke("env", *words, "--format", form).stdout
+        assert ("/usr/lib/liballocator.so.4" in said) == (form not in ("docker", "k8s"))
+    assert "LD_PRELOAD" not in invoke("env", "--framework", "tensorflow", "--format", form).stdout
 
 
 @pytest.mark.parametrize(
