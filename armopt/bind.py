@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,10 @@ def _nothing_packed() -> PackedWeights:
     return found
 
 
+def _keep(weight: torch.Tensor) -> None:
+    pass
+
+
 @dataclass(slots=True)
 class Binder:
     """Binds the programs of one bundle, which share packed weights and verdicts.
@@ -74,6 +79,7 @@ class Binder:
         verdicts: Refusals, or None, by :func:`armopt.verdicts.key`; filled as probes run.
         identify: What tells weights apart, from a weight and its name; by default its name in the bundle.
         packed: What is packed already, to be shared.
+        release: Is told each stored weight once it is packed: no bound program reads it.
     """
 
     fast_math: bool
@@ -81,6 +87,7 @@ class Binder:
     verdicts: dict[str, str | None] = field(default_factory=dict)
     identify: Callable[[str, torch.Tensor], Hashable] = _by_name
     packed: PackedWeights = field(default_factory=_nothing_packed)
+    release: Callable[[torch.Tensor], None] = _keep
     _biases: dict[tuple[str, torch.dtype, float], torch.Tensor] = field(default_factory=dict)
 
     def bind(self, program: Program) -> tuple[fx.GraphModule, list[Bound]]:
@@ -92,13 +99,15 @@ class Binder:
         output = graph.graph_copy(source.graph, mapping)
         graph.output(output)
         constants = dict(source.named_buffers(remove_duplicate=False))
-        bound = []
-        for old in sites.layers(source.graph):
+        layers = list(sites.layers(source.graph))
+        bound: dict[fx.Node, Bound] = {}
+        # the largest first: what packing it copies meanwhile comes before the rest is in memory
+        for old in sorted(layers, key=lambda layer: -math.prod(program.sites[layer.name].weight)):
             node = mapping[old]
             site = program.sites[old.name]
             planned = table.get(str(node.args[KERNEL[node.target]]))
             kernel, weight, reasons = self._choose(site, planned, node, constants)
-            bound.append(Bound(old.name, planned.name, kernel.name, "; ".join(reasons)))
+            bound[old] = Bound(old.name, planned.name, kernel.name, "; ".join(reasons))
             _replace(
                 graph,
                 constants,
@@ -110,7 +119,7 @@ class Binder:
                 site,
             )
         _pool_as_integers(source, mapping, program.shapes)
-        return finish(root, graph, constants), bound
+        return finish(root, graph, constants), [bound[node] for node in layers]
 
     def _choose(
         self, site: Site, planned: Kernel, node: fx.Node, constants: dict[str, torch.Tensor]
@@ -156,6 +165,7 @@ class Binder:
         if known is not None:
             return stored, known
         weight = kernel.packed_weight(stored, site)
+        self.release(stored)
         reason = self._verdict(kernel, site, site.shape, node, weight, constants)
         if reason is None:
             held.append((site.shape, weight))
@@ -175,6 +185,7 @@ class Binder:
         if key not in self.verdicts:
             run = single(kernel, site, weight, self._bias(node, kernel, site, constants))
             self.verdicts[key] = probe.refusal(kernel, site, run)
+            del run.graph_module.weight  # a graph is a cycle: a refused kernel's weight would stay in memory
         return self.verdicts[key]
 
     def _bias(
