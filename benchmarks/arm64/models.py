@@ -42,6 +42,8 @@ BASELINE = "eager fast math"
 INDUCTOR = "Inductor's calls"
 #: Passes that can be left out, with the models that show what each brings.
 PASSES = (*("FoldBatchNorm", "FusePointwise", "MergeShortcut", "FoldStride", "MergeProjections", "PropagateBf16"),)
+#: Allocators return what is freed to the system, so that what is counted is in use.
+FREED_AT_ONCE = {"MIMALLOC_PURGE_DELAY": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 #: What loads a model, by what is counted.
 LOADS = {
     "torch.export.load": "load, exported",
@@ -214,12 +216,13 @@ def weigh(workloads: Sequence[str], *, cpu: str, torch_version: str) -> None:
 
     first = str(make_bundle("mlp/4 batch 32", cpu, torch_version))
     bundles = {workload: str(make_bundle(workload, cpu, torch_version)) for workload in workloads}
-    worker = EmulatedWorker(cpu, torch_version, FAST_MATH)
-    for workload, path in bundles.items():
-        taken = worker.call("benchmarks.arm64.jobs:memory", path=path, first=first, timeout=3600).value
-        results = load(cpu, torch_version)
-        results.setdefault(workload, {})["memory"] = taken
-        _save(results, cpu, torch_version)
+    with tempfile.TemporaryDirectory(prefix="armopt-verdicts-") as cache:
+        worker = EmulatedWorker(cpu, torch_version, {**FAST_MATH, **FREED_AT_ONCE, "ARMOPT_CACHE": cache})
+        for workload, path in bundles.items():
+            taken = worker.call("benchmarks.arm64.jobs:memory", path=path, first=first, timeout=3600).value
+            results = load(cpu, torch_version)
+            results.setdefault(workload, {})["memory"] = taken
+            _save(results, cpu, torch_version)
 
 
 def count_loading(workloads: Sequence[str], *, cpu: str, torch_version: str, profile: bool) -> None:
@@ -336,12 +339,13 @@ def render(results: Mapping[str, Mapping[str, Any]], floors: Mapping[str, int]) 
     return "\n".join(f"{title}\n\n{counts.table(rows, columns)}\n" for title, columns, rows in sections if rows)
 
 
-_ON_MEMORY = """Megabytes that armopt.load takes, of the process's data (the bundle's mapped file included), as its
-page tables have them; the emulator's own are not among them. The peak is the most of a few hundred looks."""
+_ON_MEMORY = """Megabytes that the first armopt.load on a host takes, as the page tables have them: all data of the
+process, the mapped file of weights, the graphs and oneDNN's own objects included, and nothing of the emulator's.
+Allocators return at once what is freed. The peak is the most of what a thread sees as it looks on."""
 _MEMORY = ["model", "weights in FP32", "in the bundle", "resident", "peak", "resident / FP32", "peak / bundle"]
 
-_ON_LOADING = """Millions of retired instructions of loading the same model: armopt's bundle, hashes checked and ready to
-run, and PyTorch's own exported program, as it is. The first load on a host proves every kernel, a later one, in a new
+_ON_LOADING = """Millions of retired instructions of loading the same model: armopt's bundle, hashes checked and ready
+to run, and PyTorch's exported program, as it is. The first load on a host proves every kernel, a later one, in a new
 process, finds that remembered."""
 
 
@@ -413,9 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.ablation:
             ablate(options.only or ABLATED, cpu=options.cpu, torch_version=options.torch)
         elif options.loading:
-            count_loading(
-                options.only or LOADED, cpu=options.cpu, torch_version=options.torch, profile=options.profile
-            )
+            count_loading(options.only or LOADED, cpu=options.cpu, torch_version=options.torch, profile=options.profile)
         elif options.memory:
             weigh(options.only or WEIGHED, cpu=options.cpu, torch_version=options.torch)
         elif not options.show:
