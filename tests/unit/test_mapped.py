@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import armopt
-from armopt import bind, runtime
+from armopt import bind, glue, runtime
 from armopt.bundle.mapped import MappedTensors
 from armopt.errors import BundleError
 
@@ -102,7 +103,7 @@ def test_what_is_not_of_the_file_can_be_released(file: Path) -> None:
 def test_loading_holds_few_stored_weights_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers and what is kept as it is stored (embeddings) leave memory while others are packed, for every bucket."""
     layers, width = 8, 512
-    parts = [torch.nn.Embedding(2 * width, width), *[torch.nn.Linear(width, width) for _ in range(layers)]]
+    parts = [torch.nn.Embedding(4 * width, width), *[torch.nn.Linear(width, width) for _ in range(layers)]]
     path = tmp_path / "bundle" / "weights.safetensors"
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     armopt.optimize(torch.nn.Sequential(*parts).eval(), (tokens,), output=path.parent, target="host", batch=(1, 16))
@@ -119,3 +120,14 @@ def test_loading_holds_few_stored_weights_at_a_time(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(module, name, watched)
     armopt.load(path.parent)
     assert 0 < most < path.stat().st_size / 4
+
+
+def test_weights_of_what_stays_python_are_released_too() -> None:
+    """Of a bundle of kind "module": the model has copied them."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    released: list[torch.Tensor] = []
+    rest = {f"1.{name}": tensor + 1 for name, tensor in model[1].state_dict().items()}
+    bundle: Any = SimpleNamespace(path="here", rest=rest, release=released.append)
+    made = glue.assemble(bundle, lambda: model, {"0": lambda x: x})
+    assert [id(tensor) for tensor in released] == [id(tensor) for tensor in rest.values()]
+    assert made(torch.tensor([-1.0, 1.0])).tolist() == pytest.approx([-1, 3], abs=1e-4)
