@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,10 @@ def _nothing_packed() -> PackedWeights:
     return found
 
 
+def _keep(weight: torch.Tensor) -> None:
+    pass
+
+
 @dataclass(slots=True)
 class Binder:
     """Binds the programs of one bundle, which share packed weights and verdicts.
@@ -76,6 +81,7 @@ class Binder:
         identify: What tells weights apart, from a weight and its name; by default its name in the bundle.
         packed: What is packed already, to be shared.
         bf16_attention: Whether attention works in BF16 where planned: it needs OpenBLAS's product.
+        release: Is told each stored weight once it is packed: no bound program reads it.
     """
 
     fast_math: bool
@@ -84,6 +90,7 @@ class Binder:
     identify: Callable[[str, torch.Tensor], Hashable] = _by_name
     packed: PackedWeights = field(default_factory=_nothing_packed)
     bf16_attention: bool = True
+    release: Callable[[torch.Tensor], None] = _keep
     _biases: dict[tuple[str, torch.dtype, float], torch.Tensor] = field(default_factory=dict)
 
     def bind(self, program: Program) -> tuple[fx.GraphModule, list[Bound]]:
@@ -95,13 +102,15 @@ class Binder:
         output = graph.graph_copy(source.graph, mapping)
         graph.output(output)
         constants = dict(source.named_buffers(remove_duplicate=False))
-        bound = []
-        for old in sites.layers(source.graph):
+        layers = list(sites.layers(source.graph))
+        bound: dict[fx.Node, Bound] = {}
+        # the largest first: what packing it copies meanwhile comes before the rest is in memory
+        for old in sorted(layers, key=lambda layer: -math.prod(program.sites[layer.name].weight)):
             node = mapping[old]
             site = program.sites[old.name]
             planned = table.get(str(node.args[KERNEL[node.target]]))
             kernel, weight, reasons = self._choose(site, planned, node, constants)
-            bound.append(Bound(old.name, planned.name, kernel.name, "; ".join(reasons)))
+            bound[old] = Bound(old.name, planned.name, kernel.name, "; ".join(reasons))
             _replace(
                 graph,
                 constants,
@@ -115,7 +124,7 @@ class Binder:
         _pool_as_integers(source, mapping, program.shapes)
         if not self.bf16_attention:
             _attend_in_fp32(source, mapping)
-        return finish(root, graph, constants), bound
+        return finish(root, graph, constants), [bound[node] for node in layers]
 
     def _choose(
         self, site: Site, planned: Kernel, node: fx.Node, constants: dict[str, torch.Tensor]
@@ -164,6 +173,7 @@ class Binder:
             weight = kernel.packed_weight(stored, site)
         except RuntimeError as error:  # e.g. oneDNN on x86 packs BF16 with AVX-512 alone
             return stored, f"can't be packed here: {str(error).splitlines()[0]}"
+        self.release(stored)
         reason = self._verdict(kernel, site, site.shape, node, weight, constants)
         if reason is None:
             held.append((site.shape, weight))
@@ -183,6 +193,7 @@ class Binder:
         if key not in self.verdicts:
             run = single(kernel, site, weight, self._bias(node, kernel, site, constants))
             self.verdicts[key] = probe.refusal(kernel, site, run)
+            del run.graph_module.weight  # a graph is a cycle: a refused kernel's weight would stay in memory
         return self.verdicts[key]
 
     def _bias(

@@ -15,6 +15,7 @@ True to the builds of torch 2.10 to 2.13, found in their libraries and under emu
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import json
 import mmap
@@ -616,6 +617,7 @@ def _read(path: Path) -> str:
         return ""
 
 
+@functools.lru_cache  # a load asks twice; the libraries of a process don't change
 def _search(path: Path, literal: bytes, pattern: bytes = b"") -> str | None:
     """The first group of `pattern` where it matches at an occurrence of `literal`, None where it doesn't.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import os
 import platform
@@ -213,8 +212,8 @@ def load(
     factory = glue.find_factory(bundle, model)
     parts = load_parts(bundle, strict=strict, tuning=tuning, stacklevel=3)
     made = parts[""] if factory is None else ModuleModel(bundle.manifest, glue.assemble(bundle, factory, parts), parts)
-    del bundle
-    gc.collect()  # its graphs are cycles, which would hold the file of weights in memory
+    if not made.portable:
+        _close_file(bundle)
     return made
 
 
@@ -258,12 +257,11 @@ def load_parts(
     verdicts: dict[str, str | None] = {}
     with host.remembering(verdicts):
         for part in bundle.parts:
-            binder = Binder(
-                host.fast_math(os.environ), host.tuning(tuning), verdicts, bf16_attention=host.multiplies_bf16()
-            )
+            binder = Binder(host.fast_math(os.environ), host.tuning(tuning), verdicts)
+            binder.release, binder.bf16_attention = bundle.release, host.multiplies_bf16()
             for program in part.programs:
                 module, entries = binder.bind(program)
-                _leave_file(module, program, copies)
+                _leave_file(module, program, copies, bundle.release)
                 bound.setdefault(part.path, []).append((program, module.forward, entries))
     if changed := host.changes(entries for each in bound.values() for _, _, entries in each):
         if strict:
@@ -272,8 +270,13 @@ def load_parts(
     return _models(bundle, bound, portable=False)
 
 
-def _leave_file(module: fx.GraphModule, program: Program, copies: dict[int, torch.Tensor]) -> None:
-    """Copies what a bound graph keeps as it is stored: one tensor would hold the whole file of weights in memory.
+def _leave_file(
+    module: fx.GraphModule,
+    program: Program,
+    copies: dict[int, torch.Tensor],
+    release: Callable[[torch.Tensor], None],
+) -> None:
+    """Copies what a bound graph keeps as it is stored: one tensor would hold the whole file of weights open.
 
     `copies` are by address; programs share them.
     """
@@ -283,7 +286,15 @@ def _leave_file(module: fx.GraphModule, program: Program, copies: dict[int, torc
         if tensor.layout is torch.strided and tensor.data_ptr() in stored:
             if tensor.data_ptr() not in copies:
                 copies[tensor.data_ptr()] = tensor.clone()
+                release(tensor)
             object.__setattr__(module, str(node.target), copies[tensor.data_ptr()])
+
+
+def _close_file(bundle: reader.Bundle) -> None:
+    """Takes the weights out of all stored graphs that no model runs; being cycles, they would hold the file open."""
+    for part in bundle.parts:
+        for program in part.programs[bool(part.path) :]:  # as _models keeps one
+            program.graph_module._buffers.clear()
 
 
 _Bound = tuple[Program, Forward, Sequence[Bound]]

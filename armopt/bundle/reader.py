@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 
 from armopt.bundle import codec, manifest
+from armopt.bundle.mapped import MappedTensors
 from armopt.bundle.source import GRAPH, KEPT, REFERENCE_GRAPH, REFERENCE_WEIGHTS, REPORT, WEIGHTS, Source, damaged
 from armopt.errors import BundleError
 
@@ -35,6 +36,7 @@ class Bundle:
         parts: One for the whole model, or one for each submodule of a bundle of kind "module".
         rest: Of kind "module": all other parameters and buffers, by name.
         report: Accuracy.
+        release: Lets a stored weight leave memory until it is read again; for one of a zip it does nothing.
         reference: The FP32 original, if it was kept.
     """
 
@@ -43,6 +45,7 @@ class Bundle:
     parts: tuple[Part, ...]
     rest: Mapping[str, torch.Tensor]
     report: Mapping[str, Any]
+    release: Callable[[torch.Tensor], None]
     reference: codec.Program | None = None
 
     @property
@@ -92,19 +95,19 @@ def read(path: Path | str, *, reference: bool = False) -> Bundle:
     for name, digest in wanted.items():
         if source.hash(name) != digest:
             raise damaged(path / name)
-    weights = _tensors(source, WEIGHTS)
+    weights, release = _tensors(source, WEIGHTS)
     graph = json.loads(source.read(GRAPH))
     where = str(path / GRAPH)
     report = json.loads(source.read(REPORT))
     if described.is_module:
         parts = tuple(_part(part, weights, where) for part in graph["parts"])
         rest = {name.removeprefix("/"): tensor for name, tensor in weights.items() if name.startswith("/")}
-        return Bundle(path, described, parts, rest, report)
+        return Bundle(path, described, parts, rest, report, release)
     kept = None
     if REFERENCE_GRAPH in wanted:
-        exact = weights | _tensors(source, REFERENCE_WEIGHTS)
+        exact = weights | _tensors(source, REFERENCE_WEIGHTS)[0]
         kept = codec.decode(json.loads(source.read(REFERENCE_GRAPH)), exact, str(path / REFERENCE_GRAPH))
-    return Bundle(path, described, (_part(graph, weights, where),), {}, report, kept)
+    return Bundle(path, described, (_part(graph, weights, where),), {}, report, release, kept)
 
 
 def _part(data: dict[str, Any], weights: Mapping[str, torch.Tensor], where: str) -> Part:
@@ -114,8 +117,9 @@ def _part(data: dict[str, Any], weights: Mapping[str, torch.Tensor], where: str)
     return Part(path, data, programs)
 
 
-def _tensors(source: Source, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file; those of a folder are mapped, not copied into memory."""
-    found: dict[str, torch.Tensor]
-    found = load(source.read(name)) if source.folder is None else load_file(source.folder / name)
-    return found
+def _tensors(source: Source, name: str) -> tuple[dict[str, torch.Tensor], Callable[[torch.Tensor], None]]:
+    """The tensors of a file, and what releases one; those of a folder are mapped, not copied into memory."""
+    if source.folder is None:
+        return load(source.read(name)), lambda tensor: None
+    mapped = MappedTensors(source.folder / name)
+    return mapped.tensors, mapped.release

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
+import sys
+import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,23 +85,86 @@ def module_bundle(path: str, workload: str) -> Prepared:
     return lambda: model(*inputs)
 
 
-def memory(path: str, first: str) -> dict[str, int]:
-    """Bytes of the process that loading a bundle takes, at its peak and when it is done; and those of its weights.
+def load_bundle(path: str) -> Prepared:
+    """Loading a bundle."""
+    import armopt
 
-    They are the emulator's, which translates code meanwhile: `first`, another bundle, has most of it translated before.
+    return lambda: armopt.load(path)
+
+
+def load_exported(workload: str) -> Prepared:
+    """torch.export.load of the same model; this process writes the file, because another release's may not load."""
+    from benchmarks.arm64.workloads import WORKLOADS
+
+    model, inputs = WORKLOADS[workload].build_quickly()
+    with torch.no_grad():
+        exported = torch.export.export(model, inputs)
+    path = Path(tempfile.mkdtemp(prefix="armopt-exported-")) / "model.pt2"
+    torch.export.save(exported, path)
+    return lambda: torch.export.load(path)
+
+
+def memory(path: str, first: str) -> dict[str, int]:
+    """Bytes of memory that loading a bundle takes, and those of its weights in the bundle and in FP32.
+
+    ``peak`` and ``resident`` are those of the first load, in which kernels are probed: oneDNN's objects and work space
+    count as well. ``loaded`` is what a second copy takes: weights and graphs alone. `first`, another bundle, has all
+    code loaded before.
     """
     import armopt
 
-    def status(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
     armopt.load(first)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    model = armopt.load(path)
-    taken = {"peak": status("VmHWM") - before, "resident": status("VmRSS") - before}
+    gc.collect()
+    before = own_memory()
+    with watching() as seen:
+        model = armopt.load(path)
+    gc.collect()
+    resident = own_memory()
+    copy = armopt.load(path)
+    gc.collect()
+    loaded = own_memory() - resident
+    del copy
+    taken = {"peak": max(*seen, resident) - before, "resident": resident - before, "loaded": loaded}
     return {**taken, **{name: int(size) for name, size in model.manifest.weights.items()}}
+
+
+def own_memory() -> int:
+    """Bytes of this process's data that are in memory, a mapped file of weights too; not code, nor the emulator's own.
+
+    Under emulation /proc/self/maps has the emulated process's mappings alone, and /proc/self/pagemap is the system's.
+    """
+    present = 0
+    with open("/proc/self/maps") as maps, open("/proc/self/pagemap", "rb", buffering=0) as pages:
+        for mapping in maps:
+            addresses, rights, *_ = mapping.split(maxsplit=2)
+            if rights.startswith("rw"):
+                begin, end = (int(address, 16) // mmap.PAGESIZE for address in addresses.split("-"))
+                pages.seek(8 * begin)
+                entries = torch.frombuffer(bytearray(pages.read(8 * (end - begin))), dtype=torch.int64)
+                present += int((entries < 0).sum())  # bit 63
+    return present * mmap.PAGESIZE
+
+
+@contextmanager
+def watching() -> Iterator[list[int]]:
+    """Bytes of this process's memory, a hundred times a second at most while the block runs."""
+    seen: list[int] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            seen.append(own_memory())
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
 
 
 # --- one kernel -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
     python -m benchmarks.arm64.models --nodes                  # armopt's calls node by node
     python -m benchmarks.arm64.models --ablation               # armopt without one pass at a time
     python -m benchmarks.arm64.models --memory                 # bytes that loading takes
+    python -m benchmarks.arm64.models --loading                # instructions that loading takes
 
 Bundles are made here, on this machine, and run on the emulated one. One process for each environment.
 """
@@ -19,6 +20,7 @@ import fcntl
 import functools
 import json
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +42,15 @@ BASELINE = "eager fast math"
 INDUCTOR = "Inductor's calls"
 #: Passes that can be left out, with the models that show what each brings.
 PASSES = (*("FoldBatchNorm", "FusePointwise", "MergeShortcut", "FoldStride", "MergeProjections", "PropagateBf16"),)
+#: Allocators return what is freed to the system, so that what is counted is in use.
+FREED_AT_ONCE = {"MIMALLOC_PURGE_DELAY": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+#: What loads a model, by what is counted.
+LOADS = {
+    "torch.export.load": "load, exported",
+    "armopt.load, first on a host": "load, first",
+    "armopt.load, later": "load, later",
+}
+LOADED = ("resnet50 224", "gpt2 block, 64 tokens")
 WEIGHED = ("resnet50 224", "gpt2, prefill of 64", "bert base, 128 tokens")
 ABLATED = ("resnet50 224", "gpt2 block, 64 tokens")
 
@@ -205,12 +216,42 @@ def weigh(workloads: Sequence[str], *, cpu: str, torch_version: str) -> None:
 
     first = str(make_bundle("mlp/4 batch 32", cpu, torch_version))
     bundles = {workload: str(make_bundle(workload, cpu, torch_version)) for workload in workloads}
-    worker = EmulatedWorker(cpu, torch_version, FAST_MATH)
-    for workload, path in bundles.items():
-        taken = worker.call("benchmarks.arm64.jobs:memory", path=path, first=first, timeout=3600).value
-        results = load(cpu, torch_version)
-        results.setdefault(workload, {})["memory"] = taken
-        _save(results, cpu, torch_version)
+    with tempfile.TemporaryDirectory(prefix="armopt-verdicts-") as cache:
+        worker = EmulatedWorker(cpu, torch_version, {**FAST_MATH, **FREED_AT_ONCE, "ARMOPT_CACHE": cache})
+        for workload, path in bundles.items():
+            taken = worker.call("benchmarks.arm64.jobs:memory", path=path, first=first, timeout=3600).value
+            results = load(cpu, torch_version)
+            results.setdefault(workload, {})["in memory"] = taken
+            _save(results, cpu, torch_version)
+
+
+def count_loading(workloads: Sequence[str], *, cpu: str, torch_version: str, profile: bool) -> None:
+    """Instructions that loading takes, in processes that have loaded a small model before.
+
+    Two processes load the bundles: the first probes their kernels, the second finds the verdicts.
+    """
+    small = "mlp/4 batch 10"
+    bundles = {workload: str(make_bundle(workload, cpu, torch_version)) for workload in (small, *workloads)}
+    exported = [Job(w, "benchmarks.arm64.jobs:load_exported", {"workload": w}, warm_ups=0) for w in bundles]
+    loaded = [Job(w, "benchmarks.arm64.jobs:load_bundle", {"path": path}, warm_ups=0) for w, path in bundles.items()]
+    with tempfile.TemporaryDirectory(prefix="armopt-verdicts-") as cache:
+        env = {**FAST_MATH, "ARMOPT_CACHE": cache}
+        for name, jobs in zip(LOADS.values(), (exported, loaded, loaded), strict=True):
+
+            def keep(index: int, counted: Counts, name: str = name, jobs: Sequence[Job] = jobs) -> None:
+                if jobs[index].name != small:
+                    keep_result(jobs[index].name, name, counted, cpu, torch_version)
+
+            counts.count(
+                jobs,
+                cpu=cpu,
+                torch_version=torch_version,
+                env=env,
+                profile=profile,
+                timeout=4 * 3600,
+                report=_say,
+                finished=keep,
+            )
 
 
 def _entry(counted: Counts) -> dict[str, Any]:
@@ -272,10 +313,16 @@ def render(results: Mapping[str, Mapping[str, Any]], floors: Mapping[str, int]) 
             )
     memory = []
     for workload, each in results.items():
-        if found := each.get("memory"):
-            sizes = [f"{found[name] / 1e6:.1f}" for name in ("fp32_bytes", "bytes", "resident", "peak")]
-            ratios = [f"{found['resident'] / found['fp32_bytes']:.2f}", f"{found['peak'] / found['bytes']:.2f}"]
+        if found := each.get("in memory"):
+            sizes = [f"{found[name] / 1e6:.1f}" for name in ("fp32_bytes", "bytes", "loaded", "resident", "peak")]
+            ratios = [f"{found['loaded'] / found['fp32_bytes']:.2f}", f"{found['peak'] / found['bytes']:.2f}"]
             memory.append([workload, *sizes, *ratios])
+    loading = []
+    for workload, each in results.items():
+        exported, *loads = (_total(each.get(name, {})) for name in LOADS.values())
+        if exported and all(loads):
+            ratios = [f"{load / exported:.2f}" for load in loads]
+            loading.append([workload, *(_millions(load) for load in (exported, *loads)), *ratios])
     header = ["model", "floor", *used, "fast math / armopt", "best other / armopt"]
     by_class = ["model", "", *counts.SHORT_CLASSES, "total"]
     sections = [
@@ -287,13 +334,22 @@ def render(results: Mapping[str, Mapping[str, Any]], floors: Mapping[str, int]) 
             ablation,
         ),
         (_ON_MEMORY, _MEMORY, memory),
+        (_ON_LOADING, ["model", *LOADS, "first / exported", "later / exported"], loading),
     ]
     return "\n".join(f"{title}\n\n{counts.table(rows, columns)}\n" for title, columns, rows in sections if rows)
 
 
-_ON_MEMORY = """Megabytes of the emulated process that armopt.load takes. Half of the peak is the mapped file of
-weights, which the system can drop. Some 10 MB are the emulator's own."""
-_MEMORY = ["model", "weights in FP32", "in the bundle", "resident", "peak", "resident / FP32", "peak / bundle"]
+_ON_MEMORY = """Megabytes that armopt.load takes, as the page tables have them, without the emulator's own. `loaded` is
+what a second copy in the same process adds: weights and graphs. `resident` and `peak` are those of the first load on a
+host, which probes every kernel: all of the process's data, oneDNN's objects and work space and the mapped file of
+weights included. Allocators return at once what is freed; the peak is the most of what a thread sees as it looks on."""
+_MEMORY = [
+    *("model", "weights in FP32", "in the bundle", "loaded", "resident", "peak"),
+    *("loaded / FP32", "peak / bundle"),
+]
+_ON_LOADING = """Millions of retired instructions of loading the same model: armopt's bundle, hashes checked and ready
+to run, and PyTorch's exported program, as it is. The first load on a host proves every kernel, a later one, in a new
+process, finds that remembered."""
 
 
 def page(body: str, cpu: str, torch_version: str) -> str:
@@ -351,6 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="count nothing: the kept results only")
     parser.add_argument("--ablation", action="store_true", help="armopt without one pass at a time, nothing else")
     parser.add_argument("--memory", action="store_true", help="bytes that loading takes, nothing else")
+    parser.add_argument("--loading", action="store_true", help="instructions that loading takes, nothing else")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
     options = parser.parse_args(arguments)
     from benchmarks.arm64.workloads import WORKLOADS
@@ -362,6 +419,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.ablation:
             ablate(options.only or ABLATED, cpu=options.cpu, torch_version=options.torch)
+        elif options.loading:
+            count_loading(options.only or LOADED, cpu=options.cpu, torch_version=options.torch, profile=options.profile)
         elif options.memory:
             weigh(options.only or WEIGHED, cpu=options.cpu, torch_version=options.torch)
         elif not options.show:

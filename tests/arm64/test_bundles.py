@@ -17,6 +17,7 @@ import torch
 from armopt import onednn_log
 from armopt.ir import Site
 from armopt.kernels import table
+from benchmarks.arm64 import models
 from tests.arm64 import bundles
 
 JOBS = "tests.arm64.jobs_bundles"
@@ -238,3 +239,15 @@ def _key(
 def _sizes(execution: onednn_log.Execution) -> dict[str, int]:
     """``mb1_ic3oc64_ih64…`` by name."""
     return {name: int(size) for name, size in re.findall(r"([a-z]+)(\d+)", execution.problem)}
+
+
+def test_half_the_bytes_of_fp32_and_little_more_while_loading(arm64, made, tmp_path, figures):
+    """As the page tables have it: all of the process's data, with what probes take, and not the emulator's own."""
+    small, large = made("convnet", "graviton3"), made("resnet50", "graviton3")
+    env = models.FAST_MATH | models.FREED_AT_ONCE | {"ARMOPT_CACHE": str(tmp_path)}
+    job = "benchmarks.arm64.jobs:memory"
+    taken = arm64("graviton3", "2.10.0", env).call(job, path=str(large.path), first=str(small.path)).value
+    loaded, peak = taken["loaded"] / taken["fp32_bytes"], taken["peak"] / taken["bytes"]
+    figures.append(f"ResNet-50 in memory: {loaded:.2f} of FP32's bytes, {peak:.2f} of the bundle's while it loads")
+    assert 0.45 < loaded <= 0.55
+    assert 1 < peak <= 1.25

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gc
 import platform
 import shutil
 import threading
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import armopt
-from armopt import buckets, host, runtime
+from armopt import bind, buckets, host, runtime
 from armopt.errors import InputError
+from armopt.ir import Site
+from armopt.kernels.base import Kernel
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 #: The bundles are made on this machine: graviton3's are portable everywhere but on aarch64.
@@ -167,6 +171,33 @@ def test_the_file_of_weights_leaves_memory(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)).eval()
     x = torch.randn(3, 64)
     armopt.optimize(model, (x,), output=tmp_path / "bundle", target="host")
-    loaded = armopt.load(tmp_path / "bundle")
-    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    gc.disable()  # without waiting for Python to look for cycles
+    try:
+        loaded = armopt.load(tmp_path / "bundle")
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
     torch.testing.assert_close(loaded(x), model(x), atol=0.05, rtol=0)
+
+
+def test_what_a_refused_kernel_packed_leaves_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 64).eval()
+    armopt.optimize(model, (torch.randn(3, 64),), output=tmp_path / "bundle", target="host")
+    monkeypatch.setenv("ARMOPT_CACHE", str(tmp_path))
+    packed: list[weakref.ref[torch.Tensor]] = []
+    single = bind.single
+
+    def remembered(kernel: Kernel, site: Site, weight: torch.Tensor, bias: torch.Tensor | None) -> bind.Single:
+        packed.append(weakref.ref(weight))
+        return single(kernel, site, weight, bias)
+
+    monkeypatch.setattr(bind, "single", remembered)
+    monkeypatch.setattr(bind.probe, "refusal", lambda *_: "no" if len(packed) == 1 else None)
+    gc.disable()
+    try:
+        loaded = load(tmp_path / "bundle")
+        assert packed[0]() is None
+    finally:
+        gc.enable()
+    assert "no" in loaded.kernels[0][0].reason
