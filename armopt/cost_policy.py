@@ -35,6 +35,9 @@ class Costs(Protocol):
     def pointwise(self, name: str, elements: int) -> float:
         """The cost of one pointwise operation, e.g. ``fp32:cast``: from that dtype to the other."""
 
+    def attention(self, dtype: str, heads: int, scores: int, products: int) -> float:
+        """The cost of attention of so many heads, scores and multiply-adds in ``bf16`` or ``fp32``."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Option:
@@ -147,8 +150,12 @@ def _cut(sites: Sequence[Site], options: Sequence[Mapping[str, _Option]], costs:
     graph.add_edge("bf16", "fp32", capacity=0.0)
     by_name = {site.node: site for site in sites}
     for site, choices in zip(sites, options, strict=True):
-        graph.add_edge(("site", site.node), "fp32", capacity=choices[_BF16].cost if _BF16 in choices else math.inf)
-        graph.add_edge("bf16", ("site", site.node), capacity=choices[_FP32].cost if _FP32 in choices else math.inf)
+        half, full = (
+            choices[label].cost + costs.attention(label, *site.attended) if label in choices else math.inf
+            for label in (_BF16, _FP32)
+        )
+        graph.add_edge(("site", site.node), "fp32", capacity=half)
+        graph.add_edge("bf16", ("site", site.node), capacity=full)
         if not choices:  # plain ATen works in FP32
             graph["bf16"][("site", site.node)]["capacity"] = 0.0
     readers: dict[str, list[Site]] = {}

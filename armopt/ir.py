@@ -136,6 +136,8 @@ class Site:
         source: The node that makes the input, looking through operations that only move or select values.
         residual: The same for the second tensor of a fused addition; empty where there is none.
         escapes: Whether the result is read, through such operations, by anything but sites.
+        attended: Heads of all images, scores, and multiply-adds of attention whose query is of the result and whose key
+            and value are of sites: all of it works in BF16 if they do.
     """
 
     node: str
@@ -156,6 +158,7 @@ class Site:
     source: str = ""
     residual: str = ""
     escapes: bool = True
+    attended: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from armopt import graph as g
 from armopt.ir import Bucket, Site
 from armopt.kernels.geometry import output_size
 from armopt.kernels.ops import CONV, LINEAR, OTHER
-from armopt.transparent import origin, readers
+from armopt.transparent import attentions, origin, readers
 
 
 def layers(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -36,7 +36,22 @@ def _connected(node: fx.Node, bucket: Bucket) -> Site:
         source=origin(node.args[0]).name,
         residual="" if other is None else origin(other).name,
         escapes=any(reader.target not in (LINEAR, CONV) for reader in readers(node)),
+        attended=_attended(node, bucket),
     )
+
+
+def _attended(node: fx.Node, bucket: Bucket) -> tuple[int, int, int]:
+    """Heads, scores and multiply-adds of all attention that a layer makes the query of."""
+    heads = scores = products = 0
+    for attention in attentions(node):
+        query, key, value = attention.args[:3]
+        if origin(query) is node and all(origin(x).target in (LINEAR, CONV) for x in (key, value)):
+            *lead, rows, size = g.concrete_shape(_meta(query).shape, bucket)
+            count = math.prod(lead) * rows * g.concrete(_meta(key).shape[-2], bucket)
+            heads += math.prod(lead)
+            scores += count
+            products += count * (size + g.concrete(_meta(value).shape[-1], bucket))
+    return heads, scores, products
 
 
 def describe(node: fx.Node, shape: Sequence[int], weight: Sequence[int]) -> Site:

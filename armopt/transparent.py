@@ -51,6 +51,17 @@ def origin(node: Any) -> fx.Node:
     return node
 
 
+def attentions(node: fx.Node) -> set[fx.Node]:
+    """The attention that reads a value, looking through operations that move values."""
+    found: set[fx.Node] = set()
+    for user in node.users:
+        if user.target is ATTENTION:
+            found.add(user)
+        elif user.target in EXACT:
+            found |= attentions(user)
+    return found
+
+
 def readers(node: fx.Node) -> list[fx.Node]:
     """What reads a value, looking through transparent operations."""
     found: list[fx.Node] = []

@@ -21,7 +21,7 @@ _MOST = 20_000
 def key(kernel: str, site: Site, packed_for: tuple[int, ...]) -> str:
     """What a verdict depends on: the kernel, all of the site but its names, and the shape its weight was packed for."""
     facts = asdict(site)
-    for name in ("node", "weight_key", "source", "residual", "escapes"):
+    for name in ("node", "weight_key", "source", "residual", "escapes", "attended"):
         del facts[name]
     return json.dumps([kernel, list(packed_for), facts], sort_keys=True)
 

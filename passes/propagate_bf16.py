@@ -11,7 +11,7 @@ from torch import fx
 from armopt import graph as g
 from armopt.ir import PassResult, Skip
 from armopt.passes._pack import cast
-from armopt.transparent import OPERANDS, TRANSPARENT
+from armopt.transparent import ATTENTION, OPERANDS, TRANSPARENT
 
 _aten = torch.ops.aten
 _CAST = _aten._to_copy.default
@@ -21,9 +21,9 @@ _CAST = _aten._to_copy.default
 class PropagateBf16:
     """cast_bf16(cast_fp32(x)) -> x; cast_bf16(f(cast_fp32(x))) -> f(x) for an f that moves or selects values.
 
-    The second form reaches through gelu, silu and hardswish as well, which round once more, through attention whose
-    query, key and value are all in BF16, and casts each part of a concatenation. Refuses an f whose FP32 result is used
-    by anything but casts to BF16.
+    The second form reaches through gelu, silu and hardswish as well, which round once more, and casts each part of a
+    concatenation. Refuses an f whose FP32 result is used by anything but casts to BF16. Attention works in BF16 where
+    its query, key and value are, whoever reads the result: a product, which rounds it anyway.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -33,7 +33,7 @@ class PropagateBf16:
             rewritten += changed
         g.sweep(graph_module)
         skipped = [
-            Skip(node.name, "another operand is in FP32" if _wants_bf16(node) else "its result is read in FP32")
+            Skip(node.name, "another operand is in FP32" if node.target is ATTENTION else "its result is read in FP32")
             for node in g.calls(graph_module.graph, *TRANSPARENT)
             if is_cast(node.args[0], torch.float32)
         ]
@@ -83,7 +83,9 @@ def _sink(graph_module: fx.GraphModule) -> list[str]:
         target: Any = node.target
         count = OPERANDS.get(target, 1)
         sources: Any = node.args[:count]
-        if not all(is_cast(source, torch.float32) for source in sources) or not _wants_bf16(node):
+        if not all(is_cast(source, torch.float32) for source in sources):
+            continue
+        if target is not ATTENTION and not _wants_bf16(node):
             continue
         args = (*(source.args[0] for source in sources), *node.args[count:])
         half = g.insert_call(graph_module.graph, node, target, args, dict(node.kwargs))
@@ -96,7 +98,8 @@ def _sink(graph_module: fx.GraphModule) -> list[str]:
 
 
 def _wants_bf16(node: fx.Node) -> bool:
-    """Whether all that reads a node, through operations that may run in BF16, converts it to BF16."""
+    """Whether all that reads a node, through operations that may run in BF16, converts it to BF16 or is attention."""
     return bool(node.users) and all(
-        is_cast(user, torch.bfloat16) or (user.target in TRANSPARENT and _wants_bf16(user)) for user in node.users
+        is_cast(user, torch.bfloat16) or user.target is ATTENTION or (user.target in TRANSPARENT and _wants_bf16(user))
+        for user in node.users
     )

@@ -12,7 +12,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -83,6 +83,8 @@ class CostTable:
         kernels: Variants by kernel, in the order of preference.
         pointwise_costs: Instructions of a call and of each element, for casts from a dtype to the other
             (``fp32:cast``) and post-ops (``bf16:relu``, ``fp32:gelu``…).
+        attention_costs: Instructions of attention in ``bf16`` and ``fp32``: of each head, score and multiply-add;
+            empty where none was measured.
         provenance: How it was measured, and its error on shapes left out of the fit.
     """
 
@@ -91,6 +93,7 @@ class CostTable:
     kernels: Mapping[str, Sequence[Variant]]
     pointwise_costs: Mapping[str, tuple[float, float]]
     provenance: Mapping[str, Any]
+    attention_costs: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -114,6 +117,11 @@ class CostTable:
         """Instructions of one pointwise operation; a middling one where it was not measured."""
         call, element = self.pointwise_costs.get(name, _MIDDLING)
         return call + element * elements
+
+    def attention(self, dtype: str, heads: int, scores: int, products: int) -> float:
+        """Instructions of attention; zero where it was not measured."""
+        head, score, product = self.attention_costs.get(dtype, (0.0, 0.0, 0.0))
+        return head * heads + score * scores + product * products
 
     def _post_op(self, kernel: Kernel, site: Site) -> float:
         """Next to nothing for a fused relu; a fused sigmoid saves a pass over memory, but little of the work."""
@@ -210,7 +218,8 @@ def parse(data: Mapping[str, Any]) -> CostTable:
     """A table from its JSON."""
     kernels = {name: tuple(_variant(entry) for entry in variants) for name, variants in data["kernels"].items()}
     pointwise = {name: (float(call), float(element)) for name, (call, element) in data["pointwise"].items()}
-    return CostTable(data["core"], data["torch"], kernels, pointwise, data["provenance"])
+    attention = {dtype: (float(a), float(b), float(c)) for dtype, (a, b, c) in data.get("attention", {}).items()}
+    return CostTable(data["core"], data["torch"], kernels, pointwise, data["provenance"], attention)
 
 
 def _variant(data: Mapping[str, Any]) -> Variant:

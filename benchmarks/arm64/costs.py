@@ -49,6 +49,12 @@ _CONV = ("conv_bf16", "conv_fastmath")
 _CONV_FP32 = ("conv_fp32",)
 #: What a sample has beyond what was asked for.
 _FOUND = ("counts", "floor")
+ATTENTION = "attention"
+#: Images or windows, heads, tokens, size of a head: of BERT, ViT and Swin.
+_ATTENTION = (
+    *((1, 12, 64, 64), (1, 12, 128, 64), (1, 12, 197, 64), (1, 16, 32, 64), (8, 8, 16, 64)),
+    *((16, 6, 49, 32), (4, 12, 49, 32), (1, 8, 100, 32)),
+)
 #: Pointwise operations behind a kernel that doesn't fuse them, and casts.
 _POINTWISE = ("relu", "gelu", "gelu_tanh", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "relu6", "add")
 
@@ -139,6 +145,10 @@ def jobs(half: bool) -> Iterator[Job]:
                 "benchmarks.arm64.jobs:pointwise",
                 {"operation": "cast", "dtype": dtype, "elements": elements},
             )
+    for dtype in pointwise if half else ():
+        for batch, heads, tokens, size in _ATTENTION:
+            sizes = {"batch": batch, "heads": heads, "tokens": tokens, "size": size}
+            yield Job(ATTENTION, "benchmarks.arm64.jobs:attention", {"dtype": dtype, **sizes}, warm_ups=1)
     for shape in linear_shapes():
         for kernel in _LINEAR if half else _LINEAR_FP32:
             if shape["n"] > 1 or kernel.startswith("blas"):
@@ -187,7 +197,7 @@ def _key(entry: Mapping[str, Any]) -> str:
 
 
 def _floor(sample: Mapping[str, Any]) -> dict[str, int]:
-    if sample["name"] == "pointwise":
+    if sample["name"] in ("pointwise", ATTENTION):
         return {}
     site = _site(sample)
     return {"floor": site.m * site.k * site.n // 32}
@@ -344,7 +354,7 @@ def fit(path: Path) -> None:
     bits = target.vector_bits if "sve" in target.isa_features else 0
     by_kernel: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for sample in samples:
-        if sample["name"] != "pointwise":
+        if sample["name"] not in ("pointwise", ATTENTION):
             by_kernel[sample["kernel"]].append(sample)
     fast = [s for name in ("linear_fastmath", "conv1x1_fastmath") for s in by_kernel.get(name, [])]
     fast = [s for s in fast if sum(s["counts"][:2])]
@@ -384,6 +394,7 @@ def fit(path: Path) -> None:
         },
         "kernels": kernels,
         "pointwise": _pointwise([s for s in samples if s["name"] == "pointwise"]),
+        "attention": _attention([s for s in samples if s["name"] == ATTENTION]),
     }
     place = Path(costs.__file__).parent / path.name
     place.write_text(json.dumps(table, indent=1) + "\n")
@@ -392,6 +403,23 @@ def fit(path: Path) -> None:
 
 def _to_json(variant: Variant) -> dict[str, Any]:
     return {name: value for name, value in asdict(variant).items() if value is not None}
+
+
+def _attention(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """By dtype what a head, a score and a multiply-add take: all errors weigh alike, as shares of what was counted."""
+    found = {}
+    for dtype in sorted({sample["dtype"] for sample in samples}):
+        held = [sample for sample in samples if sample["dtype"] == dtype]
+        heads = np.array([s["batch"] * s["heads"] for s in held], dtype=float)
+        scores = heads * [s["tokens"] ** 2 for s in held]
+        products = scores * [2 * s["size"] for s in held]
+        totals = np.array([sum(s["counts"]) for s in held], dtype=float)
+        size = np.array([1e4, 10.0, 0.1])  # of the right order: nnls wants like columns
+        terms = np.stack([heads, scores, products], axis=1) / totals[:, None] * size
+        solution, _ = nnls(terms, np.ones(len(held)))
+        found[dtype] = [float(f"{value:.4g}") for value in solution * size]
+        print(ATTENTION, dtype, found[dtype], "worst error", round(float(np.abs(terms @ solution - 1).max()), 3))
+    return found
 
 
 def _pointwise(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

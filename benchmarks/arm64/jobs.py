@@ -19,7 +19,7 @@ from torch import fx
 from torch.nn import functional
 
 from armopt.bind import Single, finish, single
-from armopt.bindings import CASTS
+from armopt.bindings import BINDINGS, CASTS
 from armopt.ir import Site
 from armopt.kernels import table
 from armopt.kernels.base import Call
@@ -235,6 +235,14 @@ def pointwise(operation: str, dtype: str, elements: int) -> Prepared:
     end.args = (Call(end, y, y, None, other, operation, (1, elements), site, kind).with_post_op(y),)
     forward = finish(torch.nn.Module(), graph, {}).forward
     return lambda: forward(x, x)
+
+
+def attention(dtype: str, batch: int, heads: int, tokens: int, size: int) -> Prepared:
+    """Attention on query, key and value as one projection gives them."""
+    qkv = torch.randn(batch, tokens, 3 * heads * size, generator=torch.Generator().manual_seed(0)).to(_DTYPES[dtype])
+    q, k, v = (part.unflatten(-1, (heads, size)).transpose(1, 2) for part in qkv.chunk(3, -1))
+    call = BINDINGS[torch.ops.aten.scaled_dot_product_attention.default]
+    return lambda: call(q, k, v)
 
 
 # --- what else users could call -------------------------------------------------------------------

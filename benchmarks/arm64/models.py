@@ -80,7 +80,7 @@ CONTENDERS = {
     "fast math, huge pages": Contender(_HUGE_PAGES, {}, "mlp resnet50"),
     "fast math, tcmalloc": Contender(_TCMALLOC, {}),
     "model.bfloat16()": Contender(FAST_MATH, {"dtype": "bfloat16"}),
-    INDUCTOR: Contender(FAST_MATH, {}, f"{_EXPORTED} gpt2 bert swin"),
+    INDUCTOR: Contender(FAST_MATH, {}, "mlp block resnet mobilenet efficientnet convnext gpt2 bert"),
     "ONNX Runtime": Contender(ONE_THREAD, {"fast_math": False}, _EXPORTED, onnx="plain"),
     "ONNX Runtime, BF16 flag": Contender(ONE_THREAD, {"fast_math": True}, _EXPORTED, onnx="plain"),
     "ONNX Runtime, BF16 flag, armopt's form": Contender(ONE_THREAD, {"fast_math": True}, _EXPORTED, onnx="flag"),

@@ -29,7 +29,7 @@ def _sites(samples: list[Mapping[str, Any]]) -> dict[str, tuple[Site, dict[str, 
     found: dict[str, tuple[Site, dict[str, int]]] = {}
     for sample in samples:
         shape = {k: v for k, v in sample.items() if k not in ("name", "kernel", "counts", "floor")}
-        if sample["name"] != "pointwise":
+        if sample["name"] not in ("pointwise", "attention"):
             site = jobs.conv_site(**shape) if "shape" in shape else jobs.linear_site(**shape)
             found.setdefault(json.dumps(shape), (site, {}))[1][sample["kernel"]] = sum(sample["counts"])
     return found
