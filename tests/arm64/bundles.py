@@ -90,6 +90,25 @@ class ConvNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Windows(nn.Module):
+    """Attention written out over windows, each with its own mask as Swin has them, and a layer with silu."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(128, 384), nn.Linear(128, 128)
+        self.up, self.down = nn.Linear(128, 320), nn.Linear(320, 128)
+        self.register_buffer("bias", torch.linspace(-1, 1, 4 * 24 * 24).view(1, 4, 24, 24))
+        self.register_buffer("mask", (torch.arange(4 * 24 * 24).view(4, 24, 24) % 7 == 0) * -100.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(-1, 24, 3, 4, 32).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q * 32**-0.5) @ k.transpose(-2, -1) + self.bias
+        scores = scores.view(-1, 4, 4, 24, 24) + self.mask[:, None][None]
+        y = scores.view(-1, 4, 24, 24).softmax(-1) @ v
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.silu(self.up(x)))
+
+
 def _torchvision(name: str) -> nn.Module:
     ensure_torchvision()
     import torchvision
@@ -165,6 +184,7 @@ EXAMPLES = {
     "mobilenet": Example(lambda: _torchvision("mobilenet_v2"), (_noise(1, 3, 64, 64),)),
     "gpt2": Example(_gpt2, (_text(1, 72),)),
     "bert": Example(_bert, (_text(2, 40),)),
+    "windows": Example(lambda: randomize(Windows()), (_noise(8, 24, 128),), policy=plan.ThresholdPolicy()),
     "convnet": Example(
         lambda: randomize(ConvNet(), [(4, 3, 32, 32)]), (_noise(2, 3, 32, 32),), policy=plan.ThresholdPolicy()
     ),

@@ -77,6 +77,7 @@ def run(bundle, calls, captured=1, environ=None, strict=False):
                 result = _call(model, inputs)
         runs.append({"output": _first(result), "log": log.text})
     return {
+        "attention": _attention_dtypes(model, calls[0]) if "windows" in str(bundle) else [],
         "kernels": [[(b.node, b.planned, b.kernel, b.reason) for b in bucket] for bucket in model.kernels],
         "portable": model.portable,
         "warnings": [str(entry.message) for entry in said],
@@ -139,3 +140,21 @@ if __name__ == "__main__":  # the script of a user: python jobs_bundles.py BUNDL
             {"environment": seen_environment(), "kernels": kernels, "warnings": [str(w.message) for w in caught]}
         )
     )
+
+
+def _attention_dtypes(model, inputs):
+    """The dtype of each query of attention, seen in a call."""
+    import torch
+
+    found = []
+
+    class Watching(torch.fx.Interpreter):
+        def call_function(self, target, args, kwargs):
+            if target is torch._C._nn.scaled_dot_product_attention:
+                found.append(str(args[0].dtype).removeprefix("torch."))
+            return super().call_function(target, args, kwargs)
+
+    tensors = list(inputs.values())
+    with torch.no_grad():
+        Watching(model._select(tensors).__self__).run(*tensors)
+    return found

@@ -152,8 +152,14 @@ def exact(case: Case) -> torch.Tensor:
     else:
         geometry = _geometry(case, len(case.filters))
         y = torch.convolution(x, weight, bias, *geometry)
-    assert case.post_op in ("none", "relu")
-    return y.relu() if case.post_op == "relu" else y
+    match case.post_op:
+        case "none":
+            return y
+        case "relu":
+            return y.relu()
+        case "silu":
+            return torch.nn.functional.silu(y)
+    raise AssertionError(case.post_op)
 
 
 def _geometry(case: Case, spatial: int) -> tuple[object, ...]:

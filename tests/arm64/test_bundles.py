@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from armopt import onednn_log
+from armopt.bundle import reader
 from armopt.ir import Site
 from armopt.kernels import table
+from armopt.transparent import ATTENTION
 from benchmarks.arm64 import models
 from tests.arm64 import bundles
 
@@ -39,6 +41,8 @@ RUNS = (
     "convnet@graviton3-torch2.13",
     "mlp-full-size@graviton3",
     "fast-math@graviton3-torch2.13",
+    "windows@graviton3",
+    "windows@graviton3-torch2.13",
 )
 #: Where a second PyTorch may answer otherwise than the plan expects: then the load says so, and nothing is `ref`.
 OTHER_BUILD = "graviton3-torch2.13"
@@ -201,6 +205,16 @@ def test_outputs_are_those_of_fp32_and_the_twin_predicts_their_error(run, figure
             assert abs(predicted - real) <= PREDICTED_WITHIN * real, call
         else:  # all in FP32: sums in another order, over some dozen layers
             assert max(real, predicted) < 1e-5, call
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("windows@graviton3", "bfloat16"), ("windows@graviton3-torch2.13", "float32")]
+)
+def test_attention_works_in_bf16_where_blas_does(run, dtype):
+    """Without a BF16 product in BLAS, as in the build of 2.13, BF16 attention would be oneDNN's ``gemm:ref``."""
+    (program,) = reader.read(run.made.path).programs
+    assert sum(node.target is ATTENTION for node in program.graph_module.graph.nodes) == 1
+    assert run.value["attention"] == [dtype]
 
 
 # --- helpers --------------------------------------------------------------------------------------

@@ -102,6 +102,12 @@ CASES = {
         Case("conv1x1_bf16", (64, 400), 48, bias=False, post_op="relu"),
         Case("conv_bf16", (1, 64, 8, 8), 32, (3, 3), padding=1, bias=False, post_op="relu"),
         Case("conv_fastmath", (1, 64, 8, 8), 32, (3, 3), padding=1, post_op="relu"),
+        # by tanh of halves, which the weight is packed as
+        Case("conv_fastmath", (1, 64, 8, 8), 32, (3, 3), padding=1, post_op="silu"),
+        Case("conv_fp32", (1, 48, 9, 9), 48, (3, 3), padding=1, groups=48, post_op="silu"),
+        Case("linear_fastmath", (64, 400), 48, post_op="silu"),
+        Case("blas_fp32_w16", (3, 400), 48, bias=False, post_op="silu"),
+        Case("conv1x1_bf16", (64, 400), 48, post_op="silu"),
     ),
     "yitian710": (
         *_linear("conv1x1_bf16", *BF16_LINEAR[4:13:2], *BF16_LINEAR[13:]),

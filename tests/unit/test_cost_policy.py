@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,16 @@ def _site(name: str, source: str, *, m: int = 8, k: int = 64, n: int = 64, resid
 
 def _pointwise(cast: float) -> dict[str, tuple[float, float]]:
     return {"fp32:cast": (0.0, cast), "bf16:cast": (0.0, cast), "bf16:add": (0.0, 0.0), "fp32:add": (0.0, 0.0)}
+
+
+def test_attention_draws_its_query_to_the_dtype_in_which_it_is_cheap() -> None:
+    kernels = {"conv1x1_bf16": 100.0, "linear_fastmath": 90.0}
+    site = replace(_site("qkv", "x", escapes=True), attended=(2, 32, 512))
+    alone = _table(kernels, cast=0.0)
+    half = replace(alone, attention_costs={"bf16": (0.0, 1.0, 0.0), "fp32": (0.0, 1.0, 0.1)})
+    dear = replace(alone, attention_costs={"bf16": (0.0, 9.0, 0.0), "fp32": (0.0, 1.0, 0.1)})
+    chosen = [CostPolicy(costs, near=1.0).choose([site], GRAVITON3)[0].kernel for costs in (alone, half, dear)]
+    assert [kernel.name for kernel in chosen if kernel] == ["linear_fastmath", "conv1x1_bf16", "linear_fastmath"]
 
 
 def _table(per_call: dict[str, float], cast: float) -> CostTable:

@@ -55,3 +55,27 @@ def test_layers_come_in_order_and_share_their_key() -> None:
     found = find(nn.Sequential(conv, nn.Conv2d(3, 3, 3), conv), 1, 3, 8, 8)
     assert [site.weight_key for site in found] == ["_0_weight", "_1_weight", "_0_weight"]
     assert len({site.node for site in found}) == 3
+
+
+class _Attention(nn.Module):
+    def __init__(self, *, cached: bool) -> None:
+        super().__init__()
+        self.qkv, self.cached = nn.Linear(16, 48), cached
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        if self.cached:
+            k = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_attention_is_counted_for_the_layer_of_its_query() -> None:
+    (site,) = find(_Attention(cached=False), 3, 5, 16)
+    assert site.attended == (6, 6 * 25, 6 * 25 * 16)
+    assert not any(other.attended[0] for other in find(nn.Linear(16, 8), 2, 16))
+
+
+def test_attention_to_a_key_of_no_layer_is_not() -> None:
+    """A key from the cache is in FP32, so all of it is."""
+    (site,) = find(_Attention(cached=True), 3, 5, 16)
+    assert site.attended == (0, 0, 0)
