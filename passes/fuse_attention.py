@@ -75,9 +75,9 @@ def _reader(softmax: fx.Node) -> fx.Node | None:
 
 def _match(softmax: fx.Node, product: fx.Node) -> _Attention | str:
     """The attention that a softmax and the product behind it are; or why they are none."""
-    scores = g.value(softmax)
-    if scores.dim() != 4 or scores.dtype != torch.float32 or g.value(product.args[1]).dim() != 4:  # type: ignore[arg-type]
-        return "not FP32 of four dimensions"
+    value: Any = product.args[1]
+    if g.value(softmax).dim() != 4 or g.value(value).dim() != 4:
+        return "not of four dimensions"
     if softmax.args[1] not in (-1, 3) or len(softmax.users) > 1:
         return "its probabilities are not along the keys, or used elsewhere"
     node: Any = softmax.args[0]
@@ -98,8 +98,10 @@ def _match(softmax: fx.Node, product: fx.Node) -> _Attention | str:
             return f"{node.target} stands between the product and the softmax"
         node = operands[0]
     query, key = node.args
-    if len(node.users) > 1 or g.value(node).dim() != 4 or g.value(query).shape[:2] != g.value(key).shape[:2]:
+    if len(node.users) > 1 or g.value(node).dim() != 4:
         return "its product has other dimensions, or is used elsewhere"
+    if not all(g.is_float32(x) and g.value(x).shape[:2] == g.value(query).shape[:2] for x in (query, key, value)):
+        return "query, key and value are not FP32, or of other images or heads"
     if query.target is _aten.mul.Tensor and isinstance(query.args[1], (int, float)) and len(query.users) == 1:
         query, scale = query.args[0], scale * query.args[1]
     return _Attention(query, key, float(scale), tuple(masks))

@@ -41,7 +41,12 @@ WITHOUT_TCMALLOC = "armopt, glibc's malloc"
 BASELINE = "eager fast math"
 INDUCTOR = "Inductor's calls"
 #: Passes that can be left out, with the models that show what each brings.
-PASSES = (*("FoldBatchNorm", "FusePointwise", "MergeShortcut", "FoldStride", "MergeProjections", "PropagateBf16"),)
+ABLATED = {
+    "resnet50 224": ("FoldBatchNorm", "FusePointwise", "MergeShortcut", "FoldStride", "PropagateBf16"),
+    "mobilenet_v3_large 224": ("FoldBatchNorm", "FusePointwise", "ConvertPixelConv", "PropagateBf16"),
+    "gpt2 block, 64 tokens": ("FusePointwise", "MergeProjections", "PropagateBf16"),
+    "swin_t 224": ("FoldConstants", "FuseAttention", "FusePointwise", "PropagateBf16"),
+}
 #: Allocators return what is freed to the system, so that what is counted is in use.
 FREED_AT_ONCE = {"MIMALLOC_PURGE_DELAY": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 #: What loads a model, by what is counted.
@@ -52,7 +57,6 @@ LOADS = {
 }
 LOADED = ("resnet50 224", "gpt2 block, 64 tokens")
 WEIGHED = ("resnet50 224", "gpt2, prefill of 64", "bert base, 128 tokens")
-ABLATED = ("resnet50 224", "gpt2 block, 64 tokens")
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,7 @@ def keep_result(workload: str, contender: str, counted: Counts, cpu: str, torch_
 
 def ablate(workloads: Sequence[str], *, cpu: str, torch_version: str) -> None:
     """Counts armopt without one pass at a time."""
-    wanted = [(workload, name) for workload in workloads for name in PASSES]
+    wanted = [(workload, name) for workload in workloads for name in ABLATED[workload]]
     jobs = [
         armopt_job(f"{workload}: without {name}", workload, make_bundle(workload, cpu, torch_version, name))
         for workload, name in wanted
@@ -303,14 +307,11 @@ def render(results: Mapping[str, Mapping[str, Any]], floors: Mapping[str, int]) 
         totals.append([workload, f"{floors[workload] / 32e6:.2f}", *cells, ratio, best])
         compared = [name for name in (BASELINE, ARMOPT) if row.get(name)]
         classes += [[workload, name, *counts.class_row(results[workload][name]["classes"])] for name in compared]
-    ablation = []
-    for name in PASSES:
-        row = [results.get(workload, {}) for workload in ABLATED]
-        pairs = [(_total(each.get(f"without {name}", {})), _total(each.get(ARMOPT, {}))) for each in row]
-        if all(without and whole for without, whole in pairs):
-            ablation.append(
-                [name, *(f"{without / 1e6:.2f} (+{(without - whole) / 1e6:.2f})" for without, whole in pairs)]
-            )
+    ablation = [
+        [name, *(_without(name, results.get(workload, {})) for workload in ABLATED)]
+        for name in dict.fromkeys(name for names in ABLATED.values() for name in names)
+    ]
+    ablation = [row for row in ablation if any(row[1:])]
     memory = []
     for workload, each in results.items():
         if found := each.get("in memory"):
@@ -337,6 +338,12 @@ def render(results: Mapping[str, Mapping[str, Any]], floors: Mapping[str, int]) 
         (_ON_LOADING, ["model", *LOADS, "first / exported", "later / exported"], loading),
     ]
     return "\n".join(f"{title}\n\n{counts.table(rows, columns)}\n" for title, columns, rows in sections if rows)
+
+
+def _without(name: str, row: Mapping[str, Any]) -> str:
+    """Millions of instructions without a pass, and what that adds."""
+    without, whole = _total(row.get(f"without {name}", {})), _total(row.get(ARMOPT, {}))
+    return f"{without / 1e6:.2f} ({(without - whole) / 1e6:+.2f})" if without and whole else ""
 
 
 _ON_MEMORY = """Megabytes that armopt.load takes, as the page tables have them, without the emulator's own. `loaded` is

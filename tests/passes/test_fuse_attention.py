@@ -107,6 +107,18 @@ class TestFuseAttention(Contract):
             "three_dimensions",
             lambda: Forward(lambda s, x: (x @ x.transpose(1, 2)).softmax(-1) @ x),
             (noise(2, 5, 8),),
-            skips=("not FP32 of four dimensions",),
+            skips=("not of four dimensions",),
+        ),
+        Case(
+            "product_in_bf16",
+            _attention(lambda s, q, k: (q.bfloat16() @ k.bfloat16().transpose(-2, -1)).float()),
+            (noise(2, 5, 8),),
+            skips=("aten._to_copy.default stands between the product and the softmax",),
+        ),
+        Case(
+            "one_key_for_all_heads",
+            _attention(lambda s, q, k: q @ k[:, :1].transpose(-2, -1)),
+            (noise(2, 5, 8),),
+            skips=("query, key and value are not FP32, or of other images or heads",),
         ),
     )
