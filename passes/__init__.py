@@ -20,6 +20,7 @@ from armopt.passes.fuse_pointwise import FusePointwise
 from armopt.passes.merge_projections import MergeProjections
 from armopt.passes.merge_shortcut import MergeShortcut
 from armopt.passes.pack_conv import PackConv
+from armopt.passes.pack_embedding import PackEmbedding
 from armopt.passes.pack_linear import PackLinear
 from armopt.passes.propagate_bf16 import PropagateBf16
 from armopt.passes.relax_views import RelaxViews
@@ -49,4 +50,5 @@ def lower(plan: Plan, rounded: dict[str, torch.Tensor]) -> tuple[Pass, ...]:
     """What carries out one plan: runs once for each bucket, on a copy. Plans of one model share `rounded`."""
     decisions = {decision.node: decision for decision in plan.decisions}
     blocks = {decision.node: decision.block for decision in plan.decisions}
-    return (PackLinear(decisions, blocks, rounded), PackConv(decisions, blocks, rounded), PropagateBf16())
+    packing = (PackLinear(decisions, blocks, rounded), PackConv(decisions, blocks, rounded))
+    return (*packing, *((PackEmbedding(rounded),) if plan.target.bf16 else ()), PropagateBf16())

@@ -1,4 +1,4 @@
-"""What pack_linear and pack_conv share."""
+"""What the passes share that pack weights."""
 
 from __future__ import annotations
 
@@ -40,10 +40,7 @@ def pack(
         weight = args[1]
         assert isinstance(weight, fx.Node)
         if kernel.rounding.weights == torch.bfloat16:
-            name = str(weight.target)
-            if name not in rounded:
-                rounded[name] = getattr(graph_module, name).detach().to(torch.bfloat16)
-            args[1] = g.add_constant(graph_module, f"{name}_bf16", rounded[name], node, [weight])
+            args[1] = rounded_constant(graph_module, weight, rounded, node)
         if kernel.activations == torch.bfloat16:
             for index in (0, 3):  # the input and the second tensor of a residual add
                 if isinstance(args[index], fx.Node):
@@ -59,6 +56,16 @@ def pack(
         rewritten.append(name)
     g.sweep(graph_module)
     return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
+
+
+def rounded_constant(
+    graph_module: fx.GraphModule, weight: fx.Node, rounded: dict[str, torch.Tensor], before: fx.Node
+) -> fx.Node:
+    """A constant in BF16 in front of `before`, each rounded once."""
+    name = str(weight.target)
+    if name not in rounded:
+        rounded[name] = getattr(graph_module, name).detach().to(torch.bfloat16)
+    return g.add_constant(graph_module, f"{name}_bf16", rounded[name], before, [weight])
 
 
 def cast(graph: fx.Graph, before: fx.Node, source: Any, dtype: torch.dtype) -> fx.Node:

@@ -369,6 +369,7 @@ Written by `make bench-arm64` (`python -m benchmarks.arm64.models --write`); do 
 Exact counts of the instructions that one call retires, one thread, after a warm-up: PyTorch {torch_version}, the real
 aarch64 wheel, on an emulated {core_named(cpu).name} ({cpu}, {qemu}, own plugin: benchmarks/arm64/counter.c).
 A count is not a time: it knows nothing of caches, memory bandwidth and how many instructions a cycle takes.
+This emulator multiplies BF16 with its host's arithmetic (benchmarks/arm64/build_qemu.py): other last bits, same counts.
 `floor` is the arithmetic alone: multiply-adds of Linear and convolution / 32, as SVE BFMMLA of 256 bits has them.
 `mlp` is the tutorial's 4096-4096-11008-10, `mlp/4` the same with each width divided by 4. Weights are random in
 bundles and constant elsewhere: no kernel's work depends on them.
