@@ -62,7 +62,10 @@ def _prepare(kernel: Kernel, site: Site, fast_math: bool) -> Callable[[], Any] |
     if kernel.op != site.op or kernel.refuses(site) is not None or (kernel.fast_math and not fast_math):
         return None
     stored = torch.randn(site.weight, generator=torch.Generator().manual_seed(0)) / math.sqrt(max(1, site.k))
-    weight = kernel.packed_weight(stored, site)
+    try:
+        weight = kernel.packed_weight(stored, site)
+    except RuntimeError:  # e.g. oneDNN on x86 packs BF16 with AVX-512 alone
+        return None
     run = single(kernel, site, weight, torch.zeros(site.n, dtype=kernel.activations))
     return run if probe.refusal(kernel, site, run) is None else None
 

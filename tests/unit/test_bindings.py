@@ -13,6 +13,7 @@ CALLS = {
     "add.Tensor": [((X, X), {}), ((X, X), {"alpha": 2}), ((X, 1.5), {})],
     "add_.Tensor": [((X, X), {}), ((X, X), {"alpha": 2})],
     "adaptive_avg_pool2d.default": [((IMAGE, [2, 2]), {})],
+    "addcmul_.default": [((X, X, X + 1), {}), ((X, X, X + 1), {"value": 2})],
     "addmm.default": [((SQUARE[0], SQUARE, SQUARE), {}), ((SQUARE[0], SQUARE, SQUARE), {"beta": 2, "alpha": 3})],
     "avg_pool2d.default": [((IMAGE, [2, 2]), {}), ((IMAGE, [3, 3], [1, 1], [1, 1], True, False), {})],
     "bmm.default": [((X, X.transpose(1, 2)), {})],
