@@ -119,7 +119,8 @@ def make_bundle(workload: str, cpu: str, torch_version: str, without: str = "") 
         mock.patch.multiple(passes, PREPARE=keep(passes.PREPARE), lower=lambda *args: keep(lower(*args))),
     ):
         warnings.simplefilter("ignore")
-        example = inputs if whole else [inputs]
+        # images of other brightness too: how many proposals there are is not known beforehand
+        example = inputs if whole else [inputs, *(([image * share for image in inputs[0]],) for share in (0.3, 0.6))]
         armopt.optimize(model, example, kind="graph" if whole else "module", **options)
     return place
 
