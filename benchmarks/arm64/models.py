@@ -373,7 +373,7 @@ A count is not a time: it knows nothing of caches, memory bandwidth and how many
 This emulator multiplies BF16 with its host's arithmetic (benchmarks/arm64/build_qemu.py): other last bits, same counts.
 `floor` is the arithmetic alone: multiply-adds of Linear and convolution / 32, as SVE BFMMLA of 256 bits has them.
 `mlp` is the tutorial's 4096-4096-11008-10, `mlp/4` the same with each width divided by 4. Weights are random in
-bundles and constant elsewhere: no kernel's work depends on them.
+bundles and constant elsewhere: no kernel's work depends on them. Mask R-CNN's are the same everywhere, seeded.
 gpt2 is GPT-2 small with its cache of keys and values, whole; mask r-cnn has ResNet-50 and FPN, and 50 proposals.
 Every contender runs with LRU_CACHE_CAPACITY=1024 and OMP_NUM_THREADS=1; fast math is DNNL_DEFAULT_FPMATH_MODE=BF16,
 "OpenBLAS below 64" adds the tutorial's TORCH_MKLDNN_MATMUL_MIN_DIM=64,
