@@ -38,6 +38,7 @@ test-arm64: $(BIN)/.ready-dev  ## the tests on the emulated Arm core, with the r
 bench-arm64: arm64 $(BIN)/.ready-dev  ## count the instructions of whole models on the emulated core
 	$(BIN)/python -m benchmarks.arm64.build_qemu
 	$(BIN)/python -m benchmarks.arm64.models --memory
+	$(BIN)/python -m benchmarks.arm64.models --loading
 	$(BIN)/python -m benchmarks.arm64.models --ablation
 	$(BIN)/python -m benchmarks.arm64.models --all --write
 

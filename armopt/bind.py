@@ -160,8 +160,7 @@ class Binder:
     ) -> tuple[torch.Tensor, str | None]:
         """A packed weight with which the kernel passes its probe: one packed for another shape, or a new one."""
         identity = self.identify(site.weight_key, stored)
-        scale = post_ops.scale(site.post_op, kernel.activations)
-        key = (kernel.name, identity, scale, site.stride, site.padding, site.dilation, site.groups)
+        key = (kernel.name, identity, kernel.scale(site), site.stride, site.padding, site.dilation, site.groups)
         held = self.packed[key]
         for packed_for, weight in held:
             if self._verdict(kernel, site, packed_for, node, weight, constants) is None:
@@ -202,7 +201,7 @@ class Binder:
         bias = node.args[2]
         if not isinstance(bias, fx.Node):
             return None
-        key = (str(bias.target), kernel.activations, post_ops.scale(site.post_op, kernel.activations))
+        key = (str(bias.target), kernel.activations, kernel.scale(site))
         if key not in self._biases:
             self._biases[key] = kernel.packed_bias(constants[key[0]], site)
         return self._biases[key]

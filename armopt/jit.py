@@ -347,9 +347,8 @@ def _program(
     if settings.portable:
         return Programmed(chosen, (), weights, dtypes, module.forward, tuple(module.buffers()))
     _check_host(settings, chosen.decisions)
-    binder = Binder(
-        host.fast_math(os.environ), host.tuning(settings.tuning), {}, _POOL.identify, _POOL, host.multiplies_bf16()
-    )
+    fast_math, times, bf16_attention = host.fast_math(os.environ), host.tuning(settings.tuning), host.multiplies_bf16()
+    binder = Binder(fast_math, times, {}, _POOL.identify, _POOL, bf16_attention=bf16_attention)
     with host.remembering(binder.verdicts):
         bound, entries = binder.bind(program)
     if changed := host.changes([entries]):

@@ -255,10 +255,10 @@ def load_parts(
     bound: dict[str, list[_Bound]] = {}
     copies: dict[int, torch.Tensor] = {}
     verdicts: dict[str, str | None] = {}
+    fast_math, times, bf16_attention = host.fast_math(os.environ), host.tuning(tuning), host.multiplies_bf16()
     with host.remembering(verdicts):
         for part in bundle.parts:
-            binder = Binder(host.fast_math(os.environ), host.tuning(tuning), verdicts)
-            binder.release, binder.bf16_attention = bundle.release, host.multiplies_bf16()
+            binder = Binder(fast_math, times, verdicts, bf16_attention=bf16_attention, release=bundle.release)
             for program in part.programs:
                 module, entries = binder.bind(program)
                 _leave_file(module, program, copies, bundle.release)

@@ -84,8 +84,12 @@ class Kernel:
         """A bias as a site's call takes it."""
         return self._scaled(stored.to(self.activations), site)
 
+    def scale(self, site: Site) -> float:
+        """By what a site's weight and bias are multiplied as they are packed."""
+        return post_ops.scale(site.post_op, self.activations)
+
     def _scaled(self, values: torch.Tensor, site: Site) -> torch.Tensor:
-        scale = post_ops.scale(site.post_op, self.activations)
+        scale = self.scale(site)
         return values if scale == 1 else values * scale
 
 

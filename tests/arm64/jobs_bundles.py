@@ -144,17 +144,7 @@ if __name__ == "__main__":  # the script of a user: python jobs_bundles.py BUNDL
 
 def _attention_dtypes(model, inputs):
     """The dtype of each query of attention, seen in a call."""
-    import torch
-
-    found = []
-
-    class Watching(torch.fx.Interpreter):
-        def call_function(self, target, args, kwargs):
-            if target is torch._C._nn.scaled_dot_product_attention:
-                found.append(str(args[0].dtype).removeprefix("torch."))
-            return super().call_function(target, args, kwargs)
+    from tests.attention import query_dtypes
 
     tensors = list(inputs.values())
-    with torch.no_grad():
-        Watching(model._select(tensors).__self__).run(*tensors)
-    return found
+    return query_dtypes(model._select(tensors).__self__, tensors)[1]

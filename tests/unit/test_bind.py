@@ -9,6 +9,7 @@ from torch import nn
 from armopt import bind, capture, compiler, plan, probe, targets
 from armopt.bundle.codec import Program
 from armopt.kernels import table
+from tests.attention import query_dtypes
 
 
 def lowered(model: nn.Module, *inputs: torch.Tensor, target: str = "graviton3", rows: int = 1) -> Program:
@@ -189,17 +190,8 @@ def test_attention_works_in_bf16_where_blas_does(bf16: bool) -> None:
     program = lowered(_Attention(), X[None])
     trusted = Refuse() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {}
     module, _ = bind.Binder(False, verdicts=trusted, bf16_attention=bf16).bind(program)
-    seen = []
-    attend = torch._C._nn.scaled_dot_product_attention
-
-    class Watching(torch.fx.Interpreter):
-        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            if target is attend:
-                seen.append(args[0].dtype)
-            return super().call_function(target, args, kwargs)
-
-    found = Watching(module).run(X[None])[0]
-    assert seen == [torch.bfloat16 if bf16 else torch.float32]
+    (found,), seen = query_dtypes(module, (X[None],))
+    assert seen == ["bfloat16" if bf16 else "float32"]
     expected = program.graph_module(X[None])[0]
     # probabilities and results rounded to 8 bits, or not
     assert (found - expected).abs().max() <= 2**-6 * expected.abs().max()
