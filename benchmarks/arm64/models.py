@@ -4,6 +4,7 @@
     python -m benchmarks.arm64.models --write                  # and writes docs/benchmarks.md
     python -m benchmarks.arm64.models --only "resnet50 224"    # one model, also a slow one; results are kept
     python -m benchmarks.arm64.models --contenders armopt      # count this contender again, and no other
+    python -m benchmarks.arm64.models --all --missing          # go on where a run has ended
     python -m benchmarks.arm64.models --nodes                  # armopt's calls node by node
     python -m benchmarks.arm64.models --ablation               # armopt without one pass at a time
     python -m benchmarks.arm64.models --memory                 # bytes that loading takes
@@ -137,14 +138,24 @@ def make_onnx(workload: str, cpu: str, torch_version: str, form: str) -> Path:
 
 
 def measure(
-    workloads: Sequence[str], contenders: Sequence[str], *, cpu: str, torch_version: str, nodes: bool, profile: bool
+    workloads: Sequence[str],
+    contenders: Sequence[str],
+    *,
+    cpu: str,
+    torch_version: str,
+    nodes: bool,
+    profile: bool,
+    missing: bool,
 ) -> None:
-    """Counts what is asked for and keeps it, environment by environment."""
+    """Counts what is asked for and keeps it, environment by environment; `missing` leaves out what is kept already."""
+    kept = load(cpu, torch_version) if missing else {}
     groups: dict[tuple[tuple[str, str], ...], list[tuple[str, str, Job]]] = {}
     for contender in contenders:
         kind = CONTENDERS[contender]
         for workload in workloads:
             if kind.only and not any(word in workload for word in kind.only.split()):
+                continue
+            if "classes" in kept.get(workload, {}).get(contender, {}):
                 continue
             name = f"{workload}: {contender}"
             if contender in (ARMOPT, WITHOUT_TCMALLOC):
@@ -413,6 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", action="store_true", help="armopt's calls node by node")
     parser.add_argument("--profile", action="store_true", help="by library and function")
     parser.add_argument("--all", action="store_true", help="the slow models too")
+    parser.add_argument("--missing", action="store_true", help="only what has no kept count")
     parser.add_argument("--show", action="store_true", help="count nothing: the kept results only")
     parser.add_argument("--ablation", action="store_true", help="armopt without one pass at a time, nothing else")
     parser.add_argument("--memory", action="store_true", help="bytes that loading takes, nothing else")
@@ -440,6 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 torch_version=options.torch,
                 nodes=options.nodes,
                 profile=options.profile,
+                missing=options.missing,
             )
         results = load(options.cpu, options.torch)
         body = render(results, {name: each.macs for name, each in WORKLOADS.items()})
