@@ -26,7 +26,7 @@ _IN_TORCH = (
     *("permute.default", "relu.default", "relu_.default", "reshape.default", "rsqrt.default", "select.int"),
     *("sigmoid.default", "sigmoid_.default", "softmax.int", "split.Tensor", "split_with_sizes.default"),
     *("squeeze.dim", "squeeze.dims", "stack.default", "sub.Tensor", "tanh.default", "tanh_.default"),
-    *("transpose.int", "unbind.int", "unsqueeze.default"),
+    *("transpose.int", "unbind.int", "unflatten.int", "unsqueeze.default"),
 )
 _IN_NN = (
     *("adaptive_avg_pool2d.default", "avg_pool2d.default", "gelu.default", "gelu_.default", "hardsigmoid.default"),

@@ -20,6 +20,7 @@ EXACT = frozenset(
         _aten.squeeze.dim,
         _aten.squeeze.dims,
         _aten.flatten.using_ints,
+        _aten.unflatten.int,
         _aten.expand.default,
         _aten.slice.Tensor,
         _aten.narrow.default,

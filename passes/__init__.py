@@ -12,6 +12,7 @@ from armopt.passes.canonicalise_conv import CanonicaliseConv
 from armopt.passes.canonicalise_linear import CanonicaliseLinear
 from armopt.passes.canonicalise_split import CanonicaliseSplit
 from armopt.passes.convert_pixel_conv import ConvertPixelConv
+from armopt.passes.convert_transposed_conv import ConvertTransposedConv
 from armopt.passes.fold_batch_norm import FoldBatchNorm
 from armopt.passes.fold_constants import FoldConstants
 from armopt.passes.fold_stride import FoldStride
@@ -39,6 +40,7 @@ PREPARE: tuple[Pass, ...] = (
     CanonicaliseConv(),
     FoldBatchNorm(),
     FusePointwise(),
+    ConvertTransposedConv(),
     ConvertPixelConv(),
     MergeShortcut(),
     FoldStride(),

@@ -77,8 +77,8 @@ KERNELS = {
     "1d": (lambda: nn.Conv1d(3, 4, 3), noise(1, 3, 6), "conv_bf16"),
     "3d": (lambda: nn.Conv3d(3, 4, 2), noise(1, 3, 4, 4, 4), "conv_fp32"),
     "grouped": (lambda: nn.Conv2d(4, 4, 3, groups=2), noise(1, 4, 6, 6), "conv_fp32"),
-    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3), noise(1, 3, 6, 6), "conv_transpose_fp32"),
-    "transposed 1d": (lambda: nn.ConvTranspose1d(3, 4, 3), noise(1, 3, 6), "aten_conv"),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3, dilation=2), noise(1, 3, 6, 6), "conv_transpose_fp32"),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(3, 4, 3, dilation=2), noise(1, 3, 6), "aten_conv"),
     "transposed grouped": (lambda: nn.ConvTranspose2d(4, 4, 3, groups=2), noise(1, 4, 6, 6), "aten_conv"),
 }
 
@@ -117,5 +117,5 @@ def test_what_the_plan_refuses_is_skipped_with_its_reason() -> None:
     def step(graph_module: fx.GraphModule) -> object:
         return _pack(graph_module)(graph_module)
 
-    result = run_pass(step, lambda: nn.ConvTranspose1d(3, 4, 3), noise(1, 3, 6), before=PREPARE)  # type: ignore[arg-type]
+    result = run_pass(step, lambda: nn.ConvTranspose1d(3, 4, 3, dilation=2), noise(1, 3, 6), before=PREPARE)  # type: ignore[arg-type]
     assert [s.reason for s in result.skipped] == ["the tests want aten_conv"]

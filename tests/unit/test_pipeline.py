@@ -107,6 +107,7 @@ def test_the_order_is_one_visible_tuple() -> None:
         "CanonicaliseConv",
         "FoldBatchNorm",
         "FusePointwise",
+        "ConvertTransposedConv",
         "ConvertPixelConv",
         "MergeShortcut",
         "FoldStride",

@@ -110,7 +110,7 @@ class Layers(nn.Module):
                 "padded_pixel": nn.Conv2d(64, 48, 1, padding=1),
                 "pixel_in_groups": nn.Conv2d(64, 48, 1, groups=2),
                 "filter": nn.Conv2d(64, 48, 3, 2, 1),
-                "transposed": nn.ConvTranspose2d(64, 48, 3, 2, 1, output_padding=1),
+                "transposed": nn.ConvTranspose2d(64, 48, 3, 2, 1, output_padding=1, groups=2),
             }
         )
         self.pixel_of_one_dimension = nn.Conv1d(64, 48, 1)
