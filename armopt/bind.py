@@ -104,8 +104,8 @@ class Binder:
         constants = dict(source.named_buffers(remove_duplicate=False))
         layers = list(sites.layers(source.graph))
         bound: dict[fx.Node, Bound] = {}
-        # the largest first: what packing it copies meanwhile comes before the rest is in memory
-        for old in sorted(layers, key=lambda layer: -math.prod(program.sites[layer.name].weight)):
+        # the largest first: what packing and probing it takes meanwhile comes before the rest is in memory
+        for old in sorted(layers, key=lambda layer: -_work_space(program.sites[layer.name])):
             node = mapping[old]
             site = program.sites[old.name]
             planned = table.get(str(node.args[KERNEL[node.target]]))
@@ -205,6 +205,11 @@ class Binder:
         if key not in self._biases:
             self._biases[key] = kernel.packed_bias(constants[key[0]], site)
         return self._biases[key]
+
+
+def _work_space(site: Site) -> int:
+    """Values that packing and probing a site holds for a while: the weight, the rows that it meets, and the result."""
+    return math.prod(site.weight) + site.m * (site.k + site.n)
 
 
 def _is_quicker(kernel: Kernel, planned: Kernel, times: Mapping[str, float]) -> bool:
