@@ -181,7 +181,7 @@ def measure(cpu: str, torch_version: str, only: str) -> None:
         if index % 20 == 0:
             write(path, held)
 
-    counts.count(missing, cpu=cpu, torch_version=torch_version, finished=keep, timeout=4 * 3600)
+    counts.count(missing, cpu=cpu, torch_version=torch_version, env=counts.AS_RUN, finished=keep, timeout=4 * 3600)
     write(path, held)
     print(f"{path}: {len(held)} samples")
 
@@ -386,7 +386,7 @@ def fit(path: Path) -> None:
         "core": core,
         "torch": version,
         "provenance": {
-            "unit": "instructions retired by one thread, DNNL_DEFAULT_FPMATH_MODE=BF16, LRU_CACHE_CAPACITY=1024",
+            "unit": "instructions retired by one thread with tcmalloc, DNNL_DEFAULT_FPMATH_MODE=BF16, LRU_CACHE_CAPACITY=1024",
             "samples": f"benchmarks/arm64/samples/{path.name}",
             "command": f"python -m benchmarks.arm64.costs measure --cpu {target.name} --torch {version}",
             "left out, because no BFMMLA answers": left_out,

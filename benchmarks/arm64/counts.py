@@ -34,6 +34,8 @@ from benchmarks.arm64.region import COUNTS_VARIABLE
 #: What every counted process gets; the caller's own settings are not inherited.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "LRU_CACHE_CAPACITY": "1024"}
 FAST_MATH = {**ONE_THREAD, "DNNL_DEFAULT_FPMATH_MODE": "BF16"}
+#: As `armopt run` starts a process where tcmalloc is installed.
+AS_RUN = {**FAST_MATH, "LD_PRELOAD": "/usr/lib/aarch64-linux-gnu/libtcmalloc_minimal.so.4"}
 
 
 @dataclass(frozen=True)

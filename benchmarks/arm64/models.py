@@ -32,13 +32,13 @@ from unittest import mock
 from armopt.emulation.folder import DEFAULT_TORCH, PreparedFolder, core_named
 from armopt.errors import ArmoptError
 from benchmarks.arm64 import build_qemu, counts
-from benchmarks.arm64.counts import FAST_MATH, ONE_THREAD, Counts, Job
+from benchmarks.arm64.counts import AS_RUN, FAST_MATH, ONE_THREAD, Counts, Job
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "arm64"
 PAGE = ROOT / "docs" / "benchmarks.md"
 ARMOPT = "armopt"
-WITHOUT_TCMALLOC = "armopt, glibc's malloc"
+WITHOUTAS_RUN = "armopt, glibc's malloc"
 BASELINE = "eager fast math"
 INDUCTOR = "Inductor's calls"
 #: Passes that can be left out, with the models that show what each brings.
@@ -73,8 +73,6 @@ class Contender:
 
 _BLAS = {**FAST_MATH, "TORCH_MKLDNN_MATMUL_MIN_DIM": "64"}
 _HUGE_PAGES = {**FAST_MATH, "THP_MEM_ALLOC_ENABLE": "1"}
-#: As `armopt run` starts a process where tcmalloc is installed.
-_TCMALLOC = {**FAST_MATH, "LD_PRELOAD": "/usr/lib/aarch64-linux-gnu/libtcmalloc_minimal.so.4"}
 _CONVOLUTIONAL = "resnet mobilenet efficientnet convnext mask"
 _DENSE = "mlp block gpt2 bert"
 _EXPORTED = "mlp block resnet mobilenet efficientnet convnext vit"
@@ -84,14 +82,14 @@ CONTENDERS = {
     "fast math, channels_last": Contender(FAST_MATH, {"channels_last": True}, _CONVOLUTIONAL),
     "fast math, OpenBLAS below 64": Contender(_BLAS, {}, _DENSE),
     "fast math, huge pages": Contender(_HUGE_PAGES, {}, "mlp resnet50"),
-    "fast math, tcmalloc": Contender(_TCMALLOC, {}),
+    "fast math, tcmalloc": Contender(AS_RUN, {}),
     "model.bfloat16()": Contender(FAST_MATH, {"dtype": "bfloat16"}),
     INDUCTOR: Contender(FAST_MATH, {}, "mlp block resnet mobilenet efficientnet convnext gpt2 bert"),
     "ONNX Runtime": Contender(ONE_THREAD, {"fast_math": False}, _EXPORTED, onnx="plain"),
     "ONNX Runtime, BF16 flag": Contender(ONE_THREAD, {"fast_math": True}, _EXPORTED, onnx="plain"),
     "ONNX Runtime, BF16 flag, armopt's form": Contender(ONE_THREAD, {"fast_math": True}, _EXPORTED, onnx="flag"),
-    WITHOUT_TCMALLOC: Contender(FAST_MATH, {}),
-    ARMOPT: Contender(_TCMALLOC, {}),
+    WITHOUTAS_RUN: Contender(FAST_MATH, {}),
+    ARMOPT: Contender(AS_RUN, {}),
 }
 
 
@@ -159,7 +157,7 @@ def measure(
             if "classes" in kept.get(workload, {}).get(contender, {}):
                 continue
             name = f"{workload}: {contender}"
-            if contender in (ARMOPT, WITHOUT_TCMALLOC):
+            if contender in (ARMOPT, WITHOUTAS_RUN):
                 job = armopt_job(name, workload, make_bundle(workload, cpu, torch_version), nodes)
             elif contender == INDUCTOR:
                 job = Job(name, "benchmarks.arm64.workloads:inductor", {"workload": workload}, 1)
@@ -222,9 +220,7 @@ def ablate(workloads: Sequence[str], *, cpu: str, torch_version: str) -> None:
         workload, name = wanted[index]
         keep_result(workload, f"without {name}", counted, cpu, torch_version)
 
-    counts.count(
-        jobs, cpu=cpu, torch_version=torch_version, env=_TCMALLOC, timeout=4 * 3600, report=_say, finished=keep
-    )
+    counts.count(jobs, cpu=cpu, torch_version=torch_version, env=AS_RUN, timeout=4 * 3600, report=_say, finished=keep)
 
 
 def weigh(workloads: Sequence[str], *, cpu: str, torch_version: str) -> None:
