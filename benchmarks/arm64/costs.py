@@ -386,7 +386,8 @@ def fit(path: Path) -> None:
         "core": core,
         "torch": version,
         "provenance": {
-            "unit": "instructions retired by one thread with tcmalloc, DNNL_DEFAULT_FPMATH_MODE=BF16, LRU_CACHE_CAPACITY=1024",
+            "unit": "instructions retired by one thread, with tcmalloc, DNNL_DEFAULT_FPMATH_MODE=BF16 and "
+            "LRU_CACHE_CAPACITY=1024",
             "samples": f"benchmarks/arm64/samples/{path.name}",
             "command": f"python -m benchmarks.arm64.costs measure --cpu {target.name} --torch {version}",
             "left out, because no BFMMLA answers": left_out,
