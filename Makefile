@@ -23,8 +23,10 @@ demo: $(BIN)/.ready  ## install into .venv and optimize ResNet-50 for Graviton3
 	$(BIN)/armopt optimize --model $(MODEL) --target $(TARGET) --batch 1,8 --keep-reference -o build/demo/model
 	$(BIN)/armopt validate build/demo/model --report build/demo/report.html
 
-test: test-x86 test-arm64  ## install what tests need and run them all
+test: $(BIN)/.ready-dev  ## install what tests need and run them all, on this machine and the emulated one side by side
+	$(MAKE) --no-print-directory --jobs=2 --output-sync test-x86 test-arm64
 
+test-x86: export OMP_WAIT_POLICY = passive  # threads that wait leave the cores to the emulator
 test-x86: $(BIN)/.ready-dev  ## the tests that need no Arm core
 	$(BIN)/python -m pytest --ignore=tests/arm64
 

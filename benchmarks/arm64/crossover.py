@@ -85,7 +85,8 @@ def check(target: Target, release: str) -> list[Checked]:
         for dtype, elements in (("fp32", math.prod(site.shape)), ("bf16", site.m * site.n)):
             cast = {"operation": "cast", "dtype": dtype, "elements": elements}
             every.append((site, _CASTS, Job(_CASTS, "benchmarks.arm64.jobs:pointwise", cast)))
-    found = counts.count([job for _, _, job in every], cpu=target.name, torch_version=release, report=_say)
+    wanted = [job for _, _, job in every]
+    found = counts.count(wanted, cpu=target.name, torch_version=release, env=counts.AS_RUN, report=_say)
     totals: dict[Site, dict[str, int]] = {site: {} for site, _, _ in every}
     for (site, name, job), counted in zip(every, found, strict=True):
         if counted.error:
@@ -256,7 +257,8 @@ _HEAD = """\
 
 `--policy cost` estimates, for every layer and kernel, the instructions that one call retires, and takes the kernels of
 the fewest over the whole graph. The estimates come from tables in `armopt/costs`, fitted to counts on the emulated core
-with the real aarch64 PyTorch. This page is written by `python -m benchmarks.arm64.crossover`.
+with the real aarch64 PyTorch, and with tcmalloc, as `armopt run` starts a process where there is one. This page is
+written by `python -m benchmarks.arm64.crossover`.
 
 A count is not a time. It leaves out memory: where two kernels are within {near} % of one another, the one that reads
 fewer bytes of weights is taken, because a layer with few rows is bound by them.

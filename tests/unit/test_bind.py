@@ -151,6 +151,16 @@ def test_each_layer_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 2  # the first two have one shape
 
 
+def test_what_needs_the_most_work_space_is_bound_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(probe, "refusal", lambda kernel, site, run: asked.append(site.node))
+    image, pixels = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4 * 64 * 64, 1)  # 148 and 16 384 weights
+    model = nn.Sequential(nn.Linear(64, 64), image, nn.Flatten(), pixels)
+    program = lowered(model, torch.zeros(1, 4, 64, 64), target="graviton2")
+    bind.Binder(False).bind(program)
+    assert asked == ["_1", "_0", "_3"]  # rows of 36 values for each pixel; then 256 rows of 64; then one row
+
+
 @pytest.mark.usefixtures("bf16_calls")
 def test_the_program_is_left_as_it_was() -> None:
     program = lowered(nn.Linear(16, 8), X)
