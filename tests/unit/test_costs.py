@@ -43,7 +43,7 @@ def test_on_every_measured_shape_the_kernel_that_looks_cheapest_is_near_the_best
         estimates = {name: costs_here.estimate(table.get(name), site) for name in totals}
         known = {name: estimate for name, estimate in estimates.items() if estimate is not None}
         cheapest = min(known, key=lambda name: known[name])
-        ratios.append(totals[cheapest] / min(totals.values()))
+        ratios.append(totals[cheapest] / min(totals[name] for name in known))  # the others are `ref` on this build
     ratios.sort()
     assert len(ratios) > 100
     assert ratios[int(0.95 * len(ratios))] < 1.05
