@@ -59,6 +59,7 @@ CALLS = {
     "sub.Tensor": [((X, X + 1), {}), ((X, X), {"alpha": 2})],
     "transpose.int": [((X, 0, 2), {})],
     "unbind.int": [((X, 2), {}), ((X,), {})],
+    "unflatten.int": [((X, -1, [2, 2]), {})],
     "unsqueeze.default": [((X, 1), {})],
     "view.default": [((X, [6, 4]), {})],
     "view.dtype": [((X.bfloat16(), torch.int16), {})],

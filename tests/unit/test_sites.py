@@ -40,7 +40,11 @@ def test_a_dynamic_batch_at_a_bucket() -> None:
         (nn.Conv1d(4, 6, 3, dilation=2), (1, 4, 9), {"m": 5, "k": 12, "n": 6, "dilation": (2,)}),
         (nn.Conv3d(2, 3, (1, 2, 3)), (1, 2, 4, 4, 4), {"m": 24, "k": 12, "n": 3}),
         (nn.Conv2d(4, 8, 3, groups=4), (1, 4, 5, 5), {"m": 9, "k": 9, "n": 8, "groups": 4}),
-        (nn.ConvTranspose2d(4, 6, 3, stride=2), (1, 4, 5, 5), {"m": 121, "k": 36, "n": 6, "transposed": True}),
+        (
+            nn.ConvTranspose2d(4, 6, 3, stride=2, dilation=2),
+            (1, 4, 5, 5),
+            {"m": 169, "k": 36, "n": 6, "transposed": True},
+        ),
         (nn.ConvTranspose2d(4, 6, 3, groups=2), (1, 4, 5, 5), {"m": 49, "k": 18, "n": 6, "groups": 2}),
     ],
 )
