@@ -29,6 +29,7 @@ class ConvertTransposedConv:
         """Runs the pass."""
         rewritten: list[str] = []
         skipped: list[Skip] = []
+        made: _Made = {}
         for node in g.calls(graph_module.graph, CONV):
             if not node.args[7]:
                 continue
@@ -36,7 +37,7 @@ class ConvertTransposedConv:
                 skipped.append(Skip(node.name, reason))
                 continue
             rewritten.append(node.name)
-            _convert(graph_module, node)
+            _convert(graph_module, node, made)
         g.sweep(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
@@ -74,7 +75,11 @@ class _Dimension:
         return _Dimension(stride, taps, taps - 1 - blocks, before, (taps - blocks) * stride - reach)
 
 
-def _convert(graph_module: fx.GraphModule, node: fx.Node) -> None:
+#: Weights and biases by name and by what they were made for: a layer that is used twice keeps one of each.
+_Made = dict[tuple[object, ...], torch.Tensor]
+
+
+def _convert(graph_module: fx.GraphModule, node: fx.Node, made: _Made) -> None:
     graph = graph_module.graph
     x, weight, bias, other, stride, padding, dilation, _, output_padding, groups, post_op, *rest = node.args
     assert isinstance(weight, fx.Node)
@@ -82,13 +87,19 @@ def _convert(graph_module: fx.GraphModule, node: fx.Node) -> None:
     assert held is not None
     geometry = zip(held.shape[2:], stride, padding, output_padding, strict=True)  # type: ignore[arg-type]
     dimensions = [_Dimension.of(*each) for each in geometry]
-    phases = g.add_constant(graph_module, f"{weight.target}_phases", _phases(held.detach(), dimensions), node, [weight])
+    key: tuple[object, ...] = (weight.target, *dimensions)
+    if key not in made:
+        made[key] = _phases(held.detach(), dimensions)
+    phases = g.add_constant(graph_module, f"{weight.target}_phases", made[key], node, [weight])
     if bias is not None:
         assert isinstance(bias, fx.Node)
         shift = g.constant(graph_module, bias)
         assert shift is not None
-        count = phases.meta["val"].shape[0] // shift.numel()
-        bias = g.add_constant(graph_module, f"{bias.target}_phases", shift.detach().repeat(count), node, [bias])
+        count = made[key].shape[0] // shift.numel()
+        key = (bias.target, count)
+        if key not in made:
+            made[key] = shift.detach().repeat(count)
+        bias = g.add_constant(graph_module, f"{bias.target}_phases", made[key], node, [bias])
     ones, zeros = [1] * len(dimensions), [0] * len(dimensions)
     added = other is not None
     geometry_now = (ones, [each.padding for each in dimensions], dilation, False, zeros, groups)

@@ -104,6 +104,13 @@ def test_every_filter_stride_and_padding(kind: Any) -> None:
         torch.testing.assert_close(graph_module(x)[0], layer(x), rtol=1e-4, atol=1e-5, msg=str(size))
 
 
+def test_a_layer_used_twice_keeps_one_weight() -> None:
+    model = Forward(lambda s, x: s.a(s.a(x)), a=nn.ConvTranspose2d(3, 3, 2, 2)).eval()
+    captured = capture.module(model, (noise(1, 3, 4, 4),), source="here")
+    graph_module = pipeline.run(captured.graph_module, PREPARE)[0]
+    assert sorted(dict(graph_module.named_buffers())) == ["a_bias_phases", "a_weight_phases"]
+
+
 def test_an_image_of_dynamic_size_stays_dynamic() -> None:
     layer = nn.ConvTranspose2d(3, 4, 4, 2, 1).eval()
     sizes = {2: torch.export.Dim("height", min=2, max=64), 3: torch.export.Dim("width", min=2, max=64)}
