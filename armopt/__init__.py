@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from armopt.accuracy import validate as validate
-    from armopt.checks import Checks as Checks
-    from armopt.compiled import compile as compile
-    from armopt.compiler import optimize as optimize
+    from armopt.compiler.checks import Checks as Checks
+    from armopt.compiler.optimize import optimize as optimize
+    from armopt.dynamo.compile import compile as compile
     from armopt.errors import ArmoptError as ArmoptError
-    from armopt.ir import Target as Target
-    from armopt.runtime import load as load
+    from armopt.ir.records import Target as Target
+    from armopt.runtime.load import load as load
 
-__version__ = "0.1.0"
+from armopt._version import __version__
 
 _PUBLIC = {
     "ArmoptError": "armopt.errors",
-    "Checks": "armopt.checks",
-    "Target": "armopt.ir",
-    "compile": "armopt.compiled",
-    "load": "armopt.runtime",
-    "optimize": "armopt.compiler",
+    "Checks": "armopt.compiler.checks",
+    "Target": "armopt.ir.records",
+    "compile": "armopt.dynamo.compile",
+    "load": "armopt.runtime.load",
+    "optimize": "armopt.compiler.optimize",
     "validate": "armopt.accuracy",
 }
 
@@ -49,7 +49,7 @@ def _remark_on_a_late_import() -> None:
     """Says what is lost where torch was imported before its environment was set."""
     from armopt import environment, targets
 
-    if remark := environment.import_remark(targets.host()):
+    if remark := environment.import_remark(targets.this_host()):
         warnings.warn(remark, stacklevel=3)
 
 

@@ -56,3 +56,18 @@ class PassError(ArmoptError):
     """A pass broke an invariant of the graph: a bug in armopt, not in the model."""
 
     exit_code = 1
+
+
+class ArmoptWarning(UserWarning):
+    """Something that costs speed or says that this host is not the target."""
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of another library's error that says something, `most` characters of it; its type if none does.
+
+    An error of armopt's own says what to do next and is kept whole.
+    """
+    if isinstance(error, ArmoptError):
+        return str(error)
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:most]

@@ -49,10 +49,10 @@ def _generator(seed: int) -> Any:
 def _resnet50() -> Any:
     import torch
 
-    from armopt import zoo
+    from armopt.models import references
 
     torch.manual_seed(0)
-    return zoo.resolve("torchvision:resnet50")().eval()
+    return references.resolve("torchvision:resnet50")().eval()
 
 
 def _images() -> list[Call]:
@@ -62,25 +62,25 @@ def _images() -> list[Call]:
 
 
 def _gpt2() -> Any:
-    from armopt import zoo
+    from armopt.models import random_weights, torchvision_ops
 
-    zoo.ensure_torchvision()
+    torchvision_ops.ensure_torchvision()
     import torch
     import transformers
 
     torch.manual_seed(0)
-    return zoo.randomize(transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False)).eval())
+    return random_weights.randomize(transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False)).eval())
 
 
 def _bert() -> Any:
-    from armopt import zoo
+    from armopt.models import random_weights, torchvision_ops
 
-    zoo.ensure_torchvision()
+    torchvision_ops.ensure_torchvision()
     import torch
     import transformers
 
     torch.manual_seed(0)
-    return zoo.randomize(transformers.BertModel(transformers.BertConfig()).eval())
+    return random_weights.randomize(transformers.BertModel(transformers.BertConfig()).eval())
 
 
 def _tokens(vocabulary: int, batch: int, length: int) -> Callable[[], list[Call]]:
@@ -97,9 +97,9 @@ def _tokens(vocabulary: int, batch: int, length: int) -> Callable[[], list[Call]
 
 
 def _mask_rcnn() -> Any:
-    from armopt import zoo
+    from armopt.models import torchvision_ops
 
-    zoo.ensure_torchvision()
+    torchvision_ops.ensure_torchvision()
     import torch
     from torchvision.models import detection
 
@@ -135,7 +135,7 @@ def measure(name: str) -> dict[str, Any]:
     import armopt
     from armopt import accuracy
     from armopt.accuracy import gates
-    from armopt.checks import Checks
+    from armopt.compiler.checks import Checks
 
     torch.set_num_threads(1)
     each = MODELS[name]

@@ -40,27 +40,27 @@ COLUMNS = (
 
 def names() -> tuple[list[str], list[str]]:
     """Torchvision's classification and segmentation models, and the Hugging Face ones of the tests."""
-    from armopt import zoo
+    from armopt.models import torchvision_inputs
     from tests import zoo_models
 
-    return [entry.name for entry in zoo.classification_and_segmentation()], list(zoo_models.HUGGING_FACE)
+    return [entry.name for entry in torchvision_inputs.classification_and_segmentation()], list(zoo_models.HUGGING_FACE)
 
 
 def build(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """A model with seeded random weights, and the smallest sensible inputs: module, args, kwargs."""
     import torch
 
-    from armopt import zoo
+    from armopt.models import random_weights, references, torchvision_inputs
     from tests import zoo_models
 
     if name in zoo_models.HUGGING_FACE:
         return zoo_models.HUGGING_FACE[name](), (), zoo_models.EXAMPLES[name]()
-    entry = zoo.entry(name, "smallest")
+    entry = torchvision_inputs.entry(name, "smallest")
     torch.manual_seed(0)
-    model = zoo.resolve(entry.reference)().eval()
+    model = references.resolve(entry.reference)().eval()
     if not any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in model.modules()):
-        zoo.randomize(model)
-    return model, zoo.example_inputs(entry.reference, "smallest"), {}
+        random_weights.randomize(model)
+    return model, torchvision_inputs.example_inputs(entry.reference, "smallest"), {}
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 import armopt
-from armopt import zoo
+from armopt.models import torchvision_ops
 
-zoo.ensure_torchvision()  # transformers imports torchvision, which needs help beside a CPU-only torch
+torchvision_ops.ensure_torchvision()  # transformers imports torchvision, which needs help beside a CPU-only torch
 
 from transformers import BertConfig, BertModel  # noqa: E402
 

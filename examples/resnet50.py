@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 import armopt
-from armopt import zoo
+from armopt.models import references
 
 
 def main() -> int:
     torch.manual_seed(0)
     # Random weights, so that nothing is downloaded; zoo also makes torchvision import beside a CPU-only torch.
     # Yours: torchvision.models.resnet50(weights="DEFAULT").
-    model = zoo.resolve("torchvision:resnet50")().eval()
+    model = references.resolve("torchvision:resnet50")().eval()
     image = torch.randn(1, 3, 224, 224)
 
     with tempfile.TemporaryDirectory() as folder:

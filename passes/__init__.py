@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from armopt.ir import PassResult, Plan
+from armopt.ir.records import PassResult, Plan
 from armopt.passes.canonicalise_conv import CanonicaliseConv
 from armopt.passes.canonicalise_linear import CanonicaliseLinear
 from armopt.passes.canonicalise_split import CanonicaliseSplit

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from armopt import graph as g
-from armopt.ir import Decision, PassResult, Skip
+from armopt.ir import graph as g
+from armopt.ir.records import Decision, PassResult, Skip
 from armopt.kernels import table
 from armopt.kernels.ops import BLOCK, KERNEL
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from armopt import graph as g
-from armopt.ir import PassResult, Skip
+from armopt.ir import graph as g
+from armopt.ir.records import PassResult, Skip
 
 _aten = torch.ops.aten
 _SPLITS = (

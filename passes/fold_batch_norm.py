@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from armopt import graph as g
-from armopt.ir import PassResult, Skip
+from armopt.ir import graph as g
+from armopt.ir.records import PassResult, Skip
 from armopt.kernels.ops import CONV, LINEAR, POST_OP
 
 _aten = torch.ops.aten

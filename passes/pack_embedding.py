@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from armopt import graph as g
-from armopt.ir import PassResult, Skip
+from armopt.ir import graph as g
+from armopt.ir.records import PassResult, Skip
 from armopt.passes._pack import cast, rounded_constant
 
 _aten = torch.ops.aten

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from armopt.ir import Decision, PassResult
+from armopt.ir.records import Decision, PassResult
 from armopt.kernels.ops import LINEAR
 from armopt.passes import _pack
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from armopt import graph as g
-from armopt.ir import PassResult, Skip
+from armopt.ir import graph as g
+from armopt.ir.bf16_flow import ATTENTION, OPERANDS, TRANSPARENT
+from armopt.ir.records import PassResult, Skip
 from armopt.passes._pack import cast
-from armopt.transparent import ATTENTION, OPERANDS, TRANSPARENT
 
 _aten = torch.ops.aten
 _CAST = _aten._to_copy.default

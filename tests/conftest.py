@@ -50,10 +50,10 @@ def mlp_bundle(
     mlp: torch.nn.Module, mlp_inputs: tuple[torch.Tensor, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A bundle for graviton3 with buckets of 2 and 64; to be read only."""
-    from armopt import compiler
+    from armopt.compiler import optimize
 
     path = tmp_path_factory.mktemp("bundles") / "mlp"
-    compiler.optimize(mlp, mlp_inputs, output=path, target="graviton3", batch=(2, 64))
+    optimize.optimize(mlp, mlp_inputs, output=path, target="graviton3", batch=(2, 64))
     return path
 
 
@@ -62,10 +62,10 @@ def host_bundle(
     mlp: torch.nn.Module, mlp_inputs: tuple[torch.Tensor, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The same for this machine, so that its kernels run; to be read only."""
-    from armopt import compiler
+    from armopt.compiler import optimize
 
     path = tmp_path_factory.mktemp("bundles") / "host"
-    compiler.optimize(mlp, mlp_inputs, output=path, target="host", batch=(2, 64))
+    optimize.optimize(mlp, mlp_inputs, output=path, target="host", batch=(2, 64))
     return path
 
 
@@ -74,11 +74,11 @@ def fresh_dynamo() -> Iterator[None]:
     """A Dynamo that has compiled, counted and warned of nothing; afterwards too."""
     from torch._dynamo.utils import counters
 
-    from armopt import dynamo
+    from armopt.dynamo import backend
 
     torch._dynamo.reset()
     counters.clear()
-    dynamo._said.clear()
+    backend._said.clear()
     yield
     torch._dynamo.reset()
 

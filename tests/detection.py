@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from armopt import zoo
+from armopt.models import torchvision_ops
 
 IMAGES = ((3, 96, 128), (3, 128, 112))
 _CLASSES = 4
@@ -30,7 +30,7 @@ def mask_rcnn() -> torch.nn.Module:
 
 def bare_mask_rcnn() -> torch.nn.Module:
     """The same with weights as they are initialised: for its Python."""
-    zoo.ensure_torchvision()
+    torchvision_ops.ensure_torchvision()
     import torchvision
     from torchvision.models.detection import MaskRCNN, backbone_utils, faster_rcnn, mask_rcnn
     from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -73,7 +73,7 @@ _STABLE: dict[str, Any] = {
 
 def named(name: str, seed: int = 0, **options: Any) -> torch.nn.Module:
     """One of torchvision's own, with fewer proposals where it has any."""
-    zoo.ensure_torchvision()
+    torchvision_ops.ensure_torchvision()
     from torchvision.models import get_model
 
     small: dict[str, Any] = {"num_classes": 2 if "keypoint" in name else _CLASSES}

@@ -14,7 +14,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from armopt.zoo import ensure_torchvision, randomize
+from armopt.models.random_weights import randomize
+from armopt.models.torchvision_ops import ensure_torchvision
 
 VOCABULARY = 1000
 

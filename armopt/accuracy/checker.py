@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from armopt import structure
 from armopt.accuracy import gates as gates_module
 from armopt.accuracy import tasks
 from armopt.accuracy.gates import Figures, Gate, Verdict
 from armopt.accuracy.metrics import Accuracy, compare
 from armopt.accuracy.tasks import Outputs, Sample, Task
 from armopt.errors import InputError
+from armopt.ir import nesting
 
 #: Samples of which the original is run in FP64 too: enough for a ratio of errors, at twice the time.
 ANCHORED = 4
@@ -97,7 +97,7 @@ class Checker:
         Raises:
             InputError: A gate bounds something that was not measured.
         """
-        return gates_module.check(self.gates, figures, self.task_name)
+        return gates_module.judge(self.gates, figures, self.task_name)
 
     @property
     def task_name(self) -> str:
@@ -165,8 +165,8 @@ def worse(a: Accuracy, b: Accuracy) -> Accuracy:
 
 def named(tree: Any) -> Outputs:
     """The tensors among nested results, each by its path: ``logits``, ``0.boxes``."""
-    described, tensors = structure.describe(tree, lambda leaf: isinstance(leaf, torch.Tensor), "outputs")
-    names = structure.output_names(described | {"positions": list(range(len(tensors)))}, len(tensors))
+    described, tensors = nesting.describe(tree, lambda leaf: isinstance(leaf, torch.Tensor), "outputs")
+    names = nesting.output_names(described | {"positions": list(range(len(tensors)))}, len(tensors))
     return dict(zip(names, tensors, strict=True))
 
 
@@ -178,12 +178,12 @@ def flat_run(
     Args:
         run: From flat inputs to flat outputs.
         inputs: Names of the inputs, in order.
-        outputs: How the model's outputs nest (:mod:`armopt.structure`).
+        outputs: How the model's outputs nest (:mod:`armopt.ir.nesting`).
     """
 
     def call(given: Outputs) -> Outputs:
         results = run([given[name] for name in inputs])
-        names = structure.output_names(outputs, len(results))
+        names = nesting.output_names(outputs, len(results))
         return {names[i]: results[i] for i in outputs["positions"] if isinstance(results[i], torch.Tensor)}
 
     return call

@@ -133,7 +133,7 @@ def standard(texts: Sequence[str] = (), min_cosine: float = MIN_COSINE) -> tuple
     return (Gate("cosine", ">=", min_cosine), *(parse(text) for text in texts))
 
 
-def check(gates: Sequence[Gate], figures: Mapping[str, Figures], task: str) -> tuple[Verdict, ...]:
+def judge(gates: Sequence[Gate], figures: Mapping[str, Figures], task: str) -> tuple[Verdict, ...]:
     """The worst value for each gate over all buckets, and whether it holds.
 
     Args:

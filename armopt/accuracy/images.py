@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from armopt.errors import InputError
+from armopt.errors import InputError, first_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -44,7 +44,7 @@ def open_image(path: Path) -> Any:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(
-            f"is no image that can be read: {str(error).splitlines()[0][:120]}",
+            f"is no image that can be read: {first_line(error, 120)}",
             where=str(path),
             hint="Remove it from the folder, or save it again",
         ) from None
@@ -79,9 +79,9 @@ def preparation(spec: Mapping[str, Any], model: str) -> Preparation:
 
 def _of_weights(name: str) -> Callable[[Any], torch.Tensor] | None:
     """The transforms that torchvision publishes with a model's weights; no weights are fetched."""
-    from armopt import zoo
+    from armopt.models import torchvision_ops
 
-    zoo.ensure_torchvision()
+    torchvision_ops.ensure_torchvision()
     from torchvision import models
 
     try:

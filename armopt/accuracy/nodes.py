@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from armopt import sites
 from armopt.accuracy.metrics import relative_error
 from armopt.accuracy.runs import InFp32, Steps, true_fp32, unchanged_buffers
-from armopt.bundle.codec import Program
+from armopt.bundle.program import Program
 from armopt.errors import InputError
-from armopt.kernels import aten, table
+from armopt.kernels import aten, sites, table
 from armopt.kernels.ops import BLOCK, CONV, KERNEL, LINEAR, OTHER
 
 #: Told how many nodes are done, of how many.

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from armopt import inputs
 from armopt.accuracy import images
+from armopt.capture import inputs
 from armopt.errors import InputError
 
 #: Inputs of one call, by name.

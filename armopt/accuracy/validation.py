@@ -10,50 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
 
-from armopt import inputs as inputs_module
-from armopt import sites, structure
 from armopt.accuracy import gates as gates_module
 from armopt.accuracy import nodes, runs, tasks
-from armopt.accuracy import report as report_module
 from armopt.accuracy import samples as samples_module
 from armopt.accuracy.checker import Checker, Run, Validation, flat_run, named
 from armopt.accuracy.gates import Figures, Gate
-from armopt.accuracy.metrics import MIN_COSINE, relative_error
+from armopt.accuracy.metrics import MIN_COSINE
+from armopt.accuracy.report import page
 from armopt.accuracy.samples import Given, Samples
 from armopt.accuracy.tasks import Outputs
-from armopt.errors import InputError
-from armopt.ir import Captured
+from armopt.errors import ArmoptWarning, InputError
 
 if TYPE_CHECKING:
-    from armopt.bundle.codec import Program
-    from armopt.bundle.reader import Bundle, Part
-    from armopt.runtime import Model
+    from armopt.bundle.program import Program
+    from armopt.bundle.reader import Part
+    from armopt.runtime.model import Model
+from armopt.accuracy.originals import Original, find_originals
 
 #: Told the name of each step, how much of it is done, and of how much.
 Progress = Callable[[str, int, int], None]
-#: What BF16 makes of a weight is off by 2^-9 at most; more is another weight.
-_OTHER_WEIGHTS = 2.0**-6
-
-
-@dataclass(frozen=True, slots=True)
-class Original:
-    """What a bundle is compared with.
-
-    Attributes:
-        said: In words.
-        source: Shorter, for messages.
-        reference: Runs it in FP32, flat.
-        anchor: Runs it in FP64, flat; None where it is no graph.
-        prepared: Its graph with the layers' names of the bundle; None for the bundle's own graph.
-    """
-
-    said: str
-    source: str
-    reference: Callable[[Sequence[torch.Tensor]], Sequence[Any]]
-    anchor: Callable[[Sequence[torch.Tensor]], Sequence[Any]] | None
-    prepared: fx.GraphModule | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +83,17 @@ def validate(
         InputError: The original doesn't fit the bundle, the inputs don't fit the model, a gate or task is unknown, or
             the original gives NaN.
     """
-    from armopt import runtime
     from armopt.bundle import reader
+    from armopt.runtime import load
 
     bounds = gates_module.standard(gates, min_cosine)
     if report is not None:
-        report_module.check_place(Path(report))
+        page.check_place(Path(report))
     progress("read", 0, 1)
     read = reader.read(bundle, reference=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", runtime.ArmoptWarning)
-        loaded = runtime.load_parts(read)
+        warnings.simplefilter("ignore", ArmoptWarning)
+        loaded = load.load_parts(read)
     if read.manifest.is_module:
         _check_options(inputs, task)
     given = None
@@ -131,7 +107,7 @@ def validate(
             hint="Add --against FILE, or leave --model out",
         )
     progress("capture", 0, 1)
-    originals = _originals(read, against, model, trust_pickle)
+    originals = find_originals(read, against, model, trust_pickle)
     figures: dict[str, Figures] = {}
     compared: dict[str, _Compared] = {}
     for part in read.parts:
@@ -158,7 +134,7 @@ def validate(
         samples=len(first.samples),
         ran="portable twins on this host" if portable else "the kernels of this host",
         figures=figures,
-        verdicts=gates_module.check(bounds, figures, first.checker.task_name),
+        verdicts=gates_module.judge(bounds, figures, first.checker.task_name),
         task=first.checker.task_name,
         task_why=first.checker.task_why,
         no_anchor=next((each.checker.no_anchor for each in compared.values() if each.checker.no_anchor), ""),
@@ -174,8 +150,8 @@ def validate(
     outcome = result.to_json() | {"nodes": nodes.entries(errors), "node_bucket": result.worst_bucket}
     if report is not None:
         progress("report", 0, 1)
-        about = report_module.About.of(read.manifest, str(bundle))
-        report_module.save(Path(report), outcome, about, result, errors, evidence, first.samples.pictures[:1])
+        about = page.About.of(read.manifest, str(bundle))
+        page.save(Path(report), outcome, about, result, errors, evidence, first.samples.pictures[:1])
     return outcome
 
 
@@ -196,7 +172,7 @@ def _found(part: Part, running: Model, order: Sequence[str]) -> Run:
 
     def call(given: Outputs) -> Outputs:
         tensors = [given[name] for name in order]
-        running.check(tensors)
+        running.check_inputs(tensors)
         with contextlib.ExitStack() as undone:
             for program in part.programs:
                 undone.enter_context(runs.unchanged_buffers(program.graph_module))
@@ -277,126 +253,3 @@ def _counted(samples: Samples, bucket: str, progress: Progress) -> Any:
 
 def _program_of(part: Part, bucket: str) -> Program:
     return next(program for program in part.programs if bucket_name(program.bucket) == bucket)
-
-
-def _originals(
-    read: Bundle, against: str | Path | torch.nn.Module | None, model: str, trust_pickle: bool
-) -> dict[str, Original]:
-    """What each graph is compared with, by path: the original, what was kept of it, or the bundle's own graph."""
-    if against is None:
-        return {part.path: _own(read, part) for part in read.parts}
-    if read.manifest.is_module:
-        return _submodules(read, against, model)
-    captured = _capture(read, against, model, trust_pickle)
-    original = _of_graph(captured.graph_module, f"the original in FP32 ({captured.source})", captured.source)
-    assert original.prepared is not None
-    _check_weights(read.programs[0], original.prepared, original.source)
-    return {"": original}
-
-
-def _own(read: Bundle, part: Part) -> Original:
-    if read.reference is not None:
-        graph_module = read.reference.graph_module
-        said = "the model in FP32, as the bundle keeps it (batch norm folded)"
-        return Original(said, "the kept reference", *_runs(graph_module), prepared=graph_module)
-    kept = "" if part.path else ", or optimize with --keep-reference"
-    graph_module = part.programs[0].graph_module
-    return Original(
-        f"the bundle's own graph with FP32 activations (weights as stored; pass --against for the original{kept})",
-        "the bundle's own graph",
-        lambda tensors: runs.run(graph_module, tensors, runs.InFp32),
-        lambda tensors: runs.run(graph_module, tensors, runs.InFp64),
-        prepared=None,
-    )
-
-
-def _submodules(read: Bundle, against: str | Path | torch.nn.Module, model: str) -> dict[str, Original]:
-    """The parts of the original, which are modules and not graphs."""
-    if isinstance(against, torch.nn.Module):
-        whole, source = against, type(against).__name__
-    else:
-        from armopt import sources
-
-        whole = sources.build(Path(against), sources.Options(model=model or str(read.manifest.model["factory"])))
-        source = str(against)
-    said = f"the original in FP32 ({source})"
-    return {part.path: Original(said, source, _flat(whole, part), None, None) for part in read.parts}
-
-
-def _flat(whole: torch.nn.Module, part: Part) -> Callable[[Sequence[torch.Tensor]], Sequence[Any]]:
-    """A submodule as a function of flat tensors, whose result stands as a graph's does."""
-    try:
-        module = whole.get_submodule(part.path)
-    except AttributeError:
-        raise InputError(f"has no part {part.path}", where=type(whole).__name__, hint="Is it the original?") from None
-    outputs = part.signature["outputs"]
-    arrange = structure.builder(part.signature["inputs"])
-
-    def call(tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
-        nested = arrange(list(tensors))
-        with torch.no_grad(), runs.true_fp32():
-            found = structure.flatten(outputs, module(*nested["args"], **nested["kwargs"]), "outputs")
-        flat: list[Any] = [None] * (max(outputs["positions"]) + 1)
-        for position, tensor in zip(outputs["positions"], found, strict=True):
-            flat[position] = tensor
-        return flat
-
-    module.eval()
-    return call
-
-
-def _of_graph(graph_module: fx.GraphModule, said: str, source: str) -> Original:
-    from armopt import graph as g
-    from armopt import passes, pipeline
-
-    prepared, _ = pipeline.run(g.copy(graph_module), passes.PREPARE)
-    return Original(said, source, *_runs(graph_module), prepared=prepared)
-
-
-def _runs(graph_module: fx.GraphModule) -> tuple[Any, Any]:
-    return (
-        lambda tensors: runs.run(graph_module, tensors),
-        lambda tensors: runs.run(graph_module, tensors, runs.InFp64),
-    )
-
-
-def _check_weights(program: Program, prepared: fx.GraphModule, source: str) -> None:
-    """Refuses an original whose layers are not those that the bundle was made of.
-
-    Raises:
-        InputError: Naming the first layer that is missing or has other weights.
-    """
-    hint = "Is the bundle made from this model?"
-    exact = {layer.name: layer for layer in sites.layers(prepared.graph)}
-    for name, site in program.sites.items():
-        if name not in exact:
-            raise InputError(f"has no layer {name}", where=source, hint=hint)
-        weight = getattr(prepared, str(exact[name].args[1].target))  # type: ignore[union-attr]
-        stored = getattr(program.graph_module, site.weight_key)
-        if weight.shape != stored.shape or relative_error(weight, stored) > _OTHER_WEIGHTS:
-            raise InputError(f"layer {name} has other weights than the bundle", where=source, hint=hint)
-
-
-def _capture(read: Bundle, against: str | Path | torch.nn.Module, model: str, trust_pickle: bool) -> Captured:
-    """The original as a flat graph that takes the bundle's inputs."""
-    from armopt import capture, sources
-
-    specs = read.signature["specs"]
-    tensors = dict(next(iter(samples_module.generated(specs, read.programs[0].bucket))))
-    sizes = tuple(sorted({program.bucket["batch"] for program in read.programs if "batch" in program.bucket}))
-    batch = sizes if len(sizes) > 1 else ()
-    if isinstance(against, torch.nn.Module):
-        args, kwargs = inputs_module.bind(
-            inputs_module.parameters(against)[0], [], tensors, "original", open_ended=True
-        )
-        captured = capture.module(against, args, kwargs, batch=batch, source=type(against).__name__)
-    else:
-        options = sources.Options(model=model, samples=tensors, batch=batch, trust_pickle=trust_pickle)
-        captured = sources.open_model(Path(against), options)
-    if len(captured.input_specs) != len(specs):
-        raise InputError(
-            f"takes {len(captured.input_specs)} inputs, the bundle {len(specs)}",
-            where=captured.source,
-            hint="Is the bundle made from this model?",
-        )
-    return captured

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from armopt import graph as g
-from armopt import sites
+from armopt.bundle.program import Program
 from armopt.errors import BundleError, CaptureError
-from armopt.ir import Bucket, Site
-from armopt.kernels import ops
+from armopt.ir import graph as g
+from armopt.ir.records import Site
+from armopt.kernels import ops, sites
 
 _NAMESPACES = ("aten", "armopt", "torchvision", "prims")
 #: Operations that reach beyond their tensors.
@@ -41,33 +40,6 @@ _CONSTANTS: dict[str, type] = {
     "memory_format": torch.memory_format,
     "layout": torch.layout,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """The graph for one bucket.
-
-    Attributes:
-        bucket: The sizes it was planned for.
-        graph_module: armopt and ATen operations over flat tensors.
-        sites: Every Linear and convolution by its node's name.
-        shapes: Output shape of each of them; None where dynamic.
-    """
-
-    bucket: Bucket
-    graph_module: fx.GraphModule
-    sites: Mapping[str, Site]
-    shapes: Mapping[str, tuple[int | None, ...]]
-
-
-def program(graph_module: fx.GraphModule, bucket: Bucket, values: Bucket) -> Program:
-    """Describes a lowered graph at a bucket (`values`: the same by torch.export's names)."""
-    found = {site.node: site for site in sites.find(graph_module, values)}
-    shapes = {
-        node.name: tuple(int(size) if g.is_constant(size) else None for size in g.value(node).shape)
-        for node in sites.layers(graph_module.graph)
-    }
-    return Program(bucket, graph_module, found, shapes)
 
 
 def encode(source: Program, prefix: str = "") -> dict[str, Any]:
@@ -187,9 +159,9 @@ def resolve(name: str, where: str) -> Callable[..., Any]:
     parts = name.split(".")
     if len(parts) == 3 and parts[0] in _NAMESPACES and f"{parts[0]}::{parts[1]}" not in _BANNED:
         if parts[0] == "torchvision":
-            from armopt import zoo
+            from armopt.models import torchvision_ops
 
-            zoo.ensure_torchvision()
+            torchvision_ops.ensure_torchvision()
         found: Any = getattr(torch.ops, parts[0])
         for part in parts[1:]:
             found = getattr(found, part, None)

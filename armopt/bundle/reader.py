@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load
 
 from armopt.bundle import codec, manifest
-from armopt.bundle.mapped import MappedTensors
-from armopt.bundle.source import GRAPH, KEPT, REFERENCE_GRAPH, REFERENCE_WEIGHTS, REPORT, WEIGHTS, Source, damaged
+from armopt.bundle.files import GRAPH, KEPT, REFERENCE_GRAPH, REFERENCE_WEIGHTS, REPORT, WEIGHTS, Source, damaged
+from armopt.bundle.mapped_weights import MappedTensors
+from armopt.bundle.program import Program
 from armopt.errors import BundleError
 
 
@@ -23,7 +24,7 @@ class Part:
 
     path: str
     signature: Mapping[str, Any]
-    programs: tuple[codec.Program, ...]
+    programs: tuple[Program, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,10 @@ class Bundle:
     rest: Mapping[str, torch.Tensor]
     report: Mapping[str, Any]
     release: Callable[[torch.Tensor], None]
-    reference: codec.Program | None = None
+    reference: Program | None = None
 
     @property
-    def programs(self) -> tuple[codec.Program, ...]:
+    def programs(self) -> tuple[Program, ...]:
         """Those of all parts."""
         return tuple(program for part in self.parts for program in part.programs)
 

@@ -16,17 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from armopt import structure
 from armopt.bundle import codec, manifest
-from armopt.bundle.source import (
-    GRAPH,
-    REFERENCE_GRAPH,
-    REFERENCE_WEIGHTS,
-    WEIGHTS,
-    hash_file,
-    looks_like_bundle,
-)
+from armopt.bundle.files import GRAPH, REFERENCE_GRAPH, REFERENCE_WEIGHTS, WEIGHTS, hash_file, looks_like_bundle
+from armopt.bundle.program import Program
 from armopt.errors import InputError
+from armopt.ir import nesting
 
 
 def check_place(path: Path, *, force: bool = False) -> None:
@@ -61,11 +55,11 @@ def check_parent(path: Path) -> None:
 def write(
     path: Path,
     described: manifest.Manifest,
-    programs: Sequence[codec.Program],
+    programs: Sequence[Program],
     texts: Mapping[str, str],
-    signature: Mapping[str, structure.Structure],
+    signature: Mapping[str, nesting.Structure],
     *,
-    reference: codec.Program | None = None,
+    reference: Program | None = None,
     force: bool = False,
     attach: Callable[[Path], None] | None = None,
 ) -> manifest.Manifest:
@@ -97,8 +91,8 @@ class Part:
     """A submodule as graphs: its path in the model, its programs, and its signature as :func:`write` takes it."""
 
     path: str
-    programs: Sequence[codec.Program]
-    signature: Mapping[str, structure.Structure]
+    programs: Sequence[Program]
+    signature: Mapping[str, nesting.Structure]
 
 
 def write_parts(
@@ -151,7 +145,7 @@ def _write(
     weights: Mapping[str, torch.Tensor],
     texts: Mapping[str, str],
     *,
-    reference: codec.Program | None = None,
+    reference: Program | None = None,
     force: bool,
     attach: Callable[[Path], None] | None = None,
 ) -> manifest.Manifest:
@@ -195,7 +189,7 @@ def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     sync(path)
 
 
-def collect_weights(programs: Sequence[codec.Program]) -> dict[str, torch.Tensor]:
+def collect_weights(programs: Sequence[Program]) -> dict[str, torch.Tensor]:
     """The constants of all programs by name, each stored once."""
     weights: dict[str, torch.Tensor] = {}
     for program in programs:

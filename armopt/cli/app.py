@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-import armopt
+from armopt._version import __version__
 from armopt.cli import doctor, emulate, env, export_onnx, inspect, optimize, package, plan, run, targets, tune, validate
 from armopt.errors import ArmoptError
 
@@ -39,7 +39,7 @@ for _command in COMMANDS:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"armopt {armopt.__version__}")
+        print(f"armopt {__version__}")
         raise typer.Exit
 
 

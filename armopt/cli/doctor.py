@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from armopt.cli import options, sink
+from armopt.cli import options
+from armopt.cli.output import Output, text_table
 
 if TYPE_CHECKING:
-    from armopt.doctor import Report
+    from armopt.deploy.doctor import Report
 
 
 def doctor(
@@ -21,10 +22,10 @@ def doctor(
     as_json: options.Json = False,
 ) -> None:
     """Show CPU, torch and which backends really answer; what is wrong and what mends it. Exit code 3 if unhealthy."""
-    from armopt import doctor as core
+    from armopt.deploy import doctor
 
-    report = core.examine(bundle, strict=strict)
-    sink.Sink(as_json).result(report.to_json(), lambda: _text(report))
+    report = doctor.examine(bundle, strict=strict)
+    Output(as_json).result(report.to_json(), lambda: _text(report))
     if not report.healthy:
         raise typer.Exit(3)
 
@@ -46,7 +47,7 @@ def _text(report: Report) -> str:
         f"threads   {threads}",
         f"THP       {facts.get('thp', 'unknown')}; decided for tensors by {facts.get('thp_switch', 'unknown')}",
         "",
-        sink.table(("backend", "", "what answers"), [(c.name, c.status, c.found) for c in report.checks]),
+        text_table(("backend", "", "what answers"), [(c.name, c.status, c.found) for c in report.checks]),
         "",
     ]
     if report.verdicts:
@@ -54,7 +55,7 @@ def _text(report: Report) -> str:
             (v.planned, "x".join(map(str, v.shape)), v.layers, v.kernel, v.reason or "as planned")
             for v in report.verdicts
         ]
-        lines += [sink.table(("planned", "input", "layers", "runs", "why"), rows), ""]
+        lines += [text_table(("planned", "input", "layers", "runs", "why"), rows), ""]
     for finding in report.findings:
         lines.append(f"{finding.severity.upper():5} {finding.what}: {finding.found} (wanted: {finding.expected})")
         lines.append(f"      {finding.cost}")

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from armopt.cli import options, sink
+from armopt.cli import options
+from armopt.cli.output import Output
 
 if TYPE_CHECKING:
-    from armopt.environment import Variable
+    from armopt.environment.variables import Variable
 
 Framework = Annotated[
     str, typer.Option("--framework", help="Without a BUNDLE: pytorch or tensorflow.", show_default=False)
@@ -36,7 +37,7 @@ def env(
     chosen = wanted(bundle, framework, target, threads)
     if form in ("docker", "k8s"):
         chosen.pop(environment.PRELOAD, None)  # an image has files of its own, among which `armopt run` looks
-    sink.Sink(as_json).text(environment.render(chosen, "json" if as_json else form))
+    Output(as_json).text(environment.render(chosen, "json" if as_json else form))
 
 
 def wanted(bundle: Path | None, framework: str, target: str, threads: int | None) -> dict[str, Variable]:
@@ -48,7 +49,7 @@ def wanted(bundle: Path | None, framework: str, target: str, threads: int | None
     import platform
 
     from armopt import environment, targets
-    from armopt.bundle import source
+    from armopt.bundle import files
     from armopt.errors import InputError
 
     if bundle is None:
@@ -56,7 +57,7 @@ def wanted(bundle: Path | None, framework: str, target: str, threads: int | None
             raise InputError("no bundle given", hint="Give a BUNDLE, or e.g. --framework tensorflow --target graviton3")
         product = targets.load(target or "graviton3")
         here = platform.machine() == "aarch64" or target == targets.HOST
-        chosen = environment.variables(
+        chosen = environment.wanted(
             product,
             threads=threads,
             build=environment.installed() if here else None,
@@ -66,11 +67,11 @@ def wanted(bundle: Path | None, framework: str, target: str, threads: int | None
         return environment.only_read(chosen, environment.package_folder(framework)) if here else chosen
     if framework or target:
         raise InputError("a bundle has its own framework and target", hint="Leave out --framework and --target")
-    manifest = source.read_manifest(bundle)
+    manifest = files.read_manifest(bundle)
     left = bool(manifest.refused) or any(n["kernel"].startswith("aten") for p in manifest.plan for n in p["nodes"])
     here = manifest.machine == platform.machine()
     chosen = {name: environment.Variable(e["value"], e["why"]) for name, e in manifest.environment.items()}
-    chosen |= environment.variables(
+    chosen |= environment.wanted(
         targets.load(manifest.target),
         threads=threads,
         build=environment.installed() if here else None,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armopt.cli import options, sink
+from armopt.cli import options
+from armopt.cli.output import Output, human_size
 
 if TYPE_CHECKING:
     from armopt.onnx_export.export import Exported
@@ -25,7 +26,7 @@ def export_onnx(
     from armopt.onnx_export import export
     from armopt.onnx_export.options import Options
 
-    out = sink.Sink(as_json)
+    out = Output(as_json)
     written = export.export(bundle, output, Options(weights, fast_math=not plain), force=force)
     out.result(_to_json(written), lambda: _text(written))
 
@@ -47,7 +48,7 @@ def _text(written: Exported) -> str:
     lines = [
         f"Wrote {model}: opset {described['opset']}" + (f", planned for {bucket}." if bucket else "."),
         "",
-        f"  weights   {described['weights']}, {sink.size(sum(written.files.values()))}"
+        f"  weights   {described['weights']}, {human_size(sum(written.files.values()))}"
         + "".join(f", in {file} beside it" for file in apart),
         f"  takes     {', '.join(written.inputs)}",
         f"  gives     {', '.join(written.outputs)}",

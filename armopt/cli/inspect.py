@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from armopt.cli import options, sink
+from armopt.cli import options
+from armopt.cli.output import Output, human_size, text_table
 
 if TYPE_CHECKING:
     from armopt.bundle.manifest import Manifest
@@ -16,7 +17,7 @@ def inspect(bundle: options.BundlePath, as_json: options.Json = False) -> None:
     from armopt.bundle import reader
 
     read = reader.read(bundle, reference=True)
-    out = sink.Sink(as_json)
+    out = Output(as_json)
     out.result(to_json(read.manifest), lambda: _text(read.manifest))
 
 
@@ -55,7 +56,7 @@ def _text(manifest: Manifest) -> str:
         f"target    {manifest.target} ({manifest.machine}; needs {needs})",
         f"model     {manifest.model['source']}, sha256 {manifest.model['digest'][:16]}…",
         f"inputs    {inputs}",
-        f"weights   {sink.size(manifest.weights['bytes'])}, FP32 {sink.size(manifest.weights['fp32_bytes'])}",
+        f"weights   {human_size(manifest.weights['bytes'])}, FP32 {human_size(manifest.weights['fp32_bytes'])}",
         f"accuracy  cosine {manifest.accuracy['cosine']:.6f} against {manifest.accuracy['reference']}; {verdict}",
         f"gates     {_gates(manifest.accuracy)}",
     ]
@@ -71,12 +72,12 @@ def _text(manifest: Manifest) -> str:
             (n["node"], n["op"], "x".join(map(str, n["shape"])), n["kernel"], n["precision"], n["reason"])
             for n in each["nodes"]
         ]
-        lines += [sink.table(("node", "op", "input", "kernel", "precision", "reason"), rows), ""]
+        lines += [text_table(("node", "op", "input", "kernel", "precision", "reason"), rows), ""]
     if manifest.refused:
         rows_refused = [(entry["node"], entry["reason"]) for entry in manifest.refused]
         lines += [
             "Plain ATen or Python:" if manifest.is_module else "Plain ATen:",
-            sink.table(("node", "reason"), rows_refused),
+            text_table(("node", "reason"), rows_refused),
             "",
         ]
     lines += ["environment:", *(f"  {name}={entry['value']}" for name, entry in manifest.environment.items())]

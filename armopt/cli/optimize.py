@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armopt.cli import options, sink
+from armopt.cli import options
+from armopt.cli.output import Output, human_size
 
 if TYPE_CHECKING:
     from armopt.bundle.manifest import Manifest
@@ -50,22 +51,22 @@ def optimize(
     as_json: options.Json = False,
 ) -> None:
     """Optimize a model for an Arm server and write a bundle."""
-    from armopt import compiler
-    from armopt.bundle import source, writer
-    from armopt.checks import Checks
+    from armopt.bundle import files, writer
+    from armopt.compiler import optimize, stages
+    from armopt.compiler.checks import Checks
     from armopt.errors import AccuracyError
     from armopt.onnx_export.options import Options
 
-    out = sink.Sink(as_json)
+    out = Output(as_json)
     writer.check_place(output, force=force)
-    chosen = compiler.find_target(target)
+    chosen = stages.find_target(target)
     policy_chosen, sizes = options.parse_policy(policy, chosen, tuning), options.parse_batch(batch)
     exported = Options(onnx_weights, fast_math=not onnx_plain)  # refuses an unknown dtype now
     with out.progress() as progress:
         progress("capture", 0, 5)
         opened = options.open_for(kind, model, reference, described, samples, sizes, trust_pickle)
         try:
-            written = compiler.optimize(
+            written = optimize.optimize(
                 opened,
                 output=output,
                 target=chosen,
@@ -87,7 +88,7 @@ def optimize(
             )
             failed = None
         except AccuracyError as error:
-            written, failed = source.read_manifest(output), error
+            written, failed = files.read_manifest(output), error
     out.result(to_json(written, output), lambda: summary(written, output))
     if failed is not None:
         raise failed
@@ -139,8 +140,8 @@ def summary(written: Manifest, path: Path) -> str:
         where = ": ".join(filter(None, (each.get("part", ""), sizes)))
         chosen = ", ".join(f"{count} {name}" for name, count in kernels(each).items()) or "no layers"
         lines.append(f"  kernels   {f'at {where}: ' if where else ''}{chosen}")
-    ratio = f" ({half / full:.2f} of FP32's {sink.size(full)})" if full else ""
-    lines.append(f"  weights   {sink.size(half)}{ratio}")
+    ratio = f" ({half / full:.2f} of FP32's {human_size(full)})" if full else ""
+    lines.append(f"  weights   {human_size(half)}{ratio}")
     accuracy = written.accuracy
     verdict = "passed" if accuracy["passed"] else "FAILED"
     lines.append(

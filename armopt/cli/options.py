@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from armopt.ir import Captured, Target
-    from armopt.plan import Policy
-    from armopt.sources import Options as SourceOptions
-    from armopt.sources import Whole
+    from armopt.capture.files import Options as SourceOptions
+    from armopt.capture.files import Whole
+    from armopt.ir.records import Captured, Target
+    from armopt.plan.planner import Policy
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle: a folder, or a zip of it.")]
@@ -113,15 +113,16 @@ def open_for(
     Raises:
         InputError: They name nothing, or something unusable.
     """
-    from armopt import sources, zoo
+    from armopt.capture import files
     from armopt.errors import CaptureError, InputError
+    from armopt.models import torchvision_inputs
 
     if kind not in ("auto", "graph", "module"):
         raise InputError(f"unknown kind {kind!r}", where="--kind", hint="Write auto, graph or module")
-    if kind == "module" or (kind == "auto" and zoo.is_detection(reference)):
+    if kind == "module" or (kind == "auto" and torchvision_inputs.is_detection(reference)):
         if batch:
             raise InputError("parts have sizes of their own", where="--batch", hint="Leave it out")
-        return sources.open_whole(model, source_options(reference, described, samples, batch, trust_pickle))
+        return files.open_whole(model, source_options(reference, described, samples, batch, trust_pickle))
     try:
         return open_model(model, reference, described, samples, batch, trust_pickle)
     except CaptureError as error:
@@ -156,9 +157,9 @@ def parse_policy(text: str, target: Target, tuning: Path | None = None) -> Polic
     Raises:
         InputError: There is no such policy.
     """
-    from armopt import compiler
+    from armopt.plan import policies
 
-    return compiler.find_policy(text, target, tuning, where="--policy")
+    return policies.find_policy(text, target, tuning, where="--policy")
 
 
 def open_model(
@@ -174,15 +175,15 @@ def open_model(
     Raises:
         InputError: They name nothing, or something unusable.
     """
-    from armopt import sources
+    from armopt.capture import files
     from armopt.errors import InputError
 
     options = source_options(reference, described, samples, batch, trust_pickle)
     if model is not None:
-        return sources.open_model(model, options)
+        return files.open_model(model, options)
     if not reference:
         raise InputError("no model given", hint="Give a model file, or --model torchvision:resnet50")
-    return sources.from_reference(options)
+    return files.from_reference(options)
 
 
 def source_options(
@@ -193,9 +194,9 @@ def source_options(
     Raises:
         InputError: An input can't be read.
     """
-    from armopt import inputs, sources
+    from armopt.capture import files, inputs
 
-    return sources.Options(
+    return files.Options(
         model=reference,
         inputs=tuple(inputs.parse(text) for text in described or ()),
         samples=inputs.read(samples) if samples else None,

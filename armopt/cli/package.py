@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armopt.cli import options, sink
+from armopt.cli import options
+from armopt.cli.output import Output
 
 if TYPE_CHECKING:
-    from armopt.package import Package
+    from armopt.deploy.package import Package
 
 
 def package(
@@ -22,10 +23,10 @@ def package(
     as_json: options.Json = False,
 ) -> None:
     """Write what an image needs: Dockerfile, requirements with hashes, entry point with a health check, the bundle."""
-    from armopt import package as core
+    from armopt.deploy import package
 
-    out = sink.Sink(as_json)
-    written = core.write(bundle, output, hashes=hashes)
+    out = Output(as_json)
+    written = package.write(bundle, output, hashes=hashes)
     for remark in written.remarks:
         out.note(f"armopt: {remark}")
     out.result(_to_json(written), lambda: _text(written))

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armopt.cli import options, sink
+from armopt.cli import options
+from armopt.cli.output import Output, text_table
 
 if TYPE_CHECKING:
-    from armopt.compiler import Planned
+    from armopt.compiler.stages import Planned
 
 
 def plan(
@@ -30,20 +31,21 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show which kernel each layer would get, and why. Writes nothing but what --html asks for."""
-    from armopt import compiler
+    from armopt.compiler import stages
 
-    out = sink.Sink(as_json)
-    chosen = compiler.find_target(target)
+    out = Output(as_json)
+    chosen = stages.find_target(target)
     policy_chosen, sizes = options.parse_policy(policy, chosen, tuning), options.parse_batch(batch)
     with out.progress() as progress:
         progress("capture", 0, 2)
         captured = options.open_model(model, reference, described, samples, sizes, trust_pickle)
         progress("plan", 1, 2)
-        planned = compiler.make_plan(captured, chosen, policy_chosen, compiler.find_buckets(captured, sizes))
+        planned = stages.make_plan(captured, chosen, policy_chosen, stages.find_buckets(captured, sizes))
     if html is not None:
-        from armopt import plan_html, text_file
+        from armopt import files
+        from armopt.compiler import plan_page
 
-        text_file.write(html, plan_html.render(planned), "--html")
+        files.write(html, plan_page.render(planned), "--html")
     out.result(_to_json(planned), lambda: _text(planned))
 
 
@@ -64,8 +66,8 @@ def _text(planned: Planned) -> str:
         where = ", ".join(f"{name}={value}" for name, value in each.bucket.items())
         parts.append(f"{planned.target.name}, {each.policy}" + (f", {where}" if where else "") + ":")
         rows = [(d.node, d.op, "x".join(map(str, d.shape)), d.kernel, d.precision, d.reason) for d in each.decisions]
-        parts.append(sink.table(("node", "op", "input", "kernel", "precision", "reason"), rows) + "\n")
+        parts.append(text_table(("node", "op", "input", "kernel", "precision", "reason"), rows) + "\n")
     if planned.refused:
         rows_refused = [(skip.node, skip.reason) for skip in planned.refused]
-        parts.append("Plain ATen:\n" + sink.table(("node", "reason"), rows_refused))
+        parts.append("Plain ATen:\n" + text_table(("node", "reason"), rows_refused))
     return "\n".join(parts)

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from armopt.cli import env, sink
+from armopt.cli import env
+from armopt.cli.output import Output
 
 
 def run(
@@ -45,7 +46,7 @@ def run(
         raise InputError("there is no such command", where=command[0], hint=hint)
     environ, remarks = environment.for_process(wanted, os.environ, limit=limit)
     for remark in remarks:
-        sink.Sink(as_json=False).note(f"armopt: {remark}")
+        Output(as_json=False).note(f"armopt: {remark}")
     sys.stdout.flush()
     sys.stderr.flush()
     try:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from armopt.cli import options, sink
+from armopt.cli import options
+from armopt.cli.output import Output, text_table
 
 
 def targets(as_json: options.Json = False) -> None:
     """List the targets: core, SIMD, BF16, cache, and where each figure comes from (--json)."""
     from armopt import targets as known
 
-    found = [*(known.load(name) for name in known.names()), known.host()]
+    found = [*(known.load(name) for name in known.names()), known.this_host()]
     described = [
         {
             "name": t.name,
@@ -27,6 +28,6 @@ def targets(as_json: options.Json = False) -> None:
     rows = [
         (t.name, t.core, "yes" if t.bf16 else "no", f"{t.simd_pipes}x{t.vector_bits}", t.l2_kib, t.cores) for t in found
     ]
-    sink.Sink(as_json).result(
-        {"targets": described}, lambda: sink.table(("target", "core", "BF16", "SIMD", "L2 KiB", "cores"), rows)
+    Output(as_json).result(
+        {"targets": described}, lambda: text_table(("target", "core", "BF16", "SIMD", "L2 KiB", "cores"), rows)
     )

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armopt.cli import options, sink
+from armopt.cli import options
+from armopt.cli.output import Output, text_table
 
 if TYPE_CHECKING:
-    from armopt.tuning import Tuning
+    from armopt.kernels.timings import Timings
 
 
 def tune(
@@ -24,25 +25,27 @@ def tune(
     """Time every kernel on this host, on a bundle's shapes, and write tuning.json for optimize --tuning and load."""
     import os
 
-    from armopt import host, tune, tuning
     from armopt.bundle import reader
+    from armopt.deploy import tune
+    from armopt.kernels import timings
+    from armopt.runtime import host_check
 
-    out = sink.Sink(as_json)
+    out = Output(as_json)
     if bundle is None:
         sites = tune.default_sites()
     else:
         sites = tuple(site for program in reader.read(bundle).programs for site in program.sites.values())
     with out.progress() as progress:
-        found = tune.measure(sites, rounds=rounds, fast_math=host.fast_math(os.environ), progress=progress)
-    tuning.write(found, output)
+        found = tune.measure(sites, rounds=rounds, fast_math=host_check.fast_math(os.environ), progress=progress)
+    timings.write(found, output)
     out.result({"tuning": str(output), **_to_json(found)}, lambda: _text(found, output))
 
 
-def _to_json(found: Tuning) -> dict[str, Any]:
+def _to_json(found: Timings) -> dict[str, Any]:
     return {"host": dict(found.host), "seconds": {key: dict(times) for key, times in found.times.items()}}
 
 
-def _text(found: Tuning, path: Path) -> str:
+def _text(found: Timings, path: Path) -> str:
     import json
 
     rows = []
@@ -55,4 +58,4 @@ def _text(found: Tuning, path: Path) -> str:
         rows.append((site["op"], shape, site["post_op"], shown or "no kernel runs properly here"))
     headers = ("op", "input -> weight", "post-op", "kernels, by time relative to the best")
     next_step = f"Use it: armopt optimize --tuning {path}, or ARMOPT_TUNING={path} where the bundle is loaded."
-    return f"{sink.table(headers, rows)}\n\nWrote {path}. {next_step}"
+    return f"{text_table(headers, rows)}\n\nWrote {path}. {next_step}"

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from armopt.cli import options, sink
+from armopt.cli import options
+from armopt.cli.output import Output, text_table
 
 
 def validate(
@@ -26,7 +27,7 @@ def validate(
     from armopt import accuracy
     from armopt.errors import AccuracyError
 
-    out = sink.Sink(as_json)
+    out = Output(as_json)
     with out.progress() as progress:
         found = accuracy.validate(
             bundle,
@@ -84,7 +85,7 @@ def _outputs(found: dict[str, Any]) -> str:
         for entry in entries
     ]
     headers = ("bucket", "output", "cosine", "SQNR", "max error", "relative", "RMSE ratio", "finite")
-    return sink.table(headers, rows)
+    return text_table(headers, rows)
 
 
 def _task(found: dict[str, Any]) -> str:
@@ -96,7 +97,7 @@ def _task(found: dict[str, Any]) -> str:
         (bucket, *(f"{figures[name]:.6g}" if name in figures else "-" for name in names))
         for bucket, figures in measured.items()
     ]
-    return f"{found['task']['name']} ({found['task']['why']}):\n" + sink.table(("bucket", *names), rows)
+    return f"{found['task']['name']} ({found['task']['why']}):\n" + text_table(("bucket", *names), rows)
 
 
 def _nodes(found: dict[str, Any], most: int = 5) -> str:
@@ -107,7 +108,7 @@ def _nodes(found: dict[str, Any], most: int = 5) -> str:
         (n["node"], n["kernel"], error(n["isolated"]), error(n["cumulative"]), n["comes_from"])
         for n in found["nodes"][:most]
     ]
-    table = sink.table(("layer", "kernel", "alone", "carried", "comes from"), rows)
+    table = text_table(("layer", "kernel", "alone", "carried", "comes from"), rows)
     return f"Layers that add most, of {len(found['nodes'])} ({found['node_bucket']}):\n{table}"
 
 
@@ -122,4 +123,4 @@ def gates_table(found: dict[str, Any]) -> str:
         )
         for entry in found["gates"]
     ]
-    return sink.table(("gate", "worst value", "where", "verdict"), rows)
+    return text_table(("gate", "worst value", "where", "verdict"), rows)

@@ -109,7 +109,7 @@ def torch_requirements(torch_version: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """One part of the folder: the subfolder it fills and what it is made from."""
 
     name: str
@@ -163,22 +163,22 @@ class PreparedFolder:
         return self.path / "site" / "tensorflow"
 
     @property
-    def tensorflow_part(self) -> Part:
+    def tensorflow_part(self) -> Component:
         """The optional part with TensorFlow: 1.3 GB."""
-        return Part("site/tensorflow", _recipe(TENSORFLOW_REQUIREMENTS))
+        return Component("site/tensorflow", _recipe(TENSORFLOW_REQUIREMENTS))
 
-    def parts(self, torch_version: str) -> tuple[Part, ...]:
+    def parts(self, torch_version: str) -> tuple[Component, ...]:
         """Returns what emulation with that PyTorch needs, in the order in which it is made."""
         return (
-            Part("qemu", _recipe(QEMU)),
-            Part("root", _recipe(ROOT)),
-            Part("cores", _recipe([asdict(core) for core in CORES.values()])),
-            Part("bin", _recipe(WRAPPERS)),
-            Part("site/base", _recipe(BASE_REQUIREMENTS)),
-            Part(f"site/torch-{torch_version}", _recipe([torch_requirements(torch_version), _STUBS_REVISION])),
+            Component("qemu", _recipe(QEMU)),
+            Component("root", _recipe(ROOT)),
+            Component("cores", _recipe([asdict(core) for core in CORES.values()])),
+            Component("bin", _recipe(WRAPPERS)),
+            Component("site/base", _recipe(BASE_REQUIREMENTS)),
+            Component(f"site/torch-{torch_version}", _recipe([torch_requirements(torch_version), _STUBS_REVISION])),
         )
 
-    def is_complete(self, part: Part) -> bool:
+    def is_complete(self, part: Component) -> bool:
         """Whether the part was finished, from today's recipe, and still has its libraries and programs."""
         folder = self.path / part.name
         try:

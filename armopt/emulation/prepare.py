@@ -16,10 +16,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from armopt.emulation import stubs
+from armopt.emulation.commands import run_command
+from armopt.emulation.debian import MIRROR_VARIABLE, Apt, find_mirror
 from armopt.emulation.folder import (
     BASE_REQUIREMENTS,
     CORES,
@@ -28,18 +29,13 @@ from armopt.emulation.folder import (
     TENSORFLOW_REQUIREMENTS,
     TORCH_VERSIONS,
     WRAPPERS,
+    Component,
     Core,
-    Part,
     PreparedFolder,
     torch_requirements,
     write_stamp,
 )
 from armopt.errors import ArmoptError, HostError
-
-MIRROR_VARIABLE = "ARMOPT_DEBIAN_MIRROR"
-_DEBIAN_SUITES = {"bullseye", "bookworm", "trixie", "forky", "sid", "oldstable", "stable", "testing"}
-_KEYRINGS = Path("/usr/share/keyrings")
-_RESUMES = "Then run it again: what is done is kept"
 
 Report = Callable[[str], None]
 
@@ -77,7 +73,7 @@ def prepare(
     return folder
 
 
-def _make(part: Part, folder: PreparedFolder) -> None:
+def _make(part: Component, folder: PreparedFolder) -> None:
     work = folder.path / ".work"
     shutil.rmtree(work, ignore_errors=True)  # what a killed run left; the lock is ours
     try:
@@ -90,7 +86,7 @@ def _make(part: Part, folder: PreparedFolder) -> None:
         shutil.rmtree(work)
 
 
-def _build(part: Part, into: Path, folder: PreparedFolder, work: Path) -> None:
+def _build(part: Component, into: Path, folder: PreparedFolder, work: Path) -> None:
     kind, _, torch_version = part.name.partition("-")
     if kind == "qemu":
         _build_qemu(into, work)
@@ -117,121 +113,13 @@ def _build(part: Part, into: Path, folder: PreparedFolder, work: Path) -> None:
         _compile(into, folder.site(torch_version))
 
 
-# --- Debian ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Mirror:
-    """Debian's archive as this machine reaches it."""
-
-    uri: str
-    keyring: str
-
-    def line(self, suite: str) -> str:
-        """Returns the one-line entry of a suite for a sources.list."""
-        options = f" [signed-by={self.keyring}]" if self.keyring else ""
-        return f"deb{options} {self.uri} {suite} main\n"
-
-
-def find_mirror(apt_folder: Path = Path("/etc/apt")) -> Mirror:
-    """Finds the mirror of Debian that this machine's apt settings name; ARMOPT_DEBIAN_MIRROR overrides it.
-
-    Raises:
-        HostError: They name none.
-    """
-    default_keyring = _KEYRINGS / "debian-archive-keyring.gpg"
-    keyring = str(default_keyring) if default_keyring.exists() else ""
-    if chosen := os.environ.get(MIRROR_VARIABLE):
-        return Mirror(chosen, keyring)
-    for entry in _apt_entries(apt_folder):
-        uris = entry.get("uris", "").split()
-        if (
-            uris
-            and "main" in entry.get("components", "").split()
-            and not _DEBIAN_SUITES.isdisjoint(entry.get("suites", "").split())
-        ):
-            signed_by = entry.get("signed-by", "")
-            return Mirror(uris[0], keyring or (signed_by if signed_by.startswith("/") else ""))
-    raise HostError(
-        "no mirror of Debian among this machine's apt sources",
-        where=str(apt_folder),
-        hint=f"Set {MIRROR_VARIABLE} to the address of one (QEMU and the arm64 C library come from Debian)",
-    )
-
-
-def _apt_entries(apt_folder: Path) -> Iterator[dict[str, str]]:
-    """Yields each source, of either format, as deb822 fields with lower-case names."""
-    parts = apt_folder / "sources.list.d"
-    for file in [apt_folder / "sources.list", *sorted(parts.glob("*.list"))]:
-        for line in file.read_text().splitlines() if file.is_file() else ():
-            words = line.split("#")[0].replace("[", " [ ").replace("]", " ] ").split()
-            if not words or words[0] != "deb":
-                continue
-            rest = words[words.index("]") + 1 :] if "]" in words else words[1:]
-            if len(rest) >= 2:
-                yield {"uris": rest[0], "suites": rest[1], "components": " ".join(rest[2:])}
-    for file in sorted(parts.glob("*.sources")):
-        lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
-        for paragraph in "\n".join(lines).split("\n\n"):
-            fields = (line.partition(":") for line in paragraph.splitlines() if ":" in line)
-            yield {name.strip().lower(): value.strip() for name, _, value in fields}
-
-
-@dataclass(frozen=True)
-class Apt:
-    """apt with folders of its own: it reads this machine's proxy settings, and changes nothing on it."""
-
-    folder: Path
-    environment: dict[str, str]
-
-    @classmethod
-    def create(cls, folder: Path, mirror: Mirror, suite: str, architecture: str) -> Apt:
-        """Makes the folders and fetches the suite's list of packages."""
-        for name in ("lists/partial", "cache/archives/partial", "dpkg"):
-            (folder / name).mkdir(parents=True)
-        (folder / "dpkg" / "status").touch()
-        (folder / "sources.list").write_text(mirror.line(suite))
-        config = folder / "apt.conf"
-        config.write_text(
-            f'Dir::Etc::sourcelist "{folder}/sources.list";\n'
-            'Dir::Etc::sourceparts "-";\n'
-            'Dir::Etc::preferencesparts "-";\n'
-            f'Dir::State "{folder}";\n'
-            f'Dir::State::Lists "{folder}/lists";\n'
-            f'Dir::State::status "{folder}/dpkg/status";\n'
-            f'Dir::Cache "{folder}/cache";\n'
-            f'APT::Architecture "{architecture}";\n'
-            f'#clear APT::Architectures;\nAPT::Architectures {{ "{architecture}"; }};\n'
-            'APT::Install-Recommends "false";\n'
-            'APT::Sandbox::User "root";\n'
-            'Acquire::Languages "none";\n'
-            "Acquire::Retries 3;\n"
-            # Hooks of the host, such as the one that empties the archives folder in containers.
-            "#clear APT::Update::Post-Invoke;\n"
-            "#clear APT::Update::Post-Invoke-Success;\n"
-            "#clear DPkg::Post-Invoke;\n"
-        )
-        apt = cls(folder, {**os.environ, "APT_CONFIG": str(config), "LC_ALL": "C"})
-        _run(["apt-get", "update", "-q", "--error-on=any"], f"Debian {suite}", env=apt.environment)
-        return apt
-
-    def fetch(self, packages: Sequence[str], *, dependencies: bool) -> list[Path]:
-        """Downloads packages, with all they depend on if asked for; returns the .deb files."""
-        archives = self.folder / "cache" / "archives"
-        command = (
-            ["apt-get", "install", "-y", "-q", "--download-only"] if dependencies else ["apt-get", "download", "-q"]
-        )
-        _run([*command, *packages], " ".join(packages), cwd=archives, env=self.environment)
-        return sorted(archives.glob("*.deb"))
-
-
 def _build_qemu(into: Path, work: Path) -> None:
     apt = Apt.create(work / "apt", find_mirror(), QEMU["suite"], "amd64")
     (package,) = apt.fetch([QEMU["package"]], dependencies=False)
     _unpack(package, work / "unpacked")
     binary = into / "qemu-aarch64"
     shutil.move(str(work / "unpacked" / "usr" / "bin" / "qemu-aarch64"), binary)
-    version = _run([str(binary), "--version"], "qemu-aarch64").splitlines()[0]
+    version = run_command([str(binary), "--version"], "qemu-aarch64").splitlines()[0]
     if f"version {QEMU['version']}" not in version:
         raise HostError(
             f"Debian {QEMU['suite']} has {version!r}, not {QEMU['version']}x (others differ in their cores)",
@@ -252,7 +140,7 @@ def _build_root(into: Path, work: Path) -> None:
 
 
 def _unpack(package: Path, into: Path) -> None:
-    _run(["dpkg", "-x", str(package), str(into)], package.name)
+    run_command(["dpkg", "-x", str(package), str(into)], package.name)
     package.unlink()
 
 
@@ -292,7 +180,7 @@ def _build_sysroot(into: Path, core: Core) -> None:
 def _pip_install(requirements: Sequence[str], into: Path, *options: str) -> None:
     """Unpacks aarch64 wheels, with all they need unless told otherwise; pip checks their hashes."""
     platforms = [f"--platform={name}_aarch64" for name in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17")]
-    _run(
+    run_command(
         [
             *_pip(),
             "install",
@@ -358,27 +246,6 @@ def _replace(place: Path, built: Path) -> None:
     if place.exists():
         place.rename(built.parent / "old")
     built.rename(place)
-
-
-def _run(command: Sequence[str], what: str, *, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    try:
-        done = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, check=False)
-    except FileNotFoundError:
-        raise HostError(
-            f"{command[0]} is missing",
-            where=what,
-            hint="This needs Linux with apt and dpkg (Debian or Ubuntu)",
-        ) from None
-    if done.returncode:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith(("E:", "ERROR:"))] or lines[-3:]
-        tool = next((word for word in command if word in ("pip", "apt-get", "dpkg")), command[0])
-        raise HostError(
-            f"{tool} failed with {done.returncode}: {' | '.join(errors).rstrip('.')}",
-            where=what,
-            hint=f"Check that this machine reaches its registries. {_RESUMES}",
-        )
-    return done.stdout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

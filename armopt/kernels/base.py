@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from armopt.ir import Site, Target
+from armopt.ir.records import Site, Target
 from armopt.kernels import post_ops
 
 _aten = torch.ops.aten

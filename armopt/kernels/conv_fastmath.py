@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from armopt.ir import Site
+from armopt.ir.records import Site
 from armopt.kernels import onednn_convolution as onednn
 from armopt.kernels.base import Kernel, Rounding
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from armopt.ir import Site
+from armopt.ir.records import Site
 from armopt.kernels import onednn_convolution as onednn
 from armopt.kernels.base import Call, Kernel, Rounding
 

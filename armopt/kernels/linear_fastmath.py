@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from armopt.ir import Site
+from armopt.ir.records import Site
 from armopt.kernels.base import Call, Kernel, Rounding
 from armopt.kernels.onednn_convolution import refuses_linear
 

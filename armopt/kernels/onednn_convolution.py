@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from armopt.ir import Site, Target
+from armopt.ir.records import Site, Target
 from armopt.kernels import post_ops
 from armopt.kernels.base import Call
 from armopt.kernels.geometry import output_size

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from armopt.bundle import manifest, reader
-from armopt.bundle.codec import Program
-from armopt.bundle.source import GRAPH, WEIGHTS, hash_file
+from armopt.bundle.files import GRAPH, WEIGHTS, hash_file
+from armopt.bundle.program import Program
 from armopt.errors import InputError
 from armopt.onnx_export import session, store
 from armopt.onnx_export.options import NAME, Options

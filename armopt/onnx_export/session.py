@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from armopt import sites
-from armopt.bundle.codec import Program
+from armopt.bundle.program import Program
+from armopt.kernels import sites
 from armopt.onnx_export.options import NAME, OPSET, Options
 from armopt.onnx_export.standard import takes_fast_math
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from armopt import graph as g
-from armopt.bundle.codec import Program
+from armopt.bundle.program import Program
 from armopt.errors import InputError
-from armopt.ir import Site
+from armopt.ir import graph as g
+from armopt.ir.records import Site
 from armopt.kernels import post_ops, table
 from armopt.kernels.ops import CONV, KERNEL, LINEAR, OTHER, POST_OP
 

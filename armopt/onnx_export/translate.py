@@ -13,9 +13,10 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx
 from torch.fx import traceback as fx_traceback
 
-from armopt import capture, structure
+from armopt import capture
 from armopt.errors import InputError
-from armopt.ir import Bucket
+from armopt.ir import nesting
+from armopt.ir.records import Bucket
 from armopt.onnx_export.guard import guard
 from armopt.onnx_export.options import OPSET
 from armopt.onnx_export.standard import CALLED_IN, Standard
@@ -108,7 +109,7 @@ def translate(source: Standard, signature: Mapping[str, Any], bucket: Bucket, we
 def _output_names(outputs: Mapping[str, Any], inputs: Sequence[str]) -> tuple[str, ...]:
     """A name for each output: its path in what the model returns, unlike that of any input."""
     positions = outputs["positions"]
-    named = structure.output_names(outputs, max(positions, default=-1) + 1)
+    named = nesting.output_names(outputs, max(positions, default=-1) + 1)
     names = [f"output_{named[i]}" if named[i][:1].isdigit() else named[i] for i in positions]
     return tuple(f"{name}_out" if name in inputs else name for name in names)
 

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from armopt.emulation.debian import Apt, find_mirror
 from armopt.emulation.folder import QEMU, Part, PreparedFolder, write_stamp
-from armopt.emulation.prepare import Apt, find_mirror
 from armopt.errors import ArmoptError, HostError, InputError
 
 HERE = Path(__file__).resolve().parent

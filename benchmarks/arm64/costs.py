@@ -24,12 +24,12 @@ import numpy as np
 from packaging.version import Version
 from scipy.optimize import nnls
 
-from armopt import costs
-from armopt.costs import TERMS, Variant
 from armopt.emulation import core_named
 from armopt.emulation.folder import DEFAULT_TORCH
-from armopt.ir import Site
+from armopt.ir.records import Site
 from armopt.kernels import table as kernel_table
+from armopt.plan import costs
+from armopt.plan.costs import TERMS, Variant
 from benchmarks.arm64 import counts
 from benchmarks.arm64.counts import Counts, Job
 
@@ -106,9 +106,9 @@ def _of_model(name: str, size: int) -> list[dict[str, Any]]:
     import torch
     from torch import nn
 
-    from armopt import zoo
+    from armopt.models import references
 
-    model = zoo.resolve(f"torchvision:{name}")().eval()
+    model = references.resolve(f"torchvision:{name}")().eval()
     found: list[dict[str, Any]] = []
 
     def note(module: nn.Conv2d, args: Any, output: Any) -> None:
@@ -281,7 +281,7 @@ def search_sve_cycles(samples: Sequence[Mapping[str, Any]], vector_bits: int) ->
     for _ in range(1000):
         figures = (rng.uniform(25, 65), rng.uniform(1.5, 9), rng.uniform(1.5, 9))
         variants = fast_math_variants(vector_bits, figures)
-        wrong = sum(costs.choose(variants, site).name not in names for site, names in seen)
+        wrong = sum(costs.answering(variants, site).name not in names for site, names in seen)
         if wrong < fewest:
             best, fewest = figures, wrong
     print(f"SVE's figures {best}: {fewest} of {len(seen)} samples chosen otherwise")
@@ -315,7 +315,7 @@ def fit_variants(
     """Coefficients by least squares of the relative error, none below zero; and the errors of a fifth left out."""
     chosen: dict[str, list[tuple[Site, float]]] = defaultdict(list)
     for site, total in samples:
-        chosen[costs.choose(variants, site).name].append((site, total))
+        chosen[costs.answering(variants, site).name].append((site, total))
     errors: list[float] = []
     fitted = []
     for variant in variants:

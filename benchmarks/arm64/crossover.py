@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from armopt import cost_policy, costs, targets
+from armopt import targets
 from armopt.emulation.folder import DEFAULT_TORCH
-from armopt.ir import Site, Target
+from armopt.ir.records import Site, Target
 from armopt.kernels import table
+from armopt.plan import cost_policy, costs
 from benchmarks.arm64 import costs as samples
 from benchmarks.arm64 import counts, jobs
 from benchmarks.arm64.counts import Job

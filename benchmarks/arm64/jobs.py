@@ -18,12 +18,12 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from armopt.bind import Single, finish, single
-from armopt.bindings import BINDINGS, CASTS
-from armopt.ir import Site
+from armopt.ir.records import Site
 from armopt.kernels import table
 from armopt.kernels.base import Call
 from armopt.kernels.geometry import output_size
+from armopt.runtime.bind import Single, finish, single
+from armopt.runtime.python_calls import BINDINGS, CASTS
 
 Prepared = Callable[[], Any]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

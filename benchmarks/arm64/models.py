@@ -100,7 +100,8 @@ def make_bundle(workload: str, cpu: str, torch_version: str, without: str = "") 
     `without` names a pass to leave out.
     """
     import armopt
-    from armopt import cost_policy, passes, targets
+    from armopt import passes, targets
+    from armopt.plan import cost_policy
     from benchmarks.arm64.workloads import WORKLOADS
 
     model, inputs = WORKLOADS[workload].build()

@@ -66,9 +66,9 @@ class Decode(Prefill):
 
 
 def _transformers() -> Any:
-    from armopt import zoo
+    from armopt.models import torchvision_ops
 
-    zoo.ensure_torchvision_if_installed()
+    torchvision_ops.ensure_torchvision_if_installed()
     import transformers
 
     return transformers
@@ -87,18 +87,18 @@ def _mlp(scale: int) -> nn.Module:
 
 def _vision(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        from armopt import zoo
+        from armopt.models import references
 
-        return zoo.resolve(f"torchvision:{name}")()
+        return references.resolve(f"torchvision:{name}")()
 
     return make
 
 
 def mask_rcnn() -> nn.Module:
     """Mask R-CNN for a small image, with a few proposals."""
-    from armopt import zoo
+    from armopt.models import torchvision_ops
 
-    zoo.ensure_torchvision()
+    torchvision_ops.ensure_torchvision()
     from torchvision.models import get_model
 
     sizes = {"min_size": 128, "max_size": 128, "rpn_pre_nms_top_n_test": 100, "rpn_post_nms_top_n_test": 50}

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 import armopt
-from armopt import cost_policy, plan, targets
+from armopt import targets
 from armopt.bundle import reader
 from armopt.bundle.manifest import Manifest
-from armopt.ir import Site, Target
+from armopt.ir.records import Site, Target
 from armopt.kernels import table
-from armopt.zoo import ensure_torchvision, randomize
+from armopt.models.random_weights import randomize
+from armopt.models.torchvision_ops import ensure_torchvision
+from armopt.plan import cost_policy, planner, threshold_policy
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Example:
     build: Callable[[], nn.Module]
     inputs: tuple[dict[str, torch.Tensor], ...]
     batch: tuple[int, ...] = ()
-    policy: plan.Policy | None = None
+    policy: planner.Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,12 @@ class Prefer:
     def name(self) -> str:
         return "prefer=" + ",".join(self.kernels)
 
-    def choose(self, sites: Sequence[Site], target: Target) -> Sequence[plan.Choice]:
+    def choose(self, sites: Sequence[Site], target: Target) -> Sequence[planner.Choice]:
         chosen = []
         for site in sites:
             kernels = [table.get(name) for name in self.kernels]
             fits = [kernel for kernel in kernels if kernel.op == site.op and not kernel.refuses(site)]
-            chosen.append(plan.Choice(fits[0], "asked for"))
+            chosen.append(planner.Choice(fits[0], "asked for"))
         return chosen
 
 
@@ -184,9 +186,11 @@ EXAMPLES = {
     "mobilenet": Example(lambda: _torchvision("mobilenet_v2"), (_noise(1, 3, 64, 64),)),
     "gpt2": Example(_gpt2, (_text(1, 72),)),
     "bert": Example(_bert, (_text(2, 40),)),
-    "windows": Example(lambda: randomize(Windows()), (_noise(8, 24, 128),), policy=plan.ThresholdPolicy()),
+    "windows": Example(lambda: randomize(Windows()), (_noise(8, 24, 128),), policy=threshold_policy.ThresholdPolicy()),
     "convnet": Example(
-        lambda: randomize(ConvNet(), [(4, 3, 32, 32)]), (_noise(2, 3, 32, 32),), policy=plan.ThresholdPolicy()
+        lambda: randomize(ConvNet(), [(4, 3, 32, 32)]),
+        (_noise(2, 3, 32, 32),),
+        policy=threshold_policy.ThresholdPolicy(),
     ),
     "fast-math": Example(
         lambda: randomize(ConvNet(), [(4, 3, 32, 32)]),
@@ -196,7 +200,7 @@ EXAMPLES = {
 }
 
 
-def make(name: str, target: str, folder: Path, policy: plan.Policy | None = None) -> Made:
+def make(name: str, target: str, folder: Path, policy: planner.Policy | None = None) -> Made:
     """Optimizes an example for a target, and runs what can be run here."""
     example = EXAMPLES[name]
     path = folder / f"{name}-{target}"

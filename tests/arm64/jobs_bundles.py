@@ -32,7 +32,7 @@ def run_environment(bundle, threads):
     file = Path(bundle) / manifest.NAME
     described = manifest.from_bytes(file.read_bytes(), file)
     wanted = {name: environment.Variable(e["value"], e["why"]) for name, e in described.environment.items()}
-    wanted |= environment.variables(
+    wanted |= environment.wanted(
         targets.load(described.target),
         threads=threads,
         build=environment.installed(),
@@ -56,7 +56,7 @@ def run(bundle, calls, captured=1, environ=None, strict=False):
     import torch
 
     import armopt
-    from armopt import onednn_log
+    from armopt.runtime import onednn_log
 
     os.environ.update(environ or {})
     start = time.monotonic()

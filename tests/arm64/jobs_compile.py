@@ -6,7 +6,7 @@ import warnings
 def detect(bundle, images):
     """Loads a bundle of kind "module" with this checkout's own Mask R-CNN around it; runs it twice, logging once."""
     import armopt
-    from armopt import onednn_log
+    from armopt.runtime import onednn_log
     from tests import detection
 
     with warnings.catch_warnings(record=True) as said:
@@ -21,14 +21,14 @@ def detect(bundle, images):
 
 def generate(config, state, prompt, tokens):
     """Greedy tokens of a GPT-2 by armopt.compile, and the log of all calls after the first pass."""
-    from armopt import zoo
+    from armopt.models import torchvision_ops
 
-    zoo.ensure_torchvision_if_installed()
+    torchvision_ops.ensure_torchvision_if_installed()
     import torch
     import transformers
 
     import armopt
-    from armopt import onednn_log
+    from armopt.runtime import onednn_log
 
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
     model.load_state_dict(state)

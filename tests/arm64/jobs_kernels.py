@@ -2,7 +2,7 @@
 
 import torch
 
-from armopt.bind import Binder
+from armopt.runtime.bind import Binder
 from tests.arm64 import kernel_cases
 
 

@@ -13,7 +13,7 @@ def log_of_one_call(bundle, inputs):
     import warnings
 
     import armopt
-    from armopt import onednn_log
+    from armopt.runtime import onednn_log
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

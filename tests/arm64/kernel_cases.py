@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from armopt import sites, targets
-from armopt.bundle.codec import Program
-from armopt.kernels import table
+from armopt import targets
+from armopt.bundle.program import Program
+from armopt.kernels import sites, table
 from armopt.kernels.ops import CONV, LINEAR
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from armopt import onednn_log
 from armopt.bundle import reader
-from armopt.ir import Site
+from armopt.ir.bf16_flow import ATTENTION
+from armopt.ir.records import Site
 from armopt.kernels import table
-from armopt.transparent import ATTENTION
+from armopt.runtime import onednn_log
 from benchmarks.arm64 import models
 from tests.arm64 import bundles
 

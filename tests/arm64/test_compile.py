@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import armopt
-from armopt import onednn_log, zoo
+from armopt.models import torchvision_ops
+from armopt.runtime import onednn_log
 from tests import detection
 
 JOBS = "tests.arm64.jobs_compile"
@@ -56,7 +57,7 @@ def test_mask_rcnn_finds_there_what_fp32_finds_here(mask_rcnn_on_graviton3: dict
 
 @pytest.fixture(scope="module")
 def gpt2_on_graviton3(server: Any) -> dict[str, Any]:
-    zoo.ensure_torchvision_if_installed()
+    torchvision_ops.ensure_torchvision_if_installed()
     import transformers
 
     config = {"n_layer": 1, "n_head": 4, "n_embd": 128, "vocab_size": 211, "n_positions": 64}

@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 import armopt
-from armopt import environment, onednn_log, targets
+from armopt import environment, targets
 from armopt.emulation import TORCH_VERSIONS, EmulatedWorker, PreparedFolder, core_named, emulated_command
+from armopt.environment import build
+from armopt.runtime import onednn_log
 
 HERE = Path(__file__).parent
 FAST_MATH = {"DNNL_DEFAULT_FPMATH_MODE": "BF16", "OMP_NUM_THREADS": "1"}
-EXAMINE = "armopt.doctor:examine"
+EXAMINE = "armopt.deploy.doctor:examine"
 
 
 def checks(report):
@@ -50,8 +52,8 @@ def bundle(tmp_path_factory):
 @pytest.mark.parametrize("torch_version", TORCH_VERSIONS)
 def test_every_variable_emitted_is_read_by_the_real_libraries(require_torch, torch_version):
     package = require_torch(torch_version).site(torch_version) / "torch"
-    facts = environment._installed(package, deep=False)
-    chosen = environment.variables(targets.load("graviton3"), threads=2, build=facts)
+    facts = build._installed(package, deep=False)
+    chosen = environment.wanted(targets.load("graviton3"), threads=2, build=facts)
     readers = environment.variables_read([*chosen, "ARMOPT_NO_SUCH_VARIABLE"], package)
     assert readers.pop("ARMOPT_NO_SUCH_VARIABLE") == ()
     assert all(readers.values()), readers
@@ -69,7 +71,7 @@ def test_every_variable_emitted_is_read_by_the_real_libraries(require_torch, tor
     ],
 )
 def test_facts_of_the_real_wheels(require_torch, torch_version, facts):
-    found = environment._installed(require_torch(torch_version).site(torch_version) / "torch", deep=False)
+    found = build._installed(require_torch(torch_version).site(torch_version) / "torch", deep=False)
     assert found.items() >= {**facts, "acl": "52.6.0", "allocator": "mimalloc"}.items()
 
 
@@ -312,7 +314,7 @@ def tensorflow(require_torch):
 
 def test_tensorflows_variables_are_read_by_its_libraries(tensorflow):
     _, site = tensorflow
-    chosen = environment.variables(targets.load("graviton3"), framework="tensorflow", threads=2)
+    chosen = environment.wanted(targets.load("graviton3"), framework="tensorflow", threads=2)
     readers = environment.variables_read([*chosen, "TF_NO_SUCH_VARIABLE"], site / "tensorflow")
     assert readers.pop("TF_NO_SUCH_VARIABLE") == ()
     assert all(readers.values()), readers

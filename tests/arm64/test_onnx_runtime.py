@@ -16,11 +16,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from armopt.bundle.source import read_manifest
+from armopt.bundle.files import read_manifest
 from armopt.emulation import EmulatedWorker
 from armopt.onnx_export import export, session
 from armopt.onnx_export.options import Options
-from armopt.plan import ThresholdPolicy
+from armopt.plan.threshold_policy import ThresholdPolicy
 from tests.arm64 import bundles
 
 JOBS = "tests.arm64.jobs_onnx"

@@ -5,11 +5,11 @@ from collections import Counter
 import pytest
 
 import armopt
-from armopt import onednn_log
-from armopt.checks import Checks
+from armopt.compiler.checks import Checks
 from armopt.errors import AccuracyError
 from armopt.kernels import table
-from armopt.plan import ThresholdPolicy
+from armopt.plan.threshold_policy import ThresholdPolicy
+from armopt.runtime import onednn_log
 from tests.unit.broken_networks import GATES, CancelledBias, CancelledBiasConv, Exponential, build
 
 JOBS = "tests.arm64.jobs_validation"

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from armopt import onednn_log
+from armopt.runtime import onednn_log
 
 JOBS = "tests.arm64.jobs_bundles"
 FPMATH = "DNNL_DEFAULT_FPMATH_MODE"

@@ -70,10 +70,10 @@ def test_torchvision_reference_has_inputs_of_its_own(cli: Cli, tmp_path: Path) -
 
 
 def test_torchvision_state_dict(cli: Cli, tmp_path: Path) -> None:
-    from armopt import zoo
+    from armopt.models import references
 
     torch.manual_seed(0)
-    model = zoo.resolve("torchvision:squeezenet1_1")().eval()
+    model = references.resolve("torchvision:squeezenet1_1")().eval()
     torch.save(model.state_dict(), tmp_path / "s.pt")
     arguments = ("--model", "torchvision:squeezenet1_1", "--input", "x=1x3x64x64")
     done = cli("optimize", "s.pt", *arguments, "-o", "b", cwd=tmp_path)

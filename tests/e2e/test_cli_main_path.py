@@ -12,7 +12,7 @@ from e2e_helpers import ROOT, armopt, cosine, environment
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from armopt import zoo
+from armopt.models import references
 
 #: Loads and runs a bundle where the model's source can't be imported (-I: no PYTHONPATH, no current folder).
 SERVE = """
@@ -81,7 +81,7 @@ def test_tutorial_mlp(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_resnet50(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = zoo.resolve("torchvision:resnet50")().eval()
+    model = references.resolve("torchvision:resnet50")().eval()
     torch.save(model.state_dict(), tmp_path / "resnet50.pt")
     arguments = ("--model", "torchvision:resnet50", "--target", "graviton3", "-o", "bundle", "--json")
     done = armopt("optimize", "resnet50.pt", *arguments, cwd=tmp_path)

@@ -9,10 +9,11 @@ import torch
 from torch._dynamo.utils import counters
 
 import armopt
-from armopt import dynamo, zoo
+from armopt.dynamo import backend
+from armopt.models import torchvision_ops
 from tests import detection
 
-zoo.ensure_torchvision_if_installed()
+torchvision_ops.ensure_torchvision_if_installed()
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -115,7 +116,7 @@ def test_prefill_and_decode_get_kernels_by_their_shapes() -> None:
 def test_torch_compile_of_forward_serves_generate_too() -> None:
     model = gpt2()
     made = gpt2()
-    made.forward = torch.compile(made.forward, backend=dynamo.backend, options={"target": "graviton3"})
+    made.forward = torch.compile(made.forward, backend=backend.backend, options={"target": "graviton3"})
     check_tokens(model, made, prompts(2, 7))
 
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import armopt
-from armopt import accuracy, doctor, package
+from armopt import accuracy
 from armopt.bundle import reader
-from armopt.errors import AccuracyError, BundleError, InputError
-from armopt.host import ArmoptWarning
-from armopt.runtime import ModuleModel
+from armopt.deploy import doctor, package
+from armopt.errors import AccuracyError, ArmoptWarning, BundleError, InputError
+from armopt.runtime.module import ModuleModel
 from tests import detection
 
-pytestmark = pytest.mark.filterwarnings("ignore::armopt.host.ArmoptWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::armopt.runtime.ArmoptWarning")
 PARTS = [
     *("backbone", "rpn.head", "roi_heads.box_head", "roi_heads.box_predictor"),
     *("roi_heads.mask_head", "roi_heads.mask_predictor"),

@@ -14,12 +14,15 @@ import torch
 from torch import nn
 
 import armopt
-from armopt import accuracy, plan, runtime
+from armopt import accuracy
 from armopt.accuracy import runs
 from armopt.bundle import reader
-from armopt.bundle.source import read_manifest
+from armopt.bundle.files import read_manifest
+from armopt.models.random_weights import randomize
+from armopt.models.torchvision_ops import ensure_torchvision
 from armopt.onnx_export.options import Options
-from armopt.zoo import ensure_torchvision, randomize
+from armopt.plan import threshold_policy
+from armopt.runtime import load
 
 #: Against the FP32 model: the rounding of weights to BF16 (2^-9 each) is the only difference but the order of sums.
 LEAST_COSINE = 0.9995
@@ -121,7 +124,7 @@ def test_a_model_in_onnx_runtime(name: str, tmp_path: Path) -> None:
         example.inputs(2),
         output=path.parent,
         batch=example.batch,
-        policy=plan.ThresholdPolicy(1),
+        policy=threshold_policy.ThresholdPolicy(1),
         onnx=Options(example.weights),
     )
     onnx.checker.check_model(str(path), full_check=True)
@@ -153,7 +156,7 @@ def test_a_model_in_onnx_runtime(name: str, tmp_path: Path) -> None:
 
 
 def _in_order(bundle: Path, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    return runtime.load(bundle).flatten((), inputs)
+    return load.load(bundle).flatten((), inputs)
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:

@@ -15,11 +15,12 @@ import sys
 def main() -> None:
     import torch
 
-    from armopt import capture, zoo
+    from armopt import capture
     from armopt.cli import app
+    from armopt.models import torchvision_ops
 
     # What commands import on the way, imported here once. With OMP_NUM_THREADS=1 nothing starts a thread.
-    zoo.ensure_torchvision()
+    torchvision_ops.ensure_torchvision()
     capture.module(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.ReLU()), (torch.ones(1, 1, 2, 2),))
 
     for line in sys.stdin:

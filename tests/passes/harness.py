@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from armopt import capture, pipeline, sites, targets
-from armopt import graph as g
+from armopt import capture, targets
 from armopt.bundle import codec
-from armopt.ir import Captured, Decision, PassResult, Plan
-from armopt.kernels import table
+from armopt.ir import graph as g
+from armopt.ir.records import Captured, Decision, PassResult, Plan
+from armopt.kernels import sites, table
 from armopt.passes import PREPARE, Pass
+from armopt.passes import _pipeline as pipeline
 
 GOLDEN = Path(__file__).parent / "golden"
 _SHORT = {
@@ -174,7 +175,7 @@ class Contract:
 
     def test_metadata(self, case: Case) -> None:
         _, after, _, captured = self.graphs(case)
-        pipeline.check(after)
+        pipeline.check_invariants(after)
         check_metadata(after, captured.example)
 
 

@@ -8,8 +8,9 @@ import torch
 from harness import Case, Contract, Forward, noise, until
 from torch import fx, nn
 
-from armopt import capture, pipeline
+from armopt import capture
 from armopt.passes import PREPARE, Pass
+from armopt.passes import _pipeline as pipeline
 from armopt.passes.canonicalise_conv import CanonicaliseConv
 from armopt.passes.convert_transposed_conv import ConvertTransposedConv
 

@@ -10,9 +10,9 @@ from harness import Case, Contract, Forward, Forward2, by_hand, noise, run_pass,
 from torch import fx, nn
 from torch.nn import functional as F  # noqa: N812
 
-from armopt import pipeline
 from armopt.kernels.ops import LINEAR
 from armopt.passes import Pass
+from armopt.passes import _pipeline as pipeline
 from armopt.passes.canonicalise_conv import CanonicaliseConv
 from armopt.passes.canonicalise_linear import CanonicaliseLinear
 from armopt.passes.fold_batch_norm import FoldBatchNorm

@@ -5,9 +5,10 @@ import torch
 from harness import Case, Contract, Forward, noise, run_pass, storages, until
 from torch import fx, nn
 
-from armopt import capture, pipeline
-from armopt import graph as g
+from armopt import capture
+from armopt.ir import graph as g
 from armopt.passes import Pass
+from armopt.passes import _pipeline as pipeline
 from armopt.passes.fold_constants import FoldConstants
 
 _FAR = noise(4, 3) > 0

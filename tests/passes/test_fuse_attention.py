@@ -5,8 +5,8 @@ from collections.abc import Callable
 from harness import Case, Contract, Forward, noise, until
 from torch import Tensor, fx, nn
 
-from armopt import pipeline
 from armopt.passes import Pass
+from armopt.passes import _pipeline as pipeline
 from armopt.passes.fuse_attention import FuseAttention
 
 ATTENTION = "aten.scaled_dot_product_attention.default"

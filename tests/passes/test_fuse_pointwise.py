@@ -7,9 +7,9 @@ from harness import Case, Contract, Forward, Forward2, noise, run_pass, until
 from torch import fx, nn
 from torch.nn import functional as F  # noqa: N812
 
-from armopt import pipeline
 from armopt.kernels.ops import CONV, LINEAR, POST_OP
 from armopt.passes import Pass
+from armopt.passes import _pipeline as pipeline
 from armopt.passes.fuse_pointwise import FusePointwise
 
 BEFORE = until(FusePointwise)

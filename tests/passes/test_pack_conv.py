@@ -6,9 +6,9 @@ import zoo_models
 from harness import Case, Contract, Forward, noise, plan_for, run_pass, storages
 from torch import fx, nn
 
-from armopt import pipeline
 from armopt.kernels.ops import CONV, KERNEL
 from armopt.passes import PREPARE, Pass
+from armopt.passes import _pipeline as pipeline
 from armopt.passes.pack_conv import PackConv
 
 CONV_NAME, CAST = "armopt.conv.default", "aten._to_copy.default"

@@ -5,10 +5,11 @@ import zoo_models
 from harness import Case, Contract, Forward, noise, plan_for, run_pass, storages
 from torch import fx, nn
 
-from armopt import capture, pipeline
-from armopt import graph as g
+from armopt import capture
+from armopt.ir import graph as g
 from armopt.kernels.ops import KERNEL, LINEAR
 from armopt.passes import PREPARE, Pass
+from armopt.passes import _pipeline as pipeline
 from armopt.passes.pack_linear import PackLinear
 
 LINEAR_NAME, CAST = "armopt.linear.default", "aten._to_copy.default"

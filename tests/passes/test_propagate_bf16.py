@@ -7,8 +7,9 @@ from harness import Case, Contract, Forward, check_metadata, noise, plan_for, ru
 from torch import fx, nn
 from torch.nn import functional as F  # noqa: N812
 
-from armopt import passes, pipeline
+from armopt import passes
 from armopt.passes import PREPARE, Pass
+from armopt.passes import _pipeline as pipeline
 from armopt.passes.propagate_bf16 import PropagateBf16
 
 CAST = "aten._to_copy.default"
@@ -144,7 +145,7 @@ def test_functions_that_move_values_are_exact(name: str) -> None:
 
 class _Lower:
     def __call__(self, graph_module: fx.GraphModule) -> object:
-        from armopt.ir import PassResult
+        from armopt.ir.records import PassResult
 
         return PassResult(lowered(graph_module), True)
 

@@ -6,7 +6,7 @@ from harness import Case, Contract, Forward, noise, run_pass, until
 from torch import fx, nn
 
 from armopt import capture
-from armopt import graph as g
+from armopt.ir import graph as g
 from armopt.passes import Pass
 from armopt.passes.remove_identities import RemoveIdentities
 

@@ -6,16 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from armopt import bind, capture, compiler, plan, probe, targets
-from armopt.bundle.codec import Program
+from armopt import capture, targets
+from armopt.bundle.program import Program
+from armopt.compiler import stages
 from armopt.kernels import table
+from armopt.plan import threshold_policy
+from armopt.runtime import bind, probe
 from tests.attention import query_dtypes
 
 
 def lowered(model: nn.Module, *inputs: torch.Tensor, target: str = "graviton3", rows: int = 1) -> Program:
     captured = capture.module(model.eval(), inputs)
-    planned = compiler.make_plan(captured, targets.load(target), plan.ThresholdPolicy(rows), ({},))
-    return compiler.lower(planned)[0]
+    planned = stages.make_plan(captured, targets.load(target), threshold_policy.ThresholdPolicy(rows), ({},))
+    return stages.lower(planned)[0]
 
 
 class Refuse(dict):  # type: ignore[type-arg]

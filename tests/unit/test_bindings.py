@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import fx
 
-from armopt.bindings import BINDINGS, CASTS, rebind
+from armopt.runtime.python_calls import BINDINGS, CASTS, rebind
 
 X = torch.arange(24.0).reshape(2, 3, 4) / 10 - 1
 IMAGE = torch.arange(96.0).reshape(1, 2, 6, 8) / 50 - 1

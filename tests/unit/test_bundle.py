@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from armopt.bundle import codec, manifest, reader, writer
+from armopt.bundle.program import Program
 from armopt.errors import BundleError, InputError
 
 FILES = ("env.sh", "graph.json", "manifest.json", "report.json", "requirements.txt", "weights.safetensors")
@@ -138,7 +139,7 @@ def test_buckets_share_their_weights(mlp_bundle: Path) -> None:
         assert set(file.keys()) == set(held[0]) | set(held[1])
 
 
-def _parts(path: Path) -> tuple[manifest.Manifest, tuple[codec.Program, ...], dict[str, str], dict[str, object]]:
+def _parts(path: Path) -> tuple[manifest.Manifest, tuple[Program, ...], dict[str, str], dict[str, object]]:
     read = reader.read(path)
     texts = {name: (path / name).read_text() for name in ("env.sh", "requirements.txt", "report.json")}
     return read.manifest, read.programs, texts, dict(read.signature)

@@ -14,20 +14,21 @@ from torch import fx, nn
 
 import armopt.kernels.ops  # noqa: F401
 from armopt.bundle import codec
+from armopt.bundle.program import Program
 from armopt.errors import BundleError, CaptureError
 
 aten = torch.ops.aten
 
 
-def program(build: Any, **weights: torch.Tensor) -> codec.Program:
+def program(build: Any, **weights: torch.Tensor) -> Program:
     graph, root = fx.Graph(), nn.Module()
     for name, tensor in weights.items():
         root.register_buffer(name, tensor)
     graph.output((build(graph, graph.placeholder("x"), *[graph.get_attr(name) for name in weights]),))
-    return codec.Program({"batch": 2}, fx.GraphModule(root, graph), {}, {})
+    return Program({"batch": 2}, fx.GraphModule(root, graph), {}, {})
 
 
-def round_trip(source: codec.Program) -> codec.Program:
+def round_trip(source: Program) -> Program:
     data = json.loads(json.dumps(codec.encode(source), allow_nan=False))
     weights = dict(source.graph_module.named_buffers())
     return codec.decode(data, weights, "graph.json")

@@ -15,9 +15,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import armopt
-from armopt import jit
-from armopt.errors import InputError
-from armopt.host import ArmoptWarning
+from armopt.dynamo import programs
+from armopt.errors import ArmoptWarning, InputError
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -381,8 +380,8 @@ def test_memory_stays_flat_over_a_thousand_shapes(model: Classifier) -> None:
 def test_a_model_that_is_gone_leaves_nothing(model: Classifier) -> None:
     made = armopt.compile(model, (tokens(),), target="graviton3")
     before = {id(tensor) for tensor in made.parameters()}
-    assert any(before & {id(t) for t in w.tensors} for graph in jit.graphs() for w in graph.held)
-    graphs = [graph for graph in jit.graphs() if graph.held]
+    assert any(before & {id(t) for t in w.tensors} for graph in programs.graphs() for w in graph.held)
+    graphs = [graph for graph in programs.graphs() if graph.held]
     del made, model
     gc.collect()
     assert sum(len(graph.held) for graph in graphs) < len(graphs)

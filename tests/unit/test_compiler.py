@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import armopt
-from armopt.errors import AccuracyError
-from armopt.runtime import ArmoptWarning
+from armopt.errors import AccuracyError, ArmoptWarning
 
 
 class Counter(torch.nn.Module):

@@ -9,11 +9,12 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armopt import cost_policy, plan, targets
-from armopt.cost_policy import CostPolicy
-from armopt.costs import TERMS, CostTable, Variant
-from armopt.ir import Site
+from armopt import targets
+from armopt.ir.records import Site
 from armopt.kernels import table
+from armopt.plan import cost_policy, planner
+from armopt.plan.cost_policy import CostPolicy
+from armopt.plan.costs import TERMS, CostTable, Variant
 
 GRAVITON3 = targets.load("graviton3")
 
@@ -106,7 +107,7 @@ def test_never_bf16_where_the_core_has_none() -> None:
     names = [kernel.name for kernel in table.ALL]
     policy = CostPolicy(_table(dict.fromkeys(names, 1.0), 0.0))
     graviton2 = targets.load("graviton2")
-    made = plan.make([_site("a", "x", escapes=True)], graviton2, policy, {})
+    made = planner.make([_site("a", "x", escapes=True)], graviton2, policy, {})
     assert table.get(made.decisions[0].kernel).precision == "fp32"
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from armopt import cost_policy, costs, plan, targets
-from armopt.costs import Variant
-from armopt.ir import Site
+from armopt import targets
+from armopt.ir.records import Site
 from armopt.kernels import table
+from armopt.plan import cost_policy, costs, threshold_policy
+from armopt.plan.costs import Variant
 from benchmarks.arm64 import jobs
 
 SAMPLES = sorted((Path(__file__).parents[2] / "benchmarks" / "arm64" / "samples").glob("*.json"))
@@ -97,7 +98,7 @@ def test_without_a_table_the_threshold_decides() -> None:
         "x", "some-core", frozenset(), vector_bits=128, simd_pipes=2, l2_kib=512, cores=1
     )
     assert costs.find(unknown) is None
-    assert cost_policy.default(unknown) == plan.ThresholdPolicy()
+    assert cost_policy.default(unknown) == threshold_policy.ThresholdPolicy()
 
 
 def test_terms_of_a_padded_product() -> None:

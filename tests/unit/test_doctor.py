@@ -15,11 +15,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import armopt
-from armopt import doctor, environment, targets
-from armopt.bind import Bound
+from armopt import environment, targets
 from armopt.cli import app
-from armopt.environment import Difference
+from armopt.deploy import doctor, smoke_tests
+from armopt.environment import process
+from armopt.environment.compare import Difference
 from armopt.errors import BundleError
+from armopt.runtime.bind import Bound
 
 CPUINFO = Path(__file__).parents[1] / "data" / "cpuinfo"
 PRODUCTS = sorted(p.stem for p in CPUINFO.glob("*.txt") if not p.stem.startswith(("qemu", "x86")))
@@ -40,7 +42,7 @@ FACTS = {
     "malloc": "libtcmalloc_minimal.so.4.5.10",
 }
 NVPL = {"torch": "2.13.0+cu130", "torch_build": "cuda 13.0", "blas": "NVPL", "sbgemm": "no", "onednn": "3.12.0"}
-GOOD = {v: e.value for v, e in environment.variables(targets.load("graviton3"), build=FACTS).items()}
+GOOD = {v: e.value for v, e in environment.wanted(targets.load("graviton3"), build=FACTS).items()}
 
 
 class Backends:
@@ -57,21 +59,21 @@ class Backends:
 
     def _answer(self, name: str, what: str) -> str:
         if name in self.wrong:
-            raise doctor._WrongError(self.wrong[name])
+            raise smoke_tests._WrongError(self.wrong[name])
         return what
 
 
 @pytest.fixture
 def backends(monkeypatch: pytest.MonkeyPatch) -> Backends:
     stand_in = Backends()
-    monkeypatch.setattr(doctor, "_kernel", stand_in.kernel)
-    monkeypatch.setattr(doctor, "_blas_bf16", stand_in.bf16)
-    monkeypatch.setattr(environment, "late_variables", lambda names, environ: ())
+    monkeypatch.setattr(smoke_tests, "_kernel", stand_in.kernel)
+    monkeypatch.setattr(smoke_tests, "_blas_bf16", stand_in.bf16)
+    monkeypatch.setattr(process, "late_variables", lambda names, environ: ())
     return stand_in
 
 
 def examine(on: str = "graviton3", environ: dict[str, str] | None = None, **facts: str) -> doctor.Report:
-    host = targets.host((CPUINFO / f"{on}.txt").read_text())
+    host = targets.this_host((CPUINFO / f"{on}.txt").read_text())
     known = {name: value for name, value in (FACTS | facts).items() if value}
     return doctor.examine(host=host, environ=GOOD if environ is None else environ, facts=known)
 
@@ -120,7 +122,7 @@ def test_each_trouble_has_its_own_message(backends: Backends) -> None:
 
 def test_what_was_set_late(backends: Backends, monkeypatch: pytest.MonkeyPatch) -> None:
     late = (environment.FPMATH,)
-    monkeypatch.setattr(environment, "late_variables", lambda names, environ: late)
+    monkeypatch.setattr(process, "late_variables", lambda names, environ: late)
     assert examine().findings == ()  # late, but before torch was imported: it works, so nothing is wrong
     backends.wrong = {"conv1x1_fastmath": "gemm:acl runs on f32 weights"}
     found = named(examine())
@@ -158,31 +160,31 @@ def test_no_torch() -> None:
 
 
 def test_strict(backends: Backends) -> None:
-    host = targets.host((CPUINFO / "graviton3.txt").read_text())
+    host = targets.this_host((CPUINFO / "graviton3.txt").read_text())
     report = doctor.examine(host=host, environ={}, facts=FACTS, strict=True)
     assert {f.severity for f in report.findings} == {"hard"}
 
 
 def test_right_and_wrong_numbers() -> None:
-    _, _, exact = doctor._operands(8)
-    assert doctor._agrees(exact.bfloat16(), exact, "it") == "it"
+    _, _, exact = smoke_tests._operands(8)
+    assert smoke_tests._agrees(exact.bfloat16(), exact, "it") == "it"
     for wrong, text in ((torch.zeros_like(exact), "all zeros"), (exact * 2, "2 of the length"), (-exact, "-1.0000")):
-        with pytest.raises(doctor._WrongError, match=text):
-            doctor._agrees(wrong, exact, "it")
-    with pytest.raises(doctor._WrongError, match="cosine similarity nan"):
-        doctor._agrees(exact * float("nan"), exact, "it")
+        with pytest.raises(smoke_tests._WrongError, match=text):
+            smoke_tests._agrees(wrong, exact, "it")
+    with pytest.raises(smoke_tests._WrongError, match="cosine similarity nan"):
+        smoke_tests._agrees(exact * float("nan"), exact, "it")
 
 
 def test_this_machines_own_blas_passes() -> None:
-    assert doctor._run("BLAS FP32", doctor._blas_fp32) == doctor.Check("BLAS FP32", "ok", "sgemm")
-    assert doctor._run("BLAS BF16", lambda: doctor._blas_bf16(32)).status == "ok"
-    assert doctor._run("BLAS BF16", lambda: doctor._blas_bf16(1)).status == "ok"
+    assert smoke_tests._run("BLAS FP32", smoke_tests._blas_fp32) == smoke_tests.Check("BLAS FP32", "ok", "sgemm")
+    assert smoke_tests._run("BLAS BF16", lambda: smoke_tests._blas_bf16(32)).status == "ok"
+    assert smoke_tests._run("BLAS BF16", lambda: smoke_tests._blas_bf16(1)).status == "ok"
     assert torch.backends.mkldnn.enabled
 
 
-@pytest.mark.skipif(sys.platform != "linux" or "asimd" in targets.host().isa_features, reason="for x86")
+@pytest.mark.skipif(sys.platform != "linux" or "asimd" in targets.this_host().isa_features, reason="for x86")
 def test_elsewhere_onednn_answers_but_not_acl() -> None:
-    check = doctor._run("ACL FP32", lambda: doctor._kernel("conv1x1_fp32"))
+    check = smoke_tests._run("ACL FP32", lambda: smoke_tests._kernel("conv1x1_fp32"))
     assert check.status == "failed"
     assert "not the Arm Compute Library" in check.found or "reference" in check.found
 
@@ -191,14 +193,14 @@ def test_a_test_that_crashes_is_a_failed_test() -> None:
     def crash() -> str:
         raise ValueError("on purpose\nand more")
 
-    assert doctor._run("x", crash) == doctor.Check("x", "failed", "ValueError: on purpose")
+    assert smoke_tests._run("x", crash) == smoke_tests.Check("x", "failed", "ValueError: on purpose")
 
 
 def test_another_build_is_harmless_once_every_kernel_was_probed() -> None:
     soft = Difference("soft", "torch", "2.10.0", "2.13.0", "kernels may answer differently", "Install torch 2.10.0")
     variable = Difference("soft", "LRU_CACHE_CAPACITY", "1024", "unset", "slow", "")
-    good = doctor.Verdict("conv_bf16", "conv_bf16", (1,), 3, "")
-    changed = doctor.Verdict("conv_bf16", "conv_fp32", (1,), 3, "ref:any")
+    good = doctor.Proof("conv_bf16", "conv_bf16", (1,), 3, "")
+    changed = doctor.Proof("conv_bf16", "conv_fp32", (1,), 3, "ref:any")
     assert [f.severity for f in doctor._proved([soft, variable], (good,))] == ["info", "soft"]
     assert [f.severity for f in doctor._proved([soft, variable], (good, changed))] == ["soft", "soft"]
     assert [f.severity for f in doctor._proved([soft], ())] == ["soft"]
@@ -213,10 +215,10 @@ def make(path: Path, target: str) -> Path:
 
 def test_verdicts_of_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(tmp_path / "bundle", "graviton3")
-    from armopt import runtime
-    from armopt.bundle import source
+    from armopt.bundle import files
+    from armopt.runtime import load
 
-    nodes = source.read_manifest(path).plan[0]["nodes"]
+    nodes = files.read_manifest(path).plan[0]["nodes"]
     bound = [Bound(n["node"], n["kernel"], n["kernel"]) for n in nodes]
     bound[1] = Bound(nodes[1]["node"], nodes[1]["kernel"], "aten_linear", "conv1x1_bf16: ref:any")
 
@@ -224,7 +226,7 @@ def test_verdicts_of_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         portable = False
         kernels = (bound,)
 
-    monkeypatch.setattr(runtime, "load_parts", lambda opened: {"": Loaded})
+    monkeypatch.setattr(load, "load_parts", lambda opened: {"": Loaded})
     report = doctor.examine(path)
     assert sum(v.layers for v in report.verdicts) == len(nodes)
     (changed,) = (v for v in report.verdicts if v.reason)
@@ -241,7 +243,7 @@ def test_a_bundle_of_this_machine_is_probed_here(tmp_path: Path) -> None:
 
 
 def test_a_bundle_for_another_machine_runs_as_twins(tmp_path: Path) -> None:
-    if "asimd" in targets.host().isa_features:
+    if "asimd" in targets.this_host().isa_features:
         pytest.skip("this is an Arm machine")
     path = make(tmp_path / "bundle", "graviton3")
     with warnings.catch_warnings():

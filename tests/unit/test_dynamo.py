@@ -11,15 +11,14 @@ import torch
 from torch._dynamo.utils import counters
 
 import armopt
-from armopt import dynamo, jit
-from armopt.errors import InputError
-from armopt.host import ArmoptWarning
+from armopt.dynamo import backend, programs
+from armopt.errors import ArmoptWarning, InputError
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model: Any, **options: Any) -> Any:
-    return torch.compile(model, backend=dynamo.backend, options={"target": "graviton3", **options})
+    return torch.compile(model, backend=backend.backend, options={"target": "graviton3", **options})
 
 
 class Block(torch.nn.Module):
@@ -38,11 +37,14 @@ class Block(torch.nn.Module):
         return self.fc(self.norm(self.conv(x)).relu()), x.shape[0] * seen
 
 
-def held_for(model: torch.nn.Module) -> list[jit.Weights]:
+def held_for(model: torch.nn.Module) -> list[programs.Weights]:
     """What was made for a model's own weights."""
     own = {id(tensor) for tensor in model.parameters()}
     return [
-        weights for graph in jit.graphs() for weights in graph.held if own & {id(tensor) for tensor in weights.tensors}
+        weights
+        for graph in programs.graphs()
+        for weights in graph.held
+        if own & {id(tensor) for tensor in weights.tensors}
     ]
 
 
@@ -193,14 +195,14 @@ def test_inference_mode(block: torch.nn.Module) -> None:
     ],
 )
 def test_wrong_options_are_one_clear_error(block: torch.nn.Module, options: dict[str, Any], says: str) -> None:
-    run = torch.compile(block, backend=dynamo.backend, options=options)
+    run = torch.compile(block, backend=backend.backend, options=options)
     with torch.no_grad(), pytest.raises(InputError, match=says):
         run(*inputs(2))
 
 
 def test_there_are_no_modes(block: torch.nn.Module) -> None:
     with torch.no_grad(), pytest.raises(InputError, match="no mode 'max-autotune'"):
-        torch.compile(block, backend=dynamo.backend, mode="max-autotune")(*inputs(2))
+        torch.compile(block, backend=backend.backend, mode="max-autotune")(*inputs(2))
 
 
 class Conditional(torch.nn.Module):
@@ -222,4 +224,4 @@ def test_control_flow_inside_a_graph_is_left_alone() -> None:
 def test_a_graph_without_layers_costs_nothing() -> None:
     with torch.no_grad():
         assert torch.equal(compiled(lambda x: x * 2 + 1)(torch.ones(3)), torch.full((3,), 3.0))
-    assert not [graph for graph in jit.graphs() if graph.name.startswith("test_dynamo")]
+    assert not [graph for graph in programs.graphs() if graph.name.startswith("test_dynamo")]

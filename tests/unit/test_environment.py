@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from armopt import environment as env
-from armopt import targets
+from armopt import files, targets
+from armopt.environment import build
 from armopt.errors import InputError
-from armopt.ir import Target
+from armopt.ir.records import Target
 
 CPUINFO = Path(__file__).parents[1] / "data" / "cpuinfo"
 #: What `record` gave on the emulated Graviton3 with torch 2.10.0 from PyPI.
@@ -42,11 +43,11 @@ GOOD = {"DNNL_DEFAULT_FPMATH_MODE": "BF16", "LRU_CACHE_CAPACITY": "1024", "OMP_P
 
 
 def host(name: str = "graviton3") -> Target:
-    return targets.host((CPUINFO / f"{name}.txt").read_text())
+    return targets.this_host((CPUINFO / f"{name}.txt").read_text())
 
 
 def manifest(target: str = "graviton3") -> dict[str, dict[str, str]]:
-    chosen = env.variables(targets.load(target))
+    chosen = env.wanted(targets.load(target))
     return {name: {"value": v.value, "why": v.why} for name, v in chosen.items()}
 
 
@@ -59,42 +60,42 @@ def compare(
     **record: str,
 ) -> dict[str, env.Difference]:
     facts = {k: v for k, v in (RECORD | record).items() if v}
-    found = env.compare(manifest(), FEATURES, versions or RECORD, host(on), environ, record=facts, late=late)
+    found = env.differences(manifest(), FEATURES, versions or RECORD, host(on), environ, record=facts, late=late)
     assert len({d.what for d in found}) == len(found)
     return {d.what: d for d in found}
 
 
 def test_variables_follow_target_and_build() -> None:
-    assert {n: v.value for n, v in env.variables(targets.load("graviton3")).items()} == GOOD
-    assert "DNNL_DEFAULT_FPMATH_MODE" not in env.variables(targets.load("graviton2"))
-    arm = env.variables(targets.load("graviton3"), threads=4, build=RECORD)
+    assert {n: v.value for n, v in env.wanted(targets.load("graviton3")).items()} == GOOD
+    assert "DNNL_DEFAULT_FPMATH_MODE" not in env.wanted(targets.load("graviton2"))
+    arm = env.wanted(targets.load("graviton3"), threads=4, build=RECORD)
     assert arm["OMP_NUM_THREADS"].value == "4"
     assert arm["TORCH_MKLDNN_MATMUL_MIN_DIM"].value == "64"
     assert "THP_MEM_ALLOC_ENABLE" not in arm
-    nvpl = env.variables(targets.load("graviton3"), build={"blas": "NVPL", "allocator": "posix_memalign"})
+    nvpl = env.wanted(targets.load("graviton3"), build={"blas": "NVPL", "allocator": "posix_memalign"})
     assert "TORCH_MKLDNN_MATMUL_MIN_DIM" not in nvpl
     assert nvpl["THP_MEM_ALLOC_ENABLE"].value == "1"
 
 
 def test_variables_for_tensorflow() -> None:
-    chosen = {n: v.value for n, v in env.variables(targets.load("graviton3"), framework="tensorflow").items()}
+    chosen = {n: v.value for n, v in env.wanted(targets.load("graviton3"), framework="tensorflow").items()}
     assert chosen == {
         "DNNL_DEFAULT_FPMATH_MODE": "BF16",
         "TF_ENABLE_ONEDNN_OPTS": "1",
         "TF_ONEDNN_ASSUME_FROZEN_WEIGHTS": "1",
     }
-    assert "DNNL_DEFAULT_FPMATH_MODE" not in env.variables(targets.load("altra"), framework="tensorflow")
-    threads = env.variables(targets.load("altra"), framework="tensorflow", threads=3)
+    assert "DNNL_DEFAULT_FPMATH_MODE" not in env.wanted(targets.load("altra"), framework="tensorflow")
+    threads = env.wanted(targets.load("altra"), framework="tensorflow", threads=3)
     assert {n for n, v in threads.items() if v.value == "3"} == {"OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"}
     with pytest.raises(InputError, match=r"unknown framework 'jax'.*Known are pytorch, tensorflow"):
-        env.variables(targets.load("altra"), framework="jax")
+        env.wanted(targets.load("altra"), framework="jax")
 
 
 def test_an_allocator_is_preloaded_for_pytorch_unless_the_user_chose() -> None:
-    wanted = env.variables(targets.load("altra"), allocator="/usr/lib/x.so.4")
+    wanted = env.wanted(targets.load("altra"), allocator="/usr/lib/x.so.4")
     assert wanted["LD_PRELOAD"].value == "/usr/lib/x.so.4"
-    assert "LD_PRELOAD" not in env.variables(targets.load("altra"))
-    assert "LD_PRELOAD" not in env.variables(targets.load("altra"), framework="tensorflow", allocator="/usr/lib/x.so.4")
+    assert "LD_PRELOAD" not in env.wanted(targets.load("altra"))
+    assert "LD_PRELOAD" not in env.wanted(targets.load("altra"), framework="tensorflow", allocator="/usr/lib/x.so.4")
     for chosen in ("", "/mine.so"):
         assert env.for_process(wanted, {"LD_PRELOAD": chosen}, limit=1)[0]["LD_PRELOAD"] == chosen
     assert env.for_process(wanted, {}, limit=1)[0]["LD_PRELOAD"] == "/usr/lib/x.so.4"
@@ -157,8 +158,8 @@ def test_a_link_to_nowhere_is_no_allocator(tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_which_allocator_is_loaded(maps: str, malloc: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(env, "_read", lambda path: f"7f00-7f01 r-xp 00000000 08:01 42 {maps}\n")
-    assert env._malloc() == malloc
+    monkeypatch.setattr(files, "read_or_empty", lambda path: f"7f00-7f01 r-xp 00000000 08:01 42 {maps}\n")
+    assert build._malloc() == malloc
 
 
 def test_glibcs_malloc_costs_each_call_of_a_packed_layer() -> None:
@@ -172,10 +173,8 @@ def test_glibcs_malloc_costs_each_call_of_a_packed_layer() -> None:
 
 def test_the_threshold_is_left_out_where_no_product_is_left_to_aten() -> None:
     build = {"blas": "OpenBLAS 0.3.30"}
-    assert "TORCH_MKLDNN_MATMUL_MIN_DIM" in env.variables(targets.load("graviton3"), build=build)
-    assert "TORCH_MKLDNN_MATMUL_MIN_DIM" not in env.variables(
-        targets.load("graviton3"), build=build, left_to_aten=False
-    )
+    assert "TORCH_MKLDNN_MATMUL_MIN_DIM" in env.wanted(targets.load("graviton3"), build=build)
+    assert "TORCH_MKLDNN_MATMUL_MIN_DIM" not in env.wanted(targets.load("graviton3"), build=build, left_to_aten=False)
 
 
 def test_a_variable_that_no_library_reads_is_not_emitted(tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ def test_a_variable_that_no_library_reads_is_not_emitted(tmp_path: Path) -> None
 
 
 def test_the_environment_of_a_process() -> None:
-    wanted = env.variables(targets.load("graviton3"), threads=4)
+    wanted = env.wanted(targets.load("graviton3"), threads=4)
     before = {"HOME": "/h", "ONEDNN_DEFAULT_FPMATH_MODE": "strict", "LRU_CACHE_CAPACITY": "1"}
     found, remarks = env.for_process(wanted, before, limit=2)
     assert found == {"HOME": "/h", "OMP_NUM_THREADS": "4", **GOOD}
@@ -216,7 +215,7 @@ def test_what_is_lost_where_torch_came_first(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_variable_is_read_by_the_installed_libraries() -> None:
-    emitted = env.variables(targets.load("graviton3"), threads=1, build=env.installed())
+    emitted = env.wanted(targets.load("graviton3"), threads=1, build=env.installed())
     readers = env.variables_read([*emitted, "ARMOPT_NO_SUCH_VARIABLE"])
     assert readers.pop("ARMOPT_NO_SUCH_VARIABLE") == ()
     assert all(readers.values()), readers
@@ -314,7 +313,7 @@ def test_mimallocs_own_switch() -> None:
 
 
 def test_hard_comes_first() -> None:
-    found = env.compare(manifest(), FEATURES, RECORD, host("graviton2"), {}, record=RECORD | {"thp": "never"})
+    found = env.differences(manifest(), FEATURES, RECORD, host("graviton2"), {}, record=RECORD | {"thp": "never"})
     assert [d.severity for d in found] == sorted((d.severity for d in found), key=("hard", "soft", "info").index)
     assert found[0].severity == "hard"
 
@@ -444,7 +443,7 @@ def test_libraries_of_each_build(libraries: Mapping[str, bytes], facts: Mapping[
     for name, content in libraries.items():
         (torch / "lib" / name).write_bytes(content)
     expected = {"torch": "2.10.0+cpu", "torch_git": "abc", "torch_build": "cpu", **facts}
-    assert env._installed(torch, deep=False) == expected
+    assert build._installed(torch, deep=False) == expected
 
 
 AWKWARD = {

@@ -61,7 +61,7 @@ def test_text_and_back(name: str, bound: float) -> None:
 
 def test_the_worst_of_all_buckets_counts() -> None:
     figures = {"batch=1": Figures((GOOD,), {"top1": 1.0}), "batch=8": Figures((GOOD, BAD), {"top1": 0.5})}
-    cosine, top1, largest = gates.check(gates.standard(("top1>=0.5", "max_abs<=7.9"), 0.5), figures, "classification")
+    cosine, top1, largest = gates.judge(gates.standard(("top1>=0.5", "max_abs<=7.9"), 0.5), figures, "classification")
     assert (cosine.value, cosine.where, cosine.passed) == (pytest.approx(-1.0), "batch=8, b", False)
     assert (top1.value, top1.where, top1.passed) == (0.5, "batch=8", True)
     assert (largest.value, largest.passed) == (8.0, False)
@@ -69,26 +69,26 @@ def test_the_worst_of_all_buckets_counts() -> None:
 
 def test_one_output_alone() -> None:
     figures = {"static": Figures((GOOD, BAD), {})}
-    (verdict,) = gates.check([gates.parse("cosine[a]>=0.99")], figures, "")
+    (verdict,) = gates.judge([gates.parse("cosine[a]>=0.99")], figures, "")
     assert verdict.passed
     with pytest.raises(
         InputError, match=r"cosine\[c\]>=0.99 bounds an output that was not measured\. Outputs are a, b"
     ):
-        gates.check([gates.parse("cosine[c]>=0.99")], figures, "")
+        gates.judge([gates.parse("cosine[c]>=0.99")], figures, "")
 
 
 def test_a_task_that_was_not_measured() -> None:
     with pytest.raises(InputError, match=r"miou>=0.9 was not measured: the task is none.*--task segmentation"):
-        gates.check([gates.parse("miou>=0.9")], {"static": Figures((GOOD,), {})}, "")
+        gates.judge([gates.parse("miou>=0.9")], {"static": Figures((GOOD,), {})}, "")
 
 
 def test_a_figure_that_needs_more_inputs() -> None:
     with pytest.raises(InputError, match=r"ranking>=0.9 can.t be measured on so few inputs\. Give more with --inputs"):
-        gates.check([gates.parse("ranking>=0.9")], {"static": Figures((GOOD,), {"embedding_cosine": 1.0})}, "embedding")
+        gates.judge([gates.parse("ranking>=0.9")], {"static": Figures((GOOD,), {"embedding_cosine": 1.0})}, "embedding")
 
 
 def test_no_noise_is_infinite_sqnr_and_nan_holds_nothing() -> None:
-    (verdict,) = gates.check([gates.parse("sqnr>=200")], {"static": Figures((GOOD,), {})}, "")
+    (verdict,) = gates.judge([gates.parse("sqnr>=200")], {"static": Figures((GOOD,), {})}, "")
     assert verdict.passed
     assert verdict.to_json()["value"] is None
     assert not Gate("cosine", ">=", 0.0).holds(math.nan)
@@ -96,5 +96,5 @@ def test_no_noise_is_infinite_sqnr_and_nan_holds_nothing() -> None:
 
 
 def test_nothing_to_compare_passes() -> None:
-    (verdict,) = gates.check(gates.standard(), {"static": Figures((), {})}, "")
+    (verdict,) = gates.judge(gates.standard(), {"static": Figures((), {})}, "")
     assert verdict.passed

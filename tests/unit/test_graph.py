@@ -5,8 +5,8 @@ import torch
 from torch import fx, nn
 
 from armopt import capture
-from armopt import graph as g
 from armopt.errors import PassError
+from armopt.ir import graph as g
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from armopt import inputs
+from armopt.capture import inputs
 from armopt.errors import InputError
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
-from armopt import bind, sites
 from armopt.errors import InputError
-from armopt.ir import Site
-from armopt.kernels import post_ops, table
+from armopt.ir.records import Site
+from armopt.kernels import post_ops, sites, table
 from armopt.kernels.geometry import output_size
 from armopt.kernels.ops import CONV, LINEAR
+from armopt.runtime import bind
 
 BF16 = torch.bfloat16
 

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import armopt
-from armopt import bind, glue, runtime
-from armopt.bundle.mapped import MappedTensors
+from armopt.bundle.mapped_weights import MappedTensors
 from armopt.errors import BundleError
+from armopt.runtime import bind, module
+from armopt.runtime import load as runtime
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
@@ -108,8 +109,8 @@ def test_loading_holds_few_stored_weights_at_a_time(tmp_path: Path, monkeypatch:
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     armopt.optimize(torch.nn.Sequential(*parts).eval(), (tokens,), output=path.parent, target="host", batch=(1, 16))
     most = 0
-    for module, name in ((bind, "_replace"), (runtime, "_leave_file")):
-        whole = getattr(module, name)
+    for place, name in ((bind, "_replace"), (runtime, "_leave_file")):
+        whole = getattr(place, name)
 
         def watched(*args: Any, whole: Any = whole) -> Any:
             nonlocal most
@@ -117,7 +118,7 @@ def test_loading_holds_few_stored_weights_at_a_time(tmp_path: Path, monkeypatch:
             most = max(most, in_memory(path))
             return result
 
-        monkeypatch.setattr(module, name, watched)
+        monkeypatch.setattr(place, name, watched)
     armopt.load(path.parent)
     assert 0 < most < path.stat().st_size / 4
 
@@ -128,6 +129,6 @@ def test_weights_of_what_stays_python_are_released_too() -> None:
     released: list[torch.Tensor] = []
     rest = {f"1.{name}": tensor + 1 for name, tensor in model[1].state_dict().items()}
     bundle: Any = SimpleNamespace(path="here", rest=rest, release=released.append)
-    made = glue.assemble(bundle, lambda: model, {"0": lambda x: x})
+    made = module.assemble(bundle, lambda: model, {"0": lambda x: x})
     assert [id(tensor) for tensor in released] == [id(tensor) for tensor in rest.values()]
     assert made(torch.tensor([-1.0, 1.0])).tolist() == pytest.approx([-1, 3], abs=1e-4)

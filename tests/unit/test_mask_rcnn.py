@@ -7,15 +7,16 @@ import copy
 import pytest
 import torch
 
-from armopt import zoo
-from armopt.accuracy import compare_callables, gates, pictures, report
+from armopt.accuracy import compare_callables, gates
+from armopt.accuracy.report import page, pictures
+from armopt.models import torchvision_ops
 
 GATES = [gates.parse(text) for text in ("box_recall>=0.7", "box_iou>=0.7", "score_drift<=0.1")]
 
 
 @pytest.fixture(scope="module")
 def detector() -> torch.nn.Module:
-    zoo.ensure_torchvision()
+    torchvision_ops.ensure_torchvision()
     from torchvision.models import detection
 
     with torch.random.fork_rng(devices=[]):
@@ -56,7 +57,7 @@ def test_rounded_weights_find_the_same_objects(detector: torch.nn.Module, photog
     shown = pictures.pairs(evidence, "detection")
     assert [pair.title for pair in shown] == ["image 1", "image 2"]
     assert all(pair.reference != pair.found for pair in shown)
-    text = report.render(report.About("b", "graviton3", "Mask R-CNN", ""), outcome, [], evidence)
+    text = page.render(page.About("b", "graviton3", "Mask R-CNN", ""), outcome, [], evidence)
     assert text.count("<img") == 4
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from armopt.ir import Site
+from armopt.ir.records import Site
 from armopt.kernels import max_pool, post_ops
 from armopt.kernels.base import Call
 

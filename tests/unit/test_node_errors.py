@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import armopt
-from armopt import compiler, plan
 from armopt.accuracy import nodes
 from armopt.accuracy.nodes import NodeError
+from armopt.compiler import optimize, stages
 from armopt.errors import InputError
-from armopt.targets import load as load_target
+from armopt.plan import threshold_policy
+from armopt.targets.host import load as load_target
 
 
 class Three(nn.Module):
@@ -31,9 +32,9 @@ class Three(nn.Module):
 
 
 def errors(model: nn.Module, x: Tensor, kernel: str = "") -> dict[str, NodeError]:
-    captured = compiler._capture(model, (x,), ())
-    planned = compiler.make_plan(captured, load_target("graviton3"), plan.ThresholdPolicy(), ({},))
-    (program,) = compiler.lower(planned)
+    captured = optimize._capture(model, (x,), ())
+    planned = stages.make_plan(captured, load_target("graviton3"), threshold_policy.ThresholdPolicy(), ({},))
+    (program,) = stages.lower(planned)
     return {error.node: error for error in nodes.errors(program, planned.prepared, [x])}
 
 
@@ -84,10 +85,12 @@ def test_a_model_without_such_layers_is_named() -> None:
     first, second = Three().eval(), nn.Sequential(nn.Conv2d(3, 16, 3)).eval()
     x = torch.randn(2, 3, 8, 8)
     planned = [
-        compiler.make_plan(compiler._capture(model, (x,), ()), load_target("graviton3"), plan.ThresholdPolicy(), ({},))
+        stages.make_plan(
+            optimize._capture(model, (x,), ()), load_target("graviton3"), threshold_policy.ThresholdPolicy(), ({},)
+        )
         for model in (first, second)
     ]
-    (program,) = compiler.lower(planned[0])
+    (program,) = stages.lower(planned[0])
     with pytest.raises(InputError, match="has no layer conv"):
         nodes.errors(program, planned[1].prepared, [x])
 
@@ -104,9 +107,9 @@ def test_state_stays_as_it_was() -> None:
             return self.fc(x) * self.calls
 
     model = Counter().eval()
-    captured = compiler._capture(model, (torch.ones(64, 4),), ())
-    planned = compiler.make_plan(captured, load_target("graviton3"), plan.ThresholdPolicy(), ({},))
-    (program,) = compiler.lower(planned)
+    captured = optimize._capture(model, (torch.ones(64, 4),), ())
+    planned = stages.make_plan(captured, load_target("graviton3"), threshold_policy.ThresholdPolicy(), ({},))
+    (program,) = stages.lower(planned)
     first = nodes.errors(program, planned.prepared, [torch.ones(64, 4)])
     assert first == nodes.errors(program, planned.prepared, [torch.ones(64, 4)])
     assert float(planned.prepared.calls) == 0.0

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armopt.onednn_log import Tensor, capture_verbose, parse, references, weight_reorders
+from armopt.runtime.onednn_log import Tensor, capture_verbose, parse, references, weight_reorders
 
 LOGS = Path(__file__).parents[1] / "data" / "onednn"
 ARM = (LOGS / "torch-2.10.0-neoverse-v1-sections.log").read_text()
@@ -185,7 +185,7 @@ def test_captures_wait_for_each_other() -> None:
 @pytest.mark.parametrize("close", [False, True])
 def test_capture_with_the_users_own_log_and_with_stdout_closed(close: bool) -> None:
     code = (
-        "import torch, os, sys\nfrom armopt.onednn_log import capture_verbose\n"
+        "import torch, os, sys\nfrom armopt.runtime.onednn_log import capture_verbose\n"
         f"if {close}: os.close(1)\n"
         f"{inspect.getsource(convolve)}\n"
         "with capture_verbose() as log: convolve()\n"

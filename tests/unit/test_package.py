@@ -27,10 +27,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import armopt
-from armopt import environment, onednn_log, package, serve
-from armopt.bundle import reader, source
+from armopt.bundle import files, reader
 from armopt.cli import app
+from armopt.deploy import package, server
+from armopt.environment import variables
 from armopt.errors import BundleError, HostError, InputError
+from armopt.runtime import onednn_log
 
 SHA = "0123456789abcdef" * 4
 INSTRUCTIONS = ["FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD"]
@@ -103,7 +105,7 @@ def written(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> package.P
 def test_what_is_written(written: package.Package, bundle: Path) -> None:
     assert written.files == (".dockerignore", "Dockerfile", "bundle", "lib", "requirements.txt", "serve.py")
     assert (written.torch, written.hashes, written.remarks) == ("2.10.0", True, ())
-    assert reader.read(written.path / "bundle").manifest == source.read_manifest(bundle)
+    assert reader.read(written.path / "bundle").manifest == files.read_manifest(bundle)
     assert not (written.path / "lib/armopt/passes").is_symlink()
     assert not list(written.path.rglob("__pycache__"))
     assert [p.name for p in written.path.parent.iterdir()] == ["image"]
@@ -238,7 +240,7 @@ def test_a_zipped_bundle(model: nn.Module, tmp_path: Path) -> None:
 def test_the_torch_of_an_arm_machine_is_kept(bundle: Path) -> None:
     from dataclasses import replace
 
-    described = source.read_manifest(bundle)
+    described = files.read_manifest(bundle)
     arm = {"machine": "aarch64", "torch": "2.11.0+cpu", "torch_build": "cpu"}
     assert package.torch_version(replace(described, versions=arm)) == "2.11.0"
     assert package.torch_version(replace(described, versions={**arm, "torch_build": "cuda 13.0"})) == "2.10.0"
@@ -249,7 +251,7 @@ def test_the_torch_of_an_arm_machine_is_kept(bundle: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(written: package.Package) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def image_server(written: package.Package) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The image's entry point and command, run as they stand, with this machine's Python."""
     lines = parse((written.path / "Dockerfile").read_text())
     env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "DNNL_"))}
@@ -293,19 +295,19 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.05)
 
 
-def test_predict_with_json(server: tuple[Any, int], model: nn.Module) -> None:
+def test_predict_with_json(image_server: tuple[Any, int], model: nn.Module) -> None:
     x = torch.randn(4, 8)
     body = json.dumps({"inputs": {"x": x.tolist(), "scale": [2.0]}}).encode()
-    status, content = ask(server[1], "POST", "/predict", body, Content_Type="application/json; charset=utf-8")
+    status, content = ask(image_server[1], "POST", "/predict", body, Content_Type="application/json; charset=utf-8")
     assert status == 200, content
     found = json.loads(content)["outputs"]
     for name, wanted in expected(model, x, torch.tensor([2.0])).items():
         close(torch.tensor(found[name]), wanted)
 
 
-def test_predict_with_safetensors(server: tuple[Any, int], model: nn.Module) -> None:
+def test_predict_with_safetensors(image_server: tuple[Any, int], model: nn.Module) -> None:
     x, scale = torch.randn(4, 8), torch.tensor([0.5])
-    status, content = ask(server[1], "POST", "/predict", write_tensors({"x": x, "scale": scale}))
+    status, content = ask(image_server[1], "POST", "/predict", write_tensors({"x": x, "scale": scale}))
     assert status == 200, content
     found = read_tensors(content)
     assert found.keys() == {"y", "parts.0", "parts.1"}
@@ -313,8 +315,8 @@ def test_predict_with_safetensors(server: tuple[Any, int], model: nn.Module) -> 
         close(found[name], wanted)
 
 
-def test_health(server: tuple[Any, int]) -> None:
-    status, content = ask(server[1], "GET", "/health")
+def test_health(image_server: tuple[Any, int]) -> None:
+    status, content = ask(image_server[1], "GET", "/health")
     assert status == 200
     found = json.loads(content)
     assert (found["status"], found["target"]) == ("ok", "graviton3")
@@ -335,19 +337,21 @@ def test_health(server: tuple[Any, int]) -> None:
         (b"x" * 10001, "application/json", 413, "more than 10000 bytes"),
     ],
 )
-def test_bad_requests_are_answered(server: tuple[Any, int], body: bytes, kind: str, status: int, text: str) -> None:
-    found, content = ask(server[1], "POST", "/predict", body, Content_Type=kind)
+def test_bad_requests_are_answered(
+    image_server: tuple[Any, int], body: bytes, kind: str, status: int, text: str
+) -> None:
+    found, content = ask(image_server[1], "POST", "/predict", body, Content_Type=kind)
     assert found == status
     assert text in json.loads(content)["error"]
 
 
-def test_other_paths_and_bodies_of_unknown_length(server: tuple[Any, int]) -> None:
-    assert ask(server[1], "GET", "/")[0] == 404
-    assert ask(server[1], "POST", "/other", b"{}")[0] == 404
-    with socket.create_connection(("127.0.0.1", server[1]), timeout=60) as connection:
+def test_other_paths_and_bodies_of_unknown_length(image_server: tuple[Any, int]) -> None:
+    assert ask(image_server[1], "GET", "/")[0] == 404
+    assert ask(image_server[1], "POST", "/other", b"{}")[0] == 404
+    with socket.create_connection(("127.0.0.1", image_server[1]), timeout=60) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 411 ")
-    assert ask(server[1], "GET", "/health")[0] == 200
+    assert ask(image_server[1], "GET", "/health")[0] == 200
 
 
 def test_health_fails_where_a_reference_implementation_answers(
@@ -355,11 +359,11 @@ def test_health_fails_where_a_reference_implementation_answers(
 ) -> None:
     path = tmp_path / "bundle"
     armopt.optimize(model, (torch.randn(4, 8), torch.ones(1)), output=path, target="host")
-    service = serve.Service(str(path))
+    service = server.Service(str(path))
     good, found = service.health()
     assert (good, found["portable"], found["layers"]) == (True, False, 1)
     slow = onednn_log.Execution("convolution", "ref:any")
-    monkeypatch.setattr(serve.onednn_log, "references", lambda executions: (slow,))
+    monkeypatch.setattr(server.onednn_log, "references", lambda executions: (slow,))
     assert (service.health()[0], service.health()[1]["status"]) == (False, "oneDNN answers with ref:any")
 
 
@@ -393,7 +397,7 @@ def test_env_of_a_bundle_and_of_a_framework(bundle: Path, form: str) -> None:
 def test_env_names_this_hosts_allocator_where_this_host_runs_the_command(
     bundle: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "allocator_library", lambda: "/usr/lib/liballocator.so.4")
+    monkeypatch.setattr(variables, "allocator_library", lambda: "/usr/lib/liballocator.so.4")
     assert "LD_PRELOAD" not in invoke("env", str(bundle), "--format", form).stdout  # the bundle is for another machine
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     # an image has files of its own

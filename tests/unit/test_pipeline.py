@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import fx, nn
 
-from armopt import capture, passes, pipeline
-from armopt import graph as g
+from armopt import capture, passes
 from armopt.errors import InputError, PassError
-from armopt.ir import PassResult, Skip
+from armopt.ir import graph as g
+from armopt.ir.records import PassResult, Skip
+from armopt.passes import _pipeline as pipeline
 from armopt.passes.remove_identities import RemoveIdentities
 
 

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armopt import plan, targets
-from armopt.ir import Site
+from armopt import targets
+from armopt.ir.records import Site
 from armopt.kernels import table
+from armopt.plan import planner, threshold_policy
 
-POLICY = plan.ThresholdPolicy()
+POLICY = threshold_policy.ThresholdPolicy()
 TARGETS = [name for name in targets.names() if name != "host"]
 
 
@@ -35,7 +36,7 @@ def conv(shape: tuple[int, ...] = (1, 8, 9, 9), **changes: Any) -> Site:
 
 
 def decide(site: Site, target: str = "graviton3") -> Any:
-    made = plan.make([site], targets.load(target), POLICY, {})
+    made = planner.make([site], targets.load(target), POLICY, {})
     return made.decisions[0], made.refused
 
 
@@ -56,7 +57,7 @@ def test_a_batch_of_sequences_counts_all_its_rows() -> None:
 
 
 def test_the_threshold_is_a_field() -> None:
-    made = plan.make([linear(4)], targets.load("graviton3"), plan.ThresholdPolicy(4), {"batch": 4})
+    made = planner.make([linear(4)], targets.load("graviton3"), threshold_policy.ThresholdPolicy(4), {"batch": 4})
     assert (made.decisions[0].kernel, made.policy, made.bucket) == ("conv1x1_bf16", "threshold=4", {"batch": 4})
 
 
@@ -73,7 +74,7 @@ _SITES = st.builds(linear, st.integers(0, 200), st.integers(0, 64), st.integers(
 def test_it_is_pure_and_total(found: list[Site], target: str) -> None:
     """The same input gives the same plan, leaves the input alone, and says something of every site."""
     before = [asdict(site) for site in found]
-    first, second = (plan.make(found, targets.load(target), POLICY, {}) for _ in range(2))
+    first, second = (planner.make(found, targets.load(target), POLICY, {}) for _ in range(2))
     assert first == second
     assert [asdict(site) for site in found] == before
     assert len(first.decisions) == len(found)
@@ -104,10 +105,10 @@ def test_a_policy_that_plans_bf16_without_it_is_stopped() -> None:
         name = "wrong"
 
         def choose(self, sites: Any, target: Any) -> Any:
-            return [plan.Choice(table.get("conv_bf16"), "because")]
+            return [planner.Choice(table.get("conv_bf16"), "because")]
 
     with pytest.raises(AssertionError, match="neoverse-n1, which has none"):
-        plan.make([conv()], targets.load("graviton2"), Wrong(), {})
+        planner.make([conv()], targets.load("graviton2"), Wrong(), {})
 
 
 @pytest.mark.parametrize("site", [linear(0), linear(8, 0), linear(8, 32, 0), linear(640, 32, 1)])
@@ -142,6 +143,6 @@ def test_an_empty_convolution_says_why() -> None:
 
 
 def test_a_plan_is_frozen() -> None:
-    made = plan.make([linear()], targets.load("graviton3"), POLICY, {})
+    made = planner.make([linear()], targets.load("graviton3"), POLICY, {})
     with pytest.raises(FrozenInstanceError):
         made.policy = "x"  # type: ignore[misc]

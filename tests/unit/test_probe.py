@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from armopt import bind, probe
-from armopt.ir import Site
+from armopt.ir.records import Site
 from armopt.kernels import table
-from armopt.onednn_log import Execution, Tensor
+from armopt.runtime import bind, probe
+from armopt.runtime.onednn_log import Execution, Tensor
 
 SITE = Site("fc", "linear", 8, 32, 16, (8, 32), (16, 32), weight_key="w")
 BF16 = table.get("conv1x1_bf16")

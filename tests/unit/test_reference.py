@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import armopt
-from armopt import package
 from armopt.bundle import reader
-from armopt.bundle.source import KEPT
-from armopt.checks import Checks
+from armopt.bundle.files import KEPT
+from armopt.compiler.checks import Checks
+from armopt.deploy import package
 from armopt.errors import BundleError
 
 

@@ -15,31 +15,31 @@ from broken_networks import GATES, build
 from torch import nn
 
 import armopt
-from armopt import checks, compiler, plan, repair
-from armopt import runtime as runtime_module
 from armopt.accuracy import compare, gates
 from armopt.accuracy.gates import Figures
-from armopt.checks import Checks
-from armopt.errors import AccuracyError
-from armopt.ir import Decision, Plan, Site
+from armopt.compiler import checks, optimize, repair, stages
+from armopt.compiler.checks import Checks
+from armopt.errors import AccuracyError, ArmoptWarning
+from armopt.ir.records import Decision, Plan, Site
 from armopt.kernels import table
-from armopt.targets import load as load_target
+from armopt.plan import planner, threshold_policy
+from armopt.targets.host import load as load_target
 
 #: At these small sizes BLAS is cheaper; the tutorial's rule takes BF16 for them all the same.
-THRESHOLD = plan.ThresholdPolicy()
+THRESHOLD = threshold_policy.ThresholdPolicy()
 
 
 def known_minimum(kind: type[nn.Module], seed: int) -> int:
     """The fewest layers in FP32 with which the gates hold, found by trying all sets of each size."""
     model, x = build(kind, seed)
-    captured = compiler._capture(model, (x,), ())
-    planned = compiler.make_plan(captured, load_target("graviton3"), THRESHOLD, ({},))
-    sites = compiler.lower(planned)[0].sites
+    captured = optimize._capture(model, (x,), ())
+    planned = stages.make_plan(captured, load_target("graviton3"), THRESHOLD, ({},))
+    sites = stages.lower(planned)[0].sites
     checked = checks.Checked(captured, gates.standard(GATES[kind]), Checks())
     for count in range(len(sites) + 1):
         for chosen in itertools.combinations(sites, count):
             repaired = repair._apply(planned.plans[0], sites, dict.fromkeys(chosen, repair._FULL))
-            programs = compiler.lower(dataclasses.replace(planned, plans=(repaired,)))
+            programs = stages.lower(dataclasses.replace(planned, plans=(repaired,)))
             if checked.validate(programs).passed:
                 return count
     raise AssertionError("no set of layers passes")
@@ -85,7 +85,7 @@ def test_a_gate_that_fp32_fails_too_is_not_repaired(tmp_path: Path) -> None:
     model, x = build(next(iter(GATES)))
     with pytest.raises(AccuracyError, match=r"max_abs is .*no repair: the gates fail with every layer in FP32 too"):
         armopt.optimize(model, (x,), policy=THRESHOLD, output=tmp_path / "bundle", checks=Checks(gates=("max_abs<0",)))
-    with pytest.warns(runtime_module.ArmoptWarning, match="not deployable"):
+    with pytest.warns(ArmoptWarning, match="not deployable"):
         armopt.load(tmp_path / "bundle")
 
 
@@ -156,7 +156,7 @@ def test_the_cheapest_remedy_that_is_enough_is_taken(harm: int, kernel: str) -> 
     effect = Effect({"n2": 1.0})
 
     def evaluate(plan: Plan) -> Figures:
-        return effect.figures([d.node for d in plan.decisions if repair._level(table.get(d.kernel)) <= harm])
+        return effect.figures([d.node for d in planner.decisions if repair._level(table.get(d.kernel)) <= harm])
 
     found = repair.search([each], [sites], [gates.Gate("max_abs", "<=", 0.1)], evaluate, effect.alone)
     assert [(change.node, change.after) for change in found.changes] == [("n2", kernel)]

@@ -15,13 +15,16 @@ import torch
 from torch import nn
 
 import armopt
-from armopt import accuracy, plan
-from armopt.accuracy import gates, pictures, plots, report
+from armopt import accuracy
+from armopt.accuracy import gates
 from armopt.accuracy.checker import Evidence, Validation
 from armopt.accuracy.gates import Figures
 from armopt.accuracy.nodes import NodeError
-from armopt.checks import Checks
+from armopt.accuracy.report import page as page_module
+from armopt.accuracy.report import pictures, plots
+from armopt.compiler.checks import Checks
 from armopt.errors import AccuracyError, InputError
+from armopt.plan import threshold_policy
 
 
 class Page(HTMLParser):
@@ -103,7 +106,9 @@ def test_of_a_repaired_one_names_the_layers(tmp_path: Path) -> None:
 
     model, x = build(CancelledBias)
     path = tmp_path / "report.html"
-    armopt.optimize(model, (x,), output=tmp_path / "bundle", policy=plan.ThresholdPolicy(), checks=Checks(report=path))
+    armopt.optimize(
+        model, (x,), output=tmp_path / "bundle", policy=threshold_policy.ThresholdPolicy(), checks=Checks(report=path)
+    )
     shown = page(path.read_text())
     assert "Passed" in shown.said
     assert " repaired: " in shown.said
@@ -113,21 +118,21 @@ def test_of_a_repaired_one_names_the_layers(tmp_path: Path) -> None:
     assert " repaired: " in page(path.read_text()).said
 
 
-def render(outputs: dict[str, torch.Tensor], found: dict[str, torch.Tensor], task: str, node: str = "fc") -> str:
+def rendered(outputs: dict[str, torch.Tensor], found: dict[str, torch.Tensor], task: str, node: str = "fc") -> str:
     entries = tuple(accuracy.compare(name, y, found[name]) for name, y in outputs.items())
     figures = {"static": Figures(entries, {})}
     outcome = Validation(
-        "r", "i", True, 1, "ran", figures, gates.check(gates.standard(), figures, task), task, "as asked"
+        "r", "i", True, 1, "ran", figures, gates.judge(gates.standard(), figures, task), task, "as asked"
     )
     inputs = {"x": torch.rand(1, 3, 32, 48)}
     errors = [NodeError(node, "linear", "conv1x1_bf16", "bf16", (1, 2), 1e-3, 2e-3, 1e-4, 1e-3)]
-    return report.render(report.About("b", "t", "m", "v"), outcome, errors, Evidence(inputs, outputs, found))
+    return page_module.render(page_module.About("b", "t", "m", "v"), outcome, errors, Evidence(inputs, outputs, found))
 
 
 def test_names_are_escaped() -> None:
     evil = "<script>alert(1)</script>"
     y = {evil: torch.rand(4)}
-    text = render(y, y, "", node=evil)
+    text = rendered(y, y, "", node=evil)
     assert "<script" not in text
     assert evil in page(text).said
 
@@ -139,7 +144,7 @@ def test_names_are_escaped() -> None:
 )
 def test_any_values_can_be_drawn(values: list[float]) -> None:
     y = {"y": torch.tensor(values)}
-    text = render(y, {"y": y["y"].bfloat16().float()}, "")
+    text = rendered(y, {"y": y["y"].bfloat16().float()}, "")
     page(text)
     assert "nan" not in text.lower().replace('<th class="n">nan</th>', "")
 

@@ -16,24 +16,26 @@ from hypothesis import strategies as st
 from torch import nn
 
 import armopt
-from armopt import bind, buckets, host, runtime
-from armopt.errors import InputError
-from armopt.ir import Site
+from armopt.errors import ArmoptWarning, InputError
+from armopt.ir import buckets
+from armopt.ir.records import Site
 from armopt.kernels.base import Kernel
+from armopt.runtime import bind, host_check
+from armopt.runtime.model import Model
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 #: The bundles are made on this machine: graviton3's are portable everywhere but on aarch64.
 portable_only = pytest.mark.skipif(platform.machine() == "aarch64", reason="graviton3's own kernels run here")
 
 
-def load(path: Path) -> runtime.Model:
+def load(path: Path) -> Model:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", runtime.ArmoptWarning)
-        return runtime.load(path)
+        warnings.simplefilter("ignore", ArmoptWarning)
+        return armopt.load(path)
 
 
 @pytest.fixture(scope="module")
-def model(mlp_bundle: Path) -> runtime.Model:
+def model(mlp_bundle: Path) -> Model:
     return load(mlp_bundle)
 
 
@@ -47,19 +49,19 @@ def check(found: dict[str, torch.Tensor], mlp: nn.Module, inputs: Pair) -> None:
         assert (found[name] - expected[name]).abs().max() <= 2**-5 * expected[name].abs().max()
 
 
-def test_it_takes_and_returns_what_the_model_does(model: runtime.Model, mlp: nn.Module, mlp_inputs: Pair) -> None:
+def test_it_takes_and_returns_what_the_model_does(model: Model, mlp: nn.Module, mlp_inputs: Pair) -> None:
     x, scale = mlp_inputs
     for found in (model(x, scale), model(x, scale=scale), model(x=x, scale=scale), model(scale=scale, x=x)):
         check(found, mlp, mlp_inputs)
 
 
-def test_too_many_inputs_are_refused(model: runtime.Model) -> None:
+def test_too_many_inputs_are_refused(model: Model) -> None:
     with pytest.raises(InputError):
         model(torch.zeros(2, 16), torch.zeros(8), torch.zeros(8))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 64, 65])
-def test_any_batch_runs(model: runtime.Model, mlp: nn.Module, mlp_inputs: Pair, rows: int) -> None:
+def test_any_batch_runs(model: Model, mlp: nn.Module, mlp_inputs: Pair, rows: int) -> None:
     inputs = torch.randn(rows, 16, generator=torch.Generator().manual_seed(rows)), mlp_inputs[1]
     check(model(*inputs), mlp, inputs)
 
@@ -79,13 +81,13 @@ def test_any_batch_runs(model: runtime.Model, mlp: nn.Module, mlp_inputs: Pair, 
         ((torch.zeros(2, 16), None), {}, "input scale: expected a tensor, found a NoneType"),
     ],
 )
-def test_what_does_not_fit_is_named(model: runtime.Model, args: tuple, kwargs: dict, message: str) -> None:  # type: ignore[type-arg]
+def test_what_does_not_fit_is_named(model: Model, args: tuple, kwargs: dict, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(InputError, match=message):
         model(*args, **kwargs)
 
 
 @pytest.mark.parametrize(("size", "bucket"), [(1, 2), (2, 2), (11, 2), (12, 64), (63, 64), (640, 64), (0, 2)], ids=str)
-def test_the_nearest_bucket_by_ratio_runs(model: runtime.Model, size: int, bucket: int) -> None:
+def test_the_nearest_bucket_by_ratio_runs(model: Model, size: int, bucket: int) -> None:
     """The geometric mean of 2 and 64 is 11.3."""
     chosen = model._select([torch.zeros(size, 16), torch.zeros(8)])
     assert [dict(b)["batch"] for b, forward in model._programs if forward is chosen] == [bucket]
@@ -99,7 +101,7 @@ def test_distance_is_of_ratios(a: int, b: int) -> None:
     assert buckets.distance({"other": a}, {"batch": b}) == 0
 
 
-def test_four_threads_get_the_same_results(model: runtime.Model, host_bundle: Path, mlp_inputs: Pair) -> None:
+def test_four_threads_get_the_same_results(model: Model, host_bundle: Path, mlp_inputs: Pair) -> None:
     for loaded in (model, load(host_bundle)):
         inputs = [(torch.randn(rows, 16), mlp_inputs[1]) for rows in (1, 2, 64, 70)]
         expected = [loaded(*each)["logits"] for each in inputs]
@@ -123,7 +125,7 @@ def test_portable_twins_are_said_once_per_load(mlp_bundle: Path, mlp_inputs: Pai
         loaded = armopt.load(mlp_bundle)
         loaded(*mlp_inputs)
         loaded(*mlp_inputs)
-    ours = [w for w in said if issubclass(w.category, runtime.ArmoptWarning)]
+    ours = [w for w in said if issubclass(w.category, ArmoptWarning)]
     assert len(ours) == 1
     assert "portable twins" in str(ours[0].message)
     assert "graviton3" in str(ours[0].message)
@@ -138,12 +140,12 @@ def test_a_bundle_for_this_machine_runs_its_kernels(host_bundle: Path, mlp: nn.M
     check(loaded(*mlp_inputs), mlp, mlp_inputs)
 
 
-def test_a_zip_loads(mlp_bundle: Path, mlp_inputs: Pair, model: runtime.Model, tmp_path: Path) -> None:
+def test_a_zip_loads(mlp_bundle: Path, mlp_inputs: Pair, model: Model, tmp_path: Path) -> None:
     path = Path(shutil.make_archive(str(tmp_path / "mlp"), "zip", mlp_bundle))
     assert torch.equal(load(path)(*mlp_inputs)["logits"], model(*mlp_inputs)["logits"])
 
 
-def test_results_carry_no_gradient_and_inputs_stay(model: runtime.Model, mlp_inputs: Pair) -> None:
+def test_results_carry_no_gradient_and_inputs_stay(model: Model, mlp_inputs: Pair) -> None:
     x, scale = (t.clone().requires_grad_() for t in mlp_inputs)
     found = model(x, scale)
     assert not found["logits"].requires_grad
@@ -162,7 +164,7 @@ def test_results_carry_no_gradient_and_inputs_stay(model: runtime.Model, mlp_inp
     ],
 )
 def test_fast_math_follows_onednns_variables(environ: dict[str, str], on: bool) -> None:
-    assert host.fast_math(environ) is on
+    assert host_check.fast_math(environ) is on
 
 
 def test_the_file_of_weights_leaves_memory(tmp_path: Path) -> None:

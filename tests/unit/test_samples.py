@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import armopt
-from armopt import inputs
 from armopt.accuracy import images, samples
+from armopt.capture import inputs
 from armopt.errors import InputError
 
 SPECS: list[dict[str, Any]] = [
@@ -104,9 +104,9 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
 
 
 def test_images_are_prepared_as_torchvisions_weights_want(tmp_path: Path) -> None:
-    from armopt import zoo
+    from armopt.models import torchvision_ops
 
-    zoo.ensure_torchvision()
+    torchvision_ops.ensure_torchvision()
     from torchvision.models import ResNet50_Weights
 
     generator = np.random.default_rng(0)
@@ -124,9 +124,9 @@ def test_images_are_prepared_as_torchvisions_weights_want(tmp_path: Path) -> Non
 
 def test_imagenets_way_is_torchvisions(tmp_path: Path) -> None:
     """Own code, so that no torchvision is needed where a model has none: within a step of eight bits of it."""
-    from armopt import zoo
+    from armopt.models import torchvision_ops
 
-    zoo.ensure_torchvision()
+    torchvision_ops.ensure_torchvision()
     from torchvision.transforms import v2
 
     gradient = np.linspace(0, 255, 300 * 400 * 3).reshape(300, 400, 3).astype(np.uint8)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from armopt import capture, passes, pipeline, sites
-from armopt import graph as g
-from armopt.ir import Site
+from armopt import capture, passes
+from armopt.ir import graph as g
+from armopt.ir.records import Site
+from armopt.kernels import sites
+from armopt.passes import _pipeline as pipeline
 
 
 def find(model: nn.Module, *shape: int, batch: tuple[int, ...] = (), at: int = 0) -> tuple[Site, ...]:

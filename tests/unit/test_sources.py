@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from armopt import inputs, sources
+from armopt.capture import files, inputs
 from armopt.errors import InputError
 
 MODEL = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
@@ -49,10 +49,10 @@ KINDS = {
 INPUT = (inputs.parse("2x4"),)
 
 
-def options(kind: str, **changes: Any) -> sources.Options:
+def options(kind: str, **changes: Any) -> files.Options:
     reference = "" if kind in ("pt2", "torchscript", "module") else f"{__name__}:factory"
     given = () if kind == "pt2" else INPUT
-    return sources.Options(**{"model": reference, "inputs": given, "trust_pickle": kind == "module", **changes})
+    return files.Options(**{"model": reference, "inputs": given, "trust_pickle": kind == "module", **changes})
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -62,12 +62,12 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_the_kind_is_found_from_the_content(file: tuple[str, Path]) -> None:
     kind, path = file
-    assert sources.find_kind(path) == KINDS[kind]
+    assert files.find_kind(path) == KINDS[kind]
 
 
 def test_each_kind_gives_the_same_model(file: tuple[str, Path]) -> None:
     kind, path = file
-    captured = sources.open_model(path, options(kind))
+    captured = files.open_model(path, options(kind))
     (found,) = captured.graph_module(X)
     # TorchScript keeps no more than FP32: the same operations on the same weights
     assert torch.allclose(found, MODEL(X), rtol=0, atol=1e-6)
@@ -77,11 +77,11 @@ def test_each_kind_gives_the_same_model(file: tuple[str, Path]) -> None:
 def test_any_length_of_a_safetensors_header(tmp_path: Path) -> None:
     for extra in range(0, 256, 8):
         save_file(MODEL.state_dict(), tmp_path / "a.safetensors", metadata={"note": "x" * extra})
-        assert sources.find_kind(tmp_path / "a.safetensors") == "safetensors"
+        assert files.find_kind(tmp_path / "a.safetensors") == "safetensors"
 
 
 def test_fixed_sizes_of_torchscript_are_numbers(tmp_path: Path) -> None:
-    captured = sources.open_model(write("torchscript", tmp_path / "m.pt"), options("torchscript"))
+    captured = files.open_model(write("torchscript", tmp_path / "m.pt"), options("torchscript"))
     assert [spec.shape[1] for spec in captured.input_specs] == [4]
 
 
@@ -92,7 +92,7 @@ def test_a_truncated_file_is_one_clear_error(file: tuple[str, Path], keep: float
     cut = tmp_path / "cut.bin"
     cut.write_bytes(data[: int(len(data) * keep) if 0 < keep < 1 else int(keep)])
     with pytest.raises(InputError) as found:
-        sources.open_model(cut, options(kind))
+        files.open_model(cut, options(kind))
     assert found.value.where == str(cut)
     assert found.value.what
     assert "\n" not in str(found.value)
@@ -122,16 +122,16 @@ def test_what_is_no_model_says_what_it_is(content: bytes, message: str, tmp_path
     path = tmp_path / "model.pt"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
-        sources.open_model(path, sources.Options())
+        files.open_model(path, files.Options())
 
 
 def test_missing_files_and_folders(tmp_path: Path, mlp_bundle: Path) -> None:
     with pytest.raises(InputError, match="there is no such file"):
-        sources.find_kind(tmp_path / "missing.pt")
+        files.find_kind(tmp_path / "missing.pt")
     with pytest.raises(InputError, match="is a folder"):
-        sources.find_kind(tmp_path)
+        files.find_kind(tmp_path)
     with pytest.raises(InputError, match=r"is a folder.*a bundle already"):
-        sources.find_kind(mlp_bundle)
+        files.find_kind(mlp_bundle)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_missing_files_and_folders(tmp_path: Path, mlp_bundle: Path) -> None:
 def test_what_is_missing_is_named(kind: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = write(kind, tmp_path / "model.pt")
     with pytest.raises(InputError, match=message) as found:
-        sources.open_model(path, options(kind, **changes))
+        files.open_model(path, options(kind, **changes))
     assert found.value.hint
 
 
@@ -164,7 +164,7 @@ def test_a_pickle_runs_no_code_unless_trusted(tmp_path: Path) -> None:
 
     torch.save({"weight": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(InputError, match="--trust-pickle"):
-        sources.open_model(tmp_path / "evil.pt", options("state"))
+        files.open_model(tmp_path / "evil.pt", options("state"))
     assert not (tmp_path / "was-here").exists()
 
 
@@ -180,22 +180,22 @@ def test_a_state_dict_of_another_dtype_is_refused(dtype: torch.dtype, kind: str,
     else:
         save_file(state, path)
     with pytest.raises(InputError, match=str(dtype).removeprefix("torch.") + ", not float32"):
-        sources.open_model(path, options("state"))
+        files.open_model(path, options("state"))
 
 
 def test_training_checkpoints_hold_their_state_one_level_down(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "state_dict": MODEL.state_dict()}, tmp_path / "checkpoint.pt")
-    captured = sources.open_model(tmp_path / "checkpoint.pt", options("state"))
+    captured = files.open_model(tmp_path / "checkpoint.pt", options("state"))
     assert torch.equal(captured.graph_module(X)[0], MODEL(X))
     torch.save({"epoch": 3}, tmp_path / "checkpoint.pt")
     with pytest.raises(InputError, match="not a state dict"):
-        sources.open_model(tmp_path / "checkpoint.pt", options("state"))
+        files.open_model(tmp_path / "checkpoint.pt", options("state"))
 
 
 def test_a_state_of_another_variant_names_the_parameter(tmp_path: Path) -> None:
     torch.save(nn.Sequential(nn.Linear(5, 3)).state_dict(), tmp_path / "a.pt")
     with pytest.raises(InputError, match=r"0\.weight has shape \(3, 5\).*another variant"):
-        sources.open_model(tmp_path / "a.pt", options("state"))
+        files.open_model(tmp_path / "a.pt", options("state"))
     torch.save(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1)).state_dict(), tmp_path / "b.pt")
     with pytest.raises(InputError, match=r"doesn't fit .*1\.weight"):
-        sources.open_model(tmp_path / "b.pt", options("state"))
+        files.open_model(tmp_path / "b.pt", options("state"))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armopt import structure
 from armopt.errors import InputError
+from armopt.ir import nesting
 
 
 class Leaf:
@@ -47,9 +47,9 @@ def is_leaf(value: Any) -> bool:
 
 def round_trip(tree: Any) -> tuple[dict[str, Any], list[Any], Any]:
     """Through JSON, as in a bundle."""
-    described, leaves = structure.describe(tree, is_leaf, "output")
+    described, leaves = nesting.describe(tree, is_leaf, "output")
     stored = json.loads(json.dumps(described))
-    return stored, leaves, structure.builder(stored)(leaves)
+    return stored, leaves, nesting.builder(stored)(leaves)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_what_is_described_is_built_again(tree: Any) -> None:
     stored, leaves, built = round_trip(tree)
     assert built == tree
     assert type(built) is type(tree)
-    assert structure.flatten(stored, tree, "output") == leaves
+    assert nesting.flatten(stored, tree, "output") == leaves
 
 
 _TREES = st.recursive(
@@ -91,8 +91,8 @@ _TREES = st.recursive(
 def test_any_tree_survives(tree: Any) -> None:
     stored, leaves, built = round_trip(tree)
     assert built == tree
-    assert structure.flatten(stored, tree, "output") == leaves
-    assert structure.describe(built, is_leaf, "output")[0] == stored
+    assert nesting.flatten(stored, tree, "output") == leaves
+    assert nesting.describe(built, is_leaf, "output")[0] == stored
 
 
 def test_the_order_of_fields_is_the_models() -> None:
@@ -113,7 +113,7 @@ def test_a_class_that_is_not_at_hand_gets_a_stand_in() -> None:
     stored, leaves, _ = round_trip({"point": Point(Leaf(), 2), "record": Output(Leaf(), None)})
     for item in stored["items"].values():
         item["class"] = "some.package.never.imported.Thing"
-    built = structure.builder(stored)(leaves)
+    built = nesting.builder(stored)(leaves)
     assert built["point"]._fields == ("y", "x")
     assert (built["point"].y, built["point"][1]) == (leaves[0], 2)
     record = built["record"]
@@ -129,7 +129,7 @@ def test_a_class_that_is_not_at_hand_gets_a_stand_in() -> None:
 def test_a_class_name_never_reaches_what_is_no_record(path: str, kind: str) -> None:
     """A bundle names classes: none but those made of fields is ever called."""
     stored = {"kind": kind, "class": path, "items": {"a": {"kind": "constant", "value": "touch /tmp/armopt-was-here"}}}
-    built = structure.builder(stored)([])
+    built = nesting.builder(stored)([])
     assert built == ({"a": "touch /tmp/armopt-was-here"} if kind == "record" else ("touch /tmp/armopt-was-here",))
 
 
@@ -139,7 +139,7 @@ def test_a_class_name_never_reaches_what_is_no_record(path: str, kind: str) -> N
 )
 def test_what_can_not_be_described_is_named(tree: Any, where: str) -> None:
     with pytest.raises(InputError) as found:
-        structure.describe(tree, is_leaf, "output")
+        nesting.describe(tree, is_leaf, "output")
     assert found.value.where == where
 
 
@@ -154,13 +154,13 @@ def test_what_can_not_be_described_is_named(tree: Any, where: str) -> None:
     ],
 )
 def test_what_does_not_fit_is_named(tree: Any, message: str) -> None:
-    described, _ = structure.describe({"x": Leaf(), "mode": "exact", "pair": (Leaf(), Leaf())}, is_leaf, "inputs")
+    described, _ = nesting.describe({"x": Leaf(), "mode": "exact", "pair": (Leaf(), Leaf())}, is_leaf, "inputs")
     with pytest.raises(InputError) as found:
-        structure.flatten(described, tree, "inputs")
+        nesting.flatten(described, tree, "inputs")
     assert str(found.value).startswith(message)
 
 
 def test_output_names_are_paths() -> None:
-    described, _ = structure.describe({"a": (Leaf(), Output(Leaf())), "b": 1}, is_leaf, "output")
-    assert structure.output_names(described | {"positions": [0, 2]}, 3) == ["a.0", "output1", "a.1.logits"]
-    assert structure.output_names({"kind": "tensor", "index": 0, "positions": [0]}, 1) == ["output"]
+    described, _ = nesting.describe({"a": (Leaf(), Output(Leaf())), "b": 1}, is_leaf, "output")
+    assert nesting.output_names(described | {"positions": [0, 2]}, 3) == ["a.0", "output1", "a.1.logits"]
+    assert nesting.output_names({"kind": "tensor", "index": 0, "positions": [0]}, 1) == ["output"]

@@ -10,18 +10,19 @@ from hypothesis import strategies as st
 
 from armopt import targets
 from armopt.errors import InputError
-from armopt.ir import Target
+from armopt.ir.records import Target
+from armopt.targets import products
 
 CPUINFO = Path(__file__).parents[1] / "data" / "cpuinfo"
 PRODUCTS = targets.names()
 
 
 def replay(name: str) -> Target:
-    return targets.host((CPUINFO / f"{name}.txt").read_text())
+    return targets.this_host((CPUINFO / f"{name}.txt").read_text())
 
 
 def toml(name: str = "graviton3") -> str:
-    return (Path(targets.__file__).parent / f"{name}.toml").read_text()
+    return (Path(products.__file__).parent / f"{name}.toml").read_text()
 
 
 def test_the_table_is_complete() -> None:
@@ -61,7 +62,7 @@ def test_cobalt_is_told_from_yitian_by_its_implementer() -> None:
 
 def test_features_come_from_the_host_and_not_from_the_table() -> None:
     text = (CPUINFO / "graviton3.txt").read_text().replace(" bf16", "")
-    host = targets.host(text)
+    host = targets.this_host(text)
     assert host.core == "neoverse-v1"
     assert not host.bf16
     assert "svebf16" in host.isa_features
@@ -82,7 +83,7 @@ def test_x86_bf16_counts_as_bf16() -> None:
 
 
 def test_an_unknown_arm_core_keeps_its_identity() -> None:
-    host = targets.host("processor : 0\nFeatures : fp asimd bf16\nCPU implementer : 0x99\nCPU part : 0x123\n")
+    host = targets.this_host("processor : 0\nFeatures : fp asimd bf16\nCPU implementer : 0x99\nCPU part : 0x123\n")
     assert host.core == "arm-0x99:0x123"
     assert host.bf16
 
@@ -143,9 +144,9 @@ def test_a_broken_table_says_what_is_wrong(old: str, new: str, message: str) -> 
 
 @given(st.text())
 def test_any_cpuinfo_can_be_read(text: str) -> None:
-    assert targets.host(text).name == "host"
+    assert targets.this_host(text).name == "host"
 
 
 def test_importing_does_not_import_torch() -> None:
-    code = "import sys, armopt.targets, armopt.environment, armopt.onednn_log; sys.exit('torch' in sys.modules)"
+    code = "import sys, armopt.targets, armopt.environment, armopt.runtime.onednn_log; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

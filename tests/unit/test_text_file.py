@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from armopt import text_file
+from armopt import files
 from armopt.errors import InputError
 
 
 def test_it_replaces_a_file_and_anyone_may_read_it(tmp_path: Path) -> None:
     path = tmp_path / "plan.html"
     path.write_text("old")
-    text_file.write(path, "naïve ✓", "--html")
+    files.write(path, "naïve ✓", "--html")
     assert path.read_text(encoding="utf-8") == "naïve ✓"
     assert path.stat().st_mode & 0o777 == 0o644
     assert list(tmp_path.iterdir()) == [path]
@@ -27,7 +27,7 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(InputError, match="can't be written: No space left on device") as raised:
-        text_file.write(path, "new", "-o")
+        files.write(path, "new", "-o")
     assert "-o" in str(raised.value.hint)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -35,4 +35,4 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, monkeyp
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="can't be written"):
-        text_file.write(tmp_path / "missing" / "x", "", "-o")
+        files.write(tmp_path / "missing" / "x", "", "-o")

@@ -7,23 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from armopt import targets, tune, tuning
-from armopt.cost_policy import CostPolicy
+from armopt import targets
+from armopt.deploy import tune
 from armopt.errors import InputError
-from armopt.ir import Site
-from armopt.kernels import table
-from armopt.tuning import TunedCosts, Tuning
+from armopt.ir.records import Site
+from armopt.kernels import table, timings
+from armopt.kernels.timings import Timings
+from armopt.plan.cost_policy import CostPolicy
+from armopt.plan.tuned_costs import TunedCosts
 
 SITE = Site("fc", "linear", 8, 64, 32, (8, 64), (32, 64), source="x")
 
 
-def _tuning(**seconds: float) -> Tuning:
-    return Tuning({"core": "here", "torch": "2.13.0"}, {tuning.site_key(SITE): seconds})
+def _tuning(**seconds: float) -> Timings:
+    return Timings({"core": "here", "torch": "2.13.0"}, {timings.site_key(SITE): seconds})
 
 
 def test_kernels_are_really_timed_on_this_host() -> None:
     found = tune.measure([SITE, replace(SITE, node="again")], rounds=3, fast_math=False)
-    assert list(found.times) == [tuning.site_key(SITE)]  # the same shape once
+    assert list(found.times) == [timings.site_key(SITE)]  # the same shape once
     times = found.of(SITE)
     assert {"blas_fp32", "aten_linear"} <= set(times)
     assert not any(table.get(name).fast_math for name in times)
@@ -32,8 +34,8 @@ def test_kernels_are_really_timed_on_this_host() -> None:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     made = _tuning(blas_fp32=1e-6, conv1x1_bf16=2e-6)
-    tuning.write(made, tmp_path / "tuning.json")
-    assert tuning.read(tmp_path / "tuning.json") == made
+    timings.write(made, tmp_path / "tuning.json")
+    assert timings.read(tmp_path / "tuning.json") == made
     assert [entry.name for entry in tmp_path.iterdir()] == ["tuning.json"]
 
 
@@ -45,21 +47,21 @@ def test_a_damaged_file_is_an_error(tmp_path: Path, content: str) -> None:
     path = tmp_path / "tuning.json"
     path.write_text(content)
     with pytest.raises(InputError, match="no tuning file"):
-        tuning.read(path)
+        timings.read(path)
 
 
 def test_another_schema_and_a_missing_file_are_errors(tmp_path: Path) -> None:
     path = tmp_path / "tuning.json"
     with pytest.raises(InputError, match="armopt tune"):
-        tuning.read(path)
+        timings.read(path)
     path.write_text('{"schema_version": 99}')
     with pytest.raises(InputError, match="schema 99"):
-        tuning.read(path)
+        timings.read(path)
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="can't be written"):
-        tuning.write(_tuning(), tmp_path / "missing" / "tuning.json")
+        timings.write(_tuning(), tmp_path / "missing" / "tuning.json")
 
 
 @pytest.mark.parametrize(("quick", "slow"), [("blas_fp32_w16", "conv1x1_bf16"), ("conv1x1_bf16", "blas_fp32_w16")])

@@ -54,7 +54,7 @@ def test_a_value_that_is_finite_in_fp32_alone_is_found(bad: float) -> None:
     assert (found.nan, found.inf) == ((1, 0) if math.isnan(bad) else (0, 1))
     assert found.cosine == pytest.approx(1.0)
     figures = {"static": Figures((found,), {})}
-    outcome = Validation("r", "i", True, 1, "ran", figures, gates.check(gates.standard(), figures, ""))
+    outcome = Validation("r", "i", True, 1, "ran", figures, gates.judge(gates.standard(), figures, ""))
     assert outcome.verdicts[0].passed
     assert not outcome.passed
     assert "not in BF16" in outcome.failures()
@@ -146,16 +146,16 @@ def test_a_reference_to_a_class_alone_is_an_error(mlp_bundle: Path) -> None:
 
 
 def test_the_bundle_is_read_once(mlp_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from armopt.bundle import source
+    from armopt.bundle import files
 
     hashed: list[str] = []
-    original = source.Source.hash
+    original = files.Source.hash
 
-    def counting(self: source.Source, name: str) -> str:
+    def counting(self: files.Source, name: str) -> str:
         hashed.append(name)
         return original(self, name)
 
-    monkeypatch.setattr(source.Source, "hash", counting)
+    monkeypatch.setattr(files.Source, "hash", counting)
     accuracy.validate(mlp_bundle)
     assert len(hashed) == len(set(hashed)) > 3
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from armopt import zoo
 from armopt.errors import InputError
+from armopt.models import random_weights, references, torchvision_inputs, torchvision_ops
 
-zoo.ensure_torchvision()
+torchvision_ops.ensure_torchvision()
 
 import torchvision  # noqa: E402
 
@@ -127,15 +127,15 @@ class TestNms:
     @pytest.mark.parametrize(("block", "columns"), [(1, 1), (2, 3), (64, 7)])
     def test_blocks_do_not_matter(self, block: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
         boxes, scores = random_boxes(150)
-        expected = zoo._nms(boxes, scores, 0.3)
-        monkeypatch.setattr(zoo, "_NMS_BLOCK", block)
-        monkeypatch.setattr(zoo, "_NMS_COLUMNS", columns)
-        assert zoo._nms(boxes, scores, 0.3).equal(expected)
+        expected = torchvision_ops._nms(boxes, scores, 0.3)
+        monkeypatch.setattr(torchvision_ops, "_NMS_BLOCK", block)
+        monkeypatch.setattr(torchvision_ops, "_NMS_COLUMNS", columns)
+        assert torchvision_ops._nms(boxes, scores, 0.3).equal(expected)
 
     def test_chain_in_which_each_box_suppresses_the_next(self) -> None:
         boxes = torch.arange(600.0)[:, None] + torch.tensor([0.0, 0.0, 3.0, 3.0])
         scores = torch.arange(600.0, 0, -1)
-        assert zoo._nms(boxes, scores, 0.2).tolist() == list(range(0, 600, 2))
+        assert torchvision_ops._nms(boxes, scores, 0.2).tolist() == list(range(0, 600, 2))
 
     def test_threshold_is_compared_as_a_double(self) -> None:
         # Overlap of 1/10. In float32 that is a little more than the double 0.1, in float64 the same.
@@ -169,7 +169,7 @@ class TestNms:
 
     def test_bfloat16(self) -> None:
         boxes, scores = (tensor.bfloat16() for tensor in random_boxes(100))
-        assert zoo._nms(boxes, scores, 0.5).equal(zoo._nms(boxes.float(), scores.float(), 0.5))
+        assert torchvision_ops._nms(boxes, scores, 0.5).equal(torchvision_ops._nms(boxes.float(), scores.float(), 0.5))
 
     @settings(max_examples=50, deadline=None)
     @given(st.lists(st.tuples(corners, st.integers(0, 255)), max_size=30), st.sampled_from(THRESHOLDS))
@@ -177,7 +177,9 @@ class TestNms:
         boxes = torch.tensor([list(box) for box, _ in items], dtype=torch.uint8).reshape(-1, 4)
         scores = torch.tensor([score for _, score in items], dtype=torch.uint8)
         expected = loop_nms(boxes.float().numpy(), scores.float().numpy(), threshold)
-        assert zoo._qnms(boxes, scores, threshold).tolist() == expected  # 0.25's compiled library has no qnms
+        assert (
+            torchvision_ops._qnms(boxes, scores, threshold).tolist() == expected
+        )  # 0.25's compiled library has no qnms
         quantized = [torch._make_per_tensor_quantized_tensor(tensor, 0.5, 0) for tensor in (boxes, scores)]
         assert torchvision.ops.nms(*quantized, threshold).tolist() == expected
 
@@ -239,9 +241,9 @@ class TestRoiAlign:
         image = torch.randn(1, 3, 20, 20, generator=torch.Generator().manual_seed(0))
         boxes, _ = random_boxes(30)
         rois = torch.cat([torch.zeros(30, 1), boxes / 6], 1)
-        expected = zoo._roi_align(image, rois, 1.0, 3, 3, -1, False)
-        monkeypatch.setattr(zoo, "_ROI_CHUNK", 1)
-        assert zoo._roi_align(image, rois, 1.0, 3, 3, -1, False).equal(expected)
+        expected = torchvision_ops._roi_align(image, rois, 1.0, 3, 3, -1, False)
+        monkeypatch.setattr(torchvision_ops, "_ROI_CHUNK", 1)
+        assert torchvision_ops._roi_align(image, rois, 1.0, 3, 3, -1, False).equal(expected)
 
     def test_strided_image(self) -> None:
         image = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(0))
@@ -260,15 +262,15 @@ class TestRoiAlign:
         image = torch.randn(1, 3, 8, 8)
         rois = torch.tensor([[0, math.nan, 1, 4, 4], [0, 50.0, 50, 60, 60], [0, -60.0, -60, -50, -50]])
         # Ours by name: torchvision 0.25's compiled one reads out of bounds here and crashes.
-        assert zoo._roi_align(image, rois, 1.0, 2, 2, 2, False).eq(0).all()
+        assert torchvision_ops._roi_align(image, rois, 1.0, 2, 2, 2, False).eq(0).all()
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision(self, dtype: torch.dtype) -> None:
         image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
         rois = torch.tensor([[0, 1.0, 2, 9, 12], [0, 4.0, 4, 15, 15]], dtype=dtype)
-        pooled = zoo._roi_align(image, rois, 0.5, 3, 3, 2, True)
+        pooled = torchvision_ops._roi_align(image, rois, 0.5, 3, 3, 2, True)
         assert pooled.dtype == dtype
-        expected = zoo._roi_align(image.double(), rois.double(), 0.5, 3, 3, 2, True)
+        expected = torchvision_ops._roi_align(image.double(), rois.double(), 0.5, 3, 3, 2, True)
         # Values of about 1, four samples, some ten roundings each of 2**-9 (bfloat16) at most.
         torch.testing.assert_close(pooled.double(), expected, rtol=0, atol=0.02)
 
@@ -301,7 +303,7 @@ def run_python(code: str, cwd: Path = ROOT, path: str = str(ROOT)) -> str:
 class TestEnsureTorchvision:
     def test_before_torchvision(self) -> None:
         code = """
-from armopt.zoo import ensure_torchvision
+from armopt.models.torchvision_ops import ensure_torchvision
 ensure_torchvision(); ensure_torchvision()
 import torch, torchvision
 print(torchvision.ops.nms(torch.tensor([[0., 0, 1, 1]]), torch.ones(1), .5).tolist())
@@ -315,7 +317,7 @@ with contextlib.suppress(Exception):
     import torchvision
 with contextlib.suppress(Exception):
     from transformers import ViTModel
-from armopt.zoo import ensure_torchvision
+from armopt.models.torchvision_ops import ensure_torchvision
 ensure_torchvision()
 import torchvision
 from torchvision.ops import nms
@@ -328,7 +330,7 @@ print(ViTModel.__name__, torchvision.models.resnet18.__name__)
     def test_from_many_threads(self) -> None:
         code = """
 import threading
-from armopt.zoo import ensure_torchvision
+from armopt.models.torchvision_ops import ensure_torchvision
 failed = []
 def call():
     try:
@@ -365,7 +367,7 @@ print(zoo._library, hasattr(torch.ops.torchvision, "nms"))
         package.mkdir()
         (package / "__init__.py").write_text(broken + "\n")
         code = """
-from armopt.zoo import ensure_torchvision
+from armopt.models.torchvision_ops import ensure_torchvision
 from armopt.errors import InputError
 try:
     ensure_torchvision()
@@ -380,7 +382,7 @@ except InputError as error:
         code = """
 import sys
 sys.modules["torchvision"] = None
-from armopt.zoo import resolve
+from armopt.models.torchvision_ops import resolve
 from armopt.errors import InputError
 try:
     resolve("torchvision:resnet18")
@@ -410,15 +412,15 @@ class TestResolve:
 
         monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
         for name in ("mobilenet_v3_small", "lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"):
-            assert isinstance(zoo.resolve(f"torchvision:{name}")(), nn.Module)
+            assert isinstance(references.resolve(f"torchvision:{name}")(), nn.Module)
 
     def test_each_call_builds_a_model(self) -> None:
-        factory = zoo.resolve("torchvision:squeezenet1_1")
+        factory = references.resolve("torchvision:squeezenet1_1")
         assert factory() is not factory()
 
     @pytest.mark.filterwarnings("error")
     def test_googlenet_does_not_warn(self) -> None:
-        assert isinstance(zoo.resolve("torchvision:googlenet")(), nn.Module)
+        assert isinstance(references.resolve("torchvision:googlenet")(), nn.Module)
 
     def test_package_function_class_instance_and_nested(self, folder: Path) -> None:
         (folder / "zoo_case_good.py").write_text(
@@ -428,10 +430,10 @@ class TestResolve:
             "ready = nn.Linear(4, 5)\n"
             "class Models:\n    build = staticmethod(build)\n"
         )
-        assert zoo.resolve("zoo_case_good:build")().weight.shape == (3, 2)
-        assert type(zoo.resolve("zoo_case_good:Net")()).__name__ == "Net"
-        assert zoo.resolve("zoo_case_good:ready")().weight.shape == (5, 4)
-        assert zoo.resolve("zoo_case_good:Models.build")().weight.shape == (3, 2)
+        assert references.resolve("zoo_case_good:build")().weight.shape == (3, 2)
+        assert type(references.resolve("zoo_case_good:Net")()).__name__ == "Net"
+        assert references.resolve("zoo_case_good:ready")().weight.shape == (5, 4)
+        assert references.resolve("zoo_case_good:Models.build")().weight.shape == (3, 2)
 
     @pytest.mark.parametrize(
         ("reference", "parts"),
@@ -450,7 +452,7 @@ class TestResolve:
     )
     def test_names_nothing(self, reference: str, parts: list[str]) -> None:
         with pytest.raises(InputError) as caught:
-            zoo.resolve(reference)
+            references.resolve(reference)
         assert caught.value.hint
         for part in [reference, *parts]:
             assert part in str(caught.value)
@@ -466,7 +468,7 @@ class TestResolve:
     def test_module_that_does_not_import(self, folder: Path, source: str, message: str) -> None:
         (folder / "zoo_case_broken.py").write_text(source)
         with pytest.raises(InputError, match=message):
-            zoo.resolve("zoo_case_broken:build")
+            references.resolve("zoo_case_broken:build")
 
     def test_factory_that_fails_or_returns_something_else(self, folder: Path) -> None:
         (folder / "zoo_case_bad.py").write_text(
@@ -478,13 +480,13 @@ class TestResolve:
             ("other", "returned a dict, not an nn.Module"),
         ):
             with pytest.raises(InputError, match=message) as caught:
-                zoo.resolve(f"zoo_case_bad:{name}")()
+                references.resolve(f"zoo_case_bad:{name}")()
             assert caught.value.where == f"zoo_case_bad:{name}"
 
 
 class TestEntries:
     def test_every_classification_and_segmentation_model_is_listed(self) -> None:
-        listed = [found.name for found in zoo.classification_and_segmentation()]
+        listed = [found.name for found in torchvision_inputs.classification_and_segmentation()]
         models = torchvision.models
         assert listed == models.list_models(models) + models.list_models(models.segmentation)
         assert len(listed) >= 86
@@ -493,11 +495,11 @@ class TestEntries:
         kinds = set()
         for name in torchvision.models.list_models():
             for size in ("natural", "smallest"):
-                found = zoo.entry(name, size)
+                found = torchvision_inputs.entry(name, size)
                 kinds.add(found.kind)
                 assert all(3 in shape[:2] for shape in found.input_shapes)
             smallest = math.prod(found.input_shapes[0])
-            assert smallest <= math.prod(zoo.entry(name).input_shapes[0])
+            assert smallest <= math.prod(torchvision_inputs.entry(name).input_shapes[0])
         assert kinds == {
             "classification",
             "segmentation",
@@ -508,14 +510,16 @@ class TestEntries:
         }
 
     def test_example_inputs_are_seeded(self) -> None:
-        one, again, other = (zoo.example_inputs("torchvision:resnet18", seed=seed)[0] for seed in (0, 0, 1))
+        one, again, other = (
+            torchvision_inputs.example_inputs("torchvision:resnet18", seed=seed)[0] for seed in (0, 0, 1)
+        )
         assert one.shape == (1, 3, 224, 224)
         assert one.equal(again)
         assert not one.equal(other)
 
     def test_example_inputs_of_another_model(self) -> None:
         with pytest.raises(InputError, match="--input"):
-            zoo.example_inputs("package:factory")
+            torchvision_inputs.example_inputs("package:factory")
 
     @pytest.mark.parametrize(
         "name",
@@ -529,11 +533,12 @@ class TestEntries:
         ],
     )
     def test_smallest_input_runs(self, name: str) -> None:
-        found = zoo.entry(name, "smallest")
-        model = zoo.randomize(zoo.resolve(found.reference)(), found.input_shapes)
+        found = torchvision_inputs.entry(name, "smallest")
+        model = random_weights.randomize(references.resolve(found.reference)(), found.input_shapes)
         with torch.no_grad():
             outputs = [
-                pytree.tree_leaves(model(*zoo.example_inputs(found.reference, "smallest", seed)))[0] for seed in (0, 1)
+                pytree.tree_leaves(model(*torchvision_inputs.example_inputs(found.reference, "smallest", seed)))[0]
+                for seed in (0, 1)
             ]
         assert outputs[0].isfinite().all()
         assert 1e-3 < outputs[0].std() < 1e3
@@ -541,9 +546,9 @@ class TestEntries:
 
     def test_detection_runs(self) -> None:
         reference = "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn"
-        model = zoo.resolve(reference)().eval()
+        model = references.resolve(reference)().eval()
         with torch.no_grad():
-            (found,) = model(*zoo.example_inputs(reference, "smallest"))
+            (found,) = model(*torchvision_inputs.example_inputs(reference, "smallest"))
         assert set(found) == {"boxes", "labels", "scores"}
         assert found["boxes"].shape[1] == 4
 
@@ -573,7 +578,7 @@ class TestRandomize:
     def test_outputs_become_telling(self) -> None:
         x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         assert self.model().eval()(x).eq(0).all()
-        model = zoo.randomize(self.model(), [(1, 3, 8, 8)])
+        model = random_weights.randomize(self.model(), [(1, 3, 8, 8)])
         assert not model.training
         assert not model.norm.training
         assert model.norm.momentum == 0.3
@@ -584,14 +589,16 @@ class TestRandomize:
         assert not torch.allclose(y[0], y[1], rtol=1e-3)  # 1e-3: it depends on the input, not on rounding
 
     def test_seeded(self) -> None:
-        one, again, other = (zoo.randomize(self.model(), [(1, 3, 8, 8)], seed=seed).state_dict() for seed in (0, 0, 1))
+        one, again, other = (
+            random_weights.randomize(self.model(), [(1, 3, 8, 8)], seed=seed).state_dict() for seed in (0, 0, 1)
+        )
         assert all(one[name].equal(again[name]) for name in one)
         assert not one["head.weight"].equal(other["head.weight"])
 
     def test_leaves_drawn_weights_and_the_global_generator_alone(self) -> None:
         model, before = self.model(), self.model().conv.weight
         state = torch.get_rng_state()
-        zoo.randomize(model, [(1, 3, 8, 8)])
+        random_weights.randomize(model, [(1, 3, 8, 8)])
         assert model.conv.weight.equal(before)
         assert torch.get_rng_state().equal(state)
 
@@ -629,7 +636,9 @@ class TestModelsOfTheTests:
 
 def test_ready_flag_is_shared_between_threads() -> None:
     seen: list[bool] = []
-    thread = threading.Thread(target=lambda: (zoo.ensure_torchvision(), seen.append(zoo._ready)))
+    thread = threading.Thread(
+        target=lambda: (torchvision_ops.ensure_torchvision(), seen.append(torchvision_ops._ready))
+    )
     thread.start()
     thread.join()
     assert seen == [True]

@@ -6,9 +6,11 @@ import time
 
 import pytest
 
+from armopt.emulation import commands, debian
 from armopt.emulation import prepare as module
+from armopt.emulation.debian import find_mirror
 from armopt.emulation.folder import PreparedFolder, torch_requirements
-from armopt.emulation.prepare import find_mirror, main, prepare
+from armopt.emulation.prepare import main, prepare
 from armopt.errors import HostError, InputError
 
 
@@ -143,7 +145,7 @@ Components: main
 @pytest.fixture
 def apt(tmp_path, monkeypatch):
     monkeypatch.delenv("ARMOPT_DEBIAN_MIRROR", raising=False)
-    monkeypatch.setattr(module, "_KEYRINGS", tmp_path / "keyrings")
+    monkeypatch.setattr(debian, "_KEYRINGS", tmp_path / "keyrings")
     (tmp_path / "sources.list.d").mkdir()
     return tmp_path
 
@@ -151,7 +153,7 @@ def apt(tmp_path, monkeypatch):
 def test_the_mirror_is_this_machines_in_either_format(apt):
     (apt / "sources.list.d" / "other.list").write_text("deb mirror://vendor vendor-bookworm main\n")
     (apt / "sources.list.d" / "debian.sources").write_text(DEB822)
-    assert find_mirror(apt) == module.Mirror("mirror://debian", "/keys/debian.gpg")
+    assert find_mirror(apt) == debian.Mirror("mirror://debian", "/keys/debian.gpg")
     (apt / "sources.list").write_text(
         "# deb mirror://no bookworm main\n"
         "deb-src mirror://no bookworm main\n"
@@ -182,7 +184,7 @@ def test_no_mirror_says_how_to_name_one(apt, monkeypatch):
 def test_a_failed_download_says_what_where_and_what_next(tmp_path, monkeypatch, capsys):
     def fail(part, into, folder, work):
         script = "import sys; sys.exit('WARNING: noise\\nERROR: No matching distribution found')"
-        module._run([sys.executable, "-c", script], "torch==2.10.0")
+        commands.run_command([sys.executable, "-c", script], "torch==2.10.0")
 
     monkeypatch.setattr(module, "_build", fail)
     assert main(["--torch", "2.10.0", "--cache", str(tmp_path)]) == HostError.exit_code
@@ -195,4 +197,4 @@ def test_a_failed_download_says_what_where_and_what_next(tmp_path, monkeypatch, 
 
 def test_a_missing_tool_is_named():
     with pytest.raises(HostError, match="apt-of-nowhere is missing"):
-        module._run(["apt-of-nowhere"], "qemu-user")
+        commands.run_command(["apt-of-nowhere"], "qemu-user")

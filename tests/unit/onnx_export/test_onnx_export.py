@@ -19,14 +19,15 @@ from torch import nn
 import armopt
 from armopt.accuracy.runs import InFp32
 from armopt.bundle import reader
-from armopt.bundle.source import read_manifest
+from armopt.bundle.files import read_manifest
 from armopt.errors import BundleError, InputError
-from armopt.ir import Site, Target
+from armopt.ir.records import Site, Target
 from armopt.kernels import table
 from armopt.onnx_export import export, session, standard, store, translate
 from armopt.onnx_export.guard import guard
 from armopt.onnx_export.options import Options
-from armopt.plan import Choice, ThresholdPolicy
+from armopt.plan.planner import Choice
+from armopt.plan.threshold_policy import ThresholdPolicy
 
 BF16 = ThresholdPolicy(1)
 #: FP32 in another order of summation.

@@ -1,0 +1,111 @@
+"""Calls of a model: how their inputs nest, and whether they fit its forward."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from armopt.errors import ArmoptError, InputError, first_line
+from armopt.ir import nesting
+
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+
+
+def placeholders(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
+    """The placeholders, in order."""
+    return (node for node in graph_module.graph.nodes if node.op == "placeholder")
+
+
+def is_tensor(leaf: Any) -> bool:
+    """Whether a leaf of nested values is a tensor."""
+    return isinstance(leaf, torch.Tensor)
+
+
+@contextlib.contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """A model in eval mode, every part of it; afterwards as it was."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def check_signature(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> tuple[Args, dict[str, Any]]:
+    """The inputs, if forward takes them.
+
+    Raises:
+        InputError: It does not.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        names = [name for name in signature.parameters if name not in ("args", "kwargs")]
+        raise InputError(
+            f"the inputs don't fit forward({', '.join(names)}): {error}",
+            where=source,
+            hint=f"Name them as forward does: {', '.join(names)}",
+        ) from None
+    return tuple(args), dict(kwargs)
+
+
+def _resize_batch(tree: Any, size: int) -> Any:
+    """Repeats or cuts the first dimension of every tensor that has the batch there."""
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if is_tensor(leaf) and leaf.dim() > 0]
+    if not tensors:
+        return tree
+    current = tensors[0].shape[0]
+
+    def resize(leaf: Any) -> Any:
+        if not is_tensor(leaf) or leaf.dim() == 0 or leaf.shape[0] != current:
+            return leaf
+        return leaf.repeat(-(-size // current), *[1] * (leaf.dim() - 1))[:size].clone()
+
+    return torch.utils._pytree.tree_map(resize, tree)
+
+
+def resize_batch_of(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, dict[str, Any]]:
+    """Inputs with a first dimension of `size` where they share the first tensor's."""
+    resized: tuple[Args, dict[str, Any]] = _resize_batch((args, dict(kwargs)), size)
+    return resized
+
+
+def describe_inputs(args: Args, kwargs: Kwargs, where: str = "inputs") -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """How the inputs of a call nest, and their tensors in order.
+
+    Raises:
+        InputError: They hold something that a bundle can't describe.
+    """
+    return nesting.describe({"args": list(args), "kwargs": dict(kwargs)}, is_tensor, where)
+
+
+def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> None:
+    """Runs the model, whose own error on unfit inputs says more than an export's; buffers stay as they were.
+
+    Raises:
+        InputError: The model fails.
+    """
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    try:
+        model(*args, **kwargs)
+    except ArmoptError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model fails on the example inputs: {type(error).__name__}: {first_line(error)}",
+            where=source,
+            hint="Check the names, shapes and dtypes given with --input",
+        ) from error
+    finally:
+        for buffer, version, value in before:
+            if buffer._version != version:
+                buffer.copy_(value)

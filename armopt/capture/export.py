@@ -1,0 +1,282 @@
+"""A module or an exported program -> Captured: one flat functional graph of ATen operations."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
+
+from armopt.capture.calls import (
+    Args,
+    Kwargs,
+    check_signature,
+    describe_inputs,
+    eval_mode,
+    is_tensor,
+    placeholders,
+    resize_batch_of,
+    try_once,
+)
+from armopt.capture.constants import unlift
+from armopt.errors import CaptureError, InputError, first_line
+from armopt.ir import graph as g
+from armopt.ir import nesting
+from armopt.ir.records import Captured, Dim, InputSpec, Symbol
+
+
+def module(
+    model: torch.nn.Module,
+    args: Args,
+    kwargs: Kwargs | None = None,
+    *,
+    batch: Sequence[int] = (),
+    varying: Sequence[Collection[int]] = (),
+    source: str = "model",
+) -> Captured:
+    """Captures a module with torch.export.
+
+    Args:
+        model: Any module with FP32 parameters; captured as in eval mode, left as it was.
+        args: Example positional inputs.
+        kwargs: Example keyword inputs.
+        batch: Sizes of the first dimension to plan for; more than one makes that dimension dynamic.
+        varying: For each tensor among the inputs, in their order, the dimensions that are to be dynamic.
+        source: What to call the model in messages.
+
+    Returns:
+        The model as a flat graph.
+
+    Raises:
+        InputError: The model's dtype is not FP32, or the inputs don't fit its signature.
+        CaptureError: torch.export can't take it whole.
+    """
+    kwargs = dict(kwargs or {})
+    check_dtypes(model, source)
+    args, kwargs = check_signature(model, args, kwargs, source)
+    if batch:
+        size = batch[0] if len(batch) == 1 else max(2, *batch)  # export takes a dimension of 1 as a constant
+        args, kwargs = resize_batch_of(args, kwargs, size)
+    dynamic = _dynamic_shapes(model, args, kwargs) if len(batch) > 1 else None
+    if any(varying):
+        dynamic = _varying_shapes(model, args, kwargs, varying)
+    with eval_mode(model), torch.no_grad():
+        try_once(model, args, kwargs, source)
+        try:
+            with quiet():
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+        except Exception as error:
+            raise _explain(error, source, dynamic is not None) from error
+    return exported(program, args, kwargs, source=source, signature=_parameter_names(model))
+
+
+def exported(
+    program: ExportedProgram,
+    args: Args | None = None,
+    kwargs: Kwargs | None = None,
+    *,
+    source: str,
+    signature: Sequence[str] = (),
+) -> Captured:
+    """Captures an exported program, with its own example inputs unless others are given.
+
+    Raises:
+        InputError: It has no example inputs and none are given.
+        CaptureError: It holds what a bundle can't (control flow, tokens, custom objects).
+    """
+    if args is None:
+        if program.example_inputs is None:
+            raise InputError(
+                "the exported program has no example inputs", where=source, hint="Give them with --input or --inputs"
+            )
+        args, kwargs = program.example_inputs
+    kwargs = dict(kwargs or {})
+    with torch.no_grad(), quiet():
+        program = program.run_decompositions({})
+    graph_module = unlift(program, source)
+    inputs, tensors = describe_inputs(args, kwargs)
+    names = _input_names(graph_module, tensors)
+    _check_tensors(graph_module, tensors, source)
+    outputs = _outputs(program, source)
+    symbols = _symbols(program, graph_module)
+    called: dict[Dim, Dim] = {symbol.expression: symbol.name for symbol in symbols}
+    specs = []
+    for node in placeholders(graph_module):
+        val = node.meta["val"]
+        shape = tuple(called.get(size, size) for size in g.symbolic_shape(val.shape))
+        specs.append(InputSpec(names[node.name], shape, str(val.dtype).removeprefix("torch.")))
+    return Captured(
+        graph_module=graph_module,
+        input_specs=tuple(specs),
+        symbols=symbols,
+        inputs=inputs | {"names": list(signature) or _signature_names(program, args)},
+        outputs=outputs,
+        example=tuple(tensors),
+        digest=digest(graph_module),
+        source=source,
+    )
+
+
+def check_dtypes(model: torch.nn.Module, source: str) -> None:
+    """Refuses parameters of another dtype than FP32.
+
+    Raises:
+        InputError: Naming the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise wrong_dtype(name, parameter.dtype, source)
+    if any(type(part).__module__.startswith("torch.ao.nn.quantized") for part in model.modules()):
+        raise InputError("the model is quantized (int8)", where=source, hint="Give the FP32 model")
+
+
+def wrong_dtype(name: str, dtype: torch.dtype, source: str) -> InputError:
+    """The error for a parameter of another dtype than FP32."""
+    fix = (
+        "armopt rounds FP32 models itself: convert it with model.float()"
+        if dtype.is_floating_point
+        else "armopt takes FP32 models: give it the model before quantization or conversion"
+    )
+    return InputError(f"parameter {name} is {str(dtype).removeprefix('torch.')}, not float32", where=source, hint=fix)
+
+
+def digest(graph_module: fx.GraphModule) -> str:
+    """sha256 over the graph's text and all constants."""
+    state = hashlib.sha256(str(graph_module.graph).encode())
+    for name, tensor in sorted([*graph_module.named_parameters(), *graph_module.named_buffers()]):
+        state.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        state.update(g.raw(tensor))
+    return state.hexdigest()
+
+
+def _parameter_names(model: torch.nn.Module) -> list[str]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _signature_names(program: ExportedProgram, args: Args) -> list[str]:
+    """Names of the positional inputs, as the exported program has them."""
+    names = list(program.graph_signature.user_inputs)
+    return [str(name) for name in names[: len(args)]] if len(names) >= len(args) else []
+
+
+def _dynamic_shapes(model: torch.nn.Module, args: Args, kwargs: dict[str, Any]) -> Any:
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if is_tensor(leaf) and leaf.dim() > 0]
+    dimension = torch.export.Dim("batch", min=1)
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    size = tensors[0].shape[0]
+    for tensor in {id(t): t for t in tensors}.values():
+        if tensor.shape[0] == size:
+            shapes[tensor] = {0: dimension}
+    return shapes.dynamic_shapes(model, args, kwargs)
+
+
+def _varying_shapes(
+    model: torch.nn.Module, args: Args, kwargs: dict[str, Any], varying: Sequence[Collection[int]]
+) -> Any:
+    _, tensors = describe_inputs(args, kwargs)
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for tensor, dimensions in zip(tensors, varying, strict=True):
+        if dimensions:
+            shapes[tensor] = dict.fromkeys(dimensions, torch.export.Dim.AUTO)
+    return shapes.dynamic_shapes(model, args, kwargs)
+
+
+def _explain(error: Exception, source: str, dynamic: bool) -> CaptureError:
+    """torch.export's error in one sentence, with the next step."""
+    if dynamic and ("Constraints violated" in str(error) or "specialized" in str(error)):
+        return CaptureError(
+            "the model fixes its batch size, so it can't serve several",
+            where=source,
+            hint="Give one size with --batch, and make one bundle for each",
+        )
+    return CaptureError(
+        f"torch.export can't take the model whole: {first_line(error)}",
+        where=source,
+        hint="See docs/capture.md for what keeps a model from being exported",
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps torch's own warnings, logs and prints of an export to itself: what matters comes as one error."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_tensors(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor], source: str) -> None:
+    """Compares inputs with what the program was exported for."""
+    for node, tensor in zip(placeholders(graph_module), tensors, strict=True):
+        expected = g.value(node)
+        fits = tensor.dim() == expected.dim() and all(
+            not isinstance(size, int) or size == found for size, found in zip(expected.shape, tensor.shape, strict=True)
+        )
+        if not fits or tensor.dtype != expected.dtype:
+            wanted = f"{list(g.symbolic_shape(expected.shape))} {expected.dtype}".replace("torch.", "")
+            found = f"{list(tensor.shape)} {tensor.dtype}".replace("torch.", "")
+            raise InputError(
+                f"input {node.target} is {found}, the model takes {wanted}",
+                where=source,
+                hint="Give it with --input or --inputs as the model takes it",
+            )
+
+
+def _input_names(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> dict[str, str]:
+    nodes = list(placeholders(graph_module))
+    if len(nodes) != len(tensors):
+        raise InputError(
+            f"the model takes {len(nodes)} tensors, {len(tensors)} are given", hint="Check the example inputs"
+        )
+    return {node.name: str(node.target) for node in nodes}
+
+
+def _outputs(program: ExportedProgram, source: str) -> dict[str, Any]:
+    """The structure of what the model returns; leaves that are no tensors become constants."""
+    specs = [s for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
+    leaves: list[Any] = []
+    for spec in specs:
+        value = getattr(spec.arg, "value", None)
+        leaves.append(torch.empty(0) if hasattr(spec.arg, "name") and value is None and not _is_none(spec) else value)
+    assert program.call_spec.out_spec is not None
+    tree = torch.utils._pytree.tree_unflatten(leaves, program.call_spec.out_spec)
+    described, tensors = nesting.describe(tree, is_tensor, f"{source}: output")
+    kept = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    assert len(kept) == len(tensors)
+    return described | {"positions": kept}
+
+
+def _is_none(spec: Any) -> bool:
+    return type(spec.arg).__name__ == "ConstantArgument"
+
+
+def _symbols(program: ExportedProgram, graph_module: fx.GraphModule) -> tuple[Symbol, ...]:
+    """The dynamic dimensions of the inputs; a symbol of first dimensions is called batch."""
+    found: dict[str, Symbol] = {}
+    ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
+    for node in placeholders(graph_module):
+        for dimension, size in enumerate(node.meta["val"].shape):
+            expression = "" if isinstance(size, int) else str(size.node.expr)
+            if expression not in ranges or expression in found:
+                continue
+            first = dimension == 0 and all(symbol.name != "batch" for symbol in found.values())
+            bounds = ranges[expression]
+            most = int(bounds.upper) if getattr(bounds.upper, "is_Integer", False) else None
+            least = int(bounds.lower) if getattr(bounds.lower, "is_Integer", False) else 0
+            found[expression] = Symbol("batch" if first else expression, expression, least, most)
+    return tuple(found.values())

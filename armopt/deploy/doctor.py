@@ -1,0 +1,284 @@
+"""What this host's PyTorch really does: which backends answer, with which numbers, and what a bundle gets of them.
+
+Findings come from two sources: the facts of :mod:`armopt.environment`, compared with what is wanted, and smoke tests
+that run one small layer per backend with oneDNN's log on. Where they disagree, the smoke test is right.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from armopt import environment, targets
+from armopt.environment.compare import Difference
+from armopt.environment.process import is_arm
+from armopt.environment.variables import FPMATH
+from armopt.errors import HostError
+from armopt.ir.records import Target
+
+if TYPE_CHECKING:
+    from armopt.bundle.reader import Bundle
+    from armopt.runtime.bind import Bound
+from armopt.deploy.smoke_tests import Check, smoke_tests
+
+_WHERE_FEATURES = ("asimd", "asimddp", "sve", "sve2", "i8mm", "svei8mm", "bf16", "svebf16")
+_RESTART = "Start the process with: armopt run BUNDLE -- CMD"
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a bundle's layers of one kernel and shape run here.
+
+    Attributes:
+        planned: The kernel planned.
+        kernel: The one that runs.
+        shape: Of the input.
+        layers: How many such layers there are.
+        reason: Why it is another one; empty where it is not.
+    """
+
+    planned: str
+    kernel: str
+    shape: tuple[int, ...]
+    layers: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that was found; ``healthy`` is False where something makes bundles slow or refused.
+
+    Attributes:
+        host: Core, products, features and vector width.
+        facts: See :func:`armopt.environment.build.record`.
+        checks: The smoke tests.
+        findings: What is wrong, the worst first, with what mends it.
+        verdicts: With a bundle, for each distinct kernel and shape.
+        bundle: Its target, or empty.
+    """
+
+    host: Mapping[str, Any]
+    facts: Mapping[str, str]
+    checks: tuple[Check, ...]
+    findings: tuple[Difference, ...]
+    verdicts: tuple[Proof, ...] = ()
+    bundle: str = ""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is hard or soft."""
+        return all(finding.severity == "info" for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """As one object."""
+        return {
+            "healthy": self.healthy,
+            "host": dict(self.host),
+            "facts": dict(self.facts),
+            "checks": [asdict(check) for check in self.checks],
+            "findings": [asdict(finding) for finding in self.findings],
+            "bundle": self.bundle,
+            "kernels": [asdict(verdict) | {"shape": list(verdict.shape)} for verdict in self.verdicts],
+        }
+
+
+def examine(
+    bundle: str | Path | None = None,
+    *,
+    strict: bool = False,
+    environ: Mapping[str, str] | None = None,
+    host: Target | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> Report:
+    """Examines this process on this host.
+
+    Args:
+        bundle: What it is to run; None asks for nothing but what any bundle for this host would.
+        strict: Whether a soft difference counts as a hard one.
+        environ: Variables of this process; None takes os.environ.
+        host: This machine; None detects it.
+        facts: Of this process; None records them, looking into all of torch's libraries.
+
+    Raises:
+        BundleError: The bundle is damaged.
+    """
+    environ = os.environ if environ is None else environ
+    host = host or targets.this_host()
+    facts = environment.record(deep=True) if facts is None else facts
+    opened = _open(bundle)
+    wanted, required, versions = _wanted(opened, host, facts)
+    late = environment.late_variables(wanted, environ=environ)
+    differences = environment.differences(wanted, required, versions, host, environ, record=facts, late=late)
+    checks = smoke_tests(host, facts)
+    findings = [*_unprobed(differences, checks, late), *_broken(checks, host, environ, late, facts)]
+    if opened is None and not host.bf16 and is_arm(host):
+        findings.append(_no_bf16(host))
+    verdicts: tuple[Proof, ...] = ()
+    if opened is not None and bundle is not None:
+        verdicts, more = _prove(opened, findings)
+        findings = [*_proved(findings, verdicts), *more]
+    if strict:
+        findings = [replace(f, severity="hard") if f.severity == "soft" else f for f in findings]
+    findings.sort(key=lambda finding: ("hard", "soft", "info").index(finding.severity))
+    return Report(
+        host={
+            "core": host.core,
+            "machine": platform.machine(),
+            "products": host.provenance.get("product", ""),
+            "features": [name for name in _WHERE_FEATURES if name in host.isa_features],
+            "vector_bits": host.vector_bits,
+            "cpus": host.cores,
+        },
+        facts=facts,
+        checks=checks,
+        findings=tuple(findings),
+        verdicts=verdicts,
+        bundle=opened.manifest.target if opened else "",
+    )
+
+
+# --- findings -------------------------------------------------------------------------------------
+
+
+def _open(bundle: str | Path | None) -> Bundle | None:
+    if bundle is None:
+        return None
+    from armopt.bundle import reader
+
+    return reader.read(bundle)
+
+
+def _wanted(
+    opened: Bundle | None, host: Target, facts: Mapping[str, str]
+) -> tuple[Mapping[str, Mapping[str, str]], tuple[str, ...], Mapping[str, str]]:
+    if opened is not None:
+        described = opened.manifest
+        # versions of a machine of another kind say nothing about this one
+        same = described.versions.get("machine") == platform.machine()
+        return described.environment, described.required_features, described.versions if same else {}
+    if not is_arm(host):
+        return {}, (), {}
+    return {name: asdict(v) for name, v in environment.wanted(host, build=facts).items()}, (), {}
+
+
+def _unprobed(differences: Sequence[Difference], checks: Sequence[Check], late: Sequence[str]) -> list[Difference]:
+    """The differences, without what a smoke test disproves or says better."""
+    status = {check.name: check.status for check in checks}
+    answers = "ok" in (status.get("ACL BF16"), status.get("ACL FP32"))
+    drop = {"BF16 in BLAS"} if status.get("BLAS BF16") == "failed" else set()
+    if answers:  # its library may have another name, or none of its own
+        drop.add("Arm Compute Library")
+    if status.get("fast math") == "ok" or (status.get("fast math") == "failed" and FPMATH in late):
+        drop.add(FPMATH)
+    return [d for d in differences if d.what not in drop]
+
+
+def _broken(
+    checks: Sequence[Check],
+    host: Target,
+    environ: Mapping[str, str],
+    late: Sequence[str],
+    facts: Mapping[str, str],
+) -> list[Difference]:
+    """What failed smoke tests mean."""
+    failed = {check.name: check.found for check in checks if check.status == "failed"}
+    found = []
+    if "torch" in failed:
+        found.append(
+            Difference("hard", "torch", "installed", failed["torch"], "nothing runs", "pip install 'torch>=2.10,<2.14'")
+        )
+    acl = [failed[name] for name in ("ACL BF16", "ACL FP32") if name in failed]
+    if acl and facts.get("acl"):
+        cost = "Linears and convolutions run reference or FP32 kernels"
+        remedy = f"Install another torch, e.g. torch=={environment.CPU_TORCH}"
+        found.append(Difference("soft", "ACL BF16" if host.bf16 else "ACL FP32", "ACL answers", acl[0], cost, remedy))
+    if "fast math" in failed and not acl and not _is_set(environ):
+        pass  # compare says that the variable is missing, what it costs, and how to start
+    elif "fast math" in failed and not acl:
+        cause = f"{FPMATH} was set after torch was imported" if FPMATH in late else failed["fast math"]
+        cost = "layers on FP32 activations multiply in FP32: 2.2 times the time at batch 256 (tutorial, Graviton3)"
+        found.append(Difference("soft", "fast math", "BF16 weights", cause, cost, _RESTART))
+    if "BLAS BF16" in failed:
+        absent = facts.get("sbgemm") == "no"
+        cost = "a BF16 product left to BLAS takes up to 13 times the instructions of OpenBLAS's, at M = 256"
+        wrong = "results left to BLAS in BF16 are wrong"
+        remedy = f"Install a CPU build of torch with OpenBLAS, e.g. torch=={environment.CPU_TORCH}"
+        severity: Literal["hard", "soft", "info"] = "info" if absent else "hard"
+        found.append(
+            Difference(severity, "BF16 in BLAS", "sbgemm", failed["BLAS BF16"], cost if absent else wrong, remedy)
+        )
+    for name in ("BLAS BF16, one row", "BLAS FP32"):
+        if name in failed:
+            remedy = f"Install another torch, e.g. torch=={environment.CPU_TORCH}"
+            found.append(Difference("hard", name, "right numbers", failed[name], "results are wrong", remedy))
+    return found
+
+
+def _is_set(environ: Mapping[str, str]) -> bool:
+    value = environ.get("ONEDNN_DEFAULT_FPMATH_MODE") or environ.get(FPMATH, "")
+    return value.upper() in ("BF16", "ANY")
+
+
+def _no_bf16(host: Target) -> Difference:
+    products = host.provenance.get("product", host.name).split(", ")
+    cost = "bundles made for cores with BF16 are refused here; FP32 ones run"
+    remedy = f"Make bundles with: armopt optimize --target {' or '.join(products)}"
+    return Difference("soft", "CPU features", "bf16", f"{host.core} without it", cost, remedy)
+
+
+def _prove(opened: Bundle, findings: Sequence[Difference]) -> tuple[tuple[Proof, ...], list[Difference]]:
+    """Loads the bundle, which probes every kernel and shape, unless this host can't run it."""
+    from armopt.runtime import load
+
+    if any(finding.severity == "hard" and finding.what in ("CPU features", "torch") for finding in findings):
+        return (), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all of it is in the findings
+        try:
+            parts = load.load_parts(opened)
+        except HostError as error:
+            return (), [Difference("hard", "bundle", "loads", error.what, "it can't run here", error.hint)]
+    if any(part.portable for part in parts.values()):
+        return (), []
+    verdicts = _verdicts(opened, [entries for part in parts.values() for entries in part.kernels])
+    changed = [v for v in verdicts if v.reason]
+    count, all_layers = sum(v.layers for v in changed), sum(v.layers for v in verdicts)
+    if not changed:
+        return verdicts, []
+    first = changed[0]
+    found = f"{count} run another, e.g. {first.kernel} for {first.planned} ({first.reason})"
+    cost = "those layers run the next best kernel that proved itself here"
+    remedy = _RESTART if FPMATH in first.reason else "Plan for this build: armopt optimize --target host, on this host"
+    return verdicts, [Difference("soft", "kernels", f"{all_layers} layers as planned", found, cost, remedy)]
+
+
+def _verdicts(opened: Bundle, kernels: Sequence[Sequence[Bound]]) -> tuple[Proof, ...]:
+    """One for each distinct kernel, shape and outcome."""
+    counts: dict[tuple[str, str, tuple[int, ...], str], int] = {}
+    for each, entries in zip(opened.manifest.plan, kernels, strict=True):
+        shapes = {node["node"]: tuple(node["shape"]) for node in each["nodes"]}
+        for entry in entries:
+            reason = entry.reason if entry.kernel != entry.planned else ""
+            key = (entry.planned, entry.kernel, shapes.get(entry.node, ()), reason)
+            counts[key] = counts.get(key, 0) + 1
+    return tuple(
+        Proof(planned, kernel, shape, count, reason) for (planned, kernel, shape, reason), count in counts.items()
+    )
+
+
+def _proved(findings: Sequence[Difference], verdicts: Sequence[Proof]) -> list[Difference]:
+    """Another build, soft because kernels may answer differently, is harmless once each was probed here."""
+    if not verdicts or any(verdict.reason for verdict in verdicts):
+        return list(findings)
+    builds = ("torch", "torch_build", "onednn", "acl", "blas")
+    return [
+        replace(f, severity="info", cost="all kernels of this bundle were probed again and answer as planned")
+        if f.what in builds and f.severity == "soft"
+        else f
+        for f in findings
+    ]

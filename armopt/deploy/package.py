@@ -1,0 +1,266 @@
+"""What an image needs: Dockerfile, requirements with hashes, entry point, health check, armopt itself, the bundle.
+
+Written whole or not at all: into a temporary folder beside its place, then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from armopt import environment, targets
+from armopt._version import __version__
+from armopt.bundle import manifest, reader
+from armopt.bundle.files import KEPT
+from armopt.errors import ArmoptError, HostError, InputError
+
+DOCKERFILE, REQUIREMENTS, SERVE, BUNDLE, LIBRARY = "Dockerfile", "requirements.txt", "serve.py", "bundle", "lib"
+PYTHON = "3.11"
+PORT = 8080
+#: Debian's package of what environment.allocator_library prefers; since trixie a name that another provides.
+ALLOCATOR = "libtcmalloc-minimal4"
+#: What serving a bundle imports, beyond torch and armopt itself.
+_NEEDED = ("numpy", "safetensors", "typer", "packaging")
+_PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
+_MINUTES = 10
+
+#: Runs a command and returns what it wrote; raises OSError or subprocess.SubprocessError.
+Runner = Callable[[Sequence[str]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """One wheel: a package, its version, and the sha256 of its file."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        files: In it, at the top.
+        torch: The version that the image installs.
+        hashes: Whether requirements.txt has them.
+        remarks: What is worth knowing.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    torch: str
+    hashes: bool
+    remarks: tuple[str, ...]
+
+
+def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None = None) -> Package:
+    """Writes the folder of an image that serves a bundle.
+
+    Args:
+        bundle: A folder or a zip; all its hashes are checked.
+        output: The folder to make.
+        hashes: Whether to ask the package registry for the hashes of the aarch64 wheels.
+        run: How pip is run; for tests.
+
+    Raises:
+        InputError: The place can't take it.
+        BundleError: The bundle is damaged.
+    """
+    described = reader.read(bundle).manifest
+    if described.is_module:
+        raise InputError(
+            'is of kind "module": it needs the Python of its model, which only its own image can bring',
+            where=str(bundle),
+            hint="Copy the bundle into that image and start it with: armopt run BUNDLE -- python serve.py",
+        )
+    parent = output.absolute().parent
+    if output.exists():
+        raise InputError("is there already", where=str(output), hint="Choose another place with -o")
+    if not parent.is_dir():
+        raise InputError("the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {parent}")
+    torch = torch_version(described)
+    remarks = []
+    pinned: tuple[Pinned, ...] = ()
+    if hashes:
+        try:
+            pinned = resolve(torch, run or _pip)
+        except ArmoptError as error:
+            remarks.append(f"{REQUIREMENTS} has no hashes: {error}")
+    else:
+        remarks.append(f"{REQUIREMENTS} has no hashes, as asked for")
+    if not described.accuracy.get("passed", True):
+        remarks.append("the bundle failed its accuracy gate: it is not meant to be deployed")
+    texts = {
+        DOCKERFILE: dockerfile(described, hashes=bool(pinned)),
+        REQUIREMENTS: requirements(torch, pinned),
+        ".dockerignore": "**/__pycache__\n",
+    }
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
+    try:
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        shutil.copyfile(Path(__file__).with_name("server.py"), folder / SERVE)
+        _copy_bundle(bundle, folder / BUNDLE)
+        _copy_armopt(folder / LIBRARY / "armopt")
+        folder.chmod(0o755)
+        folder.rename(output)
+    except OSError as error:
+        raise InputError(
+            f"can't write the package: {error.strerror or error}",
+            where=str(output),
+            hint="Nothing was left behind. Free some space or choose another place with -o",
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    files = tuple(sorted(entry.name for entry in output.iterdir()))
+    return Package(output, files, torch, bool(pinned), tuple(remarks))
+
+
+def torch_version(described: manifest.Manifest) -> str:
+    """The torch for the image: the one of the Arm machine that made the bundle, else the last CPU wheel on PyPI."""
+    made = described.versions.get("torch", "")
+    on_arm = described.versions.get("machine") == "aarch64" and described.versions.get("torch_build") == "cpu"
+    return made.partition("+")[0] if on_arm and made else environment.CPU_TORCH
+
+
+def dockerfile(described: manifest.Manifest, *, hashes: bool) -> str:
+    """The Dockerfile: the environment as ENV lines, and `armopt run` as the entry point, which sets the threads."""
+    wanted = {name: environment.Variable(e["value"], e["why"]) for name, e in described.environment.items()}
+    if described.target != targets.HOST:
+        wanted |= environment.wanted(targets.load(described.target))
+    check = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/health', timeout=50)"
+    command = ["python", "-m", "armopt", "run", f"/app/{BUNDLE}", "--"]
+    install = f"pip install --no-cache-dir --only-binary=:all:{' --require-hashes' if hashes else ''}"
+    return f"""\
+# For {described.target}, by armopt {__version__}. Build it for Arm:
+#   docker build --platform linux/arm64 -t model . && docker run --rm -p {PORT}:{PORT} model
+FROM python:{PYTHON}-slim
+
+# `armopt run` preloads it: oneDNN makes many small objects on each call
+RUN apt-get update && apt-get install -y --no-install-recommends {ALLOCATOR} && rm -rf /var/lib/apt/lists/*
+WORKDIR /app
+COPY {REQUIREMENTS} ./
+RUN {install} -r {REQUIREMENTS}
+COPY {LIBRARY} ./{LIBRARY}
+COPY {BUNDLE} ./{BUNDLE}
+COPY {SERVE} ./
+
+{environment.render(wanted, "docker")}\
+ENV PYTHONPATH="/app/{LIBRARY}" PYTHONDONTWRITEBYTECODE="1"
+ENV ARMOPT_BUNDLE="/app/{BUNDLE}" ARMOPT_HOST="0.0.0.0" ARMOPT_PORT="{PORT}"
+USER 10001
+EXPOSE {PORT}
+HEALTHCHECK --interval=30s --timeout=60s --start-period=120s CMD {json.dumps(["python", "-c", check])}
+ENTRYPOINT {json.dumps(command)}
+CMD {json.dumps(["python", SERVE])}
+"""
+
+
+def requirements(torch: str, pinned: Sequence[Pinned]) -> str:
+    """requirements.txt: each wheel with its hash; without hashes, how to add them."""
+    if pinned:
+        head = "# aarch64 wheels from the package registry; pip refuses any other file (--require-hashes).\n"
+        return head + "".join(
+            f"{each.name}=={each.version} \\\n    --hash=sha256:{each.sha256}\n"
+            for each in sorted(pinned, key=lambda p: p.name)
+        )
+    return (
+        "# NO HASHES: no package registry could be asked when this was written, so pip takes what it finds.\n"
+        "# To add them, where a registry can be reached: armopt package BUNDLE -o DIR\n"
+        + "".join(f"{line}\n" for line in (f"torch=={torch}", *_NEEDED))
+    )
+
+
+def resolve(torch: str, run: Runner) -> tuple[Pinned, ...]:
+    """Every wheel that the image needs, with its hash, as pip would choose them on an Arm server.
+
+    pip can choose files for another platform, but takes this machine's for the conditions in a package's needs. torch's
+    are the ones that differ (CUDA on x86), so they are judged here.
+
+    Raises:
+        HostError: pip is missing, or reaches no registry.
+    """
+    first = _report(run, [f"torch=={torch}"], "--no-deps")
+    arm: dict[str, str] = {name: str(value) for name, value in default_environment().items()}
+    arm |= {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "extra": ""}
+    arm |= {"platform_machine": "aarch64", "platform_system": "Linux", "sys_platform": "linux"}
+    needs = []
+    for line in (line for item in first for line in item["metadata"].get("requires_dist", [])):
+        need = Requirement(line)
+        if need.marker is None or need.marker.evaluate(arm):
+            needs.append(f"{need.name}{need.specifier}")
+    return tuple(_pinned([*first, *_report(run, [*needs, *_NEEDED])]))
+
+
+def _report(run: Runner, wanted: Sequence[str], *options: str) -> list[Mapping[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [
+            *("install", "--dry-run", "--quiet", "--ignore-installed", "--only-binary=:all:"),
+            *("--python-version", PYTHON, "--implementation", "cp", "--target", str(Path(folder) / "none")),
+            *(f"--platform={name}_aarch64" for name in _PLATFORMS),
+            *("--report", str(report), *options, *wanted),
+        ]
+        try:
+            run(command)
+            content = json.loads(report.read_text())
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            said = getattr(error, "stderr", "") or str(error)
+            lines = [line for line in said.splitlines() if line.startswith("ERROR")] or said.splitlines()[-1:]
+            raise HostError(
+                f"pip found no aarch64 wheels: {' '.join(lines)[:300]}",
+                where=" ".join(wanted),
+                hint="Try again where a package registry can be reached",
+            ) from None
+    found: list[Mapping[str, Any]] = content["install"]
+    return found
+
+
+def _pinned(items: Iterable[Mapping[str, Any]]) -> list[Pinned]:
+    found: dict[str, Pinned] = {}
+    for item in items:
+        name, version = canonicalize_name(item["metadata"]["name"]), item["metadata"]["version"]
+        archive = item["download_info"].get("archive_info", {})
+        digest = archive.get("hashes", {}).get("sha256") or archive.get("hash", "").removeprefix("sha256=")
+        if not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise HostError("the registry gives no sha256", where=f"{name} {version}", hint="Try another registry")
+        found[name] = Pinned(name, version, digest)
+    return list(found.values())
+
+
+def _pip(arguments: Sequence[str]) -> str:
+    command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60 * _MINUTES, check=True)
+    return done.stdout
+
+
+def _copy_bundle(bundle: Path, place: Path) -> None:
+    """All that a server needs: without the FP32 original, which is for `validate`."""
+    if bundle.is_dir():
+        shutil.copytree(bundle, place, ignore=shutil.ignore_patterns(*KEPT))
+        return
+    with zipfile.ZipFile(bundle) as archive:  # its names were checked against the manifest
+        archive.extractall(place, [name for name in archive.namelist() if name not in KEPT])
+
+
+def _copy_armopt(place: Path) -> None:
+    """armopt as it runs here; the folder of passes is a link in a checkout, and a folder in the copy."""
+    unwanted = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+    shutil.copytree(Path(os.path.abspath(__file__)).parents[1], place, symlinks=False, ignore=unwanted)

@@ -1,0 +1,172 @@
+"""One small layer on each backend: does it answer, under its own name, with right numbers?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from armopt.environment.process import is_arm
+from armopt.errors import first_line
+from armopt.ir.records import Target
+
+if TYPE_CHECKING:
+    import torch
+
+
+#: Rows, terms and columns of the smoke tests: large enough for every backend, small enough for an emulated core.
+_SHAPE = (32, 64, 96)
+#: Least cosine similarity to FP64 of a product of BF16 operands: 8 bits of mantissa leave 5 nines, zeros leave none.
+_MIN_COSINE = 0.9999
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One smoke test.
+
+    Attributes:
+        name: The backend.
+        status: ``ok``, ``failed``, or ``skipped`` where this host or build can't have it.
+        found: What answered: the implementation and the dtype of its weights, or why not.
+    """
+
+    name: str
+    status: Literal["ok", "failed", "skipped"]
+    found: str
+
+
+# --- the smoke tests ------------------------------------------------------------------------------
+
+
+def smoke_tests(host: Target, facts: Mapping[str, str]) -> tuple[Check, ...]:
+    """Runs one small layer on each backend: does it answer, under its own name, with right numbers?"""
+    if not facts.get("torch"):
+        return (Check("torch", "failed", "none is installed"),)
+    if not is_arm(host):
+        names = ("ACL BF16", "fast math", "ACL FP32", "BLAS BF16", "BLAS BF16, one row")
+        skipped = tuple(Check(name, "skipped", "not an Arm server: portable twins run") for name in names)
+        return (*skipped, _run("BLAS FP32", _blas_fp32))
+    half: dict[str, Callable[[], str]] = {
+        "ACL BF16": lambda: _kernel("conv1x1_bf16"),
+        "fast math": lambda: _kernel("conv1x1_fastmath"),
+        "BLAS BF16": lambda: _blas_bf16(_SHAPE[0]),
+        "BLAS BF16, one row": lambda: _blas_bf16(1),
+    }
+    whole: dict[str, Callable[[], str]] = {"ACL FP32": lambda: _kernel("conv1x1_fp32"), "BLAS FP32": _blas_fp32}
+    found = []
+    for name, test in half.items():
+        if not host.bf16:
+            found.append(Check(name, "skipped", f"{host.core} has no BF16"))
+        elif name == "BLAS BF16" and facts.get("sbgemm") == "no":
+            found.append(Check(name, "failed", f"{facts.get('blas', 'this BLAS')} has no sbgemm"))
+        else:
+            found.append(_run(name, test))
+    return (*found, *(_run(name, test) for name, test in whole.items()))
+
+
+class _WrongError(Exception):
+    """A smoke test's own verdict."""
+
+
+def _run(name: str, test: Callable[[], str]) -> Check:
+    try:
+        return Check(name, "ok", test())
+    except _WrongError as wrong:
+        return Check(name, "failed", str(wrong))
+    except Exception as error:  # a broken build may raise anything at all
+        return Check(name, "failed", f"{type(error).__name__}: {first_line(error, 160)}")
+
+
+def _operands(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input [rows, K], weight [N, K], rounded to BF16, and their product in FP64."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    _, terms, columns = _SHAPE
+    x = torch.randn(rows, terms, generator=generator).bfloat16()
+    weight = torch.randn(columns, terms, generator=generator).bfloat16()
+    return x, weight, x.double() @ weight.double().T
+
+
+def _agrees(result: torch.Tensor, exact: torch.Tensor, what: str) -> str:
+    import torch
+
+    found = result.double().flatten()
+    cosine = float(torch.nn.functional.cosine_similarity(found, exact.flatten(), 0))
+    # the angle is blind to a common factor
+    ratio = float(found.norm() / exact.norm())
+    if not cosine >= _MIN_COSINE or abs(ratio - 1) > 0.01:
+        zeros = "all zeros" if not found.any() else f"cosine similarity {cosine:.4f}, {ratio:.3g} of the length"
+        raise _WrongError(f"{what} gives wrong numbers: {zeros}")
+    return what
+
+
+def _kernel(name: str) -> str:
+    """A Linear by one of armopt's own kernels, judged by its probe; returns what answered.
+
+    Raises:
+        _WrongError: The probe refuses it, something else than ACL answers, or the numbers are wrong.
+    """
+    import torch
+
+    from armopt.ir.records import Site
+    from armopt.kernels import table
+    from armopt.runtime import onednn_log, probe
+
+    kernel = table.get(name)
+    rows, terms, columns = _SHAPE
+    x, weight, exact = _operands(rows)
+    site = Site("smoke_test", "linear", rows, terms, columns, (rows, terms), (columns, terms))
+    packed = kernel.packed_weight(weight, site)
+    call = _call(kernel, site, packed)
+    x = x.to(kernel.activations)
+    with torch.no_grad():
+        call(x)  # the first call may prepare what later calls reuse
+        with onednn_log.capture_verbose() as log:
+            result = call(x)
+    if reason := probe.judge(kernel, site, log.executions):
+        raise _WrongError(reason)
+    ran = [e for e in log.executions if e.primitive == "convolution"]
+    what = ", ".join(f"{e.implementation} on {e.weight_dtype} weights" for e in ran)
+    if not any(e.is_acl for e in ran):
+        raise _WrongError(f"{what} answers, not the Arm Compute Library")
+    return _agrees(result, exact, what)
+
+
+def _call(kernel: Any, site: Any, packed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The kernel's own call as a function of its input."""
+    import torch
+    from torch import fx
+
+    from armopt.kernels.base import Call
+
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    marker = graph.call_function(torch.ops.aten.alias.default, (x,))
+    result = kernel.emit(
+        Call(marker, x, weight, None, None, "none", [*site.shape[:-1], site.n], site, kernel.activations)
+    )
+    graph.output(result)
+    graph.erase_node(marker)
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    return lambda value: module(value, packed)
+
+
+def _blas_fp32() -> str:
+    import torch
+
+    x, weight, exact = _operands(_SHAPE[0])
+    bias = torch.zeros(_SHAPE[2])
+    return _agrees(torch.addmm(bias, x.float(), weight.float().T.contiguous()), exact, "sgemm")
+
+
+def _blas_bf16(rows: int) -> str:
+    import torch
+
+    x, weight, exact = _operands(rows)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch 2.10 warns of TF32 on GPUs here
+        with torch.backends.mkldnn.flags(enabled=False):
+            result = torch.nn.functional.linear(x, weight)
+    return _agrees(result, exact, "sbgemm" if rows > 1 else "BF16 gemv")

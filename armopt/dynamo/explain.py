@@ -1,0 +1,123 @@
+"""What runs where in a model that was compiled: every layer's kernel, what was left alone, and the bytes held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from armopt.dynamo import programs
+from armopt.ir.records import Skip
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One Linear or convolution of one program.
+
+    Attributes:
+        graph: Where in the source its graph begins.
+        bucket: The sizes that it was planned for.
+        node: Its name.
+        op: ``linear`` or ``conv``.
+        shape: Of the input.
+        planned: The kernel planned.
+        kernel: The kernel that runs; the planned one's twin where this machine is not the target.
+        precision: ``bf16``, ``bf16-weights`` or ``fp32``.
+        reason: Why it was planned, and why another one runs if so.
+    """
+
+    graph: str
+    bucket: Mapping[str, int]
+    node: str
+    op: str
+    shape: tuple[int, ...]
+    planned: str
+    kernel: str
+    precision: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What became of a model.
+
+    Attributes:
+        layers: In every program that was made for it so far.
+        left_alone: What runs as PyTorch runs it, and why.
+        original_bytes: Of the model's parameters and buffers in memory.
+        program_bytes: Of what programs hold besides: weights rounded and packed.
+    """
+
+    layers: tuple[Layer, ...]
+    left_alone: tuple[Skip, ...]
+    original_bytes: int
+    program_bytes: int
+
+    def with_left_alone(self, more: Iterable[Skip]) -> Explanation:
+        """The same with more that was left alone."""
+        return replace(self, left_alone=(*self.left_alone, *more))
+
+    @property
+    def resident_bytes(self) -> int:
+        """All of it."""
+        return self.original_bytes + self.program_bytes
+
+
+def explain(model: torch.nn.Module) -> Explanation:
+    """Explains a model that ``armopt.compile`` or ``torch.compile(…, backend="armopt")`` made and that has run.
+
+    Args:
+        model: That model, or the one it was made from.
+    """
+    own = [*model.parameters(), *model.buffers()]
+    known = {id(tensor) for tensor in own}
+    layers: list[Layer] = []
+    left = [Skip(name, _RECURRENT) for name, part in model.named_modules() if isinstance(part, torch.nn.RNNBase)]
+    held: list[torch.Tensor] = []
+    for graph in programs.graphs():
+        for weights in graph.held:
+            if not weights.tensors or not all(id(tensor) in known for tensor in weights.tensors):
+                continue
+            held += weights.held
+            left += [Skip(f"{graph.name}: {skip.node}", skip.reason) for skip in weights.refused]
+            for programmed in weights.programs:
+                layers += _layers(graph.name, programmed)
+                left += [Skip(f"{graph.name}: {skip.node}", skip.reason) for skip in programmed.plan.refused]
+    originals = _storages(own)
+    packed = {address: size for address, size in _storages(held).items() if address not in originals}
+    return Explanation(tuple(layers), tuple(dict.fromkeys(left)), sum(originals.values()), sum(packed.values()))
+
+
+_RECURRENT = "recurrent: each step needs the one before, so PyTorch's own kernel runs it whole"
+
+
+def _layers(graph: str, programmed: programs.Programmed) -> Iterable[Layer]:
+    ran = {bound.node: bound for bound in programmed.kernels}
+    for entry in programmed.plan.decisions:
+        bound = ran.get(entry.node)
+        other = bound is not None and bound.kernel != entry.kernel
+        yield Layer(
+            graph=graph,
+            bucket=dict(programmed.plan.bucket),
+            node=entry.node,
+            op=entry.op,
+            shape=entry.shape,
+            planned=entry.kernel,
+            kernel=bound.kernel if bound is not None else entry.kernel,
+            precision=entry.precision,
+            reason=f"{entry.reason}; {bound.reason}" if bound is not None and other else entry.reason,
+        )
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[Any, int]:
+    """Bytes by address, each memory once."""
+    found: dict[Any, int] = {}
+    for tensor in tensors:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        else:  # packed by oneDNN: opaque
+            found[id(tensor)] = tensor.numel() * tensor.element_size()
+    return found

@@ -1,0 +1,39 @@
+"""The environment of a process: what a target wants of it, what this host has, and how they differ."""
+
+from armopt.environment.build import CPU_TORCH, installed, package_folder, record, thp_setting
+from armopt.environment.compare import Difference, differences
+from armopt.environment.formats import FORMATS, render
+from armopt.environment.process import for_process, import_remark, late_variables
+from armopt.environment.threads import threads_for_host
+from armopt.environment.variables import (
+    FPMATH,
+    FRAMEWORKS,
+    PRELOAD,
+    Variable,
+    allocator_library,
+    only_read,
+    wanted,
+)
+
+__all__ = [
+    "CPU_TORCH",
+    "FORMATS",
+    "FPMATH",
+    "FRAMEWORKS",
+    "PRELOAD",
+    "Difference",
+    "Variable",
+    "allocator_library",
+    "differences",
+    "for_process",
+    "import_remark",
+    "installed",
+    "late_variables",
+    "only_read",
+    "package_folder",
+    "record",
+    "render",
+    "thp_setting",
+    "threads_for_host",
+    "wanted",
+]

@@ -1,0 +1,197 @@
+"""The core types: frozen records that flow from one stage to the next. No logic and no torch import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import fx
+
+#: A dimension is a number, or the name of a symbol where it is dynamic.
+Dim = int | str
+#: One value for each dynamic symbol: the point at which a plan is made. Empty for a static model.
+Bucket = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A product that runs PyTorch: its core and what that core can do.
+
+    Attributes:
+        name: Product, as given to ``--target``.
+        core: The core's name, e.g. ``neoverse-v1``.
+        isa_features: Names as in /proc/cpuinfo (``bf16``, ``svebf16``, ``i8mm``, ``sve``…).
+        vector_bits: Width of one SIMD register, in bits.
+        simd_pipes: SIMD pipes of `vector_bits` each.
+        l2_kib: Private L2 cache per core, in KiB.
+        cores: Most cores of the product in one socket.
+        provenance: Where each figure comes from.
+    """
+
+    name: str
+    core: str
+    isa_features: frozenset[str]
+    vector_bits: int
+    simd_pipes: int
+    l2_kib: int
+    cores: int
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the core multiplies BF16 natively."""
+        return "bf16" in self.isa_features
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One tensor input: its name, shape (symbols by name) and dtype (``float32``…)."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A dynamic dimension: its name for people, torch.export's name, and its range (most is None where unbounded)."""
+
+    name: str
+    expression: str
+    least: int
+    most: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A model as a flat graph.
+
+    Attributes:
+        graph_module: Placeholders are the tensor inputs, get_attr nodes the weights, the output is a flat tuple.
+            Every node carries a fake tensor in ``meta["val"]``.
+        input_specs: One for each placeholder, in order.
+        symbols: The dynamic dimensions of the inputs.
+        inputs: How (args, kwargs) nest the tensors (see :mod:`armopt.ir.nesting`).
+        outputs: How the flat outputs nest.
+        example: One tensor for each placeholder.
+        digest: sha256 over graph and weights, in hexadecimal.
+        source: Where the model came from, for messages.
+    """
+
+    graph_module: fx.GraphModule
+    input_specs: tuple[InputSpec, ...]
+    symbols: tuple[Symbol, ...]
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    example: tuple[torch.Tensor, ...]
+    digest: str
+    source: str
+
+    def values(self, bucket: Bucket) -> dict[str, int]:
+        """A bucket by torch.export's names instead of ours."""
+        return {symbol.expression: bucket[symbol.name] for symbol in self.symbols if symbol.name in bucket}
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A node that a pass left as it was, and why."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What one pass did: the graph, whether it changed, and the nodes rewritten and skipped."""
+
+    graph_module: fx.GraphModule
+    modified: bool
+    rewritten: tuple[str, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A Linear or a convolution as the planner sees it, at one bucket.
+
+    Attributes:
+        node: Name of its node.
+        op: ``linear`` or ``conv``.
+        m: Rows of the product (Linear), or output pixels times batch (convolution).
+        k: Length of each dot product.
+        n: Output features or channels.
+        shape: Of the input, concrete.
+        weight: Shape of the weight.
+        stride: Of a convolution, per spatial dimension; empty for a Linear. So are the next two.
+        padding: Ditto.
+        dilation: Ditto.
+        groups: Of a convolution.
+        transposed: Whether a convolution is transposed.
+        output_padding: Of a transposed convolution.
+        post_op: What is fused behind it (``none``, ``relu``, ``add_relu``…).
+        weight_key: The parameter; sites that share it share storage.
+        source: The node that makes the input, looking through operations that only move or select values.
+        residual: The same for the second tensor of a fused addition; empty where there is none.
+        escapes: Whether the result is read, through such operations, by anything but sites.
+        attended: Heads of all images, scores, and multiply-adds of attention whose query is of the result and whose key
+            and value are of sites: all of it works in BF16 if they do.
+    """
+
+    node: str
+    op: str
+    m: int
+    k: int
+    n: int
+    shape: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    post_op: str = "none"
+    weight_key: str = ""
+    source: str = ""
+    residual: str = ""
+    escapes: bool = True
+    attended: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The kernel that a node gets, and why.
+
+    Attributes:
+        node: Name of the node.
+        op: ``linear`` or ``conv``.
+        kernel: Name of the kernel (see :mod:`armopt.kernels`).
+        precision: ``bf16`` (weights and products), ``bf16-weights`` (products in FP32) or ``fp32``.
+        layout: Of the activations the kernel works on: ``channels_last`` or ``plain``.
+        shape: Of the input, concrete.
+        reason: One sentence.
+        block: Terms after which the kernel rounds its sum to BF16; 0 where it stays in FP32.
+    """
+
+    node: str
+    op: str
+    kernel: str
+    precision: str
+    layout: str
+    shape: tuple[int, ...]
+    reason: str
+    block: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All decisions for one bucket; `refused` runs as plain ATen."""
+
+    target: Target
+    policy: str
+    bucket: Bucket
+    decisions: tuple[Decision, ...]
+    refused: tuple[Skip, ...] = ()

@@ -1,0 +1,1 @@
+"""Other people's models by name: references, torchvision's operations and inputs."""

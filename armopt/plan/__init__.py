@@ -1,0 +1,1 @@
+"""Chooses a kernel for every Linear and convolution, at each bucket. Pure."""

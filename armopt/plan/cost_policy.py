@@ -1,0 +1,180 @@
+"""Chooses kernels by cost over the whole graph: neighbours in BF16 share their casts. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import networkx as nx
+import torch
+
+from armopt.ir.records import Site, Target
+from armopt.kernels import table
+from armopt.kernels.base import Kernel
+from armopt.plan import costs, planner, threshold_policy
+from armopt.plan.planner import Choice, Policy
+
+_BF16, _FP32 = "bf16", "fp32"
+
+
+class Costs(Protocol):
+    """Where costs come from: a table, or a host's own times."""
+
+    @property
+    def name(self) -> str:
+        """As reports have it."""
+
+    def describe(self, cost: float) -> str:
+        """A cost with its unit."""
+
+    def estimate(self, kernel: Kernel, site: Site) -> float | None:
+        """The cost of one call with its post-op; None where it is not known."""
+
+    def pointwise(self, name: str, elements: int) -> float:
+        """The cost of one pointwise operation, e.g. ``fp32:cast``: from that dtype to the other."""
+
+    def attention(self, dtype: str, heads: int, scores: int, products: int) -> float:
+        """The cost of attention of so many heads, scores and multiply-adds in ``bf16`` or ``fp32``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """The cheapest kernel on one dtype of activations, and its rival."""
+
+    kernel: Kernel
+    cost: float
+    rival: str = ""
+    ratio: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class CostPolicy:
+    """The fewest instructions over the graph, from a table measured on the target's core.
+
+    Each site works on activations in BF16 or in FP32; a value that is made in one and read in the other is cast once.
+    The cheapest labelling is a minimum cut, found exactly.
+
+    Attributes:
+        costs: A table, or a host's own times.
+        near: Kernels whose cost is within this factor of the best count as equal; the one that reads fewer bytes of
+            weights is then taken, because one row is bound by them.
+    """
+
+    costs: Costs
+    near: float = 1.03
+
+    @property
+    def name(self) -> str:
+        """`cost` and where the costs come from."""
+        return f"cost ({self.costs.name})"
+
+    def choose(self, sites: Sequence[Site], target: Target) -> Sequence[Choice]:
+        """The labelling of least cost; a site that no kernel takes stays plain ATen."""
+        options = [self._options(site, target) for site in sites]
+        in_bf16 = _cut(sites, options, self.costs)
+        return [self._choice(site, options[i], site.node in in_bf16, target) for i, site in enumerate(sites)]
+
+    def _options(self, site: Site, target: Target) -> dict[str, _Option]:
+        """The best kernel on BF16 and on FP32 activations."""
+        found: dict[str, list[tuple[float, Kernel]]] = {_BF16: [], _FP32: []}
+        taking = candidates(site, target)
+        for kernel in taking:
+            cost = self.costs.estimate(kernel, site)
+            if cost is not None:
+                label = _BF16 if kernel.activations == torch.bfloat16 else _FP32
+                found[label].append((cost, kernel))
+        options = {label: self._best(entries) for label, entries in found.items() if entries}
+        if taking and not options:  # none was measured: the order of the kernels is the order of preference
+            first = taking[0]
+            options[_BF16 if first.activations == torch.bfloat16 else _FP32] = _Option(first, 0.0)
+        return options
+
+    def _best(self, entries: list[tuple[float, Kernel]]) -> _Option:
+        entries.sort(key=lambda entry: entry[0])
+        close = [entry for entry in entries if entry[0] <= entries[0][0] * self.near]
+        cost, kernel = min(close, key=lambda entry: (_weight_bytes(entry[1]), entry[0]))
+        rivals = [entry for entry in entries if entry[1] is not kernel]
+        if not rivals:
+            return _Option(kernel, cost)
+        return _Option(kernel, cost, rivals[0][1].name, rivals[0][0] / cost)
+
+    def _choice(self, site: Site, options: Mapping[str, _Option], in_bf16: bool, target: Target) -> Choice:
+        refusals = planner.refusals(site, target)
+        if not options:
+            return Choice(None, "; ".join(refusals))
+        label = _BF16 if in_bf16 else _FP32
+        chosen = options[label]
+        other = options.get(_FP32 if in_bf16 else _BF16)
+        rival, ratio = chosen.rival, chosen.ratio
+        if other is not None and (not rival or other.cost / chosen.cost < ratio):
+            rival, ratio = other.kernel.name, other.cost / chosen.cost
+        parts = [self.costs.describe(chosen.cost) if chosen.cost else "the first kernel that takes it"]
+        if rival:
+            parts.append(f"{rival} {ratio:.2f}x" + (", but it would need casts" if ratio < 1 else ""))
+        if chosen.kernel.precision == "fp32":
+            parts += refusals
+        return Choice(chosen.kernel, "; ".join(parts))
+
+
+def default(target: Target, release: str = "") -> Policy:
+    """The policy for a target where nobody names one: by cost, or by the tutorial's threshold without a cost table."""
+    table_of_costs = costs.find(target, release)
+    return threshold_policy.ThresholdPolicy() if table_of_costs is None else CostPolicy(table_of_costs)
+
+
+def candidates(site: Site, target: Target) -> list[Kernel]:
+    """Kernels that take a site: with BF16 weights where the core has BF16 and any such kernel does.
+
+    In a process with fast math a kernel called FP32 would multiply in BF16 as well.
+    """
+    taking = [kernel for kernel in table.ALL if kernel.backend != "aten" and kernel.refuses(site) is None]
+    half = [kernel for kernel in taking if kernel.rounding.weights == torch.bfloat16]
+    full = [kernel for kernel in taking if kernel.rounding.weights == torch.float32]
+    return half if target.bf16 and half else full
+
+
+def _weight_bytes(kernel: Kernel) -> int:
+    """Bytes read for each weight: BLAS in FP32 widens them at load."""
+    return 2 if kernel.precision == "bf16" else 4
+
+
+def _cut(sites: Sequence[Site], options: Sequence[Mapping[str, _Option]], costs: Costs) -> set[str]:
+    """The sites that work in BF16, in the labelling of least cost.
+
+    The source side is BF16. A value that is made on one side and read on the other costs one cast, whoever reads it: an
+    auxiliary node for each direction stands for all readers.
+    """
+    graph = nx.DiGraph()
+    graph.add_edge("bf16", "fp32", capacity=0.0)
+    by_name = {site.node: site for site in sites}
+    for site, choices in zip(sites, options, strict=True):
+        half, full = (
+            choices[label].cost + costs.attention(label, *site.attended) if label in choices else math.inf
+            for label in (_BF16, _FP32)
+        )
+        graph.add_edge(("site", site.node), "fp32", capacity=half)
+        graph.add_edge("bf16", ("site", site.node), capacity=full)
+        if not choices:  # plain ATen works in FP32
+            graph["bf16"][("site", site.node)]["capacity"] = 0.0
+    readers: dict[str, list[Site]] = {}
+    for site in sites:
+        for source in {site.source, site.residual} - {""}:
+            readers.setdefault(source, []).append(site)
+    for source in {*readers, *by_name}:
+        made = by_name.get(source)
+        maker = ("site", source) if made is not None else "fp32"
+        elements = made.m * made.n if made is not None else max(math.prod(r.shape) for r in readers[source])
+        for reader in readers.get(source, []):
+            graph.add_edge(("site", reader.node), ("narrow", source), capacity=math.inf)
+            if made is not None:
+                graph.add_edge(("wide", source), ("site", reader.node), capacity=math.inf)
+        if readers.get(source):
+            graph.add_edge(("narrow", source), maker, capacity=costs.pointwise("fp32:cast", elements))
+        if made is not None:
+            graph.add_edge(maker, ("wide", source), capacity=costs.pointwise("bf16:cast", elements))
+            if made.escapes:
+                graph.add_edge(("wide", source), "fp32", capacity=math.inf)
+    _, (side, _) = nx.minimum_cut(graph, "bf16", "fp32")
+    return {node[1] for node in side if isinstance(node, tuple) and node[0] == "site"}

@@ -1,0 +1,1 @@
+"""Runs bundles on a server: read -> check host -> bind -> run."""

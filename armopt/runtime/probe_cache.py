@@ -1,0 +1,61 @@
+"""Remembers what probes found, per host and torch build, so that the next start pays nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from armopt.ir.records import Site
+
+_SCHEMA = 1
+#: More than any bundle has; what is over is forgotten, oldest first.
+_MOST = 20_000
+
+
+def key(kernel: str, site: Site, packed_for: tuple[int, ...]) -> str:
+    """What a verdict depends on: the kernel, all of the site but its names, and the shape its weight was packed for."""
+    facts = asdict(site)
+    for name in ("node", "weight_key", "source", "residual", "escapes", "attended"):
+        del facts[name]
+    return json.dumps([kernel, list(packed_for), facts], sort_keys=True)
+
+
+def path_for(facts: Mapping[str, str]) -> Path:
+    """The file for a host and build described by `facts`, in ``$ARMOPT_CACHE`` or ``~/.cache/armopt``."""
+    digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()[:16]
+    root = os.environ.get("ARMOPT_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "armopt") / "probe" / f"{digest}.json"
+
+
+def read(path: Path) -> dict[str, str | None]:
+    """Verdicts by key: a reason for refusal, or None. A file that can't be read counts as empty."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        content = json.loads(path.read_text())
+        if content["schema"] == _SCHEMA:
+            return {k: v for k, v in content["verdicts"].items() if v is None or isinstance(v, str)}
+    return {}
+
+
+def write(path: Path, found: Mapping[str, str | None]) -> None:
+    """Adds verdicts to the file, by renaming: another process sees the old file or the new one.
+
+    A place that can't be written is no error: the next start probes again.
+    """
+    with contextlib.suppress(OSError):
+        merged = {**read(path), **found}
+        kept = dict(list(merged.items())[-_MOST:])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump({"schema": _SCHEMA, "verdicts": kept}, file)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise

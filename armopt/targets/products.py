@@ -1,0 +1,127 @@
+"""The products that armopt plans for, and the machine it runs on.
+
+One TOML per product: figures and, in ``[provenance]``, where each comes from. No logic depends on a name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from armopt.errors import InputError
+from armopt.ir.records import Target
+
+HOST = "host"
+_SCHEMA: Mapping[str, type] = {
+    "name": str,
+    "core": str,
+    "midr": list,
+    "isa_features": list,
+    "vector_bits": int,
+    "simd_pipes": int,
+    "l2_kib": int,
+    "cores": int,
+    "qemu_cpu": str,
+    "provenance": dict,
+}
+_KINDS: Mapping[type, str] = {
+    str: "a string",
+    int: "a positive whole number",
+    list: "a list of strings",
+    dict: "a table of strings",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One file of the table.
+
+    Attributes:
+        target: The figures.
+        midr: ``implementer:part`` as in /proc/cpuinfo, e.g. ``0x41:0xd40``; several products may share one.
+        qemu_cpu: Name of the core in QEMU 10.0 (``-cpu``), empty where it emulates none.
+    """
+
+    target: Target
+    midr: tuple[str, ...]
+    qemu_cpu: str = ""
+
+
+def names() -> tuple[str, ...]:
+    """All products, sorted; :func:`load` takes these and ``host``."""
+    folder = resources.files("armopt.targets")
+    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
+
+
+@cache
+def product(name: str) -> Product:
+    """The product called `name`, with what is needed to detect and to emulate it.
+
+    Raises:
+        InputError: No such product.
+    """
+    known = names()
+    if name not in known:
+        close = difflib.get_close_matches(name.lower().replace("-", "").replace(" ", ""), known, n=3)
+        meant = f"Did you mean {' or '.join(close)}? " if close else ""
+        raise InputError(f"unknown target {name!r}", hint=f"{meant}Known are {', '.join((*known, HOST))}")
+    file = resources.files("armopt.targets") / f"{name}.toml"
+    return parse_product(file.read_text(encoding="utf-8"), f"{name}.toml")
+
+
+def parse_product(text: str, where: str) -> Product:
+    """A product from its TOML.
+
+    Args:
+        text: The TOML.
+        where: Its file name, for messages; its stem must be the product's name.
+
+    Raises:
+        InputError: A field is unknown, missing, of the wrong type, or without provenance.
+    """
+
+    def fail(what: str) -> InputError:
+        return InputError(what, where=where, hint="See armopt/targets/graviton3.toml for a complete example")
+
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise fail(f"not valid TOML: {error}") from error
+    if missing := sorted(_SCHEMA.keys() - {"qemu_cpu"} - data.keys()):
+        raise fail(f"missing {', '.join(missing)}")
+    if unknown := sorted(data.keys() - _SCHEMA.keys()):
+        raise fail(f"unknown {', '.join(unknown)}")
+    for key, value in data.items():
+        if not _fits(value, _SCHEMA[key]):
+            raise fail(f"{key} must be {_KINDS[_SCHEMA[key]]}, not {value!r}")
+    if data["name"] != where.removesuffix(".toml"):
+        raise fail(f"name is {data['name']!r}")
+    if bad := [m for m in data["midr"] if not re.fullmatch(r"0x[0-9a-f]{2}:0x[0-9a-f]{3}", m)]:
+        raise fail(f"midr must look like 0x41:0xd40, not {bad[0]}")
+    provenance: dict[str, str] = data.pop("provenance")
+    if provenance.keys() != (expected := data.keys() - {"name"}):
+        raise fail(f"provenance must have exactly {', '.join(sorted(expected))}")
+    midr, qemu_cpu = data.pop("midr"), data.pop("qemu_cpu", "")
+    data["isa_features"] = frozenset(data["isa_features"])
+    return Product(Target(**data, provenance=provenance), tuple(midr), qemu_cpu)
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        return False
+    if isinstance(value, int):
+        return value > 0
+    if isinstance(value, str):
+        return bool(value)
+    items: list[Any] = []
+    if isinstance(value, dict):
+        items = [*value.values()]
+    elif isinstance(value, list):
+        items = value
+    return bool(items) and all(isinstance(item, str) and item for item in items)
