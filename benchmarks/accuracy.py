@@ -143,16 +143,15 @@ def measure(name: str) -> dict[str, Any]:
     args, kwargs = calls[0]
     with tempfile.TemporaryDirectory(prefix="armopt-accuracy-") as folder:
         bundle = Path(folder) / "bundle"
-        checks = Checks()
+        checks = Checks(min_cosine=-1.0)
         if each.single_graph:
             first = next(iter(inspect.signature(model.forward).parameters))
             inputs = [kwargs or {first: args[0]} for args, kwargs in calls]
-            checks = Checks(gates=each.gates, inputs=inputs, keep_reference=True)
-        least = MIN_COSINE if each.single_graph else -1.0
+            checks = Checks(gates=each.gates, inputs=inputs)
         kind: Literal["graph", "module"] = "graph" if each.single_graph else "module"
         example: Any = kwargs or args if each.single_graph else [args for args, _ in calls]
-        options: Any = {"output": bundle, "target": TARGET, "min_cosine": least, "checks": checks}
-        written = armopt.optimize(model, example, kind=kind, **options)
+        output = armopt.Output(bundle, keep_reference=each.single_graph)
+        written = armopt.optimize(model, example, kind=kind, output=output, target=TARGET, checks=checks).manifest
         if each.single_graph:
             found = armopt.validate(bundle, inputs=inputs, gates=each.gates, min_cosine=MIN_COSINE)
             found["layers"] = len(found["nodes"])

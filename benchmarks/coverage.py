@@ -76,7 +76,9 @@ def measure(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="armopt-coverage-") as folder:
         bundle = Path(folder) / "bundle"
         # A gate that can't fail here: the row is to say how far off a model is.
-        written = armopt.optimize(model, kwargs or args, output=bundle, target=TARGET, min_cosine=-1.0)
+        written = armopt.optimize(
+            model, kwargs or args, output=bundle, target=TARGET, checks=armopt.Checks(min_cosine=-1.0)
+        ).manifest
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the twins run: the page's header says so
             loaded = armopt.load(bundle)

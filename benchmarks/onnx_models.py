@@ -27,7 +27,7 @@ from armopt import accuracy
 from armopt.models.random_weights import randomize
 from armopt.models.torchvision_ops import ensure_torchvision
 from armopt.onnx_export import export
-from armopt.onnx_export.options import Options
+from armopt.onnx_export.options import OnnxOptions
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "onnx.md"
 BEGIN, END = "<!-- models -->\n", "<!-- end of models -->\n"
@@ -79,10 +79,10 @@ def row(name: str, folder: Path) -> list[str]:
     model, inputs = MODELS[name]()
     model = model.eval()
     bundle, path = folder / "bundle", folder / "model.onnx"
-    armopt.optimize(model, inputs, output=bundle, min_cosine=-1.0, force=True)
+    armopt.optimize(model, inputs, output=armopt.Output(bundle, force=True), checks=armopt.Checks(min_cosine=-1.0))
     sizes = []
     for weights in ("fp32", "bf16"):
-        done = export.export(bundle, path, Options(weights), force=True)
+        done = export.export(bundle, path, OnnxOptions(weights), force=True)
         sizes.append(f"{sum(done.files.values()) / 1e6:.1f}")
     with torch.no_grad():
         expected = _first(model(**inputs))

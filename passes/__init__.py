@@ -48,6 +48,10 @@ PREPARE: tuple[Pass, ...] = (
 )
 
 
+#: What carries out a plan, in order: see :func:`lower`.
+LOWER = (PackLinear, PackConv, PackEmbedding, PropagateBf16)
+
+
 def lower(plan: Plan, rounded: dict[str, torch.Tensor]) -> tuple[Pass, ...]:
     """What carries out one plan: runs once for each bucket, on a copy. Plans of one model share `rounded`."""
     decisions = {decision.node: decision for decision in plan.decisions}

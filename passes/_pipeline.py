@@ -1,16 +1,20 @@
-"""Runs passes in order, checks the graph between them, and keeps a record of what each did."""
+"""The passes as a value: which run, in which order, with the graph checked between them and a record of each."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from armopt.errors import ArmoptError, PassError
-from armopt.ir.records import PassResult, Skip
+from armopt import passes
+from armopt.errors import ArmoptError, InputError, PassError
+from armopt.ir.records import PassResult, Plan, Skip
 from armopt.passes import Pass
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +26,85 @@ class Record:
     skipped: tuple[Skip, ...]
 
 
-def run(graph_module: fx.GraphModule, passes: Iterable[Pass]) -> tuple[fx.GraphModule, tuple[Record, ...]]:
-    """Runs `passes` in order.
+Ran = tuple[fx.GraphModule, tuple[Record, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Which passes run: all of :mod:`armopt.passes` in their order, unless some are left out.
+
+    Attributes:
+        left_out: Names of passes that do not run.
+        last: The pass after which none runs; empty for all.
+    """
+
+    left_out: frozenset[str] = frozenset()
+    last: str = ""
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """All passes, in order."""
+        return (*(type(step).__name__ for step in passes.PREPARE), *(step.__name__ for step in passes.LOWER))
+
+    def without(self, *names: str) -> Pipeline:
+        """The same but for some passes.
+
+        Raises:
+            InputError: There is no such pass.
+        """
+        return replace(self, left_out=self.left_out | {self._known(name) for name in names})
+
+    def until(self, name: str) -> Pipeline:
+        """The same up to a pass, that one included.
+
+        Raises:
+            InputError: There is no such pass.
+        """
+        return replace(self, last=self._known(name))
+
+    @property
+    def lowers(self) -> bool:
+        """Whether it goes on to lower plans."""
+        return self.last not in {type(step).__name__ for step in passes.PREPARE}
+
+    def prepare(self, graph_module: fx.GraphModule) -> Ran:
+        """Runs what holds whatever the shapes.
+
+        Raises:
+            PassError: See :func:`run`.
+        """
+        return run(graph_module, self._kept(passes.PREPARE))
+
+    def lower(self, graph_module: fx.GraphModule, plan: Plan, rounded: dict[str, torch.Tensor]) -> Ran:
+        """Carries out a plan; plans of one model share `rounded`, its weights in BF16 by name.
+
+        Raises:
+            PassError: See :func:`run`.
+        """
+        return run(graph_module, self._kept(passes.lower(plan, rounded)) if self.lowers else ())
+
+    def _kept(self, steps: Iterable[Pass]) -> Iterable[Pass]:
+        for step in steps:
+            name = type(step).__name__
+            if name not in self.left_out:
+                yield step
+            if name == self.last:
+                return
+
+    def _known(self, name: str) -> str:
+        if name not in self.names():
+            raise InputError(f"there is no pass {name!r}", where="passes", hint=f"They are {', '.join(self.names())}")
+        return name
+
+
+def run(graph_module: fx.GraphModule, steps: Iterable[Pass]) -> Ran:
+    """Runs passes in order.
 
     Raises:
         PassError: A pass failed or broke an invariant; the message names it and the passes before it.
     """
     records: list[Record] = []
-    for step in passes:
+    for step in steps:
         name = type(step).__name__
         try:
             result: PassResult = step(graph_module)
@@ -46,6 +121,7 @@ def run(graph_module: fx.GraphModule, passes: Iterable[Pass]) -> tuple[fx.GraphM
                 hint="This is a bug in armopt: please report it with the model",
             ) from error
         records.append(Record(name, result.rewritten, result.skipped))
+        _log.debug("%s: %d rewritten, %d skipped", name, len(result.rewritten), len(result.skipped))
     return graph_module, tuple(records)
 
 

@@ -74,11 +74,11 @@ def fresh_dynamo() -> Iterator[None]:
     """A Dynamo that has compiled, counted and warned of nothing; afterwards too."""
     from torch._dynamo.utils import counters
 
-    from armopt.dynamo import backend
+    from armopt.dynamo.process import PROCESS
 
     torch._dynamo.reset()
     counters.clear()
-    backend._said.clear()
+    PROCESS.said.clear()
     yield
     torch._dynamo.reset()
 

@@ -42,7 +42,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class Divided:
     """A model that is to be captured part by part.
 
     Attributes:
@@ -56,7 +56,7 @@ class Whole:
     factory: str = ""
 
 
-def open_whole(path: Path | None, options: Options) -> Whole:
+def open_divided(path: Path | None, options: Options) -> Divided:
     """A model to be captured part by part, from a factory and maybe a state dict.
 
     Raises:
@@ -71,9 +71,9 @@ def open_whole(path: Path | None, options: Options) -> Whole:
     model = build(path, options)
     capture.check_dtypes(model, options.model)
     if torchvision_inputs.is_detection(options.model):
-        return Whole(model, torchvision_inputs.detection_calls(options.model, _images(options)), options.model)
+        return Divided(model, torchvision_inputs.detection_calls(options.model, _images(options)), options.model)
     args, kwargs = _example(model, options, options.model)
-    return Whole(model, ((args, kwargs),), options.model)
+    return Divided(model, ((args, kwargs),), options.model)
 
 
 def build(path: Path | None, options: Options) -> torch.nn.Module:

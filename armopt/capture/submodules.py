@@ -23,8 +23,14 @@ MOST_BUCKETS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Submodule:
-    """A submodule as one graph: its path in the model, and the sizes to plan for."""
+class CapturedPart:
+    """A part of a model as one graph.
+
+    Attributes:
+        path: Of the submodule, as torch names it: the model itself has the empty path.
+        captured: Its graph.
+        buckets: The sizes to plan for.
+    """
 
     path: str
     captured: Captured
@@ -40,7 +46,9 @@ class _Seen:
     dtypes: tuple[torch.dtype, ...]
 
 
-def find(model: torch.nn.Module, calls: Sequence[Call], source: str) -> tuple[tuple[Submodule, ...], tuple[Skip, ...]]:
+def find(
+    model: torch.nn.Module, calls: Sequence[Call], source: str
+) -> tuple[tuple[CapturedPart, ...], tuple[Skip, ...]]:
     """Captures the largest submodules that can be, from the model down; dimensions that vary between calls are dynamic.
 
     Args:
@@ -54,7 +62,7 @@ def find(model: torch.nn.Module, calls: Sequence[Call], source: str) -> tuple[tu
     Raises:
         InputError: The model fails on a call, or nothing in it can be captured.
     """
-    parts: list[Submodule] = []
+    parts: list[CapturedPart] = []
     left: list[Skip] = []
     level = {"": model}
     with capture.eval_mode(model), torch.no_grad():
@@ -197,7 +205,9 @@ def _collect(
     return found
 
 
-def _capture(path: str, module: torch.nn.Module, sample: Call, seen: Sequence[_Seen | str], source: str) -> Submodule:
+def _capture(
+    path: str, module: torch.nn.Module, sample: Call, seen: Sequence[_Seen | str], source: str
+) -> CapturedPart:
     """One submodule as a graph that serves all its calls.
 
     Raises:
@@ -218,7 +228,7 @@ def _capture(path: str, module: torch.nn.Module, sample: Call, seen: Sequence[_S
     distinct.sort(key=lambda bucket: math.prod(bucket.values()))
     while len(distinct) > MOST_BUCKETS:  # the ends stay
         del distinct[len(distinct) // 2]
-    return Submodule(path, captured, tuple(distinct))
+    return CapturedPart(path, captured, tuple(distinct))
 
 
 def _sizes(captured: Captured, entry: _Seen) -> dict[str, int] | None:

@@ -24,10 +24,10 @@ def export_onnx(
 ) -> None:
     """Write a bundle's graph as an ONNX model: for the largest bucket, with its dynamic dimensions."""
     from armopt.onnx_export import export
-    from armopt.onnx_export.options import Options
+    from armopt.onnx_export.options import OnnxOptions
 
     out = Output(as_json)
-    written = export.export(bundle, output, Options(weights, fast_math=not plain), force=force)
+    written = export.export(bundle, output, OnnxOptions(weights, fast_math=not plain), force=force)
     out.result(_to_json(written), lambda: _text(written))
 
 

@@ -51,47 +51,32 @@ def optimize(
     as_json: options.Json = False,
 ) -> None:
     """Optimize a model for an Arm server and write a bundle."""
-    from armopt.bundle import files, writer
-    from armopt.compiler import optimize, stages
+    from functools import partial
+
+    from armopt.compiler import optimize, progress
     from armopt.compiler.checks import Checks
-    from armopt.errors import AccuracyError
-    from armopt.onnx_export.options import Options
+    from armopt.compiler.output import Output as Place
+    from armopt.compiler.source import capture_model
+    from armopt.onnx_export.options import OnnxOptions
 
     out = Output(as_json)
-    writer.check_place(output, force=force)
-    chosen = stages.find_target(target)
-    policy_chosen, sizes = options.parse_policy(policy, chosen, tuning), options.parse_batch(batch)
-    exported = Options(onnx_weights, fast_math=not onnx_plain)  # refuses an unknown dtype now
-    with out.progress() as progress:
-        progress("capture", 0, 5)
-        opened = options.open_for(kind, model, reference, described, samples, sizes, trust_pickle)
-        try:
-            written = optimize.optimize(
-                opened,
-                output=output,
-                target=chosen,
-                batch=sizes,
-                policy=policy_chosen,
-                min_cosine=min_cosine,
-                checks=Checks(
-                    gates=tuple(gates or ()),
-                    task=task,
-                    inputs=checked_on,
-                    repair=repair,
-                    keep_reference=keep_reference,
-                    report=report,
-                    examples=_examples(model, described, samples),
-                ),
-                force=force,
-                onnx=exported if onnx else None,
-                progress=progress,
-            )
-            failed = None
-        except AccuracyError as error:
-            written, failed = files.read_manifest(output), error
-    out.result(to_json(written, output), lambda: summary(written, output))
-    if failed is not None:
-        raise failed
+    exported = OnnxOptions(onnx_weights, fast_math=not onnx_plain)  # refuses an unknown dtype now
+    place = Place(output, force, keep_reference, exported if onnx else None, report)
+    place.check()
+    recipe, sizes = options.recipe_for(target, policy, tuning), options.parse_batch(batch)
+    checks = Checks(
+        gates=tuple(gates or ()),
+        task=task,
+        inputs=checked_on,
+        min_cosine=min_cosine,
+        repair=repair,
+        examples=_examples(model, described, samples),
+    )
+    opened = partial(options.open_for, kind, model, reference, described, samples, sizes, trust_pickle)
+    with out.progress() as watcher, progress.watched_by(watcher):
+        result = optimize.carry_out(lambda: capture_model(opened(), batch=sizes), recipe, checks, place)
+    out.result(to_json(result.manifest, output), lambda: summary(result.manifest, output))
+    result.require()
 
 
 def _examples(model: Path | None, described: list[str] | None, samples: Path | None) -> str:

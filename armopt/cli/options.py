@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from armopt.capture.files import Divided
     from armopt.capture.files import Options as SourceOptions
-    from armopt.capture.files import Whole
-    from armopt.ir.records import Captured, Target
-    from armopt.plan.planner import Policy
+    from armopt.compiler.recipe import Recipe
+    from armopt.ir.records import Captured
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle: a folder, or a zip of it.")]
@@ -107,7 +107,7 @@ def open_for(
     samples: Path | None,
     batch: tuple[int, ...],
     trust_pickle: bool,
-) -> Captured | Whole:
+) -> Captured | Divided:
     """What the options name, whole or to be captured part by part.
 
     Raises:
@@ -122,7 +122,7 @@ def open_for(
     if kind == "module" or (kind == "auto" and torchvision_inputs.is_detection(reference)):
         if batch:
             raise InputError("parts have sizes of their own", where="--batch", hint="Leave it out")
-        return files.open_whole(model, source_options(reference, described, samples, batch, trust_pickle))
+        return files.open_divided(model, source_options(reference, described, samples, batch, trust_pickle))
     try:
         return open_model(model, reference, described, samples, batch, trust_pickle)
     except CaptureError as error:
@@ -151,15 +151,18 @@ def parse_batch(text: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def parse_policy(text: str, target: Target, tuning: Path | None = None) -> Policy:
-    """A policy for a target from ``cost``, ``cost=2.13`` (a torch release), ``threshold`` or ``threshold=64``.
+def recipe_for(target: str, policy: str, tuning: Path | None = None) -> Recipe:
+    """How the options say that graphs become programs.
 
     Raises:
-        InputError: There is no such policy.
+        InputError: There is no such target or policy.
     """
+    from armopt import targets
+    from armopt.compiler.recipe import Recipe
     from armopt.plan import policies
 
-    return policies.find_policy(text, target, tuning, where="--policy")
+    product = targets.load(target)
+    return Recipe(product, policies.find_policy(policy, product, tuning, where="--policy"))
 
 
 def open_model(

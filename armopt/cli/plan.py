@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +10,11 @@ import typer
 
 from armopt.cli import options
 from armopt.cli.output import Output, text_table
+from armopt.errors import InputError
 
 if TYPE_CHECKING:
-    from armopt.compiler.stages import Planned
+    from armopt.capture.submodules import CapturedPart
+    from armopt.compiler.recipe import Planned, Recipe
 
 
 def plan(
@@ -28,25 +30,51 @@ def plan(
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Draw the graph, coloured by kernel.")
     ] = None,
+    until: Annotated[
+        str, typer.Option("--until", metavar="PASS", help="Stop after this pass; with --text.", show_default=False)
+    ] = "",
+    text: Annotated[bool, typer.Option("--text", help="Print the graph after the passes, one line a node.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Show which kernel each layer would get, and why. Writes nothing but what --html asks for."""
-    from armopt.compiler import stages
+    from armopt.compiler import source
 
+    if until and not text:
+        raise InputError("stops between passes, where there is no plan", where="--until", hint="Add --text")
+    if text and (as_json or html is not None):
+        raise InputError("prints the graph and nothing else", where="--text", hint="Leave out --json and --html")
     out = Output(as_json)
-    chosen = stages.find_target(target)
-    policy_chosen, sizes = options.parse_policy(policy, chosen, tuning), options.parse_batch(batch)
+    recipe, sizes = options.recipe_for(target, policy, tuning), options.parse_batch(batch)
+    if until:
+        recipe = replace(recipe, pipeline=recipe.pipeline.until(until))
     with out.progress() as progress:
         progress("capture", 0, 2)
         captured = options.open_model(model, reference, described, samples, sizes, trust_pickle)
         progress("plan", 1, 2)
-        planned = stages.make_plan(captured, chosen, policy_chosen, stages.find_buckets(captured, sizes))
+        (part,) = source.capture_model(captured, batch=sizes).parts
+        if text:
+            out.text(_graphs(recipe, part))
+            return
+        planned = recipe.plan_part(part)
     if html is not None:
         from armopt import files
         from armopt.compiler import plan_page
 
         files.write(html, plan_page.render(planned), "--html")
     out.result(_to_json(planned), lambda: _text(planned))
+
+
+def _graphs(recipe: Recipe, part: CapturedPart) -> str:
+    """The graph after the passes; once for each bucket where they go on to lower plans."""
+    from armopt.compiler.graph_text import graph_text
+
+    if not recipe.pipeline.lowers:
+        return graph_text(recipe.prepare(part.captured.graph_module).graph_module) + "\n"
+    programs = recipe.lower_part(recipe.plan_part(part))
+    said = [
+        f"at {', '.join(f'{name}={size}' for name, size in p.bucket.items())}:\n" if p.bucket else "" for p in programs
+    ]
+    return "\n".join(f"{where}{graph_text(p.graph_module)}\n" for where, p in zip(said, programs, strict=True))
 
 
 def _to_json(planned: Planned) -> dict[str, Any]:

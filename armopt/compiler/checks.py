@@ -1,22 +1,22 @@
-"""What has to hold of programs before they are written, and what is done where it does not."""
+"""What has to hold of programs before they may be deployed, and what is done where it does not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
 
-from armopt.accuracy import Checker, NodeError, Validation, bucket_name, gates, nodes, runs, samples
+from armopt.accuracy import MIN_COSINE, Checker, NodeError, Validation, bucket_name, gates, nodes, runs, samples
 from armopt.accuracy.checker import Evidence, Run, flat_run
+from armopt.accuracy.gates import Figures, Gate
 from armopt.accuracy.samples import Given
 from armopt.accuracy.tasks import Outputs
 from armopt.bundle.program import Program
-from armopt.compiler import repair
-from armopt.compiler.repair import EVALUATIONS
+from armopt.compiler import progress, repair
+from armopt.compiler.recipe import Planned, Recipe
+from armopt.compiler.repair import EVALUATIONS, Repair
 from armopt.ir.records import Bucket, Captured, Plan
 
 
@@ -28,27 +28,52 @@ class Checks:
         gates: Bounds besides the cosine: ``top1>=0.995``.
         task: Whose metrics to measure; found from the outputs where empty.
         inputs: What to measure on: a file or folder, or tensors; the example inputs where None.
+        min_cosine: The least cosine similarity to FP32 of any output.
         repair: Whether layers that break a gate go back to FP32.
         evaluations: How many plans repair may measure.
-        keep_reference: Whether the bundle keeps the FP32 original, so that `validate` needs nothing else.
-        report: Where to write a report: HTML, or JSON where the name ends in .json.
         examples: What the example inputs are, in words.
     """
 
     gates: tuple[str, ...] = ()
     task: str = ""
     inputs: Given | None = None
+    min_cosine: float = MIN_COSINE
     repair: bool = True
     evaluations: int = EVALUATIONS
-    keep_reference: bool = False
-    report: Path | None = None
     examples: str = "the example inputs, as given"
 
+    def bounds(self) -> tuple[Gate, ...]:
+        """All gates.
 
-class Checked:
-    """Measures programs of one captured model, on the user's inputs or on the example's, batch by batch."""
+        Raises:
+            InputError: One can't be read.
+        """
+        return tuple(gates.standard(self.gates, self.min_cosine))
 
-    def __init__(self, captured: Captured, bounds: Sequence[gates.Gate], checks: Checks) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A part of a model as it is to be written.
+
+    Attributes:
+        planned: Its plans, repaired where that was needed.
+        programs: Those carried out.
+        validation: What was measured of them.
+        repair: What repair did; None where nothing broke.
+        judge: Who measured.
+    """
+
+    planned: Planned
+    programs: tuple[Program, ...]
+    validation: Validation
+    repair: Repair | None
+    judge: Judge = field(repr=False)
+
+
+class Judge:
+    """Measures programs of one captured graph, on the user's inputs or on the example's, batch by batch."""
+
+    def __init__(self, captured: Captured, bounds: Sequence[Gate], checks: Checks) -> None:
         self._captured, self._checks = captured, checks
         self._order = [spec.name for spec in captured.input_specs]
         graph_module = captured.graph_module
@@ -64,6 +89,18 @@ class Checked:
         if checks.inputs is not None:
             specs = [asdict(spec) for spec in captured.input_specs]
             self.samples = samples.read(checks.inputs, specs, captured.source)
+
+    def judge(self, recipe: Recipe, planned: Planned, programs: tuple[Program, ...]) -> Judged:
+        """Measures programs and, where a gate breaks and the checks allow it, takes layers out of BF16."""
+        validation = self.validate(programs)
+        if validation.passed or not self._checks.repair:
+            return Judged(planned, programs, validation, None, self)
+        repaired = self.repair(recipe, planned, programs)
+        if not repaired.passed:
+            return Judged(planned, programs, validation, repaired, self)
+        better = replace(planned, plans=repaired.plans)
+        programs = recipe.lower_part(better)
+        return Judged(better, programs, self.validate(programs), repaired, self)
 
     def validate(self, programs: Sequence[Program]) -> Validation:
         """Figures of every bucket, and the verdicts."""
@@ -82,51 +119,39 @@ class Checked:
             no_anchor=self._checker.no_anchor,
         )
 
-    def repair(
-        self,
-        prepared: fx.GraphModule,
-        plans: Sequence[Plan],
-        programs: Sequence[Program],
-        lower: Callable[[Plan], Program],
-        progress: repair.Progress,
-    ) -> repair.Repair:
-        """Takes out of BF16 what breaks a gate.
-
-        Args:
-            prepared: The FP32 graph that plans are carried out on.
-            plans: One for each bucket.
-            programs: Those plans carried out.
-            lower: Carries out another plan.
-            progress: Told of each measurement.
-        """
+    def repair(self, recipe: Recipe, planned: Planned, programs: Sequence[Program]) -> Repair:
+        """Takes out of BF16 what breaks a gate."""
+        prepared = planned.prepared.graph_module
         by_bucket = {bucket_name(program.bucket): program for program in programs}
 
-        def alone(each: Plan, node: str) -> gates.Figures:
-            name = bucket_name(each.bucket)
+        def evaluate(plan: Plan) -> Figures:
+            return self._figures(recipe.lower_part(planned, [plan])[0])
+
+        def alone(plan: Plan, node: str) -> Figures:
+            name = bucket_name(plan.bucket)
             only = nodes.OnlyThese(prepared, by_bucket[name], {node})
             found = self._named(lambda tensors: runs.run_with(only, tensors))
-            return self._checker.figures(name, self._inputs(each.bucket), found)
+            return self._checker.figures(name, self._inputs(plan.bucket), found)
 
         return repair.search(
-            plans,
+            planned.plans,
             [program.sites for program in programs],
             self._checker.gates,
-            lambda each: self._figures(lower(each)),
+            evaluate,
             alone,
             evaluations=self._checks.evaluations,
-            progress=progress,
+            progress=lambda done, most: progress.report("repair", done, most),
         )
 
-    def nodes(
-        self, prepared: fx.GraphModule, programs: Sequence[Program], validation: Validation
-    ) -> tuple[list[NodeError], Evidence]:
+    def nodes(self, judged: Judged) -> tuple[list[NodeError], Evidence]:
         """The errors of every layer in the worst bucket, and a call of both sides."""
-        worst = validation.worst_bucket
-        program = next(program for program in programs if bucket_name(program.bucket) == worst)
+        worst = judged.validation.worst_bucket
+        program = next(program for program in judged.programs if bucket_name(program.bucket) == worst)
         evidence = self._checker.evidence[worst]
-        return nodes.errors(program, prepared, [evidence.inputs[name] for name in self._order]), evidence
+        inputs = [evidence.inputs[name] for name in self._order]
+        return nodes.errors(program, judged.planned.prepared.graph_module, inputs), evidence
 
-    def _figures(self, program: Program) -> gates.Figures:
+    def _figures(self, program: Program) -> Figures:
         found = self._named(lambda tensors: runs.run(program.graph_module, tensors))
         return self._checker.figures(bucket_name(program.bucket), self._inputs(program.bucket), found)
 
@@ -150,3 +175,39 @@ def example_at(captured: Captured, bucket: Bucket) -> tuple[torch.Tensor, ...]:
                 tensor = tensor.repeat(repeats).narrow(dimension, 0, bucket["batch"])
         tensors.append(tensor.contiguous())
     return tuple(tensors)
+
+
+def merge_validations(judged: Mapping[str, Judged], bounds: Sequence[Gate]) -> Validation:
+    """The figures of all parts, by path, as one outcome."""
+    each = {path: part.validation for path, part in judged.items()}
+    first = next(iter(each.values()))
+    figures = {_in_part(path, name): found for path, part in each.items() for name, found in part.figures.items()}
+    return replace(
+        first,
+        reference=first.reference if set(each) == {""} else "each part of the model in FP32",
+        figures=figures,
+        verdicts=gates.judge(bounds, figures, first.task),
+        no_anchor=next((part.no_anchor for part in each.values() if part.no_anchor), ""),
+    )
+
+
+def merge_repairs(judged: Mapping[str, Judged]) -> dict[str, Any] | None:
+    """What repair did in all parts; where it failed, only that is said; None where nothing broke."""
+    repairs = {path: part.repair for path, part in judged.items() if part.repair is not None}
+    if not repairs:
+        return None
+    failed = {path: each for path, each in repairs.items() if not each.passed}
+    return {
+        "passed": not failed,
+        "evaluations": sum(each.evaluations for each in repairs.values()),
+        "said": "; ".join(f"{each.said} ({path})" if path else each.said for path, each in (failed or repairs).items()),
+        "changes": [
+            change | {"node": f"{path}: {change['node']}" if path else change["node"]}
+            for path, each in repairs.items()
+            for change in each.to_json()["changes"]
+        ],
+    }
+
+
+def _in_part(path: str, bucket: str) -> str:
+    return f"{path} {bucket}" if path else bucket

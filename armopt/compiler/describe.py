@@ -2,39 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
 from armopt import environment, targets
 from armopt._version import __version__
 from armopt.bundle import files, manifest, writer
-from armopt.bundle.program import Program
 from armopt.capture import inputs
-from armopt.ir.records import Captured, Skip
-from armopt.passes import _pipeline as pipeline
-
-if TYPE_CHECKING:
-    pass
-from armopt.compiler.stages import Planned
+from armopt.compiler.checks import Judged
+from armopt.compiler.source import Source
+from armopt.ir.records import Captured, Target
+from armopt.passes._pipeline import Record
 
 
-def describe_graph(
-    planned: Planned,
-    programs: Sequence[Program],
-    accuracy: Mapping[str, Any],
-    variables: Mapping[str, environment.Variable],
-    onnxruntime: Mapping[str, Any],
-) -> manifest.Manifest:
-    captured = planned.captured
-    model = {"source": captured.source, "digest": captured.digest, **inputs_of(captured)}
-    sizes = {
-        "bytes": size(writer.collect_weights(programs).values()),
-        "fp32_bytes": size(captured.graph_module.buffers()),
-    }
-    return describe({"": planned}, model, sizes, accuracy, variables, onnxruntime)
+@dataclass(frozen=True, slots=True)
+class Optimized:
+    """A model before it is written.
+
+    Attributes:
+        source: What was captured.
+        target: What it is for.
+        judged: By path of the part, what is written of it.
+        accuracy: The report.
+    """
+
+    source: Source
+    target: Target
+    judged: Mapping[str, Judged]
+    accuracy: Mapping[str, Any]
+
+    def parts(self) -> list[writer.Part]:
+        """What the bundle holds of each part."""
+        return [
+            writer.Part(path, part.programs, signature(part.planned.captured)) for path, part in self.judged.items()
+        ]
+
+    def manifest(
+        self, variables: Mapping[str, environment.Variable], onnxruntime: Mapping[str, Any]
+    ) -> manifest.Manifest:
+        """The manifest, without files.
+
+        Args:
+            variables: Wanted of the environment.
+            onnxruntime: The section of that name.
+        """
+        plans = [(path, plan) for path, part in self.judged.items() for plan in part.planned.plans]
+        half = any(entry.precision.startswith("bf16") for _, each in plans for entry in each.decisions)
+        return manifest.Manifest(
+            schema_version=1 if self.source.shell is None else manifest.SCHEMA_VERSION,
+            armopt_version=__version__,
+            target=self.target.name,
+            machine=targets.machine(self.target),
+            required_features=("bf16",) if half and self.target.bf16 else (),
+            environment={name: asdict(variable) for name, variable in variables.items()},
+            versions=environment.record(),
+            files={},
+            model=self._model(),
+            plan=tuple(
+                {
+                    **({"part": path} if path else {}),
+                    "bucket": dict(each.bucket),
+                    "policy": each.policy,
+                    "nodes": [asdict(entry) | {"shape": list(entry.shape)} for entry in each.decisions],
+                }
+                for path, each in plans
+            ),
+            accuracy={name: self.accuracy[name] for name in _RECORDED},
+            onnxruntime=onnxruntime,
+            weights={"bytes": self._bytes(), "fp32_bytes": size(self.source.tensors)},
+            refused=tuple(
+                asdict(replace(skip, node=f"{path}: {skip.node}") if path else skip)
+                for path, part in self.judged.items()
+                for skip in part.planned.refused
+            )
+            + tuple(asdict(skip) for skip in self.source.left),
+        )
+
+    def texts(self, variables: Mapping[str, environment.Variable]) -> dict[str, str]:
+        """The files of the bundle that are for people and shells."""
+        passed = [_record(record) for part in self.judged.values() for record in part.planned.records]
+        return {
+            files.REPORT: writer.to_json({**self.accuracy, "passes": passed}),
+            files.ENV: environment.render(variables, "shell"),
+            files.REQUIREMENTS: _requirements(),
+        }
+
+    def _model(self) -> dict[str, Any]:
+        """What the manifest says of the model."""
+        described = {"source": self.source.name, "digest": self.source.digest}
+        if self.source.shell is None:
+            return described | inputs_of(self.source.parts[0].captured)
+        return described | {
+            "kind": "module",
+            "factory": self.source.shell.factory,
+            "inputs": [],
+            "symbols": [],
+            "parts": [{"path": part.path, **inputs_of(part.captured)} for part in self.source.parts],
+        }
+
+    def _bytes(self) -> int:
+        """Of the weights in the bundle."""
+        if self.source.shell is None:
+            return size(writer.collect_weights(self.judged[""].programs).values())
+        return size(writer.collect_part_weights(self.parts(), self.source.shell.state).values())
 
 
 def inputs_of(captured: Captured) -> dict[str, Any]:
@@ -43,60 +116,6 @@ def inputs_of(captured: Captured) -> dict[str, Any]:
         "inputs": [asdict(spec) | {"shape": list(spec.shape)} for spec in captured.input_specs],
         "symbols": [asdict(symbol) for symbol in captured.symbols],
     }
-
-
-def describe(
-    planned: Mapping[str, Planned],
-    model: Mapping[str, Any],
-    weights: Mapping[str, int],
-    accuracy: Mapping[str, Any],
-    variables: Mapping[str, environment.Variable],
-    onnxruntime: Mapping[str, Any],
-    left: Sequence[Skip] = (),
-) -> manifest.Manifest:
-    """A manifest without files.
-
-    Args:
-        planned: By path of the part; the whole model's is empty.
-        model: What it says of the model.
-        weights: Bytes in the bundle and in FP32.
-        accuracy: The report.
-        variables: Wanted of the environment.
-        onnxruntime: The manifest's section of that name.
-        left: What is left to Python.
-    """
-    target = next(iter(planned.values())).target
-    plans = [(path, each) for path, whole in planned.items() for each in whole.plans]
-    half = any(entry.precision.startswith("bf16") for _, each in plans for entry in each.decisions)
-    return manifest.Manifest(
-        schema_version=manifest.SCHEMA_VERSION if model.get("kind") == "module" else 1,
-        armopt_version=__version__,
-        target=target.name,
-        machine=targets.machine(target),
-        required_features=("bf16",) if half and target.bf16 else (),
-        environment={name: asdict(variable) for name, variable in variables.items()},
-        versions=environment.record(),
-        files={},
-        model=model,
-        plan=tuple(
-            {
-                **({"part": path} if path else {}),
-                "bucket": dict(each.bucket),
-                "policy": each.policy,
-                "nodes": [asdict(entry) | {"shape": list(entry.shape)} for entry in each.decisions],
-            }
-            for path, each in plans
-        ),
-        accuracy={name: accuracy[name] for name in _RECORDED},
-        onnxruntime=onnxruntime,
-        weights=weights,
-        refused=tuple(
-            asdict(replace(skip, node=f"{path}: {skip.node}") if path else skip)
-            for path, whole in planned.items()
-            for skip in whole.refused
-        )
-        + tuple(asdict(skip) for skip in left),
-    )
 
 
 #: What the manifest says of accuracy; report.json has the rest.
@@ -124,19 +143,7 @@ def signature(captured: Captured) -> dict[str, Any]:
     }
 
 
-def texts(
-    accuracy: Mapping[str, Any], planned: Iterable[Planned], variables: Mapping[str, environment.Variable]
-) -> dict[str, str]:
-    """The files of a bundle that are for people and shells."""
-    passed = [_record(record) for each in planned for record in each.records]
-    return {
-        files.REPORT: writer.to_json({**accuracy, "passes": passed}),
-        files.ENV: environment.render(variables, "shell"),
-        files.REQUIREMENTS: _requirements(),
-    }
-
-
-def _record(record: pipeline.Record) -> dict[str, Any]:
+def _record(record: Record) -> dict[str, Any]:
     skipped = [asdict(skip) for skip in record.skipped]
     return {"name": record.name, "rewritten": list(record.rewritten), "skipped": skipped}
 

@@ -1,233 +1,225 @@
-"""`optimize`: capture -> annotate shapes -> plan -> rewrite -> validate -> bundle."""
+"""`optimize`: capture -> prepare -> plan -> lower -> validate -> write."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from armopt import capture, environment
-from armopt.accuracy import MIN_COSINE, Validation, gates, nodes
+from armopt import environment
+from armopt.accuracy import Validation, nodes, tasks
 from armopt.accuracy.report import page
 from armopt.bundle import manifest, writer
-from armopt.bundle.program import Program, describe_program
-from armopt.capture import files
-from armopt.compiler.checks import Checked, Checks
-from armopt.compiler.describe import describe_graph, signature, texts
-from armopt.compiler.repair import Repair
-from armopt.compiler.stages import (
-    Planned,
-    Progress,
-    find_buckets,
-    find_target,
-    lower,
-    lower_at,
-    make_plan,
-    silent,
-)
-from armopt.errors import AccuracyError, InputError
-from armopt.ir.records import Captured, Target
+from armopt.bundle.program import describe_program
+from armopt.compiler import describe
+from armopt.compiler.checks import Checks, Judge, Judged, merge_repairs, merge_validations
+from armopt.compiler.output import Output
+from armopt.compiler.progress import Steps
+from armopt.compiler.recipe import Recipe
+from armopt.compiler.source import Inputs, Kind, Model, Source, capture_model
+from armopt.errors import AccuracyError, ArmoptWarning, InputError
+from armopt.ir.records import Target
 from armopt.onnx_export import session
-from armopt.onnx_export.options import Options
-from armopt.plan import planner
-from armopt.plan.policies import find_policy
+from armopt.plan.planner import Policy
 
 if TYPE_CHECKING:
     from armopt.onnx_export.export import Prepared
 
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A bundle that was written.
+
+    Attributes:
+        path: Where it is.
+        manifest: As in the bundle.
+        verdict: What was measured, and which gates hold.
+    """
+
+    path: Path
+    manifest: manifest.Manifest
+    verdict: Validation
+
+    @property
+    def passed(self) -> bool:
+        """Whether it may be deployed: every accuracy gate holds."""
+        return self.verdict.passed
+
+    def require(self) -> Result:
+        """This result, if the bundle may be deployed.
+
+        Raises:
+            AccuracyError: A gate failed: the bundle is there, and marked as not deployable.
+        """
+        if not self.passed:
+            repaired = self.manifest.accuracy["repair"]
+            no_repair = f". There is {repaired['said']}" if repaired is not None else ""
+            raise AccuracyError(
+                f"{self.verdict.failures()}{no_repair}",
+                where=str(self.path),
+                hint="The bundle is marked as not deployable; see its report.json",
+            )
+        return self
+
 
 def optimize(
-    model: torch.nn.Module | torch.export.ExportedProgram | Captured | files.Whole | str | Path,
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    model: Model,
+    example_inputs: Inputs | None = None,
     *,
-    kind: Literal["graph", "module"] = "graph",
-    output: str | Path,
+    output: str | Path | Output,
     target: str | Target = "graviton3",
     batch: Sequence[int] = (),
-    policy: planner.Policy | str | None = None,
-    min_cosine: float = MIN_COSINE,
+    kind: Kind = "graph",
+    policy: Policy | str | None = None,
     checks: Checks = Checks(),
-    force: bool = False,
-    onnx: Options | None = None,
-    progress: Progress = silent,
-) -> manifest.Manifest:
+) -> Result:
     """Optimizes a model for a target and writes a bundle.
 
     Args:
         model: A module, an exported program, or the path of a model file.
         example_inputs: Positional inputs as a sequence, or named ones as a mapping; a file may have its own. Of kind
             "module": a sequence of calls, each a tuple of positional inputs; sizes that differ between them may vary.
-        kind: "graph" for the whole model in one graph. "module" for a module that can't be captured whole: its parts
-            become graphs, and the Python between them stays in the model's own code (see docs/compile.md).
-        output: Where the bundle goes; a folder, or one file where it ends in .zip.
+        output: Where the bundle goes: a folder, or one file where it ends in .zip; or an :class:`Output`, which also
+            says what else is written.
         target: A product's name (see ``armopt targets``), or ``host``.
         batch: Sizes of the first dimension to plan for; several make it dynamic.
+        kind: "graph" for the whole model in one graph. "module" for a module that can't be captured whole: its parts
+            become graphs, and the Python between them stays in the model's own code (see docs/compile.md).
         policy: How kernels are chosen, also as ``--policy`` has it; by cost where there is a table for the core.
-        min_cosine: The least cosine similarity to FP32 of any output.
-        checks: More gates, what to measure them on, and whether to repair what breaks them.
-        force: Replace a bundle that is there.
-        onnx: Put an ONNX model into the bundle as well, as ``model.onnx``.
-        progress: Told of each step.
+        checks: The gates, what to measure them on, and whether to repair what breaks them.
 
     Returns:
-        The manifest, as in the bundle.
+        What was written. Where a gate failed, the bundle is marked as not deployable, a warning says so, and
+        ``result.require()`` raises.
 
     Raises:
         InputError: The model, an input or the place is unusable; or ONNX has no form of an operation.
         CaptureError: torch.export can't take the model whole.
-        AccuracyError: The gate failed; the bundle is written and marked as not deployable.
     """
-    if kind == "module":
-        if not isinstance(model, torch.nn.Module):
-            raise InputError('kind "module" needs an nn.Module', where=type(model).__name__, hint="Pass the module")
-        model = files.Whole(model, tuple((tuple(args), {}) for args in example_inputs or ()))
-    if isinstance(model, files.Whole):
-        from armopt.compiler import optimize_module  # which is made of the functions of this module
-
-        return optimize_module.optimize(
-            model,
-            Path(output),
-            find_target(target),
-            policy,
-            min_cosine=min_cosine,
-            checks=checks,
-            force=force,
-            onnx=onnx,
-            progress=progress,
-        )
-    output = Path(output)
-    writer.check_place(output, force=force)
-    if checks.report is not None:
-        page.check_place(checks.report)
-    bounds = gates.standard(checks.gates, min_cosine)
-    chosen = find_target(target)
-    policy = find_policy(policy, chosen)
-    steps = ("capture", "plan", "rewrite", "validate", *(("onnx",) if onnx else ()), "write")
-
-    def step(name: str) -> None:
-        progress(name, steps.index(name), len(steps))
-
-    step("capture")
-    captured = _capture(model, example_inputs, batch)
-    buckets = find_buckets(captured, batch)
-    step("plan")
-    planned = make_plan(captured, chosen, policy, buckets)
-    step("rewrite")
-    rounded: dict[str, torch.Tensor] = {}
-    programs = lower(planned, rounded)
-    step("validate")
-    checked = Checked(captured, bounds, checks)
-    planned, programs, validation, repaired = check(planned, programs, rounded, checked, checks.repair, progress)
-    signed = signature(captured)
-    prepared = None
-    if onnx:
-        step("onnx")
-        prepared = _translate(programs, signed, onnx)
-    step("write")
-    accuracy = validation.to_json() | {"repair": None if repaired is None else repaired.to_json()}
-    variables = environment.wanted(chosen)
-    described = describe_graph(planned, programs, accuracy, variables, session.describe(programs, onnx, inside=True))
-    reference = None
-    if checks.keep_reference:
-        reference = describe_program(planned.prepared, buckets[0], captured.values(buckets[0]))
-    written = writer.write(
-        output,
-        described,
-        programs,
-        texts(accuracy, [planned], variables),
-        signed,
-        reference=reference,
-        force=force,
-        attach=partial(prepared.attach, described) if prepared else None,
-    )
-    if checks.report is not None:
-        errors, evidence = checked.nodes(planned.prepared, programs, validation)
-        about = page.About.of(written, str(output))
-        pictures = checked.samples.pictures[:1] if checked.samples is not None else ()
-        outcome = accuracy | {"nodes": nodes.entries(errors), "node_bucket": validation.worst_bucket}
-        page.save(checks.report, outcome, about, validation, errors, evidence, pictures, accuracy["repair"])
-    progress("done", len(steps), len(steps))
-    gate(accuracy, output)
-    return written
+    place = output if isinstance(output, Output) else Output(Path(output))
+    recipe = Recipe.of(target, policy)
+    opened = partial(capture_model, model, example_inputs, kind=kind, batch=batch)
+    result = carry_out(opened, recipe, checks, place)
+    if not result.passed:
+        said = f"{result.path} is marked as not deployable: {result.verdict.failures()}"
+        warnings.warn(said, ArmoptWarning, stacklevel=2)
+    return result
 
 
-def check(
-    planned: Planned,
-    programs: tuple[Program, ...],
-    rounded: dict[str, torch.Tensor],
-    checked: Checked,
-    may_repair: bool,
-    progress: Progress,
-) -> tuple[Planned, tuple[Program, ...], Validation, Repair | None]:
-    """Measures programs and, where a gate breaks and it helps, takes layers out of BF16.
+def carry_out(opened: Callable[[], Source], recipe: Recipe, checks: Checks, output: Output) -> Result:
+    """What :func:`optimize` does, whoever gives the model.
 
     Args:
-        planned: The plans.
-        programs: Those carried out.
-        rounded: Weights in BF16 by name, as `programs` share them.
-        checked: Measures.
-        may_repair: Whether plans may change.
-        progress: Told of each measurement of repair.
-
-    Returns:
-        Plans and programs as they are to be written, their figures, and what repair did; None where nothing broke.
-    """
-    validation = checked.validate(programs)
-    if validation.passed or not may_repair:
-        return planned, programs, validation, None
-    repaired = checked.repair(
-        planned.prepared,
-        planned.plans,
-        programs,
-        lambda each: lower_at(planned.prepared, each, planned.captured.values(each.bucket), rounded),
-        lambda done, most: progress("repair", done, most),
-    )
-    if not repaired.passed:
-        return planned, programs, validation, repaired
-    better = replace(planned, plans=repaired.plans)
-    programs = lower(better, rounded)
-    return better, programs, checked.validate(programs), repaired
-
-
-def _translate(programs: Sequence[Program], signature: Mapping[str, Any], onnx: Options) -> Prepared:
-    from armopt.onnx_export import export  # onnx and onnxscript take a second to import
-
-    return export.prepare(programs, signature, onnx)
-
-
-def _capture(
-    model: torch.nn.Module | torch.export.ExportedProgram | Captured | str | Path,
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None,
-    batch: Sequence[int],
-) -> Captured:
-    if isinstance(model, Captured):
-        return model
-    if isinstance(model, (str, Path)):
-        samples = dict(example_inputs) if isinstance(example_inputs, Mapping) else None
-        return files.open_model(Path(model), files.Options(samples=samples, batch=tuple(batch)))
-    kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
-    args = None if example_inputs is None else () if kwargs else tuple(example_inputs)
-    if isinstance(model, torch.export.ExportedProgram):
-        return capture.exported(model, args, kwargs, source="exported program")
-    if args is None:
-        raise InputError("the model needs example inputs", where=type(model).__name__, hint="Pass example_inputs=(x,)")
-    return capture.module(model, args, kwargs, batch=batch, source=type(model).__name__)
-
-
-def gate(accuracy: Mapping[str, Any], output: Path) -> None:
-    """Refuses a bundle that is written but not accurate enough.
+        opened: Captures the model; called once the place of the bundle is known to be usable.
+        recipe: How its graphs become programs.
+        checks: See :class:`Checks`.
+        output: See :class:`Output`.
 
     Raises:
-        AccuracyError: It is not.
+        InputError: See :func:`optimize`.
+        CaptureError: See :func:`optimize`.
     """
-    if not accuracy["passed"]:
-        no_repair = f". There is {accuracy['repair']['said']}" if accuracy["repair"] is not None else ""
-        raise AccuracyError(
-            f"{accuracy['failed']}{no_repair}",
-            where=str(output),
-            hint="The bundle is marked as not deployable; see its report.json",
+    output.check()
+    bounds = checks.bounds()
+    steps = Steps("capture", "prepare", "plan", "lower", "validate", *(("onnx",) if output.onnx else ()), "write")
+    steps("capture")
+    source = opened()
+    if source.shell is not None:
+        _refuse_what_needs_one_graph(checks, output)
+        checks = replace(checks, task=tasks.NONE, examples="what each part gets from the example calls")
+    steps("prepare")
+    prepared = [recipe.prepare(part.captured.graph_module) for part in source.parts]
+    steps("plan")
+    planned = [recipe.plan_part(part, graph) for part, graph in zip(source.parts, prepared, strict=True)]
+    steps("lower")
+    programs = [recipe.lower_part(each) for each in planned]
+    steps("validate")
+    judged = {
+        each.part.path: Judge(each.captured, bounds, checks).judge(recipe, each, lowered)
+        for each, lowered in zip(planned, programs, strict=True)
+    }
+    verdict = merge_validations(judged, bounds)
+    accuracy = verdict.to_json() | {"repair": merge_repairs(judged)}
+    exported = None
+    if output.onnx:
+        steps("onnx")
+        exported = _translate(judged[""], output)
+    steps("write")
+    written = _write(describe.Optimized(source, recipe.target, judged, accuracy), output, exported)
+    if output.report is not None:
+        _report(judged[""], written, output, accuracy)
+    steps.done()
+    _log.info("wrote %s: %s", output.path, "passed" if verdict.passed else verdict.failures())
+    return Result(output.path, written, verdict)
+
+
+def _refuse_what_needs_one_graph(checks: Checks, output: Output) -> None:
+    """Refuses what parts can't do.
+
+    Raises:
+        InputError: Naming the option.
+    """
+    asked = {
+        "--check-inputs": checks.inputs is not None,
+        "--task": checks.task not in ("", tasks.NONE),
+        "--keep-reference": output.keep_reference,
+        "--report": output.report is not None,
+        "--onnx": output.onnx is not None,
+    }
+    for option, given in asked.items():
+        if given:
+            raise InputError('needs the model in one graph (not kind "module")', where=option, hint="Leave it out")
+
+
+def _translate(judged: Judged, output: Output) -> Prepared:
+    from armopt.onnx_export import export  # onnx and onnxscript take a second to import
+
+    assert output.onnx is not None
+    return export.prepare(judged.programs, describe.signature(judged.planned.captured), output.onnx)
+
+
+def _write(optimized: describe.Optimized, output: Output, exported: Prepared | None) -> manifest.Manifest:
+    """The bundle, and its manifest as written."""
+    variables = environment.wanted(optimized.target)
+    whole = optimized.judged.get("")
+    onnxruntime: Mapping[str, Any] = {"model": {}}  # of parts there is no one graph for ONNX Runtime
+    if whole is not None:
+        onnxruntime = session.describe(whole.programs, output.onnx, inside=True)
+    described = optimized.manifest(variables, onnxruntime)
+    texts = optimized.texts(variables)
+    if whole is None:
+        assert optimized.source.shell is not None
+        return writer.write_parts(
+            output.path, described, optimized.parts(), optimized.source.shell.state, texts, force=output.force
         )
+    reference = None
+    if output.keep_reference:
+        (part,), prepared = optimized.source.parts, whole.planned.prepared.graph_module
+        reference = describe_program(prepared, part.buckets[0], part.captured.values(part.buckets[0]))
+    return writer.write(
+        output.path,
+        described,
+        whole.programs,
+        texts,
+        describe.signature(whole.planned.captured),
+        reference=reference,
+        force=output.force,
+        attach=partial(exported.attach, described) if exported else None,
+    )
+
+
+def _report(judged: Judged, written: manifest.Manifest, output: Output, accuracy: Mapping[str, Any]) -> None:
+    """Writes the page that shows both sides."""
+    assert output.report is not None
+    judge, validation = judged.judge, judged.validation
+    errors, evidence = judge.nodes(judged)
+    outcome = {**accuracy, "nodes": nodes.entries(errors), "node_bucket": validation.worst_bucket}
+    pictures = judge.samples.pictures[:1] if judge.samples is not None else ()
+    about = page.About.of(written, str(output.path))
+    page.save(output.report, outcome, about, validation, errors, evidence, pictures, accuracy["repair"])

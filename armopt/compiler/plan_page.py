@@ -15,7 +15,7 @@ from armopt.ir.records import Decision, Plan
 if TYPE_CHECKING:
     from torch import fx
 
-    from armopt.compiler.stages import Planned
+    from armopt.compiler.recipe import Planned
 
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 190, 40, 24, 30, 60
 #: Blue: BF16 in the Compute Library; orange: FP32 activations, BF16 products; green: BLAS; purple: FP32; grey: ATen.
@@ -45,7 +45,7 @@ class _Box:
 
 def render(planned: Planned) -> str:
     """The page: for each bucket a legend, the graph, and every decision with its reason."""
-    graph = _graph(planned.prepared.graph)
+    graph = _graph(planned.prepared.graph_module.graph)
     places, size = _layout(graph)
     buckets = [_bucket(plan, graph, places) for plan in planned.plans]
     refused = [(skip.node, skip.reason) for skip in planned.refused]

@@ -16,8 +16,11 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext
 from torch.export import exported_program
 
-from armopt.compiler import stages
+from armopt import targets
+from armopt.compiler.recipe import Recipe
 from armopt.dynamo import programs
+from armopt.dynamo.graphs import Graph
+from armopt.dynamo.process import PROCESS
 from armopt.errors import ArmoptError, ArmoptWarning, InputError
 from armopt.ir.records import Target
 from armopt.models import torchvision_ops
@@ -41,7 +44,6 @@ _TRAINING = (
 _PLUMBING = ("_modules", "_parameters", "_buffers", "__self__")
 #: Folders whose lines say nothing of where a graph comes from.
 _LIBRARIES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
-_said: set[str] = set()
 
 
 def backend(
@@ -106,7 +108,7 @@ class Lowering:
             if reason is not None:
                 fall_back(*reason)
                 return _Boxed(gm.forward)
-            return programs.Graph(gm, self.settings, where, _weights(names, example_inputs))
+            return Graph(gm, self.settings, where, _weights(names, example_inputs))
 
         with _undecomposed():
             compiled = aot_module_simplified(
@@ -154,15 +156,15 @@ def settings(options: Mapping[str, Any] | None = None, mode: str | None = None) 
         raise InputError(f"target is a {type(target).__name__}", where="armopt", hint="Give a name or a Target")
     if isinstance(plans, bool) or not isinstance(plans, int) or plans < 1:
         raise InputError(f"plans is {plans!r}", where="armopt", hint="Give a whole number from 1")
-    product = stages.find_target(target)
+    product = target if isinstance(target, Target) else targets.load(target)
     path = Path(tuning) if tuning else None
-    return programs.Settings(product, policies.find_policy(policy, product, path), plans, str(tuning))
+    return programs.Settings(Recipe(product, policies.find_policy(policy, product, path)), plans, str(tuning))
 
 
 def fall_back(what: str, hint: str) -> None:
     """Warns, once in a process for each reason."""
-    if what not in _said:
-        _said.add(what)
+    if what not in PROCESS.said:
+        PROCESS.said.add(what)
         warnings.warn(f"armopt: {what}. {hint}", ArmoptWarning, stacklevel=2)
 
 

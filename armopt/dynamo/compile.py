@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from armopt import capture
 from armopt.capture import submodules
-from armopt.dynamo import backend, programs
+from armopt.dynamo import backend, graphs
 from armopt.dynamo.explain import Explanation, explain
 from armopt.errors import ArmoptError, InputError
 from armopt.ir.records import Skip, Target
@@ -227,7 +227,7 @@ class Forward:
         return self.original(*args, **kwargs)
 
     def _compile(self, dynamic: bool | None) -> Callable[..., Any]:
-        # released weights no longer look as when they were traced; jit.Graph watches them itself
+        # released weights no longer look as when they were traced; graphs.Graph watches them itself
         options: Any = {"guard_filter_fn": _without_weights} if self._release else None
         lowering = backend.Lowering(backend.settings(self._options), self._title, self.name)
         made: Callable[..., Any] = torch.compile(
@@ -251,11 +251,11 @@ class Forward:
 
     def _release_weights(self) -> None:
         """Frees what new programs made superfluous."""
-        made = programs.count()
+        made = graphs.count()
         if made == self._programs:
             return
         with self._lock:
-            self.released = bool(programs.release(self.owner.parameters())) or self.released
+            self.released = bool(graphs.release(self.owner.parameters())) or self.released
             self._programs = made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
@@ -281,7 +281,7 @@ def _released_error(name: str) -> InputError:
 
 
 def _refuse_released(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
-    if any(map(programs.is_released, module.parameters())):
+    if any(map(graphs.is_released, module.parameters())):
         raise _released_error(type(module).__name__)
 
 

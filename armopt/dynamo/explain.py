@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from armopt.dynamo import programs
+from armopt.dynamo import graphs
+from armopt.dynamo.programs import Programmed
 from armopt.ir.records import Skip
 
 
@@ -76,7 +77,7 @@ def explain(model: torch.nn.Module) -> Explanation:
     layers: list[Layer] = []
     left = [Skip(name, _RECURRENT) for name, part in model.named_modules() if isinstance(part, torch.nn.RNNBase)]
     held: list[torch.Tensor] = []
-    for graph in programs.graphs():
+    for graph in graphs.graphs():
         for weights in graph.held:
             if not weights.tensors or not all(id(tensor) in known for tensor in weights.tensors):
                 continue
@@ -93,7 +94,7 @@ def explain(model: torch.nn.Module) -> Explanation:
 _RECURRENT = "recurrent: each step needs the one before, so PyTorch's own kernel runs it whole"
 
 
-def _layers(graph: str, programmed: programs.Programmed) -> Iterable[Layer]:
+def _layers(graph: str, programmed: Programmed) -> Iterable[Layer]:
     ran = {bound.node: bound for bound in programmed.kernels}
     for entry in programmed.plan.decisions:
         bound = ran.get(entry.node)

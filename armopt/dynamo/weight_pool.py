@@ -34,7 +34,7 @@ class _Alive:
         return any(reference() is not None for _, reference in self._entries)
 
 
-class Pool:
+class WeightPool:
     """Stored and packed weights of all programs of a process. Holds nothing alive itself."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from armopt.bundle.files import GRAPH, WEIGHTS, hash_file
 from armopt.bundle.program import Program
 from armopt.errors import InputError
 from armopt.onnx_export import session, store
-from armopt.onnx_export.options import NAME, Options
+from armopt.onnx_export.options import NAME, OnnxOptions
 from armopt.onnx_export.standard import standard
 from armopt.onnx_export.translate import Translated, translate
 
@@ -43,7 +43,7 @@ class Prepared:
 
     translated: Translated
     program: Program
-    options: Options
+    options: OnnxOptions
 
     def attach(self, described: manifest.Manifest, folder: Path) -> None:
         """Writes the model into the folder of an unfinished bundle, in which graph and weights are."""
@@ -51,7 +51,9 @@ class Prepared:
         store.save(self.translated.model, folder / NAME)
 
 
-def export(bundle: str | Path, output: str | Path, options: Options | None = None, *, force: bool = False) -> Exported:
+def export(
+    bundle: str | Path, output: str | Path, options: OnnxOptions | None = None, *, force: bool = False
+) -> Exported:
     """Exports a bundle's graph as an ONNX model.
 
     Args:
@@ -65,7 +67,7 @@ def export(bundle: str | Path, output: str | Path, options: Options | None = Non
         InputError: The bundle is of kind "module", ONNX has no form of an operation, or the place is unusable;
             nothing is left there.
     """
-    output, options = Path(output), options or Options()
+    output, options = Path(output), options or OnnxOptions()
     store.check_place(output, force=force)
     read = reader.read(bundle)
     if read.manifest.is_module:
@@ -86,7 +88,7 @@ def export(bundle: str | Path, output: str | Path, options: Options | None = Non
     )
 
 
-def prepare(programs: Sequence[Program], signature: Mapping[str, Any], options: Options) -> Prepared:
+def prepare(programs: Sequence[Program], signature: Mapping[str, Any], options: OnnxOptions) -> Prepared:
     """Translates the program for the largest bucket; its dynamic dimensions take all sizes.
 
     Raises:

@@ -15,7 +15,7 @@ WEIGHT_DTYPES = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class OnnxOptions:
     """How a model is exported.
 
     Attributes:

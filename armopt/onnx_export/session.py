@@ -7,7 +7,7 @@ from typing import Any
 
 from armopt.bundle.program import Program
 from armopt.kernels import sites
-from armopt.onnx_export.options import NAME, OPSET, Options
+from armopt.onnx_export.options import NAME, OPSET, OnnxOptions
 from armopt.onnx_export.standard import takes_fast_math
 
 #: The version that all this was seen with, on emulated cores (tests/arm64/test_onnx_runtime.py).
@@ -21,7 +21,7 @@ _NOT = "no layer of the exported graph is in a form that it takes effect on"
 _THREADS = "0 is one thread for each core of the machine; a container with a smaller share has to say how many"
 
 
-def describe(programs: Sequence[Program], options: Options | None, *, inside: bool = False) -> dict[str, Any]:
+def describe(programs: Sequence[Program], options: OnnxOptions | None, *, inside: bool = False) -> dict[str, Any]:
     """The section.
 
     Args:
@@ -29,7 +29,7 @@ def describe(programs: Sequence[Program], options: Options | None, *, inside: bo
         options: How it is exported; None for a bundle without an ONNX model: then as it would be by default.
         inside: Whether the model is a file of the bundle.
     """
-    program, chosen = programs[-1], options or Options()
+    program, chosen = programs[-1], options or OnnxOptions()
     layers = [takes_fast_math(node, program.sites[node.name]) for node in sites.layers(program.graph_module.graph)]
     engaged = sum(layers) if chosen.fast_math else 0
     flag = {"value": str(int(engaged > 0)), "engages": engaged > 0, "why": _ENGAGES if engaged else _NOT}

@@ -27,7 +27,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from armopt.emulation.folder import DEFAULT_TORCH, PreparedFolder, core_named
 from armopt.errors import ArmoptError
@@ -100,7 +99,10 @@ def make_bundle(workload: str, cpu: str, torch_version: str, without: str = "") 
     `without` names a pass to leave out.
     """
     import armopt
-    from armopt import passes, targets
+    from armopt import targets
+    from armopt.compiler.optimize import carry_out
+    from armopt.compiler.recipe import Recipe
+    from armopt.compiler.source import capture_model
     from armopt.plan import cost_policy
     from benchmarks.arm64.workloads import WORKLOADS
 
@@ -108,32 +110,26 @@ def make_bundle(workload: str, cpu: str, torch_version: str, without: str = "") 
     place = CACHE / "bundles" / _file_name(f"{workload} {without}")
     place.parent.mkdir(parents=True, exist_ok=True)
     whole = WORKLOADS[workload].whole
-    options: dict[str, Any] = {"output": place, "target": cpu, "min_cosine": -1.0, "force": True}
-    options["policy"] = cost_policy.default(targets.load(cpu), torch_version.rpartition(".")[0])
-
-    def keep(chosen: tuple[passes.Pass, ...]) -> tuple[passes.Pass, ...]:
-        return tuple(each for each in chosen if type(each).__name__ != without)
-
-    lower = passes.lower
-    with (
-        warnings.catch_warnings(),
-        mock.patch.multiple(passes, PREPARE=keep(passes.PREPARE), lower=lambda *args: keep(lower(*args))),
-    ):
+    target = targets.load(cpu)
+    recipe = Recipe(target, cost_policy.default(target, torch_version.rpartition(".")[0]))
+    recipe = recipe.without(without) if without else recipe
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # images of other brightness too: how many proposals there are is not known beforehand
         example = inputs if whole else [inputs, *(([image * share for image in inputs[0]],) for share in (0.3, 0.6))]
-        armopt.optimize(model, example, kind="graph" if whole else "module", **options)
+        opened = functools.partial(capture_model, model, example, kind="graph" if whole else "module")
+        carry_out(opened, recipe, armopt.Checks(min_cosine=-1.0), armopt.Output(place, force=True))
     return place
 
 
 def make_onnx(workload: str, cpu: str, torch_version: str, form: str) -> Path:
     """The bundle as an ONNX model, with weights in FP32."""
     from armopt.onnx_export import export
-    from armopt.onnx_export.options import Options
+    from armopt.onnx_export.options import OnnxOptions
 
     bundle = make_bundle(workload, cpu, torch_version)
     place = bundle.with_name(f"{bundle.name}-{form}.onnx")
-    export.export(bundle, place, Options(fast_math=form != "plain"), force=True)
+    export.export(bundle, place, OnnxOptions(fast_math=form != "plain"), force=True)
     return place
 
 

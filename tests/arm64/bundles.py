@@ -216,7 +216,7 @@ def make(name: str, target: str, folder: Path, policy: planner.Policy | None = N
             target=target,
             batch=example.batch,
             policy=policy or example.policy,
-        )
+        ).manifest
         portable = armopt.load(path)
     with torch.no_grad():
         reference = tuple(first(_call(model, inputs)) for inputs in example.inputs)

@@ -22,7 +22,7 @@ def optimize_and_load(path):
     torch.manual_seed(0)
     model = Net().eval()
     x = torch.randn(2, 3, 16, 16)
-    written = armopt.optimize(model, (x,), output=path, target="graviton3", batch=(1, 4))
+    written = armopt.optimize(model, (x,), output=path, target="graviton3", batch=(1, 4)).manifest
     loaded = armopt.load(path)
     with torch.no_grad():
         cosine = torch.nn.functional.cosine_similarity(

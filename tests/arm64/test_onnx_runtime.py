@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from armopt.bundle.files import read_manifest
 from armopt.emulation import EmulatedWorker
 from armopt.onnx_export import export, session
-from armopt.onnx_export.options import Options
+from armopt.onnx_export.options import OnnxOptions
 from armopt.plan.threshold_policy import ThresholdPolicy
 from tests.arm64 import bundles
 
@@ -228,7 +228,7 @@ def test_an_exported_model(example, core, tmp_path, figures, monkeypatch):
     """In FP32 it gives what it gives here, and with the session options of its manifest it multiplies in BF16."""
     monkeypatch.setitem(bundles.EXAMPLES, "long attention", _LONG)
     made = bundles.make(example, "graviton3", tmp_path, policy=ThresholdPolicy(1))
-    done = export.export(made.path, tmp_path / "model.onnx", Options("bf16"))
+    done = export.export(made.path, tmp_path / "model.onnx", OnnxOptions("bf16"))
     section = read_manifest(made.path).onnxruntime
     config = {name: entry["value"] for name, entry in section["session_config"].items()}
     assert config == FLAG

@@ -19,9 +19,10 @@ JOBS = "tests.arm64.jobs_validation"
 @pytest.mark.parametrize("kind", [CancelledBias, Exponential, CancelledBiasConv])
 def test_the_verdict_is_that_of_the_twins(server, tmp_path, figures, kind, repaired):
     model, x = build(kind)
-    checks = Checks(gates=GATES[kind], repair=repaired, keep_reference=True)
+    checks = Checks(gates=GATES[kind], repair=repaired)
+    output = armopt.Output(tmp_path / "bundle", keep_reference=True)
     try:
-        armopt.optimize(model, (x,), output=tmp_path / "bundle", policy=ThresholdPolicy(), checks=checks)
+        armopt.optimize(model, (x,), output=output, policy=ThresholdPolicy(), checks=checks).require()
     except AccuracyError:
         assert not repaired
     twin = armopt.validate(tmp_path / "bundle", inputs={"x": x}, gates=GATES[kind])
@@ -40,7 +41,7 @@ def test_the_verdict_is_that_of_the_twins(server, tmp_path, figures, kind, repai
 @pytest.mark.parametrize("host", ["graviton3", "graviton3-torch2.13"])
 def test_a_repaired_convolution_does_not_reach_onednn(server, tmp_path, host):
     model, x = build(CancelledBiasConv)
-    written = armopt.optimize(model, (x,), output=tmp_path / "bundle", policy=ThresholdPolicy())
+    written = armopt.optimize(model, (x,), output=tmp_path / "bundle", policy=ThresholdPolicy()).manifest
     changed = {change["node"]: change["after"] for change in written.accuracy["repair"]["changes"]}
     arguments = {"bundle": str(tmp_path / "bundle"), "inputs": {"x": x}}
     text, kernels = server(host).call(f"{JOBS}:log_of_one_call", **arguments).value

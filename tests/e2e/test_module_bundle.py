@@ -137,9 +137,7 @@ def test_what_needs_one_graph_is_refused(bundle: Path, mask_rcnn: torch.nn.Modul
     assert not list(tmp_path.iterdir())
     calls = [(detection.images((3, 128, 128)),)]
     with pytest.raises(InputError, match=r"--keep-reference.*needs the model in one graph"):
-        armopt.optimize(
-            mask_rcnn, calls, kind="module", output=tmp_path / "b", checks=armopt.Checks(keep_reference=True)
-        )
+        armopt.optimize(mask_rcnn, calls, kind="module", output=armopt.Output(tmp_path / "b", keep_reference=True))
     with pytest.raises(InputError, match=r"--inputs.*its parts take no inputs"):
         accuracy.validate(bundle, inputs={"images": torch.ones(1)})
     with pytest.raises(InputError, match=r"--task detection.*its parts have no task"):
@@ -200,7 +198,7 @@ def test_parts_that_break_a_gate_are_repaired(tmp_path: Path) -> None:
     output = tmp_path / "b"
     written = armopt.optimize(
         model, calls, kind="module", output=output, policy="threshold=1", checks=armopt.Checks(gates=("sqnr>=80",))
-    )
+    ).manifest
     repair = written.accuracy["repair"]
     assert written.accuracy["passed"]
     assert repair["passed"]
@@ -208,7 +206,9 @@ def test_parts_that_break_a_gate_are_repaired(tmp_path: Path) -> None:
     assert all(change["node"].split(": ")[0] in {"look", "ways.0", "ways.1"} for change in repair["changes"])
     checks = armopt.Checks(gates=("sqnr>=80",), repair=False)
     with pytest.raises(AccuracyError, match="sqnr is"):
-        armopt.optimize(model, calls, kind="module", output=output, policy="threshold=1", checks=checks, force=True)
+        armopt.optimize(
+            model, calls, kind="module", output=armopt.Output(output, force=True), policy="threshold=1", checks=checks
+        ).require()
     assert not reader.read(output).manifest.accuracy["passed"]
 
 

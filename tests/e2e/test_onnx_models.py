@@ -20,7 +20,7 @@ from armopt.bundle import reader
 from armopt.bundle.files import read_manifest
 from armopt.models.random_weights import randomize
 from armopt.models.torchvision_ops import ensure_torchvision
-from armopt.onnx_export.options import Options
+from armopt.onnx_export.options import OnnxOptions
 from armopt.plan import threshold_policy
 from armopt.runtime import load
 
@@ -122,10 +122,9 @@ def test_a_model_in_onnx_runtime(name: str, tmp_path: Path) -> None:
     armopt.optimize(
         model,
         example.inputs(2),
-        output=path.parent,
+        output=armopt.Output(path.parent, onnx=OnnxOptions(example.weights)),
         batch=example.batch,
         policy=threshold_policy.ThresholdPolicy(1),
-        onnx=Options(example.weights),
     )
     onnx.checker.check_model(str(path), full_check=True)
     graph = onnx.shape_inference.infer_shapes(onnx.load(path), check_type=True, strict_mode=True).graph

@@ -68,7 +68,7 @@ def test_optimizes_loads_and_agrees(name: str, tmp_path: Path) -> None:
         model, args, kwargs = zoo_models.NETS[name](), (), zoo_models.EXAMPLES[name]()
     else:
         model, args, kwargs = coverage.build(name)
-    written = armopt.optimize(model, kwargs or args, output=tmp_path / "b", target="graviton3")
+    written = armopt.optimize(model, kwargs or args, output=tmp_path / "b", target="graviton3").manifest
     loaded = armopt.load(tmp_path / "b")
     with torch.no_grad():
         expected = model(*args, **kwargs)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from armopt import capture, targets
 from armopt.bundle import codec
+from armopt.compiler.graph_text import graph_text, type_text
 from armopt.ir import graph as g
 from armopt.ir.records import Captured, Decision, PassResult, Plan
 from armopt.kernels import sites, table
@@ -24,16 +25,6 @@ from armopt.passes import PREPARE, Pass
 from armopt.passes import _pipeline as pipeline
 
 GOLDEN = Path(__file__).parent / "golden"
-_SHORT = {
-    torch.float32: "f32",
-    torch.float64: "f64",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.bool: "bool",
-    torch.complex64: "c64",
-}
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
@@ -226,45 +217,12 @@ def check_metadata(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> No
     assert interpreter.checked == len(graph_module.graph.nodes) - 1
 
 
-def graph_text(graph_module: fx.GraphModule) -> str:
-    """One line for each node: name, dtype and shape, operation."""
-    lines = []
-    for node in graph_module.graph.nodes:
-        if node.op == "output":
-            lines.append(f"return {_shown(node.args[0])}")
-            continue
-        if node.op == "placeholder":
-            call = "input"
-        elif node.op == "get_attr":
-            call = "weight" if node.name == node.target else f"weight {node.target}"
-        else:
-            arguments = [_shown(arg) for arg in node.args]
-            arguments += [f"{key}={_shown(value)}" for key, value in node.kwargs.items()]
-            call = f"{codec.target_name(node.target)}({', '.join(arguments)})"
-        lines.append(f"{node.name}: {_type(node.meta.get('val'))} = {call}")
-    return "\n".join(lines)
-
-
-def _type(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{_SHORT.get(value.dtype, str(value.dtype))}[{','.join(map(str, g.symbolic_shape(value.shape)))}]"
-    if isinstance(value, (tuple, list)):
-        return "(" + ", ".join(_type(part) for part in value) + ")"
-    return type(value).__name__
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_shown(item) for item in value) + "]"
-    return str(value).removeprefix("torch.")
-
-
 def golden_text(
     case: Case, contract: Contract, before: fx.GraphModule, after: fx.GraphModule, result: PassResult
 ) -> str:
     """The golden file's content."""
     module = str(seeded(case.model)).replace("\n", "\n    ")
-    shapes = ", ".join(_type(tensor) for tensor in case.inputs)
+    shapes = ", ".join(type_text(tensor) for tensor in case.inputs)
     parts = [
         f"# pytest tests/passes --update-golden writes this file; {type(contract).__name__}[{case.name}] compares",
         f"module: {module}",

@@ -6,19 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from armopt import capture, targets
 from armopt.bundle.program import Program
-from armopt.compiler import stages
 from armopt.kernels import table
 from armopt.plan import threshold_policy
 from armopt.runtime import bind, probe
 from tests.attention import query_dtypes
+from tests.planning import programs
 
 
 def lowered(model: nn.Module, *inputs: torch.Tensor, target: str = "graviton3", rows: int = 1) -> Program:
-    captured = capture.module(model.eval(), inputs)
-    planned = stages.make_plan(captured, targets.load(target), threshold_policy.ThresholdPolicy(rows), ({},))
-    return stages.lower(planned)[0]
+    return programs(model.eval(), *inputs, target=target, policy=threshold_policy.ThresholdPolicy(rows))[0]
 
 
 class Refuse(dict):  # type: ignore[type-arg]

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from armopt import passes
 from armopt.accuracy import Checker, gates, runs
 from armopt.accuracy.tasks import Outputs
-from armopt.compiler import optimize
 from armopt.errors import InputError
 from armopt.ir import graph as g
 from armopt.passes import _pipeline as pipeline
+from tests.planning import captured_from
 
 
 def scores(given: Outputs) -> Outputs:
@@ -94,7 +94,7 @@ def test_fp64_is_the_model_in_fp64() -> None:
     torch.manual_seed(0)
     model = Several().eval()
     x, ids = torch.randn(2, 3, 6, 6), torch.randint(0, 10, (2, 5))
-    captured = optimize._capture(model, (x, ids), ())
+    captured = captured_from(model, x, ids)
     prepared, _ = pipeline.run(g.copy(captured.graph_module), passes.PREPARE)
     with torch.no_grad():
         expected = Several().eval().double()

@@ -15,7 +15,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import armopt
-from armopt.dynamo import programs
+from armopt.dynamo import graphs as dynamo_graphs
 from armopt.errors import ArmoptWarning, InputError
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -380,8 +380,8 @@ def test_memory_stays_flat_over_a_thousand_shapes(model: Classifier) -> None:
 def test_a_model_that_is_gone_leaves_nothing(model: Classifier) -> None:
     made = armopt.compile(model, (tokens(),), target="graviton3")
     before = {id(tensor) for tensor in made.parameters()}
-    assert any(before & {id(t) for t in w.tensors} for graph in programs.graphs() for w in graph.held)
-    graphs = [graph for graph in programs.graphs() if graph.held]
+    assert any(before & {id(t) for t in w.tensors} for graph in dynamo_graphs.graphs() for w in graph.held)
+    graphs = [graph for graph in dynamo_graphs.graphs() if graph.held]
     del made, model
     gc.collect()
     assert sum(len(graph.held) for graph in graphs) < len(graphs)

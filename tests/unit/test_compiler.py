@@ -28,7 +28,7 @@ def test_a_model_that_counts_its_calls(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Counter().eval()
     x = torch.randn(2, 4)
-    written = armopt.optimize(model, (x,), output=tmp_path / "bundle", target="graviton3", batch=(2,))
+    written = armopt.optimize(model, (x,), output=tmp_path / "bundle", target="graviton3", batch=(2,)).manifest
     assert torch.equal(model.calls, torch.ones(4))
     # weights are rounded to 8 bits, nothing else; a run with another count would give about 0.9
     assert written.accuracy["cosine"] >= 0.9999
@@ -41,7 +41,7 @@ def test_a_model_that_counts_its_calls(tmp_path: Path) -> None:
 def test_samples_are_compared_from_the_same_state(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Counter().eval()
-    armopt.optimize(model, (torch.randn(2, 4),), output=tmp_path / "bundle", checks=armopt.Checks(keep_reference=True))
+    armopt.optimize(model, (torch.randn(2, 4),), output=armopt.Output(tmp_path / "bundle", keep_reference=True))
     samples = [{"x": torch.randn(2, 4)} for _ in range(3)]
     for against in (None, model):
         found = armopt.validate(tmp_path / "bundle", against=against, inputs=samples)
@@ -52,6 +52,8 @@ def test_samples_are_compared_from_the_same_state(tmp_path: Path) -> None:
 def test_a_bundle_that_failed_its_gate_says_so_when_loaded(tmp_path: Path) -> None:
     path = tmp_path / "bundle"
     with pytest.raises(AccuracyError, match="not deployable"):
-        armopt.optimize(torch.nn.Linear(4, 4), (torch.ones(2, 4),), output=path, min_cosine=1.1)
+        armopt.optimize(
+            torch.nn.Linear(4, 4), (torch.ones(2, 4),), output=path, checks=armopt.Checks(min_cosine=1.1)
+        ).require()
     with pytest.warns(ArmoptWarning, match="not deployable"):
         armopt.load(path)

@@ -11,7 +11,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import armopt
-from armopt.dynamo import backend, programs
+from armopt.dynamo import backend
+from armopt.dynamo import graphs as dynamo_graphs
 from armopt.errors import ArmoptWarning, InputError
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -37,12 +38,12 @@ class Block(torch.nn.Module):
         return self.fc(self.norm(self.conv(x)).relu()), x.shape[0] * seen
 
 
-def held_for(model: torch.nn.Module) -> list[programs.Weights]:
+def held_for(model: torch.nn.Module) -> list[dynamo_graphs.Weights]:
     """What was made for a model's own weights."""
     own = {id(tensor) for tensor in model.parameters()}
     return [
         weights
-        for graph in programs.graphs()
+        for graph in dynamo_graphs.graphs()
         for weights in graph.held
         if own & {id(tensor) for tensor in weights.tensors}
     ]
@@ -224,4 +225,4 @@ def test_control_flow_inside_a_graph_is_left_alone() -> None:
 def test_a_graph_without_layers_costs_nothing() -> None:
     with torch.no_grad():
         assert torch.equal(compiled(lambda x: x * 2 + 1)(torch.ones(3)), torch.full((3,), 3.0))
-    assert not [graph for graph in programs.graphs() if graph.name.startswith("test_dynamo")]
+    assert not [graph for graph in dynamo_graphs.graphs() if graph.name.startswith("test_dynamo")]

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 import armopt
 from armopt.accuracy import nodes
 from armopt.accuracy.nodes import NodeError
-from armopt.compiler import optimize, stages
 from armopt.errors import InputError
-from armopt.plan import threshold_policy
-from armopt.targets.host import load as load_target
+from tests.planning import plan, programs
 
 
 class Three(nn.Module):
@@ -32,10 +30,9 @@ class Three(nn.Module):
 
 
 def errors(model: nn.Module, x: Tensor, kernel: str = "") -> dict[str, NodeError]:
-    captured = optimize._capture(model, (x,), ())
-    planned = stages.make_plan(captured, load_target("graviton3"), threshold_policy.ThresholdPolicy(), ({},))
-    (program,) = stages.lower(planned)
-    return {error.node: error for error in nodes.errors(program, planned.prepared, [x])}
+    recipe, planned = plan(model, x)
+    (program,) = recipe.lower_part(planned)
+    return {error.node: error for error in nodes.errors(program, planned.prepared.graph_module, [x])}
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +81,10 @@ def test_a_model_without_such_layers_is_named() -> None:
     torch.manual_seed(0)
     first, second = Three().eval(), nn.Sequential(nn.Conv2d(3, 16, 3)).eval()
     x = torch.randn(2, 3, 8, 8)
-    planned = [
-        stages.make_plan(
-            optimize._capture(model, (x,), ()), load_target("graviton3"), threshold_policy.ThresholdPolicy(), ({},)
-        )
-        for model in (first, second)
-    ]
-    (program,) = stages.lower(planned[0])
+    (program,) = programs(first, x)
+    _, other = plan(second, x)
     with pytest.raises(InputError, match="has no layer conv"):
-        nodes.errors(program, planned[1].prepared, [x])
+        nodes.errors(program, other.prepared.graph_module, [x])
 
 
 def test_state_stays_as_it_was() -> None:
@@ -107,12 +99,11 @@ def test_state_stays_as_it_was() -> None:
             return self.fc(x) * self.calls
 
     model = Counter().eval()
-    captured = optimize._capture(model, (torch.ones(64, 4),), ())
-    planned = stages.make_plan(captured, load_target("graviton3"), threshold_policy.ThresholdPolicy(), ({},))
-    (program,) = stages.lower(planned)
-    first = nodes.errors(program, planned.prepared, [torch.ones(64, 4)])
-    assert first == nodes.errors(program, planned.prepared, [torch.ones(64, 4)])
-    assert float(planned.prepared.calls) == 0.0
+    recipe, planned = plan(model, torch.ones(64, 4))
+    (program,), prepared = recipe.lower_part(planned), planned.prepared.graph_module
+    first = nodes.errors(program, prepared, [torch.ones(64, 4)])
+    assert first == nodes.errors(program, prepared, [torch.ones(64, 4)])
+    assert float(prepared.calls) == 0.0
 
 
 def test_validate_ranks_them(mlp_bundle: Path, mlp: nn.Module) -> None:

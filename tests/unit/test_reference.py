@@ -15,7 +15,6 @@ from torch import nn
 import armopt
 from armopt.bundle import reader
 from armopt.bundle.files import KEPT
-from armopt.compiler.checks import Checks
 from armopt.deploy import package
 from armopt.errors import BundleError
 
@@ -25,7 +24,7 @@ def kept(
     mlp: nn.Module, mlp_inputs: tuple[torch.Tensor, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     path = tmp_path_factory.mktemp("kept") / "bundle"
-    armopt.optimize(mlp, mlp_inputs, output=path, batch=(2, 64), checks=Checks(keep_reference=True))
+    armopt.optimize(mlp, mlp_inputs, output=armopt.Output(path, keep_reference=True), batch=(2, 64))
     return path
 
 
@@ -129,7 +128,7 @@ def test_two_copies_of_the_weights_are_never_held(tmp_path: Path) -> None:
     layers, width = 8, 1024
     for name, size in (("small", 64), ("large", width)):
         model = nn.Sequential(*[nn.Linear(size, size) for _ in range(layers)]).eval()
-        armopt.optimize(model, (torch.randn(64, size),), output=tmp_path / name, checks=Checks(keep_reference=True))
+        armopt.optimize(model, (torch.randn(64, size),), output=armopt.Output(tmp_path / name, keep_reference=True))
     # what is freed goes back to the system at once, so that what is counted is in use
     environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     arguments = [sys.executable, "-c", MEMORY, str(tmp_path / "small"), str(tmp_path / "large")]

@@ -17,13 +17,14 @@ from torch import nn
 import armopt
 from armopt.accuracy import compare, gates
 from armopt.accuracy.gates import Figures
-from armopt.compiler import checks, optimize, repair, stages
-from armopt.compiler.checks import Checks
+from armopt.compiler import repair
+from armopt.compiler.checks import Checks, Judge
 from armopt.errors import AccuracyError, ArmoptWarning
 from armopt.ir.records import Decision, Plan, Site
 from armopt.kernels import table
 from armopt.plan import planner, threshold_policy
 from armopt.targets.host import load as load_target
+from tests.planning import plan
 
 #: At these small sizes BLAS is cheaper; the tutorial's rule takes BF16 for them all the same.
 THRESHOLD = threshold_policy.ThresholdPolicy()
@@ -32,15 +33,13 @@ THRESHOLD = threshold_policy.ThresholdPolicy()
 def known_minimum(kind: type[nn.Module], seed: int) -> int:
     """The fewest layers in FP32 with which the gates hold, found by trying all sets of each size."""
     model, x = build(kind, seed)
-    captured = optimize._capture(model, (x,), ())
-    planned = stages.make_plan(captured, load_target("graviton3"), THRESHOLD, ({},))
-    sites = stages.lower(planned)[0].sites
-    checked = checks.Checked(captured, gates.standard(GATES[kind]), Checks())
+    recipe, planned = plan(model, x, policy=THRESHOLD)
+    sites = recipe.lower_part(planned)[0].sites
+    judge = Judge(planned.captured, gates.standard(GATES[kind]), Checks())
     for count in range(len(sites) + 1):
         for chosen in itertools.combinations(sites, count):
             repaired = repair._apply(planned.plans[0], sites, dict.fromkeys(chosen, repair._FULL))
-            programs = stages.lower(dataclasses.replace(planned, plans=(repaired,)))
-            if checked.validate(programs).passed:
+            if judge.validate(recipe.lower_part(planned, [repaired])).passed:
                 return count
     raise AssertionError("no set of layers passes")
 
@@ -51,11 +50,15 @@ def test_what_bf16_breaks_is_mended(kind: type[nn.Module], seed: int, tmp_path: 
     model, x = build(kind, seed)
     path = tmp_path / "bundle"
     with pytest.raises(AccuracyError, match="not deployable"):
-        armopt.optimize(model, (x,), policy=THRESHOLD, output=path, checks=Checks(gates=GATES[kind], repair=False))
+        armopt.optimize(
+            model, (x,), policy=THRESHOLD, output=path, checks=Checks(gates=GATES[kind], repair=False)
+        ).require()
     report = json.loads((path / "report.json").read_text())
     assert (report["passed"], report["repair"]) == (False, None)
 
-    written = armopt.optimize(model, (x,), policy=THRESHOLD, output=path, force=True, checks=Checks(gates=GATES[kind]))
+    written = armopt.optimize(
+        model, (x,), policy=THRESHOLD, output=armopt.Output(path, force=True), checks=Checks(gates=GATES[kind])
+    ).manifest
     assert written.accuracy["passed"] is True
     done = written.accuracy["repair"]
     changed = {change["node"] for change in done["changes"]}
@@ -74,7 +77,7 @@ def test_layers_for_every_batch(tmp_path: Path) -> None:
     """What one bucket needs is taken out of BF16 in all, so that weights are stored once."""
     kind = next(iter(GATES))
     model, x = build(kind)
-    written = armopt.optimize(model, (x,), policy=THRESHOLD, output=tmp_path / "bundle", batch=(2, 64, 256))
+    written = armopt.optimize(model, (x,), policy=THRESHOLD, output=tmp_path / "bundle", batch=(2, 64, 256)).manifest
     assert written.accuracy["passed"] is True
     planned = [{n["node"]: n for n in each["nodes"]} for each in written.plan]
     for change in written.accuracy["repair"]["changes"]:
@@ -84,7 +87,9 @@ def test_layers_for_every_batch(tmp_path: Path) -> None:
 def test_a_gate_that_fp32_fails_too_is_not_repaired(tmp_path: Path) -> None:
     model, x = build(next(iter(GATES)))
     with pytest.raises(AccuracyError, match=r"max_abs is .*no repair: the gates fail with every layer in FP32 too"):
-        armopt.optimize(model, (x,), policy=THRESHOLD, output=tmp_path / "bundle", checks=Checks(gates=("max_abs<0",)))
+        armopt.optimize(
+            model, (x,), policy=THRESHOLD, output=tmp_path / "bundle", checks=Checks(gates=("max_abs<0",))
+        ).require()
     with pytest.warns(ArmoptWarning, match="not deployable"):
         armopt.load(tmp_path / "bundle")
 

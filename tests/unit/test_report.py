@@ -81,7 +81,7 @@ def test_figures_alone(mlp_bundle: Path, tmp_path: Path) -> None:
     found = armopt.validate(mlp_bundle, report=tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == found
     made = tmp_path / "made.json"
-    armopt.optimize(nn.Linear(4, 4), (torch.ones(2, 4),), output=tmp_path / "b", checks=Checks(report=made))
+    armopt.optimize(nn.Linear(4, 4), (torch.ones(2, 4),), output=armopt.Output(tmp_path / "b", report=made))
     assert {"passed", "gates", "repair", "nodes", "outputs"} <= json.loads(made.read_text()).keys()
 
 
@@ -93,9 +93,9 @@ def test_of_one_that_fails(tmp_path: Path) -> None:
         armopt.optimize(
             model,
             (torch.randn(64, 32),),
-            output=tmp_path / "bundle",
-            checks=Checks(gates=("max_abs<0",), report=path, evaluations=4),
-        )
+            output=armopt.Output(tmp_path / "bundle", report=path),
+            checks=Checks(gates=("max_abs<0",), evaluations=4),
+        ).require()
     shown = page(path.read_text())
     assert shown.said.index("Failed: not to be deployed") < shown.said.index("max_abs is ")
     assert "no repair: the gates fail with every layer in FP32 too" in shown.said
@@ -107,7 +107,7 @@ def test_of_a_repaired_one_names_the_layers(tmp_path: Path) -> None:
     model, x = build(CancelledBias)
     path = tmp_path / "report.html"
     armopt.optimize(
-        model, (x,), output=tmp_path / "bundle", policy=threshold_policy.ThresholdPolicy(), checks=Checks(report=path)
+        model, (x,), output=armopt.Output(tmp_path / "bundle", report=path), policy=threshold_policy.ThresholdPolicy()
     )
     shown = page(path.read_text())
     assert "Passed" in shown.said
@@ -196,6 +196,6 @@ def test_a_place_that_can_not_be_written_is_named_first(mlp_bundle: Path, tmp_pa
         armopt.validate(mlp_bundle, report=tmp_path / place)
     with pytest.raises(InputError, match=r"does not exist|is a folder"):
         armopt.optimize(
-            nn.Linear(2, 2), (torch.ones(2, 2),), output=tmp_path / "b", checks=Checks(report=tmp_path / place)
+            nn.Linear(2, 2), (torch.ones(2, 2),), output=armopt.Output(tmp_path / "b", report=tmp_path / place)
         )
     assert list(tmp_path.iterdir()) == []

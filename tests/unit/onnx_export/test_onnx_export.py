@@ -25,7 +25,7 @@ from armopt.ir.records import Site, Target
 from armopt.kernels import table
 from armopt.onnx_export import export, session, standard, store, translate
 from armopt.onnx_export.guard import guard
-from armopt.onnx_export.options import Options
+from armopt.onnx_export.options import OnnxOptions
 from armopt.plan.planner import Choice
 from armopt.plan.threshold_policy import ThresholdPolicy
 
@@ -45,14 +45,14 @@ class InFp32Alone:
 
 
 def make(
-    folder: Path, model: nn.Module, inputs: Any, *, batch: Sequence[int] = (), policy: Any = BF16, **more: Any
+    folder: Path, model: nn.Module, inputs: Any, *, batch: Sequence[int] = (), policy: Any = BF16, onnx: Any = None
 ) -> Path:
     torch.manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    armopt.optimize(
-        model.eval(), inputs, output=folder / "bundle", batch=batch, policy=policy, min_cosine=0.9, force=True, **more
-    )
+    output = armopt.Output(folder / "bundle", force=True, onnx=onnx)
+    checks = armopt.Checks(min_cosine=0.9)
+    armopt.optimize(model.eval(), inputs, output=output, batch=batch, policy=policy, checks=checks)
     return folder / "bundle"
 
 
@@ -155,7 +155,7 @@ def test_forms_for_the_flag(layers: Path, tmp_path: Path) -> None:
 
 def test_plain_forms(layers: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    done = export.export(layers, path, Options(fast_math=False))
+    done = export.export(layers, path, OnnxOptions(fast_math=False))
     assert done.session["layers"]["bf16"] == 0
     assert done.session["session_config"][session.FAST_MATH]["value"] == "0"
     found = operations(path)
@@ -254,7 +254,7 @@ def test_guarded_products_of_all_ranks(tmp_path: Path) -> None:
     assert (operations(path)["Einsum"], operations(path)["MatMul"]) == (6, 1)
     for found, expected in zip(run(path, *inputs), reference(bundle, *inputs), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)  # sums of 300, values up to 300
-    export.export(bundle, path, Options(fast_math=False), force=True)
+    export.export(bundle, path, OnnxOptions(fast_math=False), force=True)
     assert operations(path)["Einsum"] == 0
 
 
@@ -302,7 +302,7 @@ def test_dtypes_of_weights(weights: str, least: float, most: float, tmp_path: Pa
     ids = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(1))
     bundle = make(tmp_path, Text(), (ids,))
     path = tmp_path / "model.onnx"
-    done = export.export(bundle, path, Options(weights))
+    done = export.export(bundle, path, OnnxOptions(weights))
     fp32 = 4 * (50 * 16 * 2 + 8 * 16 + 16 * 16)  # the table twice: rounded for the layer, and as it is
     assert least * fp32 <= done.files[path] <= most * fp32 + 2500
     assert operations(path)["Cast"] == {"fp32": 0}.get(weights, 3)
@@ -323,8 +323,8 @@ def test_a_weight_that_a_dtype_can_not_hold_stays(tmp_path: Path) -> None:
     bundle = make(tmp_path, model, (x,))
     with torch.no_grad():
         model[0].weight[0, 0] = 1e6
-    armopt.optimize(model, (x,), output=bundle, policy=BF16, force=True)
-    done = export.export(bundle, tmp_path / "model.onnx", Options("fp16"))
+    armopt.optimize(model, (x,), output=armopt.Output(bundle, force=True), policy=BF16)
+    done = export.export(bundle, tmp_path / "model.onnx", OnnxOptions("fp16"))
     assert done.kept == ("_0_weight_kn",)
     assert operations(tmp_path / "model.onnx")["Cast"] == 1
     for found, expected in zip(run(tmp_path / "model.onnx", x), reference(bundle, x), strict=True):
@@ -401,13 +401,13 @@ def test_dynamic_dimensions_of_a_pt2(tmp_path: Path) -> None:
 
 
 def test_metadata_and_manifest(tmp_path: Path) -> None:
-    bundle = make(tmp_path, nn.Linear(16, 8), (noise(3, 16),), onnx=Options("bf16"))
+    bundle = make(tmp_path, nn.Linear(16, 8), (noise(3, 16),), onnx=OnnxOptions("bf16"))
     described = read_manifest(bundle)
     section = described.onnxruntime
     assert section["model"] == {"file": "model.onnx", "opset": 20, "weights": "bf16", "bucket": {}}
     assert section["session_config"][session.FAST_MATH]["engages"] is True
     assert section["layers"] == {"bf16": 1, "all": 1}
-    export.export(bundle, tmp_path / "apart.onnx", Options("bf16"))
+    export.export(bundle, tmp_path / "apart.onnx", OnnxOptions("bf16"))
     inside, apart = (
         {entry.key: entry.value for entry in onnx.load(path).metadata_props}
         for path in (bundle / "model.onnx", tmp_path / "apart.onnx")
@@ -465,7 +465,7 @@ def test_an_operation_that_onnx_lacks(tmp_path: Path) -> None:
     """Named with the model's line, from a bundle as well as when optimizing; nothing is left."""
     named = rf"test_onnx_export\.py:{LINE}: ONNX has no form of aten\.special_bessel_j0\.default\."
     with pytest.raises(InputError, match=named):
-        make(tmp_path, Bessel(), (noise(3, 16),), onnx=Options())
+        make(tmp_path, Bessel(), (noise(3, 16),), onnx=OnnxOptions())
     assert list(tmp_path.iterdir()) == []
     bundle = make(tmp_path, Bessel(), (noise(3, 16),))
     with pytest.raises(InputError, match=named):
@@ -493,7 +493,7 @@ def test_a_model_with_state(tmp_path: Path) -> None:
 
 def test_an_unknown_dtype() -> None:
     with pytest.raises(InputError, match=r"unknown dtype 'int8'.*fp32, bf16, fp16"):
-        Options("int8")
+        OnnxOptions("int8")
 
 
 # --- storing --------------------------------------------------------------------------------------
@@ -504,7 +504,7 @@ def translated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, translat
     folder = tmp_path_factory.mktemp("translated")
     bundle = make(folder, nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), (noise(3, 64),))
     read = reader.read(bundle)
-    return bundle, export.prepare(read.programs, read.signature, Options("bf16")).translated
+    return bundle, export.prepare(read.programs, read.signature, OnnxOptions("bf16")).translated
 
 
 def test_weights_beside_the_model(translated: tuple[Path, translate.Translated], tmp_path: Path) -> None:

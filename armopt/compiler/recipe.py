@@ -1,0 +1,132 @@
+"""Prepare, plan, lower: how a captured graph becomes programs, whoever asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+from armopt import targets
+from armopt.bundle.program import Program, describe_program
+from armopt.capture.submodules import CapturedPart
+from armopt.ir import graph as g
+from armopt.ir.records import Bucket, Captured, Plan, Skip, Target
+from armopt.kernels import sites
+from armopt.passes._pipeline import Pipeline, Record
+from armopt.plan import planner, policies
+
+#: The passes whose refusals are products and convolutions that stay plain ATen.
+_CANONICALISERS = ("CanonicaliseLinear", "CanonicaliseConv")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A graph after the passes that hold whatever the shapes, and what each of them did."""
+
+    graph_module: fx.GraphModule
+    records: tuple[Record, ...]
+
+    @property
+    def passed_over(self) -> tuple[Skip, ...]:
+        """The products and convolutions that are no Linear or convolution with constant weights."""
+        return tuple(skip for record in self.records if record.name in _CANONICALISERS for skip in record.skipped)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A part of a model, prepared, with one plan for each of its buckets.
+
+    Attributes:
+        part: What was captured.
+        prepared: Its graph, prepared.
+        target: What it is planned for.
+        plans: One for each bucket.
+        rounded: Weights in BF16 by name, each rounded once, whichever plan is carried out.
+    """
+
+    part: CapturedPart
+    prepared: Prepared
+    target: Target
+    plans: tuple[Plan, ...]
+    rounded: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def captured(self) -> Captured:
+        """The graph as it was captured."""
+        return self.part.captured
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """What each pass did that prepared the graph."""
+        return self.prepared.records
+
+    @property
+    def refused(self) -> tuple[Skip, ...]:
+        """What runs as plain ATen: products that are no Linear, and what the plans refuse."""
+        by_plans = (skip for each in self.plans for skip in each.refused)
+        return tuple(dict.fromkeys([*self.prepared.passed_over, *by_plans]))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How graphs become programs: `optimize`, bundles of parts and torch.compile all follow one.
+
+    Attributes:
+        target: What they are for.
+        policy: How kernels are chosen.
+        pipeline: Which passes run.
+    """
+
+    target: Target
+    policy: planner.Policy
+    pipeline: Pipeline = field(default_factory=Pipeline)
+
+    @classmethod
+    def of(cls, target: str | Target, policy: planner.Policy | str | None = None) -> Recipe:
+        """A recipe from names, as the command line has them.
+
+        Args:
+            target: A product, ``host`` for this machine, or a target.
+            policy: As ``--policy`` has it, or a policy; None is the default for the target.
+
+        Raises:
+            InputError: There is no such target or policy.
+        """
+        found = target if isinstance(target, Target) else targets.load(target)
+        return cls(found, policies.find_policy(policy, found))
+
+    def prepare(self, graph_module: fx.GraphModule) -> Prepared:
+        """What holds of a graph whatever the shapes; the graph itself stays as it was."""
+        return Prepared(*self.pipeline.prepare(g.copy(graph_module)))
+
+    def plan(self, prepared: Prepared, bucket: Bucket, values: Bucket) -> Plan:
+        """The plan of a prepared graph at a bucket (`values`: the same by the graph's own symbols)."""
+        return planner.make(sites.find(prepared.graph_module, values), self.target, self.policy, bucket)
+
+    def lower(self, prepared: Prepared, plan: Plan, values: Bucket, rounded: dict[str, torch.Tensor]) -> Program:
+        """Carries out one plan on a copy of the graph; plans of one graph share `rounded`."""
+        module, _ = self.pipeline.lower(g.copy(prepared.graph_module), plan, rounded)
+        return describe_program(module, plan.bucket, values)
+
+    def plan_part(self, part: CapturedPart, prepared: Prepared | None = None) -> Planned:
+        """Plans each bucket of a part, whose graph is prepared once."""
+        prepared = self.prepare(part.captured.graph_module) if prepared is None else prepared
+        plans = tuple(self.plan(prepared, bucket, part.captured.values(bucket)) for bucket in part.buckets)
+        return Planned(part, prepared, self.target, plans)
+
+    def lower_part(self, planned: Planned, plans: Sequence[Plan] | None = None) -> tuple[Program, ...]:
+        """Carries out the plans of a part, or other ones; the programs share their weights."""
+        return tuple(
+            self.lower(planned.prepared, plan, planned.captured.values(plan.bucket), planned.rounded)
+            for plan in (planned.plans if plans is None else plans)
+        )
+
+    def without(self, *names: str) -> Recipe:
+        """The same but for some passes, which do not run.
+
+        Raises:
+            InputError: There is no such pass.
+        """
+        return replace(self, pipeline=self.pipeline.without(*names))

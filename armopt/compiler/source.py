@@ -1,0 +1,147 @@
+"""What a user gives to be optimized, as parts that are captured: the whole model is one part."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from armopt import capture
+from armopt.capture import files, submodules
+from armopt.capture.submodules import CapturedPart
+from armopt.errors import InputError
+from armopt.ir import graph as g
+from armopt.ir.records import Bucket, Captured, Skip
+
+#: A module, an exported program, the path of a model file, or what :mod:`armopt.capture` made of one of them.
+Model = torch.nn.Module | torch.export.ExportedProgram | Captured | files.Divided | str | Path
+Inputs = Sequence[Any] | Mapping[str, Any]
+Kind = Literal["graph", "module"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shell:
+    """The Python around the parts of a model, which stays the model's own.
+
+    Attributes:
+        module: The model.
+        factory: Reference to what builds it; empty where none is known.
+        state: Parameters and buffers of all that is no part, by name.
+    """
+
+    module: torch.nn.Module
+    factory: str
+    state: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model, captured.
+
+    Attributes:
+        name: Where it comes from, for messages.
+        parts: Its graphs, each with the sizes to plan for.
+        left: Why submodules around the parts stay Python.
+        shell: The Python around the parts; None where the one part is the model itself.
+    """
+
+    name: str
+    parts: tuple[CapturedPart, ...]
+    left: tuple[Skip, ...] = ()
+    shell: Shell | None = None
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all graphs and tensors, in hexadecimal."""
+        if self.shell is None:
+            return self.parts[0].captured.digest
+        state = hashlib.sha256()
+        for part in self.parts:
+            state.update(f"{part.path}:{part.captured.digest}".encode())
+        for name, tensor in sorted(self.shell.state.items()):
+            state.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            state.update(g.raw(tensor))
+        return state.hexdigest()
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All parameters and buffers of the original."""
+        if self.shell is None:
+            return list(self.parts[0].captured.graph_module.buffers())
+        return [*self.shell.module.parameters(), *self.shell.module.buffers()]
+
+
+def capture_model(
+    model: Model, example_inputs: Inputs | None = None, *, kind: Kind = "graph", batch: Sequence[int] = ()
+) -> Source:
+    """Captures a model whole, or part by part.
+
+    Args:
+        model: See :data:`Model`.
+        example_inputs: Positional inputs as a sequence, or named ones as a mapping; a file may have its own. Of kind
+            "module": a sequence of calls, each a tuple of positional inputs; sizes that differ between them may vary.
+        kind: "graph" or "module".
+        batch: Sizes of the first dimension to plan for; several make it dynamic.
+
+    Raises:
+        InputError: The model or an input is unusable.
+        CaptureError: torch.export can't take the model whole.
+    """
+    if kind == "module":
+        if not isinstance(model, torch.nn.Module):
+            raise InputError('kind "module" needs an nn.Module', where=type(model).__name__, hint="Pass the module")
+        model = files.Divided(model, tuple((tuple(args), {}) for args in example_inputs or ()))
+    if isinstance(model, files.Divided):
+        return _divided(model)
+    captured = _captured(model, example_inputs, batch)
+    return Source(captured.source, (CapturedPart("", captured, find_buckets(captured, batch)),))
+
+
+def _divided(model: files.Divided) -> Source:
+    name = model.factory or type(model.module).__name__
+    if not model.calls:
+        raise InputError("the model needs example calls", where=name, hint="Pass example_inputs=[(images,), (others,)]")
+    parts, left = submodules.find(model.module, model.calls, name)
+    inside = tuple(f"{part.path}." for part in parts)
+    state = {
+        key: tensor.detach()
+        for key, tensor in model.module.state_dict().items()
+        if isinstance(tensor, torch.Tensor) and not key.startswith(inside)
+    }
+    return Source(name, parts, left, Shell(model.module, model.factory, state))
+
+
+def _captured(
+    model: torch.nn.Module | torch.export.ExportedProgram | Captured | str | Path,
+    example_inputs: Inputs | None,
+    batch: Sequence[int],
+) -> Captured:
+    if isinstance(model, Captured):
+        return model
+    if isinstance(model, (str, Path)):
+        samples = dict(example_inputs) if isinstance(example_inputs, Mapping) else None
+        return files.open_model(Path(model), files.Options(samples=samples, batch=tuple(batch)))
+    kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    args = None if example_inputs is None else () if kwargs else tuple(example_inputs)
+    if isinstance(model, torch.export.ExportedProgram):
+        return capture.exported(model, args, kwargs, source="exported program")
+    if args is None:
+        raise InputError("the model needs example inputs", where=type(model).__name__, hint="Pass example_inputs=(x,)")
+    return capture.module(model, args, kwargs, batch=batch, source=type(model).__name__)
+
+
+def find_buckets(captured: Captured, batch: Sequence[int]) -> tuple[Bucket, ...]:
+    """The points to plan for: `batch` along the first dimension, the example's sizes along all others."""
+    if not captured.symbols:
+        return ({},)
+    sizes: dict[str, int] = {}
+    for spec, tensor in zip(captured.input_specs, captured.example, strict=True):
+        sizes |= {size: tensor.shape[d] for d, size in enumerate(spec.shape) if isinstance(size, str)}
+    example = {symbol.name: sizes[symbol.name] for symbol in captured.symbols}
+    if not batch or "batch" not in example:
+        return (example,)
+    return tuple(example | {"batch": size} for size in sorted(set(batch)))

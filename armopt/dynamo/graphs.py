@@ -1,0 +1,307 @@
+"""Dynamo's graphs: for each the programs of every set of weights, at every bucket of shapes."""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from armopt import capture
+from armopt.compiler.recipe import Prepared
+from armopt.dynamo.process import PROCESS
+from armopt.dynamo.programs import Forward, Programmed, Settings, make_program
+from armopt.ir import buckets
+from armopt.ir import graph as g
+from armopt.ir.records import Bucket, Skip
+from armopt.kernels import sites
+
+#: Sets of weights for which one graph keeps its programs: one for each layer that shares its code, times each model.
+MOST_WEIGHTS = 256
+
+
+class Graph:
+    """One graph of Dynamo. Called with a list of all its inputs, weights among them; the list is emptied.
+
+    Attributes:
+        name: Where it comes from, for people.
+        settings: How it is planned.
+    """
+
+    _boxed_call = True  # what AOTAutograd looks for
+
+    def __init__(self, graph_module: fx.GraphModule, settings: Settings, name: str, weights: dict[int, str]) -> None:
+        """Wraps a graph of ATen operations.
+
+        Args:
+            graph_module: Functional, but for copies into its inputs at its end; every node carries its fake value.
+            settings: How to plan it.
+            name: Where it comes from.
+            weights: Position among the inputs -> name, of parameters and buffers.
+        """
+        self.name = name
+        self.settings = settings
+        placeholders = list(capture.placeholders(graph_module))
+        written = {node.name for node in g.written(graph_module.graph)}
+        self.weights = {i: n for i, n in weights.items() if placeholders[i].name not in written}
+        self.inputs = [i for i in range(len(placeholders)) if i not in self.weights]
+        self._module = graph_module
+        self._names = [node.name for node in placeholders]
+        self.sizes = _sizes(placeholders, self.inputs)
+        self._held: list[Weights] = []
+        PROCESS.graphs.add(self)
+
+    def __call__(self, args: list[Any]) -> Sequence[Any]:
+        """Runs the graph."""
+        weights = next((each for each in self._held if each.fits(args)), None) or self._find(args)
+        forward = weights.forward(args)
+        inputs = [args[i] for i in self.inputs]
+        args.clear()
+        return forward(*inputs)
+
+    @property
+    def held(self) -> tuple[Weights, ...]:
+        """For each set of weights that is alive, its programs."""
+        return tuple(each for each in self._held if each.alive)
+
+    def freeze(self, tensors: dict[int, torch.Tensor]) -> fx.GraphModule:
+        """The graph with weights as constants."""
+        return capture.freeze(self._module, {self._names[i]: (n, tensors[i]) for i, n in self.weights.items()})
+
+    def _find(self, args: Sequence[Any]) -> Weights:
+        with PROCESS.lock:
+            for each in self._held:
+                if each.fits(args):
+                    return each
+            made = Weights(self, args)
+            others = [each for each in self._held if each.alive and not each.replaced_by(args)]
+            self._held = [made, *others][:MOST_WEIGHTS]
+            return made
+
+
+class Weights:
+    """The programs of one graph for one set of weights, at each bucket of its shapes."""
+
+    def __init__(self, graph: Graph, args: Sequence[Any]) -> None:
+        self._graph = graph
+        forget = functools.partial(_forget, weakref.ref(graph))
+        self._watched = [_Watched(i, weakref.ref(args[i], forget), *_state(args[i])) for i in graph.weights]
+        #: The prepared graph and which inputs its constants were, for further buckets; it holds folded weights in FP32.
+        self._prepared: tuple[Prepared, Mapping[str, int]] | None = None
+        self._planned: list[tuple[Bucket, Programmed]] = []
+        self._by_bucket: dict[tuple[int, ...], Forward] = {}
+        self._relevant: list[tuple[str, int, int | None]] = []
+        self.refused: tuple[Skip, ...] = ()
+        self._plan(args, first=True)
+
+    @property
+    def programs(self) -> tuple[Programmed, ...]:
+        """One for each bucket that was met."""
+        return tuple(programmed for _, programmed in self._planned)
+
+    @property
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """All tensors that the programs need: constants, packed weights, and what stands for released ones."""
+        released = [half for tensor in self.tensors if (half := PROCESS.released.get(tensor)) is not None]
+        return (*(tensor for programmed in self.programs for tensor in programmed.constants), *released)
+
+    @property
+    def halved(self) -> tuple[torch.Tensor, ...]:
+        """The weights whose values all programs use in BF16 alone."""
+        used: dict[int, frozenset[torch.dtype]] = {}
+        for programmed in self.programs:
+            for position, dtypes in programmed.dtypes.items():
+                used[position] = used.get(position, frozenset()) | dtypes
+        alone = {position for position, dtypes in used.items() if dtypes == {torch.bfloat16}}
+        weights = [each.reference() for each in self._watched if each.position in alone]
+        return tuple(tensor for tensor in weights if tensor is not None and tensor.dim() > 1)
+
+    @property
+    def alive(self) -> bool:
+        """Whether anyone can still call with these weights."""
+        return all(each.reference() is not None for each in self._watched)
+
+    def watch(self) -> None:
+        """Takes the weights' values as they are now for the ones that the programs hold."""
+        self._prepared = None
+        self._watched = [
+            each._replace(address=state[0], version=state[1])
+            for each in self._watched
+            if (tensor := each.reference()) is not None and (state := _state(tensor))
+        ]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The weights as the model holds them."""
+        return tuple(t for each in self._watched if (t := each.reference()) is not None)
+
+    def fits(self, args: Sequence[Any]) -> bool:
+        """Whether these are the very weights, unchanged."""
+        for position, reference, address, version in self._watched:
+            tensor: torch.Tensor = args[position]
+            if reference() is not tensor or tensor.data_ptr() != address:
+                return False
+            if version is not None and tensor._version != version:
+                return False
+        return True
+
+    def replaced_by(self, args: Sequence[Any]) -> bool:
+        """Whether these are the same tensors with other values."""
+        return bool(self._watched) and all(each.reference() is args[each.position] for each in self._watched)
+
+    def forward(self, args: Sequence[Any]) -> Forward:
+        """The program for the shapes of a call."""
+        if not self._relevant:
+            return self._planned[0][1].forward
+        key = buckets.round_up([args[i] if d is None else args[i].shape[d] for _, i, d in self._relevant])
+        found = self._by_bucket.get(key)
+        return found if found is not None else self._extend(args, key)
+
+    def _extend(self, args: Sequence[Any], key: tuple[int, ...]) -> Forward:
+        """A new plan for a new bucket; past the limit, the nearest there is."""
+        with PROCESS.lock:
+            if key in self._by_bucket:
+                return self._by_bucket[key]
+            if len(self._planned) < self._graph.settings.plans:
+                return self._plan(args)
+            sizes = dict(zip([symbol for symbol, _, _ in self._relevant], key, strict=True))
+            return buckets.nearest(self._planned, sizes).forward
+
+    def _plan(self, args: Sequence[Any], first: bool = False) -> Forward:
+        settings = self._graph.settings
+        with torch.inference_mode(False), torch.no_grad():
+            prepared, names = self._prepare(args)
+            if first:
+                symbols = _symbols_of_layers(prepared.graph_module)
+                self._relevant = [entry for entry in self._graph.sizes if entry[0] in symbols]
+                self.refused = prepared.passed_over
+            found = [(s, args[i] if d is None else args[i].shape[d]) for s, i, d in self._relevant]
+            key = buckets.round_up([size for _, size in found])
+            bucket = dict(zip([symbol for symbol, _ in found], key, strict=True))
+            values = {s: args[i] if d is None else args[i].shape[d] for s, i, d in self._graph.sizes} | bucket
+            chosen = settings.recipe.plan(prepared, bucket, values)
+            own = {args[i].data_ptr() for i in self._graph.weights}
+            programmed = make_program(prepared, chosen, values, settings, self._graph.name, own, names)
+        PROCESS.made += 1
+        self._planned.append((bucket, programmed))
+        self._by_bucket[key] = programmed.forward
+        if not self._relevant or len(self._planned) == settings.plans:
+            self._prepared = None  # nothing more is planned from it
+        return programmed.forward
+
+    def _prepare(self, args: Sequence[Any]) -> tuple[Prepared, Mapping[str, int]]:
+        """The prepared graph, made once, and which input of the graph each of its constants was, by name."""
+        if self._prepared is None:
+            weights = {i: _values_of(args[i]) for i in self._graph.weights}
+            frozen = self._graph.freeze(weights)
+            positions = {tensor.data_ptr(): i for i, tensor in weights.items()}
+            names = {n: positions[t.data_ptr()] for n, t in frozen.named_buffers() if t.data_ptr() in positions}
+            self._prepared = self._graph.settings.recipe.prepare(frozen), names
+        return self._prepared
+
+
+class _Watched(NamedTuple):
+    """One weight: where it stands among the inputs, which object it is, and the state of its values."""
+
+    position: int
+    reference: weakref.ref[torch.Tensor]
+    address: int
+    version: int | None
+
+
+def _state(tensor: torch.Tensor) -> tuple[int, int | None]:
+    """Address and version: one of them changes when the values do. Inference tensors count no versions."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
+def _forget(graph: weakref.ref[Graph], tensor: weakref.ref[torch.Tensor]) -> None:
+    """Drops the programs of a model that is gone."""
+    if (found := graph()) is not None:
+        found._held = [each for each in found._held if each.alive]
+
+
+def release(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Frees the FP32 values of those weights that programs multiply in BF16 alone; what they hold stays.
+
+    A copy in BF16 is kept, from which other graphs and buckets can be planned. The tensor itself keeps its shape and
+    reads as NaN.
+
+    Returns:
+        Those that were released.
+    """
+    wanted = {id(tensor) for tensor in tensors}
+    with PROCESS.lock, torch.inference_mode(False), torch.no_grad():
+        held = [weights for graph in graphs() for weights in graph.held]
+        owners = [weights for weights in held if any(id(tensor) in wanted for tensor in weights.tensors)]
+        kept = {
+            tensor.untyped_storage().data_ptr()
+            for weights in owners
+            for programmed in weights.programs
+            for tensor in programmed.constants
+            if tensor.layout is torch.strided
+        }
+        seen = {id(tensor): tensor for weights in owners for tensor in weights.tensors if id(tensor) in wanted}
+        halves = {id(t) for weights in owners for t in weights.halved}
+        freed = []
+        for tensor in seen.values():
+            if (
+                id(tensor) in halves
+                and tensor.untyped_storage().data_ptr() not in kept
+                and tensor not in PROCESS.released
+            ):
+                PROCESS.released[tensor] = PROCESS.pool.share(tensor.detach().bfloat16())
+                tensor.data = torch.full((1,) * tensor.dim(), math.nan).expand(tensor.shape)
+                freed.append(tensor)
+        for weights in owners:
+            weights.watch()
+        return tuple(freed)
+
+
+def is_released(tensor: torch.Tensor) -> bool:
+    """Whether a weight's FP32 values are gone."""
+    return tensor in PROCESS.released
+
+
+def _values_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A weight's values, also where the original is released."""
+    half: torch.Tensor | None = PROCESS.released.get(tensor)
+    return tensor if half is None else half.float()
+
+
+def count() -> int:
+    """How many programs were made in this process."""
+    return PROCESS.made
+
+
+def graphs() -> Iterator[Graph]:
+    """All graphs that are alive."""
+    return iter(list(PROCESS.graphs))
+
+
+def _sizes(placeholders: Sequence[fx.Node], inputs: Sequence[int]) -> list[tuple[str, int, int | None]]:
+    """Where the value of each symbol is found: the input, and its dimension unless the input is the number itself."""
+    found: dict[str, tuple[str, int, int | None]] = {}
+    for i in inputs:
+        value = placeholders[i].meta["val"]
+        sizes: Any = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
+        for dimension, size in sizes:
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                symbol = str(size.node.expr)
+                found.setdefault(symbol, (symbol, i, dimension))
+    return list(found.values())
+
+
+def _symbols_of_layers(prepared: fx.GraphModule) -> set[str]:
+    """The symbols that the inputs of Linears and convolutions depend on: no other changes a plan."""
+    shapes: list[Any] = [g.value(node.args[0]).shape for node in sites.layers(prepared.graph)]  # type: ignore[arg-type]
+    return {
+        str(symbol)
+        for shape in shapes
+        for size in shape
+        if not isinstance(size, int)
+        for symbol in size.node.expr.free_symbols
+    }

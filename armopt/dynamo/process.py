@@ -1,0 +1,41 @@
+"""What all compiled models of this process share, in one object."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from armopt.dynamo.weight_pool import WeightPool
+
+if TYPE_CHECKING:
+    from armopt.dynamo.graphs import Graph
+
+
+@dataclass(eq=False)
+class Process:
+    """State of a process.
+
+    Attributes:
+        pool: Stored and packed weights of all programs.
+        lock: Held while a program is made or weights are released.
+        graphs: All graphs that are alive.
+        released: Released weight -> its values in BF16.
+        made: How many programs were made.
+        checked: Targets and CPU features that this host was compared with.
+        said: Reasons to fall back that were warned of.
+    """
+
+    pool: WeightPool = field(default_factory=WeightPool)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    graphs: weakref.WeakSet[Graph] = field(default_factory=weakref.WeakSet)
+    released: Any = field(default_factory=WeakTensorKeyDictionary)
+    made: int = 0
+    checked: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)
+
+
+PROCESS = Process()
