@@ -47,19 +47,31 @@ class Original:
     prepared: fx.GraphModule | None
 
 
-def find_originals(
-    read: Bundle, against: str | Path | torch.nn.Module | None, model: str, trust_pickle: bool
-) -> dict[str, Original]:
+@dataclass(frozen=True, slots=True)
+class TrustedFile:
+    """A model file that may run code as it is unpickled."""
+
+    path: str | Path
+
+
+Against = str | Path | torch.nn.Module | TrustedFile
+
+
+def find_originals(read: Bundle, against: Against | None, model: str) -> dict[str, Original]:
     """What each graph is compared with, by path: the original, what was kept of it, or the bundle's own graph."""
     if against is None:
         return {part.path: _own(read, part) for part in read.parts}
     if read.manifest.is_module:
         return _submodules(read, against, model)
-    captured = _capture(read, against, model, trust_pickle)
+    captured = _capture(read, against, model)
     original = _of_graph(captured.graph_module, f"the original in FP32 ({captured.source})", captured.source)
     assert original.prepared is not None
     _check_weights(read.programs[0], original.prepared, original.source)
     return {"": original}
+
+
+def _path(against: str | Path | TrustedFile) -> Path:
+    return Path(against.path if isinstance(against, TrustedFile) else against)
 
 
 def _own(read: Bundle, part: Part) -> Original:
@@ -78,15 +90,16 @@ def _own(read: Bundle, part: Part) -> Original:
     )
 
 
-def _submodules(read: Bundle, against: str | Path | torch.nn.Module, model: str) -> dict[str, Original]:
+def _submodules(read: Bundle, against: Against, model: str) -> dict[str, Original]:
     """The parts of the original, which are modules and not graphs."""
     if isinstance(against, torch.nn.Module):
         whole, source = against, type(against).__name__
     else:
         from armopt.capture import files
 
-        whole = files.build(Path(against), files.Options(model=model or str(read.manifest.model["factory"])))
-        source = str(against)
+        path = _path(against)
+        whole = files.build(path, files.Options(model=model or str(read.manifest.model["factory"])))
+        source = str(path)
     said = f"the original in FP32 ({source})"
     return {part.path: Original(said, source, _flat(whole, part), None, None) for part in read.parts}
 
@@ -146,7 +159,7 @@ def _check_weights(program: Program, prepared: fx.GraphModule, source: str) -> N
             raise InputError(f"layer {name} has other weights than the bundle", where=source, hint=hint)
 
 
-def _capture(read: Bundle, against: str | Path | torch.nn.Module, model: str, trust_pickle: bool) -> Captured:
+def _capture(read: Bundle, against: Against, model: str) -> Captured:
     """The original as a flat graph that takes the bundle's inputs."""
     from armopt import capture
     from armopt.capture import files
@@ -159,8 +172,9 @@ def _capture(read: Bundle, against: str | Path | torch.nn.Module, model: str, tr
         args, kwargs = inputs.bind(inputs.parameters(against)[0], [], tensors, "original", open_ended=True)
         captured = capture.module(against, args, kwargs, batch=batch, source=type(against).__name__)
     else:
-        options = files.Options(model=model, samples=tensors, batch=batch, trust_pickle=trust_pickle)
-        captured = files.open_model(Path(against), options)
+        trusted = isinstance(against, TrustedFile)
+        options = files.Options(model=model, samples=tensors, batch=batch, trust_pickle=trusted)
+        captured = files.open_model(_path(against), options)
     if len(captured.input_specs) != len(specs):
         raise InputError(
             f"takes {len(captured.input_specs)} inputs, the bundle {len(specs)}",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from armopt import progress
 from armopt.accuracy import gates as gates_module
 from armopt.accuracy import nodes, runs, tasks
 from armopt.accuracy import samples as samples_module
@@ -26,10 +27,7 @@ if TYPE_CHECKING:
     from armopt.bundle.program import Program
     from armopt.bundle.reader import Part
     from armopt.runtime.model import Model
-from armopt.accuracy.originals import Original, find_originals
-
-#: Told the name of each step, how much of it is done, and of how much.
-Progress = Callable[[str, int, int], None]
+from armopt.accuracy.originals import Original, TrustedFile, find_originals
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +44,21 @@ class _Compared:
 def validate(
     bundle: str | Path,
     *,
-    against: str | Path | torch.nn.Module | None = None,
+    against: str | Path | torch.nn.Module | TrustedFile | None = None,
     model: str = "",
     inputs: Given | None = None,
     min_cosine: float = MIN_COSINE,
     gates: Sequence[str] = (),
     task: str = "",
     report: str | Path | None = None,
-    trust_pickle: bool = False,
-    progress: Progress = lambda step, done, total: None,
 ) -> dict[str, Any]:
     """Compares a bundle, as it runs on this host, with FP32.
 
     Args:
         bundle: The bundle.
-        against: The original: a module, or its file. Without it the reference is what ``--keep-reference`` stored, else
-            the bundle's own graph with its stored weights and all activations in FP32, which leaves the rounding of
-            weights out; the report says which.
+        against: The original: a module, its file, or a :class:`TrustedFile`, which may run code. Without it the
+            reference is what ``--keep-reference`` stored, else the bundle's own graph with its stored weights and all
+            activations in FP32, which leaves the rounding of weights out; the report says which.
         model: Reference to the class of `against`, where that is a state dict; and, for a folder of images, whose
             weights say how they are prepared.
         inputs: Tensors by name, several such samples, a file of them, or a folder of files or images; by default
@@ -72,8 +68,6 @@ def validate(
         task: ``classification``, ``detection``, ``segmentation``, ``language``, ``embedding`` or ``none``; by default
             found from the outputs.
         report: Where to write a report: HTML, or JSON where the name ends in .json.
-        trust_pickle: Whether unpickling `against` may run code.
-        progress: Told of each step.
 
     Returns:
         ``cosine`` (the worst), ``passed``, ``gates``, ``reference``, ``inputs``, ``ran``, ``task``, ``nodes``, and
@@ -89,7 +83,7 @@ def validate(
     bounds = gates_module.standard(gates, min_cosine)
     if report is not None:
         page.check_place(Path(report))
-    progress("read", 0, 1)
+    progress.report("read", 0, 1)
     read = reader.read(bundle, reference=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ArmoptWarning)
@@ -106,8 +100,8 @@ def validate(
             where=f"--model {model}",
             hint="Add --against FILE, or leave --model out",
         )
-    progress("capture", 0, 1)
-    originals = find_originals(read, against, model, trust_pickle)
+    progress.report("capture", 0, 1)
+    originals = find_originals(read, against, model)
     figures: dict[str, Figures] = {}
     compared: dict[str, _Compared] = {}
     for part in read.parts:
@@ -123,7 +117,7 @@ def validate(
         found = _found(part, running, order)
         for bucket, samples in _by_bucket(part, running, given, order).items():
             name = f"{part.path} {bucket}".strip()
-            figures[name] = checker.figures(name, _counted(samples, name, progress), found)
+            figures[name] = checker.figures(name, _counted(samples, name), found)
             compared[name] = _Compared(_program_of(part, bucket), original, samples, checker, order)
     first = next(iter(compared.values()))
     portable = any(each.portable for each in loaded.values())
@@ -145,11 +139,11 @@ def validate(
         worst.program,
         worst.original.prepared,
         [evidence.inputs[name] for name in worst.order],
-        lambda done, total: progress("layers", done, total),
+        lambda done, total: progress.report("layers", done, total),
     )
     outcome = result.to_json() | {"nodes": nodes.entries(errors), "node_bucket": result.worst_bucket}
     if report is not None:
-        progress("report", 0, 1)
+        progress.report("report", 0, 1)
         about = page.About.of(read.manifest, str(bundle))
         page.save(Path(report), outcome, about, result, errors, evidence, first.samples.pictures[:1])
     return outcome
@@ -245,9 +239,9 @@ def _by_bucket(part: Part, running: Model, given: Samples | None, order: Sequenc
     return {bucket_name(program.bucket): samples_module.generated(specs, program.bucket) for program in part.programs}
 
 
-def _counted(samples: Samples, bucket: str, progress: Progress) -> Any:
+def _counted(samples: Samples, bucket: str) -> Any:
     for done, sample in enumerate(samples):
-        progress(f"compare {bucket}", done, len(samples))
+        progress.report(f"compare {bucket}", done, len(samples))
         yield sample
 
 

@@ -53,7 +53,8 @@ def optimize(
     """Optimize a model for an Arm server and write a bundle."""
     from functools import partial
 
-    from armopt.compiler import optimize, progress
+    from armopt import progress
+    from armopt.compiler import optimize
     from armopt.compiler.checks import Checks
     from armopt.compiler.output import Output as Place
     from armopt.compiler.source import capture_model

@@ -24,22 +24,21 @@ def validate(
     as_json: options.Json = False,
 ) -> None:
     """Compare a bundle with FP32, per output, per task and per layer. Exit code 4 if a gate fails."""
-    from armopt import accuracy
+    from armopt import accuracy, progress
+    from armopt.accuracy.originals import TrustedFile
     from armopt.errors import AccuracyError
 
     out = Output(as_json)
-    with out.progress() as progress:
+    with out.progress() as watcher, progress.watched_by(watcher):
         found = accuracy.validate(
             bundle,
-            against=against,
+            against=TrustedFile(against) if against is not None and trust_pickle else against,
             model=reference,
             inputs=samples,
             min_cosine=min_cosine,
             gates=gates or (),
             task=task,
             report=report,
-            trust_pickle=trust_pickle,
-            progress=progress,
         )
     if report is not None:
         found["report"] = str(report)

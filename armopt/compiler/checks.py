@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from armopt import progress
 from armopt.accuracy import MIN_COSINE, Checker, NodeError, Validation, bucket_name, gates, nodes, runs, samples
 from armopt.accuracy.checker import Evidence, Run, flat_run
 from armopt.accuracy.gates import Figures, Gate
 from armopt.accuracy.samples import Given
 from armopt.accuracy.tasks import Outputs
 from armopt.bundle.program import Program
-from armopt.compiler import progress, repair
+from armopt.compiler import repair
 from armopt.compiler.recipe import Planned, Recipe
 from armopt.compiler.repair import EVALUATIONS, Repair
 from armopt.ir.records import Bucket, Captured, Plan

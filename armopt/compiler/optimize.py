@@ -18,13 +18,13 @@ from armopt.bundle.program import describe_program
 from armopt.compiler import describe
 from armopt.compiler.checks import Checks, Judge, Judged, merge_repairs, merge_validations
 from armopt.compiler.output import Output
-from armopt.compiler.progress import Steps
 from armopt.compiler.recipe import Recipe
 from armopt.compiler.source import Inputs, Kind, Model, Source, capture_model
 from armopt.errors import AccuracyError, ArmoptWarning, InputError
 from armopt.ir.records import Target
 from armopt.onnx_export import session
 from armopt.plan.planner import Policy
+from armopt.progress import Steps
 
 if TYPE_CHECKING:
     from armopt.onnx_export.export import Prepared

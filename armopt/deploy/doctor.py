@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import platform
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from armopt import environment, targets
 from armopt.environment.compare import Difference
@@ -187,36 +187,59 @@ def _broken(
 ) -> list[Difference]:
     """What failed smoke tests mean."""
     failed = {check.name: check.found for check in checks if check.status == "failed"}
-    found = []
+    found = [*_no_torch(failed), *_no_acl(failed, host, facts)]
+    if not _failed_acl(failed):
+        found += _no_fast_math(failed, environ, late)
+    return [*found, *_no_bf16_in_blas(failed, facts), *_wrong_numbers(failed)]
+
+
+_ANOTHER_TORCH = f"Install another torch, e.g. torch=={environment.CPU_TORCH}"
+
+
+def _no_torch(failed: Mapping[str, str]) -> Iterator[Difference]:
     if "torch" in failed:
-        found.append(
-            Difference("hard", "torch", "installed", failed["torch"], "nothing runs", "pip install 'torch>=2.10,<2.14'")
-        )
-    acl = [failed[name] for name in ("ACL BF16", "ACL FP32") if name in failed]
+        remedy = "pip install 'torch>=2.10,<2.14'"
+        yield Difference("hard", "torch", "installed", failed["torch"], "nothing runs", remedy)
+
+
+def _failed_acl(failed: Mapping[str, str]) -> list[str]:
+    return [failed[name] for name in ("ACL BF16", "ACL FP32") if name in failed]
+
+
+def _no_acl(failed: Mapping[str, str], host: Target, facts: Mapping[str, str]) -> Iterator[Difference]:
+    acl = _failed_acl(failed)
     if acl and facts.get("acl"):
+        what = "ACL BF16" if host.bf16 else "ACL FP32"
         cost = "Linears and convolutions run reference or FP32 kernels"
-        remedy = f"Install another torch, e.g. torch=={environment.CPU_TORCH}"
-        found.append(Difference("soft", "ACL BF16" if host.bf16 else "ACL FP32", "ACL answers", acl[0], cost, remedy))
-    if "fast math" in failed and not acl and not _is_set(environ):
-        pass  # compare says that the variable is missing, what it costs, and how to start
-    elif "fast math" in failed and not acl:
+        yield Difference("soft", what, "ACL answers", acl[0], cost, _ANOTHER_TORCH)
+
+
+def _no_fast_math(failed: Mapping[str, str], environ: Mapping[str, str], late: Sequence[str]) -> Iterator[Difference]:
+    # where the variable is missing, the comparison says so, what it costs, and how to start
+    if "fast math" in failed and _is_set(environ):
         cause = f"{FPMATH} was set after torch was imported" if FPMATH in late else failed["fast math"]
         cost = "layers on FP32 activations multiply in FP32: 2.2 times the time at batch 256 (tutorial, Graviton3)"
-        found.append(Difference("soft", "fast math", "BF16 weights", cause, cost, _RESTART))
-    if "BLAS BF16" in failed:
-        absent = facts.get("sbgemm") == "no"
+        yield Difference("soft", "fast math", "BF16 weights", cause, cost, _RESTART)
+
+
+def _no_bf16_in_blas(failed: Mapping[str, str], facts: Mapping[str, str]) -> Iterator[Difference]:
+    if "BLAS BF16" not in failed:
+        return
+    seen, remedy = (
+        failed["BLAS BF16"],
+        f"Install a CPU build of torch with OpenBLAS, e.g. torch=={environment.CPU_TORCH}",
+    )
+    if facts.get("sbgemm") == "no":
         cost = "a BF16 product left to BLAS takes up to 13 times the instructions of OpenBLAS's, at M = 256"
-        wrong = "results left to BLAS in BF16 are wrong"
-        remedy = f"Install a CPU build of torch with OpenBLAS, e.g. torch=={environment.CPU_TORCH}"
-        severity: Literal["hard", "soft", "info"] = "info" if absent else "hard"
-        found.append(
-            Difference(severity, "BF16 in BLAS", "sbgemm", failed["BLAS BF16"], cost if absent else wrong, remedy)
-        )
+        yield Difference("info", "BF16 in BLAS", "sbgemm", seen, cost, remedy)
+    else:
+        yield Difference("hard", "BF16 in BLAS", "sbgemm", seen, "results left to BLAS in BF16 are wrong", remedy)
+
+
+def _wrong_numbers(failed: Mapping[str, str]) -> Iterator[Difference]:
     for name in ("BLAS BF16, one row", "BLAS FP32"):
         if name in failed:
-            remedy = f"Install another torch, e.g. torch=={environment.CPU_TORCH}"
-            found.append(Difference("hard", name, "right numbers", failed[name], "results are wrong", remedy))
-    return found
+            yield Difference("hard", name, "right numbers", failed[name], "results are wrong", _ANOTHER_TORCH)
 
 
 def _is_set(environ: Mapping[str, str]) -> bool:

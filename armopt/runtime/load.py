@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import warnings
@@ -11,14 +12,17 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from armopt.bundle import manifest as manifests
 from armopt.bundle import reader
 from armopt.bundle.program import Program
 from armopt.errors import ArmoptWarning, HostError
 from armopt.runtime import host_check, module
 from armopt.runtime.bind import Binder, Bound
+from armopt.runtime.loaded import Factory, Origin
 from armopt.runtime.model import Forward, Model
-from armopt.runtime.module import Factory, ModuleModel
+from armopt.runtime.module import ModuleModel
 
+_log = logging.getLogger(__name__)
 _RESTART = "Start the process with: armopt run BUNDLE -- CMD"
 
 
@@ -54,6 +58,8 @@ def load(
     )
     if not made.portable:
         _close_file(bundle)
+    made.origin = Origin(Path(path).absolute(), manifests.digest(bundle.manifest), model, strict, tuning)
+    _log.info("loaded %s: %r", path, made)
     return made
 
 

@@ -12,18 +12,13 @@ from armopt.bundle.manifest import Manifest
 from armopt.errors import InputError
 from armopt.ir import buckets, nesting
 from armopt.runtime.bind import Bound
+from armopt.runtime.loaded import Loaded
 
 Forward = Callable[..., Sequence[torch.Tensor]]
 
 
-class Model:
-    """A bundle ready to run. Call it as the original model.
-
-    Attributes:
-        manifest: Of the bundle.
-        portable: Whether the kernels' portable twins run: the same rounding, on a host that is not the target.
-        kernels: For each bucket, what every node runs.
-    """
+class Model(Loaded):
+    """A bundle's graph ready to run. Call it as the original model."""
 
     def __init__(
         self,

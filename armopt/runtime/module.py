@@ -12,6 +12,7 @@ from armopt.bundle.manifest import Manifest
 from armopt.bundle.reader import Bundle
 from armopt.errors import BundleError, InputError
 from armopt.models import references
+from armopt.runtime.loaded import Loaded
 from armopt.runtime.model import Model
 
 #: References that a bundle may name and this process follows: they lead to torchvision alone.
@@ -83,19 +84,12 @@ def _other_model(bundle: Bundle, what: str) -> BundleError:
     return BundleError(what, where=str(bundle.path), hint="Give the factory that the bundle was made with")
 
 
-#: What builds a model: a reference, a function without arguments, or the model itself.
-Factory = str | Callable[[], torch.nn.Module] | torch.nn.Module
-
-
-class ModuleModel:
+class ModuleModel(Loaded):
     """A bundle of kind "module" ready to run. Call it as the original model.
 
     Attributes:
-        manifest: Of the bundle.
         module: The model; the parts in the bundle run its graphs.
         parts: The graphs by path.
-        portable: Whether the kernels' portable twins run.
-        kernels: For each part and bucket, what every node runs.
     """
 
     def __init__(self, manifest: Manifest, module: torch.nn.Module, parts: Mapping[str, Model]) -> None:

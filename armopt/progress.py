@@ -1,4 +1,4 @@
-"""How far an optimization is: told to whoever watches, and to the log ``armopt``."""
+"""How far a command is: told to whoever watches, and to the log ``armopt``."""
 
 from __future__ import annotations
 
