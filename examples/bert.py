@@ -35,7 +35,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bert.armopt"
         # Example inputs by name, as the model will be called.
-        manifest = armopt.optimize(model, tokens, output=bundle, target="graviton3")
+        manifest = armopt.optimize(model, tokens, output=bundle, target="graviton3").require().manifest
         print(f"layers: {len(manifest.plan[0]['nodes'])}, plain ATen: {len(manifest.refused)}")
 
         served = armopt.load(bundle)

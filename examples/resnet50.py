@@ -18,14 +18,14 @@ from armopt.models import references
 
 def main() -> int:
     torch.manual_seed(0)
-    # Random weights, so that nothing is downloaded; zoo also makes torchvision import beside a CPU-only torch.
+    # Random weights, so that nothing is downloaded; resolve also makes torchvision import beside a CPU-only torch.
     # Yours: torchvision.models.resnet50(weights="DEFAULT").
     model = references.resolve("torchvision:resnet50")().eval()
     image = torch.randn(1, 3, 224, 224)
 
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "resnet50.armopt"
-        manifest = armopt.optimize(model, (image,), output=bundle, target="graviton3", batch=(1, 4))
+        manifest = armopt.optimize(model, (image,), output=bundle, target="graviton3", batch=(1, 4)).require().manifest
         for plan in manifest.plan:
             kernels = Counter(node["kernel"] for node in plan["nodes"])
             print(f"batch {plan['bucket']['batch']}: {dict(kernels)}")

@@ -38,7 +38,9 @@ def main() -> int:
         bundle = Path(folder) / "mlp.armopt"
         # Two batch sizes. At 32 rows the tutorial found BLAS faster, because PyTorch packs the weights on each call;
         # packed once, the Compute Library in BF16 wins at both.
-        manifest = armopt.optimize(model, (example,), output=bundle, target="graviton3", batch=(32, 256))
+        manifest = (
+            armopt.optimize(model, (example,), output=bundle, target="graviton3", batch=(32, 256)).require().manifest
+        )
         for plan in manifest.plan:
             print(f"batch {plan['bucket']['batch']}:")
             for node in plan["nodes"]:

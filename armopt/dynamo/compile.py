@@ -20,7 +20,7 @@ from armopt.capture import submodules
 from armopt.dynamo import backend, graphs
 from armopt.dynamo.explain import Explanation, explain
 from armopt.errors import ArmoptError, InputError
-from armopt.ir.records import Skip, Target
+from armopt.ir.records import Target
 from armopt.models import torchvision_ops
 from armopt.plan.planner import Policy
 
@@ -170,8 +170,8 @@ class Forward:
         reason = self._refusal(args, kwargs)
         if reason is not None:
             if self.released:
-                raise InputError(f"its FP32 weights were released, but {reason[0]}", where=self._title, hint=reason[1])
-            backend.fall_back(f"{self._title}: {reason[0]}, so PyTorch's own kernels run", reason[1])
+                raise InputError(f"its FP32 weights were released, but {reason[0]}", where=self.title, hint=reason[1])
+            backend.fall_back(f"{self.title}: {reason[0]}, so PyTorch's own kernels run", reason[1])
             _thread.plain = True
             try:
                 return self.original(*args, **kwargs)
@@ -185,16 +185,11 @@ class Forward:
 
     def explain(self) -> Explanation:
         """What runs where, and the bytes it holds."""
-        found = explain(self.owner)
-        divided = [
-            Skip(part.forward._title, part.forward.divided)
-            for part in self.owner.modules()
-            if isinstance(part.forward, Forward) and part.forward.divided
-        ]
-        return found.with_left_alone(divided)
+        return explain(self.owner)
 
     @property
-    def _title(self) -> str:
+    def title(self) -> str:
+        """Its name, for messages."""
         return self.name or type(self.owner).__name__
 
     def _refusal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str] | None:
@@ -229,7 +224,7 @@ class Forward:
     def _compile(self, dynamic: bool | None) -> Callable[..., Any]:
         # released weights no longer look as when they were traced; graphs.Graph watches them itself
         options: Any = {"guard_filter_fn": _without_weights} if self._release else None
-        lowering = backend.Lowering(backend.settings(self._options), self._title, self.name)
+        lowering = backend.Lowering(backend.settings(self._options), self.title, self.name)
         made: Callable[..., Any] = torch.compile(
             _isolated(self.original), backend=lowering, options=options, fullgraph=True, dynamic=dynamic
         )
@@ -269,7 +264,7 @@ class Forward:
 
     def _check_unreleased(self) -> None:
         if self.released:
-            raise _released_error(self._title)
+            raise _released_error(self.title)
 
 
 def _released_error(name: str) -> InputError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,15 +56,6 @@ class Explanation:
     original_bytes: int
     program_bytes: int
 
-    def with_left_alone(self, more: Iterable[Skip]) -> Explanation:
-        """The same with more that was left alone."""
-        return replace(self, left_alone=(*self.left_alone, *more))
-
-    @property
-    def resident_bytes(self) -> int:
-        """All of it."""
-        return self.original_bytes + self.program_bytes
-
 
 def explain(model: torch.nn.Module) -> Explanation:
     """Explains a model that ``armopt.compile`` or ``torch.compile(…, backend="armopt")`` made and that has run.
@@ -86,9 +77,15 @@ def explain(model: torch.nn.Module) -> Explanation:
             for programmed in weights.programs:
                 layers += _layers(graph.name, programmed)
                 left += [Skip(f"{graph.name}: {skip.node}", skip.reason) for skip in programmed.plan.refused]
+    left += [Skip(part.forward.title, part.forward.divided) for part in model.modules() if _is_divided(part)]
     originals = _storages(own)
     packed = {address: size for address, size in _storages(held).items() if address not in originals}
     return Explanation(tuple(layers), tuple(dict.fromkeys(left)), sum(originals.values()), sum(packed.values()))
+
+
+def _is_divided(module: torch.nn.Module) -> bool:
+    """Whether ``armopt.compile`` left a module to Python and compiled its parts."""
+    return bool(getattr(module.forward, "divided", ""))
 
 
 _RECURRENT = "recurrent: each step needs the one before, so PyTorch's own kernel runs it whole"
