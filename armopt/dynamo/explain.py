@@ -77,15 +77,16 @@ def explain(model: torch.nn.Module) -> Explanation:
             for programmed in weights.programs:
                 layers += _layers(graph.name, programmed)
                 left += [Skip(f"{graph.name}: {skip.node}", skip.reason) for skip in programmed.plan.refused]
-    left += [Skip(part.forward.title, part.forward.divided) for part in model.modules() if _is_divided(part)]
+    left += _divided(model)
     originals = _storages(own)
     packed = {address: size for address, size in _storages(held).items() if address not in originals}
     return Explanation(tuple(layers), tuple(dict.fromkeys(left)), sum(originals.values()), sum(packed.values()))
 
 
-def _is_divided(module: torch.nn.Module) -> bool:
-    """Whether ``armopt.compile`` left a module to Python and compiled its parts."""
-    return bool(getattr(module.forward, "divided", ""))
+def _divided(model: torch.nn.Module) -> Iterable[Skip]:
+    """The modules that ``armopt.compile`` left to Python, compiling their parts, and why."""
+    forwards: Iterable[Any] = (part.forward for part in model.modules())
+    return [Skip(each.title, each.divided) for each in forwards if getattr(each, "divided", "")]
 
 
 _RECURRENT = "recurrent: each step needs the one before, so PyTorch's own kernel runs it whole"
