@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from armopt import environment, targets
-from armopt._version import __version__
+from armopt._version import TORCH_REQUIREMENT, __version__
 from armopt.bundle import files, manifest, writer
 from armopt.bundle.program import Program
 from armopt.capture import inputs
@@ -143,4 +143,4 @@ def _record(record: pipeline.Record) -> dict[str, Any]:
 
 def _requirements() -> str:
     """Versions to install on the server: this armopt, and a torch that armopt knows."""
-    return f"armopt=={__version__}\ntorch>=2.10,<2.14\nsafetensors\nnumpy\n"
+    return f"armopt=={__version__}\n{TORCH_REQUIREMENT}\nsafetensors\nnumpy\n"

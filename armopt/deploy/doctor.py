@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from armopt import environment, targets
+from armopt._version import TORCH_REQUIREMENT
 from armopt.environment.compare import Difference
+from armopt.environment.fpmath import FPMATH
 from armopt.environment.process import is_arm
-from armopt.environment.variables import FPMATH
 from armopt.errors import HostError
 from armopt.ir.records import Target
 
@@ -190,14 +191,14 @@ def _broken(
     found = []
     if "torch" in failed:
         found.append(
-            Difference("hard", "torch", "installed", failed["torch"], "nothing runs", "pip install 'torch>=2.10,<2.14'")
+            Difference("hard", "torch", "installed", failed["torch"], "nothing runs", f"pip install '{TORCH_REQUIREMENT}'")
         )
     acl = [failed[name] for name in ("ACL BF16", "ACL FP32") if name in failed]
     if acl and facts.get("acl"):
         cost = "Linears and convolutions run reference or FP32 kernels"
         remedy = f"Install another torch, e.g. torch=={environment.CPU_TORCH}"
         found.append(Difference("soft", "ACL BF16" if host.bf16 else "ACL FP32", "ACL answers", acl[0], cost, remedy))
-    if "fast math" in failed and not acl and not _is_set(environ):
+    if "fast math" in failed and not acl and not environment.fast_math(environ):
         pass  # compare says that the variable is missing, what it costs, and how to start
     elif "fast math" in failed and not acl:
         cause = f"{FPMATH} was set after torch was imported" if FPMATH in late else failed["fast math"]
@@ -217,11 +218,6 @@ def _broken(
             remedy = f"Install another torch, e.g. torch=={environment.CPU_TORCH}"
             found.append(Difference("hard", name, "right numbers", failed[name], "results are wrong", remedy))
     return found
-
-
-def _is_set(environ: Mapping[str, str]) -> bool:
-    value = environ.get("ONEDNN_DEFAULT_FPMATH_MODE") or environ.get(FPMATH, "")
-    return value.upper() in ("BF16", "ANY")
 
 
 def _no_bf16(host: Target) -> Difference:
