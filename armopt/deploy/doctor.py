@@ -191,7 +191,9 @@ def _broken(
     found = []
     if "torch" in failed:
         found.append(
-            Difference("hard", "torch", "installed", failed["torch"], "nothing runs", f"pip install '{TORCH_REQUIREMENT}'")
+            Difference(
+                "hard", "torch", "installed", failed["torch"], "nothing runs", f"pip install '{TORCH_REQUIREMENT}'"
+            )
         )
     acl = [failed[name] for name in ("ACL BF16", "ACL FP32") if name in failed]
     if acl and facts.get("acl"):
