@@ -5,6 +5,9 @@ The core raises; only :mod:`armopt.cli` prints them and turns them into exit cod
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 
 class ArmoptError(Exception):
     """Base of every error that armopt raises on purpose.
@@ -71,3 +74,17 @@ def first_line(error: BaseException, most: int = 300) -> str:
         return str(error)
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)[:most]
+
+
+def unknown(kind: str, name: str, known: Collection[str], *, where: str = "") -> InputError:
+    """The error for a name that is none of those `known`: which come close, and all there are.
+
+    Args:
+        kind: What such a name is of: ``target``, ``policy``…
+        name: As a user wrote it.
+        known: All names.
+        where: The option or file that it stands in.
+    """
+    close = difflib.get_close_matches(name.lower().replace("-", "").replace(" ", ""), known, n=3)
+    meant = f"Did you mean {' or '.join(close)}? " if close else ""
+    return InputError(f"unknown {kind} {name!r}", where=where, hint=f"{meant}Known are {', '.join(known)}")

@@ -14,7 +14,7 @@ from armopt.accuracy import tasks
 from armopt.accuracy.gates import Figures, Gate, Verdict
 from armopt.accuracy.metrics import Accuracy, compare
 from armopt.accuracy.tasks import Outputs, Sample, Task
-from armopt.errors import InputError
+from armopt.errors import InputError, first_line
 from armopt.ir import nesting
 
 #: Samples of which the original is run in FP64 too: enough for a ratio of errors, at twice the time.
@@ -130,7 +130,7 @@ class Checker:
             return self.anchor(inputs)
         except Exception as error:  # whatever an operation says that has no FP64
             self.anchor = None
-            self.no_anchor = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            self.no_anchor = first_line(error, 200)
             return None
 
     def _check_nan(self, outputs: Outputs) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from armopt import environment
 from armopt.ir import graph as g
 from armopt.kernels import aten, post_ops
 from armopt.kernels.ops import CONV, KERNEL, LINEAR, OTHER, POST_OP
-from armopt.runtime import host_check
 
 _CAST = torch.ops.aten._to_copy.default
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,7 +69,7 @@ def true_fp32() -> Iterator[None]:
     """FP32 that is FP32: in a process with fast math oneDNN would multiply it in BF16, so it is switched off there."""
     before: bool = torch._C._get_mkldnn_enabled()
     # not torch.backends.mkldnn.flags: that sets TF32 too, and warns of it
-    torch._C._set_mkldnn_enabled(before and not host_check.fast_math(os.environ))
+    torch._C._set_mkldnn_enabled(before and not environment.fast_math(os.environ))
     try:
         yield
     finally:

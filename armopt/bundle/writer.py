@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from armopt.bundle import codec, manifest
 from armopt.bundle.files import GRAPH, REFERENCE_GRAPH, REFERENCE_WEIGHTS, WEIGHTS, hash_file, looks_like_bundle
 from armopt.bundle.program import Program
 from armopt.errors import InputError
+from armopt.files import check_parent, folder_beside, put, sync
 from armopt.ir import nesting
 
 
@@ -37,19 +34,6 @@ def check_place(path: Path, *, force: bool = False) -> None:
             raise InputError(
                 "is there already and is not a bundle", where=str(path), hint="Choose another place with -o"
             )
-
-
-def check_parent(path: Path) -> None:
-    """Refuses a path whose folder can't be written to.
-
-    Raises:
-        InputError: The folder is missing or not writable.
-    """
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise InputError("the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {parent}")
-    if not os.access(parent, os.W_OK):
-        raise InputError("the folder is not writable", where=str(parent), hint="Choose another place with -o")
 
 
 def write(
@@ -151,7 +135,7 @@ def _write(
 ) -> manifest.Manifest:
     check_place(path, force=force)
     try:
-        with _temporary(path) as folder:
+        with folder_beside(path) as folder:
             # not sorted: the order of fields is part of what the model takes and returns
             _write_text(folder / GRAPH, json.dumps(graph, allow_nan=False) + "\n")
             _save(folder / WEIGHTS, weights)
@@ -210,20 +194,11 @@ def _shares(tensor: torch.Tensor) -> bool:
     return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _put(folder: Path, path: Path) -> None:
     """Moves the finished folder to its place; a bundle that is there is only dropped afterwards."""
     folder.chmod(0o755)
     if path.suffix != ".zip":
-        _replace(folder, path)
+        put(folder, path)
         return
     ready = folder.with_name(folder.name + ".zip")
     try:
@@ -231,40 +206,14 @@ def _put(folder: Path, path: Path) -> None:
             for file in sorted(folder.iterdir()):
                 archive.write(file, file.name)
         sync(ready)
-        _replace(ready, path)
+        put(ready, path)
     finally:
         ready.unlink(missing_ok=True)
-
-
-def _replace(ready: Path, path: Path) -> None:
-    old = None
-    if path.exists():
-        old = path.with_name(f".{path.name}.old-{os.getpid()}")
-        path.rename(old)
-    try:
-        ready.rename(path)
-    except OSError:
-        if old is not None:
-            old.rename(path)
-        raise
-    if old is not None:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    sync(path)
-    sync(path.absolute().parent)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
     sync(path)
-
-
-def sync(path: Path) -> None:
-    """Has the system write a file or a folder's entries to its disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def to_json(value: Any) -> str:

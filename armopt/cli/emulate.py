@@ -16,5 +16,6 @@ def emulate(
 ) -> None:
     """Run a Python command on an emulated Arm core. Shows kernels and numerics; its times mean nothing."""
     from armopt import emulation
+    from armopt.targets.emulated import core_named
 
-    raise typer.Exit(emulation.emulate(cpu, command, torch_version))
+    raise typer.Exit(emulation.emulate(core_named(cpu).name, command, torch_version))

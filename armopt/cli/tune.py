@@ -25,10 +25,10 @@ def tune(
     """Time every kernel on this host, on a bundle's shapes, and write tuning.json for optimize --tuning and load."""
     import os
 
+    from armopt import environment
     from armopt.bundle import reader
     from armopt.deploy import tune
     from armopt.kernels import timings
-    from armopt.runtime import host_check
 
     out = Output(as_json)
     if bundle is None:
@@ -36,7 +36,7 @@ def tune(
     else:
         sites = tuple(site for program in reader.read(bundle).programs for site in program.sites.values())
     with out.progress() as progress:
-        found = tune.measure(sites, rounds=rounds, fast_math=host_check.fast_math(os.environ), progress=progress)
+        found = tune.measure(sites, rounds=rounds, fast_math=environment.fast_math(os.environ), progress=progress)
     timings.write(found, output)
     out.result({"tuning": str(output), **_to_json(found)}, lambda: _text(found, output))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from armopt import environment, targets
-from armopt._version import __version__
+from armopt._version import TORCH_REQUIREMENT, __version__
 from armopt.bundle import files, manifest, writer
 from armopt.capture import inputs
 from armopt.compiler.checks import Judged
@@ -150,4 +150,4 @@ def _record(record: Record) -> dict[str, Any]:
 
 def _requirements() -> str:
     """Versions to install on the server: this armopt, and a torch that armopt knows."""
-    return f"armopt=={__version__}\ntorch>=2.10,<2.14\nsafetensors\nnumpy\n"
+    return f"armopt=={__version__}\n{TORCH_REQUIREMENT}\nsafetensors\nnumpy\n"

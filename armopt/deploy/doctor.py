@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from armopt import environment, targets
+from armopt._version import TORCH_REQUIREMENT
 from armopt.environment.compare import Difference
+from armopt.environment.fpmath import FPMATH
 from armopt.environment.process import is_arm
-from armopt.environment.variables import FPMATH
 from armopt.errors import HostError
 from armopt.ir.records import Target
 
@@ -198,7 +199,7 @@ _ANOTHER_TORCH = f"Install another torch, e.g. torch=={environment.CPU_TORCH}"
 
 def _no_torch(failed: Mapping[str, str]) -> Iterator[Difference]:
     if "torch" in failed:
-        remedy = "pip install 'torch>=2.10,<2.14'"
+        remedy = f"pip install '{TORCH_REQUIREMENT}'"
         yield Difference("hard", "torch", "installed", failed["torch"], "nothing runs", remedy)
 
 
@@ -216,7 +217,7 @@ def _no_acl(failed: Mapping[str, str], host: Target, facts: Mapping[str, str]) -
 
 def _no_fast_math(failed: Mapping[str, str], environ: Mapping[str, str], late: Sequence[str]) -> Iterator[Difference]:
     # where the variable is missing, the comparison says so, what it costs, and how to start
-    if "fast math" in failed and _is_set(environ):
+    if "fast math" in failed and environment.fast_math(environ):
         cause = f"{FPMATH} was set after torch was imported" if FPMATH in late else failed["fast math"]
         cost = "layers on FP32 activations multiply in FP32: 2.2 times the time at batch 256 (tutorial, Graviton3)"
         yield Difference("soft", "fast math", "BF16 weights", cause, cost, _RESTART)
@@ -240,11 +241,6 @@ def _wrong_numbers(failed: Mapping[str, str]) -> Iterator[Difference]:
     for name in ("BLAS BF16, one row", "BLAS FP32"):
         if name in failed:
             yield Difference("hard", name, "right numbers", failed[name], "results are wrong", _ANOTHER_TORCH)
-
-
-def _is_set(environ: Mapping[str, str]) -> bool:
-    value = environ.get("ONEDNN_DEFAULT_FPMATH_MODE") or environ.get(FPMATH, "")
-    return value.upper() in ("BF16", "ANY")
 
 
 def _no_bf16(host: Target) -> Difference:

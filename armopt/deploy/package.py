@@ -27,6 +27,7 @@ from armopt._version import __version__
 from armopt.bundle import manifest, reader
 from armopt.bundle.files import KEPT
 from armopt.errors import ArmoptError, HostError, InputError
+from armopt.files import folder_beside, put
 
 DOCKERFILE, REQUIREMENTS, SERVE, BUNDLE, LIBRARY = "Dockerfile", "requirements.txt", "serve.py", "bundle", "lib"
 PYTHON = "3.11"
@@ -112,23 +113,21 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
         REQUIREMENTS: requirements(torch, pinned),
         ".dockerignore": "**/__pycache__\n",
     }
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
     try:
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        shutil.copyfile(Path(__file__).with_name("server.py"), folder / SERVE)
-        _copy_bundle(bundle, folder / BUNDLE)
-        _copy_armopt(folder / LIBRARY / "armopt")
-        folder.chmod(0o755)
-        folder.rename(output)
+        with folder_beside(output) as folder:
+            for name, text in texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            shutil.copyfile(Path(__file__).with_name("server.py"), folder / SERVE)
+            _copy_bundle(bundle, folder / BUNDLE)
+            _copy_armopt(folder / LIBRARY / "armopt")
+            folder.chmod(0o755)
+            put(folder, output)
     except OSError as error:
         raise InputError(
             f"can't write the package: {error.strerror or error}",
             where=str(output),
             hint="Nothing was left behind. Free some space or choose another place with -o",
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     files = tuple(sorted(entry.name for entry in output.iterdir()))
     return Package(output, files, torch, bool(pinned), tuple(remarks))
 

@@ -89,7 +89,7 @@ def make_program(
         return Programmed(chosen, (), weights, dtypes, module.forward, tuple(module.buffers()))
     _check_host(settings, chosen.decisions)
     fast_math, times, bf16_attention = (
-        host_check.fast_math(os.environ),
+        environment.fast_math(os.environ),
         host_check.timings_for(settings.tuning),
         host_check.multiplies_bf16(),
     )

@@ -3,20 +3,18 @@
 ``python -m armopt.emulation.prepare`` makes the folder that everything here uses.
 """
 
-from armopt.emulation.folder import CORES, PRODUCTS, TORCH_VERSIONS, Core, PreparedFolder, core_named
+from armopt.emulation.folder import CORES, TORCH_VERSIONS, Core, PreparedFolder
 from armopt.emulation.runner import emulate, emulated_command
 from armopt.emulation.worker import EmulatedError, EmulatedResult, EmulatedWorker
 
 __all__ = [
     "CORES",
-    "PRODUCTS",
     "TORCH_VERSIONS",
     "Core",
     "EmulatedError",
     "EmulatedResult",
     "EmulatedWorker",
     "PreparedFolder",
-    "core_named",
     "emulate",
     "emulated_command",
 ]

@@ -41,27 +41,6 @@ CORES = {
         Core("neoverse-n2", 0x410FD493, (64, 64, 1024, 65536)),
     )
 }
-PRODUCTS = {
-    "graviton2": "neoverse-n1",
-    "altra": "neoverse-n1",
-    "graviton3": "neoverse-v1",
-    "yitian710": "neoverse-n2",
-    "cobalt100": "neoverse-n2",
-}
-
-
-def core_named(cpu: str) -> Core:
-    """Returns the core of a product (``graviton3``) or of QEMU's own name (``neoverse-v1``).
-
-    Raises:
-        InputError: QEMU 10.0 has no model of it.
-    """
-    try:
-        return CORES[PRODUCTS.get(cpu, cpu)]
-    except KeyError:
-        known = ", ".join([*PRODUCTS, *CORES])
-        raise InputError(f"QEMU 10.0 has no model of {cpu!r}", where="--cpu", hint=f"Choose one of {known}") from None
-
 
 # --- what the folder is made of: a change of any of these rebuilds that part and no other ---------
 

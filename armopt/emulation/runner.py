@@ -11,10 +11,10 @@ from types import FrameType
 
 from armopt.emulation.folder import (
     CACHE_VARIABLE,
+    CORES,
     DEFAULT_TORCH,
     WRAPPERS,
     PreparedFolder,
-    core_named,
 )
 from armopt.errors import InputError
 
@@ -37,7 +37,7 @@ def emulated_command(
     """Returns what to execute, and in which environment, to run a command on an emulated core.
 
     Args:
-        cpu: A product (``graviton3``) or a core that QEMU models (``neoverse-v1``).
+        cpu: A core by QEMU's name (``neoverse-v1``), see :data:`CORES`.
         argv: ``python …`` or ``armopt …``; also ``env`` or ``sh`` that start one of them.
         torch_version: The aarch64 PyTorch it imports.
         env: The environment it gets (this process's own by default); DNNL_*, OMP_* and the like pass through.
@@ -48,7 +48,8 @@ def emulated_command(
         InputError: An unknown core, a command that is a program of the host, or a comma in LD_PRELOAD.
         HostError: The folder is not prepared.
     """
-    core = core_named(cpu)
+    if cpu not in CORES:
+        raise InputError(f"QEMU 10.0 has no model of {cpu!r}", hint=f"Choose one of {', '.join(CORES)}")
     folder = folder or PreparedFolder.default()
     folder.require(torch_version)
     if not argv:
@@ -69,7 +70,7 @@ def emulated_command(
         inherited.pop(variable, None)
     return [program, *argv[1:]], {
         **_preload_emulated(inherited),
-        CPU_VARIABLE: core.name,
+        CPU_VARIABLE: cpu,
         "PYTHONNOUSERSITE": "1",  # ~/.local holds x86 packages
         CACHE_VARIABLE: str(folder.path),
         "PATH": os.pathsep.join([str(folder.wrappers), inherited.get("PATH", os.defpath)]),
@@ -106,6 +107,11 @@ def _python_path(folder: PreparedFolder, torch_version: str) -> list[str]:
 
 def emulate(cpu: str, argv: Sequence[str], torch_version: str = DEFAULT_TORCH) -> int:
     """Runs a command on an emulated core, with this process's own input, output and signals.
+
+    Args:
+        cpu: A core by QEMU's name, see :func:`emulated_command`.
+        argv: The command.
+        torch_version: The aarch64 PyTorch it imports.
 
     Returns:
         Its exit code; 128 + the signal's number where a signal ended it, as shells have it.

@@ -101,7 +101,7 @@ class EmulatedWorker:
     It starts with the first call. A crash or a time-out costs that call only: the next one starts it anew.
 
     Args:
-        cpu: A product (``graviton3``) or a core that QEMU models (``neoverse-v1``).
+        cpu: A core by QEMU's name (``neoverse-v1``).
         torch_version: The aarch64 PyTorch it imports.
         env: Settings such as DNNL_DEFAULT_FPMATH_MODE. The rest of the environment is this process's, without
             its own settings of that kind.

@@ -3,10 +3,10 @@
 from armopt.environment.build import CPU_TORCH, installed, package_folder, record, thp_setting
 from armopt.environment.compare import Difference, differences
 from armopt.environment.formats import FORMATS, render
+from armopt.environment.fpmath import FPMATH, FPMATH_NAMES, fast_math
 from armopt.environment.process import for_process, import_remark, late_variables
 from armopt.environment.threads import threads_for_host
 from armopt.environment.variables import (
-    FPMATH,
     FRAMEWORKS,
     PRELOAD,
     Variable,
@@ -19,12 +19,14 @@ __all__ = [
     "CPU_TORCH",
     "FORMATS",
     "FPMATH",
+    "FPMATH_NAMES",
     "FRAMEWORKS",
     "PRELOAD",
     "Difference",
     "Variable",
     "allocator_library",
     "differences",
+    "fast_math",
     "for_process",
     "import_remark",
     "installed",

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from armopt.environment.fpmath import FPMATH
 from armopt.environment.process import agree, effective, is_arm
-from armopt.environment.variables import COSTS, FPMATH, PRELOAD
+from armopt.environment.variables import COSTS, PRELOAD
 from armopt.ir.records import Target
 
 

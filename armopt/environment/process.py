@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from armopt.environment.variables import COSTS, FPMATH, PRELOAD, Variable
+from armopt.environment.fpmath import FPMATH, FPMATH_NAMES, allows_bf16, fpmath_mode
+from armopt.environment.variables import COSTS, PRELOAD, Variable
 from armopt.ir.records import Target
 
 
@@ -28,7 +29,7 @@ def for_process(
     for name, variable in sorted(wanted.items()):
         if name != PRELOAD or name not in environ:
             found[name] = variable.value
-    own = "ONEDNN" + FPMATH.removeprefix("DNNL")
+    own = FPMATH_NAMES[0]
     if FPMATH in wanted and own in found and not agree(FPMATH, wanted[FPMATH].value, found[own]):
         remarks.append(f"{own}={found.pop(own)} would win over {FPMATH}={wanted[FPMATH].value}: removed")
     threads = found.get("OMP_NUM_THREADS", "")
@@ -87,7 +88,7 @@ def import_remark(
 def effective(name: str, environ: Mapping[str, str], host: Target) -> str:
     """The value of a variable as its reader takes it, its default where it is not set."""
     if name == FPMATH:
-        return environ.get("ONEDNN_DEFAULT_FPMATH_MODE") or environ.get(FPMATH, "")
+        return fpmath_mode(environ)
     if name == "LRU_CACHE_CAPACITY" and name not in environ and not is_arm(host):
         return "1024"
     if name == "OMP_PROC_BIND" and name not in environ:
@@ -98,8 +99,8 @@ def effective(name: str, environ: Mapping[str, str], host: Target) -> str:
 
 def agree(name: str, expected: str, found: str) -> bool:
     """Whether a value does what another one would."""
-    if name == FPMATH and found.lower() == "any":
-        return True
+    if name == FPMATH and allows_bf16(expected):
+        return allows_bf16(found)
     if name == "LRU_CACHE_CAPACITY" and found.isdecimal() and expected.isdecimal():
         return int(found) >= int(expected)
     return expected.lower() == found.lower()

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from armopt.environment.build import holds, libraries, needle
+from armopt.environment.fpmath import FPMATH
 from armopt.errors import InputError
 from armopt.ir.records import Target
 
-FPMATH = "DNNL_DEFAULT_FPMATH_MODE"
 FRAMEWORKS = ("pytorch", "tensorflow")
 #: Read by the OpenMP runtime, which may lie outside torch's own folders, and by the dynamic loader.
 _READ_ELSEWHERE = ("OMP_", "LD_")

@@ -28,6 +28,7 @@ class Target:
         simd_pipes: SIMD pipes of `vector_bits` each.
         l2_kib: Private L2 cache per core, in KiB.
         cores: Most cores of the product in one socket.
+        cost_table: The core whose cost table stands in; empty where its own does.
         provenance: Where each figure comes from.
     """
 
@@ -38,6 +39,7 @@ class Target:
     simd_pipes: int
     l2_kib: int
     cores: int
+    cost_table: str = ""
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from armopt.bundle import writer
 from armopt.errors import InputError
+from armopt.files import check_parent, sync
 
 #: Bytes of weights above which they go to a file of their own. A protobuf message ends at 2**31; its nodes need room.
 EXTERNAL_ABOVE = 2**31 - 2**26
@@ -28,7 +28,7 @@ def check_place(path: Path, *, force: bool = False) -> None:
     Raises:
         InputError: The parent is missing or not writable, or something is there already.
     """
-    writer.check_parent(path)
+    check_parent(path)
     for place in (path, data_path(path)):
         if place.is_dir() or (place.exists() and not force):
             hint = "Choose another place with -o" + ("" if place.is_dir() else ", or pass --force")
@@ -49,7 +49,7 @@ def write(model: ir.Model, path: Path, *, force: bool = False, external_above: i
                 file.replace(path.with_name(file.name))
             if len(made) == 1:
                 data_path(path).unlink(missing_ok=True)  # of the model that was replaced
-            writer.sync(path.absolute().parent)
+            sync(path.absolute().parent)
     except OSError as error:
         raise InputError(
             f"can't write the model: {error.strerror or error}",
@@ -69,7 +69,7 @@ def save(model: ir.Model, path: Path, *, external_above: int = EXTERNAL_ABOVE) -
     else:
         _check_without_weights(model, path)
     for file in files:
-        writer.sync(file)
+        sync(file)
     return files
 
 

@@ -16,9 +16,6 @@ from armopt.kernels.timings import read as read_tuning
 from armopt.runtime import probe_cache
 from armopt.runtime.bind import Bound
 
-#: Names of oneDNN's fast-math mode; the first wins.
-_FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
-
 
 def is_portable(machine: str) -> bool:
     """Whether programs for `machine` run here as portable twins alone."""
@@ -75,7 +72,7 @@ def remembering(known: dict[str, str | None]) -> Iterator[None]:
     """Verdicts that probes reached here before are in `known` meanwhile; what is new is remembered at the end."""
     path = probe_cache.path_for(_build_facts())
     # a variable set after the start may have come too late for oneDNN: such a process neither learns nor teaches
-    reliable = not environment.late_variables(_FAST_MATH)
+    reliable = not environment.late_variables(environment.FPMATH_NAMES)
     if reliable:
         known.update(probe_cache.read(path))
     before = len(known)
@@ -109,12 +106,6 @@ def changes(programs: Iterable[Sequence[Bound]]) -> str:
     )
 
 
-def fast_math(environ: Mapping[str, str]) -> bool:
-    """Whether oneDNN reads BF16 fast math from these variables."""
-    value = next((environ[name] for name in _FAST_MATH if name in environ), "")
-    return value.upper() in ("BF16", "ANY")
-
-
 def multiplies_bf16() -> bool:
     """Whether this build's BLAS has a product of BF16 matrices, as far as its files tell."""
     return environment.installed().get("sbgemm") != "no"
@@ -126,4 +117,4 @@ def _build_facts() -> dict[str, str]:
     names = ("torch", "torch_git", "torch_build", "onednn", "acl", "blas", "threads")
     facts = {name: record.get(name, "") for name in names}
     features = " ".join(sorted(host.isa_features))
-    return facts | {"core": host.core, "features": features, "fast_math": str(fast_math(os.environ))}
+    return facts | {"core": host.core, "features": features, "fast_math": str(environment.fast_math(os.environ))}

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from armopt import environment
 from armopt.bundle import manifest as manifests
 from armopt.bundle import reader
 from armopt.bundle.program import Program
@@ -102,7 +103,7 @@ def load_parts(
     copies: dict[int, torch.Tensor] = {}
     verdicts: dict[str, str | None] = {}
     fast_math, times, bf16_attention = (
-        host_check.fast_math(os.environ),
+        environment.fast_math(os.environ),
         host_check.timings_for(tuning),
         host_check.multiplies_bf16(),
     )

@@ -6,11 +6,11 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from armopt.files import write_whole
 from armopt.ir.records import Site
 
 _SCHEMA = 1
@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, str | None]:
 
 
 def write(path: Path, found: Mapping[str, str | None]) -> None:
-    """Adds verdicts to the file, by renaming: another process sees the old file or the new one.
+    """Adds verdicts to the file, whole: another process sees the old file or the new one.
 
     A place that can't be written is no error: the next start probes again.
     """
@@ -51,11 +51,4 @@ def write(path: Path, found: Mapping[str, str | None]) -> None:
         merged = {**read(path), **found}
         kept = dict(list(merged.items())[-_MOST:])
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump({"schema": _SCHEMA, "verdicts": kept}, file)
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        write_whole(path, json.dumps({"schema": _SCHEMA, "verdicts": kept}))

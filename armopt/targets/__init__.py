@@ -1,7 +1,7 @@
 """The products that armopt knows, one TOML each, and this machine as one of them."""
 
 from armopt.targets.host import CpuInfo, hwcap_names, load, machine, parse_cpuinfo, this_host
-from armopt.targets.products import HOST, Product, names, parse_product, product
+from armopt.targets.products import HOST, Product, names, parse_product, product, table
 
 __all__ = [
     "HOST",
@@ -14,5 +14,6 @@ __all__ = [
     "parse_cpuinfo",
     "parse_product",
     "product",
+    "table",
     "this_host",
 ]

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from armopt.files import read_or_empty
@@ -101,35 +101,50 @@ def this_host(cpuinfo: str | None = None) -> Target:
         cpuinfo: Text of a /proc/cpuinfo to take the machine for; None reads this machine's own, plus the
             kernel's HWCAP, which is right also where /proc is missing or shows another CPU.
     """
-    live = cpuinfo is None
-    info = parse_cpuinfo(read_or_empty("/proc/cpuinfo") if cpuinfo is None else cpuinfo)
-    machine = info.architecture
+    if cpuinfo is not None:
+        return _as_target(parse_cpuinfo(cpuinfo), "/proc/cpuinfo")
+    info = _ask_machine()
+    found = _as_target(info, "HWCAP of this kernel" if info.architecture == "aarch64" else "/proc/cpuinfo")
+    sve_bits = _sve_bits() if "sve" in found.isa_features else 0
+    return replace(
+        found,
+        vector_bits=sve_bits or found.vector_bits,
+        l2_kib=_sysfs_l2_kib() or found.l2_kib,
+        cores=info.processors or os.cpu_count() or 1,
+    )
+
+
+def _ask_machine() -> CpuInfo:
+    """What this machine says of its CPU, in /proc and otherwise."""
+    info = parse_cpuinfo(read_or_empty("/proc/cpuinfo"))
+    machine = platform.machine().lower()
+    architecture = {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
+    if architecture != "aarch64":
+        return replace(info, architecture=architecture)
+    # Apple's kernel has no auxiliary vector, but every aarch64 has Advanced SIMD.
+    features = _hwcap_features() or info.features or frozenset({"asimd"})
+    implementer, _, part = (info.midr or _sysfs_midr()).partition(":")
+    return replace(info, architecture=architecture, features=features, implementer=implementer, part=part)
+
+
+def _as_target(info: CpuInfo, source: str) -> Target:
+    """A machine as a target, with the figures of a product of the same core where one is known."""
     features = info.features
-    if live:
-        machine = {"arm64": "aarch64", "amd64": "x86_64"}.get(m := platform.machine().lower(), m)
-        if machine == "aarch64":
-            # Apple's kernel has no auxiliary vector, but every aarch64 has Advanced SIMD.
-            features = _hwcap_features() or features or frozenset({"asimd"})
-    if machine != "aarch64" and features & {"avx512_bf16", "amx_bf16"}:
+    if info.architecture != "aarch64" and features & {"avx512_bf16", "amx_bf16"}:
         features |= {"bf16"}
-    midr = info.midr or (_sysfs_midr() if live and machine == "aarch64" else "")
-    same = [p for n in names() if midr in (p := product(n)).midr]
-    known = same[0].target if same else None
-    source = "HWCAP of this kernel" if live and machine == "aarch64" else "/proc/cpuinfo"
+    same = [product(name) for name in names() if info.midr in product(name).midr]
     provenance = {"isa_features": source}
     if same:
-        provenance["product"] = ", ".join(p.target.name for p in same)
-        provenance["core"] = f"MIDR {midr}"
-    return Target(
-        name=HOST,
-        core=known.core if known else info.model or (f"arm-{midr}" if midr else machine or "unknown"),
-        isa_features=features,
-        vector_bits=(_sve_bits() if live and "sve" in features else 0) or _vector_bits(features, known),
-        simd_pipes=known.simd_pipes if known else 2,
-        l2_kib=(_sysfs_l2_kib() if live else 0) or (known.l2_kib if known else 1024),
-        cores=info.processors or (live and os.cpu_count()) or 1,
-        provenance=provenance,
-    )
+        provenance |= {"product": ", ".join(each.target.name for each in same), "core": f"MIDR {info.midr}"}
+    known = same[0].target if same else _unknown(info)
+    return replace(known, name=HOST, isa_features=features, cores=info.processors or 1, provenance=provenance)
+
+
+def _unknown(info: CpuInfo) -> Target:
+    """A core that is in no product's file; on x86 its vectors are known from its features."""
+    bits = 512 if "avx512f" in info.features else 256 if "avx2" in info.features else 128
+    core = info.model or (f"arm-{info.midr}" if info.midr else info.architecture or "unknown")
+    return Target(HOST, core, info.features, vector_bits=bits, simd_pipes=2, l2_kib=1024, cores=1)
 
 
 def hwcap_names(hwcap: int, hwcap2: int) -> frozenset[str]:
@@ -155,12 +170,6 @@ def _sve_bits() -> int:
         length = int(ctypes.CDLL(None).prctl(_PR_SVE_GET_VL))
         return (length & 0xFFFF) * 8 if length > 0 else 0
     return 0
-
-
-def _vector_bits(features: frozenset[str], known: Target | None) -> int:
-    if known:
-        return known.vector_bits
-    return 512 if "avx512f" in features else 256 if "avx2" in features else 128
 
 
 def _sysfs_midr() -> str:

@@ -1,11 +1,10 @@
-"""The products that armopt plans for, and the machine it runs on.
+"""The table of products that armopt plans for.
 
-One TOML per product: figures and, in ``[provenance]``, where each comes from. No logic depends on a name.
+One TOML each in this folder: figures and, in ``[provenance]``, where each comes from. No logic depends on a name.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from armopt.errors import InputError
 from armopt.ir.records import Target
+from armopt.tables import Line, Table
 
 HOST = "host"
 _SCHEMA: Mapping[str, type] = {
@@ -28,8 +28,10 @@ _SCHEMA: Mapping[str, type] = {
     "l2_kib": int,
     "cores": int,
     "qemu_cpu": str,
+    "cost_table": str,
     "provenance": dict,
 }
+_OPTIONAL = {"qemu_cpu", "cost_table"}
 _KINDS: Mapping[type, str] = {
     str: "a string",
     int: "a positive whole number",
@@ -40,7 +42,7 @@ _KINDS: Mapping[type, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One file of the table.
+    """What one TOML says.
 
     Attributes:
         target: The figures.
@@ -53,26 +55,27 @@ class Product:
     qemu_cpu: str = ""
 
 
+@cache
+def table() -> Table[Product]:
+    """All products by name: those of this folder, and what others add."""
+    folder = resources.files("armopt.targets")
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda file: file.name)
+    found = (parse_product(file.read_text(encoding="utf-8"), file.name) for file in files)
+    return Table("target", *(Line(product.target.name, product) for product in found))
+
+
 def names() -> tuple[str, ...]:
     """All products, sorted; :func:`load` takes these and ``host``."""
-    folder = resources.files("armopt.targets")
-    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
+    return tuple(sorted(table()))
 
 
-@cache
 def product(name: str) -> Product:
     """The product called `name`, with what is needed to detect and to emulate it.
 
     Raises:
         InputError: No such product.
     """
-    known = names()
-    if name not in known:
-        close = difflib.get_close_matches(name.lower().replace("-", "").replace(" ", ""), known, n=3)
-        meant = f"Did you mean {' or '.join(close)}? " if close else ""
-        raise InputError(f"unknown target {name!r}", hint=f"{meant}Known are {', '.join((*known, HOST))}")
-    file = resources.files("armopt.targets") / f"{name}.toml"
-    return parse_product(file.read_text(encoding="utf-8"), f"{name}.toml")
+    return table().find(name, also=(HOST,))
 
 
 def parse_product(text: str, where: str) -> Product:
@@ -93,7 +96,7 @@ def parse_product(text: str, where: str) -> Product:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise fail(f"not valid TOML: {error}") from error
-    if missing := sorted(_SCHEMA.keys() - {"qemu_cpu"} - data.keys()):
+    if missing := sorted(_SCHEMA.keys() - _OPTIONAL - data.keys()):
         raise fail(f"missing {', '.join(missing)}")
     if unknown := sorted(data.keys() - _SCHEMA.keys()):
         raise fail(f"unknown {', '.join(unknown)}")

@@ -24,12 +24,12 @@ import numpy as np
 from packaging.version import Version
 from scipy.optimize import nnls
 
-from armopt.emulation import core_named
 from armopt.emulation.folder import DEFAULT_TORCH
 from armopt.ir.records import Site
 from armopt.kernels import table as kernel_table
 from armopt.plan import costs
 from armopt.plan.costs import TERMS, Variant
+from armopt.targets.emulated import core_named
 from benchmarks.arm64 import counts
 from benchmarks.arm64.counts import Counts, Job
 

@@ -24,9 +24,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from armopt.emulation import core_named, emulated_command
+from armopt.emulation import emulated_command
 from armopt.emulation.folder import DEFAULT_TORCH, PreparedFolder
 from armopt.errors import ArmoptError, HostError
+from armopt.targets.emulated import core_named
 from benchmarks.arm64 import build_qemu
 from benchmarks.arm64.opcodes import CLASSES
 from benchmarks.arm64.region import COUNTS_VARIABLE
@@ -136,7 +137,7 @@ def count(
         lines.touch()
         clean = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         _, environment = emulated_command(
-            cpu, ["python"], torch_version=torch_version, env={**clean, **env, COUNTS_VARIABLE: str(lines)}
+            core.name, ["python"], torch_version=torch_version, env={**clean, **env, COUNTS_VARIABLE: str(lines)}
         )
         command = [
             *(str(qemu.binary), "-0", str(prepared.wrappers / "python"), "-cpu", core.name),

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from armopt.emulation.folder import DEFAULT_TORCH, PreparedFolder, core_named
+from armopt.emulation.folder import DEFAULT_TORCH, PreparedFolder
 from armopt.errors import ArmoptError
+from armopt.targets.emulated import core_named
 from benchmarks.arm64 import build_qemu, counts
 from benchmarks.arm64.counts import AS_RUN, FAST_MATH, ONE_THREAD, Counts, Job
 
@@ -227,7 +228,9 @@ def weigh(workloads: Sequence[str], *, cpu: str, torch_version: str) -> None:
     first = str(make_bundle("mlp/4 batch 32", cpu, torch_version))
     bundles = {workload: str(make_bundle(workload, cpu, torch_version)) for workload in workloads}
     with tempfile.TemporaryDirectory(prefix="armopt-verdicts-") as cache:
-        worker = EmulatedWorker(cpu, torch_version, {**FAST_MATH, **FREED_AT_ONCE, "ARMOPT_CACHE": cache})
+        worker = EmulatedWorker(
+            core_named(cpu).name, torch_version, {**FAST_MATH, **FREED_AT_ONCE, "ARMOPT_CACHE": cache}
+        )
         for workload, path in bundles.items():
             taken = worker.call("benchmarks.arm64.jobs:memory", path=path, first=first, timeout=3600).value
             results = load(cpu, torch_version)

@@ -13,6 +13,7 @@ import pytest
 
 from armopt.emulation import EmulatedResult, EmulatedWorker, PreparedFolder
 from armopt.errors import HostError
+from armopt.targets.emulated import core_named
 from tests.arm64 import bundles
 
 REQUIRE_VARIABLE = "ARMOPT_REQUIRE_ARM64"  # "1": an unprepared folder fails these tests, it does not skip them
@@ -77,7 +78,7 @@ def arm64(require_torch: RequireTorch) -> Iterator[Callable[..., EmulatedWorker]
         require_torch(torch_version)
         key = (cpu, torch_version, tuple(sorted((env or {}).items())))
         if key not in workers:
-            workers[key] = EmulatedWorker(cpu, torch_version, env)
+            workers[key] = EmulatedWorker(core_named(cpu).name, torch_version, env)
         return workers[key]
 
     yield worker
@@ -164,11 +165,15 @@ def server(
             host = HOSTS[name]
             folder = require_torch(host.torch_version)
             if host.torch_version not in asked:
-                asked[host.torch_version] = EmulatedWorker(host.cpu, host.torch_version, preload="json", folder=folder)
+                asked[host.torch_version] = EmulatedWorker(
+                    core_named(host.cpu).name, host.torch_version, preload="json", folder=folder
+                )
             bundle = made("convnet", host.cpu).path
             env = asked[host.torch_version].call(f"{JOBS}:run_environment", bundle=bundle, threads=1).value
             env = {name: value for name, value in env.items() if name not in host.lacks} | {"ARMOPT_CACHE": cache}
-            started[name] = Server(host, EmulatedWorker(host.cpu, host.torch_version, env, folder=folder), turn)
+            started[name] = Server(
+                host, EmulatedWorker(core_named(host.cpu).name, host.torch_version, env, folder=folder), turn
+            )
         return started[name]
 
     yield start

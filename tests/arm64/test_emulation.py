@@ -14,10 +14,10 @@ from armopt.emulation import (
     TORCH_VERSIONS,
     EmulatedError,
     EmulatedWorker,
-    core_named,
     emulate,
     emulated_command,
 )
+from armopt.targets.emulated import core_named
 
 JOBS = "tests.arm64.jobs_emulation"
 BF16 = {"DNNL_DEFAULT_FPMATH_MODE": "BF16", "OMP_NUM_THREADS": "1"}
@@ -26,12 +26,12 @@ BF16 = {"DNNL_DEFAULT_FPMATH_MODE": "BF16", "OMP_NUM_THREADS": "1"}
 @pytest.fixture(scope="module")
 def light(require_torch):
     """A worker without PyTorch, which starts in two seconds."""
-    with EmulatedWorker("graviton3", preload="json", folder=require_torch("2.10.0")) as worker:
+    with EmulatedWorker("neoverse-v1", preload="json", folder=require_torch("2.10.0")) as worker:
         yield worker
 
 
 def run(cpu, *argv):
-    command, env = emulated_command(cpu, argv)
+    command, env = emulated_command(core_named(cpu).name, argv)
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
@@ -48,7 +48,7 @@ def run(cpu, *argv):
 )
 def test_a_core_has_its_features_wherever_a_library_looks(require_torch, cpu, has, has_not):
     require_torch("2.10.0")
-    with EmulatedWorker(cpu, preload="json") as worker:
+    with EmulatedWorker(core_named(cpu).name, preload="json") as worker:
         core, seen = core_named(cpu), worker.call(f"{JOBS}:cpu").value
     assert has <= seen["features"]
     assert not has_not & seen["features"]
@@ -86,7 +86,7 @@ if sys.argv[1:]:
 """
     library = "/usr/lib/aarch64-linux-gnu/libtcmalloc_minimal.so.4"
     given = {**os.environ, "LD_PRELOAD": library}
-    command, env = emulated_command("graviton3", ["python", "-c", seen, seen], env=given)
+    command, env = emulated_command("neoverse-v1", ["python", "-c", seen, seen], env=given)
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     # what it starts gets what it says, not what it was given
     assert (done.stdout.splitlines(), done.stderr) == ([f"{library} True", " False"], "")
@@ -106,7 +106,7 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
 print("up", flush=True)
 for _ in range(300):  # not one long sleep: a signal just before it would wait until its end
     time.sleep(0.1)"""
-    host = f"from armopt.emulation import emulate; exit(emulate('graviton3', ['python', '-c', {guest!r}]))"
+    host = f"from armopt.emulation import emulate; exit(emulate('neoverse-v1', ['python', '-c', {guest!r}]))"
     process = subprocess.Popen([sys.executable, "-c", host], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stdout.readline() == "up\n"
@@ -138,7 +138,7 @@ def test_a_worker_has_its_own_settings_and_not_the_shells(require_torch, monkeyp
     monkeypatch.setenv("LD_PRELOAD", "")
     names = ["DNNL_DEFAULT_FPMATH_MODE", "LRU_CACHE_CAPACITY", "LD_PRELOAD", "OMP_NUM_THREADS"]
     with EmulatedWorker(
-        "graviton3", env={"OMP_NUM_THREADS": "1"}, preload="json", folder=require_torch("2.10.0")
+        "neoverse-v1", env={"OMP_NUM_THREADS": "1"}, preload="json", folder=require_torch("2.10.0")
     ) as worker:
         seen = worker.call(f"{JOBS}:read_environment", names=names).value
     assert seen == dict(zip(names, [None, None, None, "1"], strict=True))
@@ -169,7 +169,7 @@ def test_a_crash_says_which_signal_and_the_last_words(light):
 
 
 def test_closing_ends_the_process(require_torch):
-    worker = EmulatedWorker("graviton3", preload="json", folder=require_torch("2.10.0"))
+    worker = EmulatedWorker("neoverse-v1", preload="json", folder=require_torch("2.10.0"))
     pid = worker.call("os:getpid").value
     worker.close()
     with pytest.raises(ProcessLookupError):

@@ -16,9 +16,10 @@ from torch import nn
 
 import armopt
 from armopt import environment, targets
-from armopt.emulation import TORCH_VERSIONS, EmulatedWorker, PreparedFolder, core_named, emulated_command
+from armopt.emulation import TORCH_VERSIONS, EmulatedWorker, PreparedFolder, emulated_command
 from armopt.environment import build
 from armopt.runtime import onednn_log
+from armopt.targets.emulated import core_named
 from tests.library_names import variables_read
 
 HERE = Path(__file__).parent
@@ -133,7 +134,7 @@ def test_armopt_run_preloads_the_hosts_allocator(require_torch, bundle, given, s
     require_torch("2.10.0")
     clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     words = ["armopt", "run", str(bundle), "--", "python", "-c", LOADED]
-    command, env = emulated_command("graviton3", words, env={**clean, **given})
+    command, env = emulated_command("neoverse-v1", words, env={**clean, **given})
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.stdout == f"{seen}\n", done.stderr
 
@@ -158,7 +159,7 @@ def test_a_good_build_answers_and_a_missing_variable_is_found(arm64, bundle):
 
 def test_a_preloaded_allocator_is_seen(require_torch):
     require_torch("2.10.0")
-    with EmulatedWorker("graviton3", "2.10.0", {**FAST_MATH, "LD_PRELOAD": TCMALLOC}) as worker:
+    with EmulatedWorker("neoverse-v1", "2.10.0", {**FAST_MATH, "LD_PRELOAD": TCMALLOC}) as worker:
         report = worker.call(EXAMINE).value
     assert report.facts["malloc"].startswith("libtcmalloc_minimal.so.4")
     assert "malloc" not in findings(report)
@@ -261,7 +262,7 @@ def test_a_wheel_without_acl(require_torch, bundle, tmp_path):
     library.unlink()
     library.write_bytes(content)
     folder = OtherSite(prepared.path, site)
-    with EmulatedWorker("graviton3", "2.10.0", FAST_MATH, folder=folder) as worker:
+    with EmulatedWorker("neoverse-v1", "2.10.0", FAST_MATH, folder=folder) as worker:
         report = worker.call(EXAMINE, bundle=str(bundle)).value
     assert "acl" not in report.facts
     failed = {name for name, status in checks(report).items() if status == "failed"}

@@ -21,6 +21,7 @@ from armopt.emulation import EmulatedWorker
 from armopt.onnx_export import export, session
 from armopt.onnx_export.options import OnnxOptions
 from armopt.plan.threshold_policy import ThresholdPolicy
+from armopt.targets.emulated import core_named
 from tests.arm64 import bundles
 
 JOBS = "tests.arm64.jobs_onnx"
@@ -35,7 +36,7 @@ def core(require_torch):
     def start(cpu):
         folder = require_torch("2.10.0")
         if cpu not in workers:
-            workers[cpu] = EmulatedWorker(cpu, preload="onnxruntime", folder=folder)
+            workers[cpu] = EmulatedWorker(core_named(cpu).name, preload="onnxruntime", folder=folder)
         return workers[cpu]
 
     yield start

@@ -498,3 +498,19 @@ def test_any_value_survives_quoting(value: str) -> None:
     chosen = {"A": env.Variable(value, "why")}
     assert yaml.safe_load(env.render(chosen, "k8s"))[0]["value"] == value
     assert shlex.split(env.render(chosen, "shell").splitlines()[-1]) == ["export", f"A={value}"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "on"),
+    [
+        ({}, False),
+        ({"DNNL_DEFAULT_FPMATH_MODE": "BF16"}, True),
+        ({"DNNL_DEFAULT_FPMATH_MODE": "bf16"}, True),
+        ({"DNNL_DEFAULT_FPMATH_MODE": "STRICT"}, False),
+        ({"ONEDNN_DEFAULT_FPMATH_MODE": "STRICT", "DNNL_DEFAULT_FPMATH_MODE": "BF16"}, False),
+        ({"ONEDNN_DEFAULT_FPMATH_MODE": "", "DNNL_DEFAULT_FPMATH_MODE": "BF16"}, True),
+        ({"ONEDNN_DEFAULT_FPMATH_MODE": "ANY"}, True),
+    ],
+)
+def test_fast_math_follows_onednns_variables(environ: dict[str, str], on: bool) -> None:
+    assert env.fast_math(environ) is on

@@ -20,7 +20,7 @@ from armopt.errors import ArmoptWarning, InputError
 from armopt.ir import buckets
 from armopt.ir.records import Site
 from armopt.kernels.base import Kernel
-from armopt.runtime import bind, host_check
+from armopt.runtime import bind
 from armopt.runtime.model import Model
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -150,21 +150,6 @@ def test_results_carry_no_gradient_and_inputs_stay(model: Model, mlp_inputs: Pai
     found = model(x, scale)
     assert not found["logits"].requires_grad
     assert torch.equal(x, mlp_inputs[0])
-
-
-@pytest.mark.parametrize(
-    ("environ", "on"),
-    [
-        ({}, False),
-        ({"DNNL_DEFAULT_FPMATH_MODE": "BF16"}, True),
-        ({"DNNL_DEFAULT_FPMATH_MODE": "bf16"}, True),
-        ({"DNNL_DEFAULT_FPMATH_MODE": "STRICT"}, False),
-        ({"ONEDNN_DEFAULT_FPMATH_MODE": "STRICT", "DNNL_DEFAULT_FPMATH_MODE": "BF16"}, False),
-        ({"ONEDNN_DEFAULT_FPMATH_MODE": "ANY"}, True),
-    ],
-)
-def test_fast_math_follows_onednns_variables(environ: dict[str, str], on: bool) -> None:
-    assert host_check.fast_math(environ) is on
 
 
 def test_the_file_of_weights_leaves_memory(tmp_path: Path) -> None:

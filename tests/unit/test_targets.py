@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from armopt import targets
 from armopt.errors import InputError
 from armopt.ir.records import Target
+from armopt.plan import costs
 from armopt.targets import products
+from armopt.targets.emulated import core_named
 
 CPUINFO = Path(__file__).parents[1] / "data" / "cpuinfo"
 PRODUCTS = targets.names()
@@ -36,7 +38,8 @@ def test_the_table_is_complete() -> None:
 def test_every_figure_of_a_product_names_its_source(name: str) -> None:
     product = targets.product(name)
     figures = {"core", "midr", "isa_features", "vector_bits", "simd_pipes", "l2_kib", "cores"}
-    assert product.target.provenance.keys() == figures | ({"qemu_cpu"} if product.qemu_cpu else set())
+    optional = {"qemu_cpu": product.qemu_cpu, "cost_table": product.target.cost_table}
+    assert product.target.provenance.keys() == figures | {name for name, value in optional.items() if value}
     assert targets.load(name) == product.target
 
 
@@ -49,6 +52,17 @@ def test_a_product_is_detected_from_its_cpuinfo(name: str) -> None:
     assert table.isa_features <= host.isa_features
     assert host.vector_bits == table.vector_bits
     assert host.cores == 2
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_has_a_cost_table_and_qemus_name_is_one_that_qemu_has(name: str) -> None:
+    """A core that QEMU emulates is counted itself."""
+    product = targets.product(name)
+    assert costs.find(product.target) is not None
+    assert bool(product.target.cost_table) != bool(product.qemu_cpu)
+    assert product.qemu_cpu in ("", product.target.core)
+    if product.qemu_cpu:
+        assert core_named(name).name == product.qemu_cpu
 
 
 def test_only_neoverse_n1_lacks_bf16() -> None:

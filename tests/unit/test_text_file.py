@@ -36,3 +36,44 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, monkeyp
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="can't be written"):
         files.write(tmp_path / "missing" / "x", "", "-o")
+
+
+def test_a_text_that_has_no_utf8_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        files.write_whole(tmp_path / "x", "\ud800")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("old", [None, "file", "folder"])
+def test_a_finished_folder_takes_the_place_of_what_is_there(tmp_path: Path, old: str | None) -> None:
+    path = tmp_path / "bundle"
+    if old == "file":
+        path.write_text("old")
+    elif old == "folder":
+        path.mkdir()
+        (path / "old").touch()
+    with files.folder_beside(path) as folder:
+        (folder / "new").touch()
+        files.put(folder, path)
+    assert [entry.name for entry in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
+    def make() -> None:
+        with files.folder_beside(tmp_path / "bundle") as folder:
+            (folder / "half").touch()
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        make()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_can_not_be_put_leaves_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "bundle"
+    path.write_text("old")
+    with pytest.raises(OSError):
+        files.put(tmp_path / "missing", path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -30,8 +30,6 @@ TERMS = (
 )
 #: Of a pointwise operation that was not measured: instructions of a call and of each element.
 _MIDDLING = (8000.0, 2.0)
-#: A core that a table stands for where it has none of its own.
-_STANDS_FOR = {"neoverse-v2": "neoverse-n2", "neoverse-v3": "neoverse-n2", "ampere-1": "neoverse-n2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +192,7 @@ def find(target: Target, release: str = "") -> CostTable | None:
 
     None where there is no table for the core or one that it is like.
     """
-    core = _STANDS_FOR.get(target.core, target.core)
+    core = target.cost_table or target.core
     wanted = Version(release or torch.__version__).release[:2]
     tables = [table for table in _all() if table.core == core]
     return min(tables, key=lambda table: _distance(Version(table.torch).release[:2], wanted), default=None)

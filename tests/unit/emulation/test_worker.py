@@ -45,7 +45,7 @@ def test_output_is_what_was_written_since_the_mark():
 
 def test_an_unprepared_folder_is_said_at_the_first_call(tmp_path, monkeypatch):
     monkeypatch.setenv("ARMOPT_ARM64_CACHE", str(tmp_path))
-    with worker.EmulatedWorker("graviton3") as emulated, pytest.raises(HostError, match="not prepared"):
+    with worker.EmulatedWorker("neoverse-v1") as emulated, pytest.raises(HostError, match="not prepared"):
         emulated.call("platform:machine")
 
 
