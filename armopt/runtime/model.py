@@ -11,7 +11,9 @@ import torch
 from armopt.bundle.manifest import Manifest
 from armopt.errors import InputError
 from armopt.ir import buckets, nesting
+from armopt.runtime import forks
 from armopt.runtime.bind import Bound
+from armopt.runtime.forks import FORKS
 from armopt.runtime.loaded import Loaded
 
 Forward = Callable[..., Sequence[torch.Tensor]]
@@ -42,6 +44,7 @@ class Model(Loaded):
         self._build = nesting.builder(signature["outputs"])
         self._positions: list[int] = signature["outputs"]["positions"]
         self._empty = empty
+        self._forks = FORKS.count
         self._programs = [(dict(bucket), forward) for bucket, forward in programs]
         # where the symbols' values are found: (symbol, tensor, dimension)
         self._where = [
@@ -65,6 +68,8 @@ class Model(Loaded):
 
     def run_flat(self, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
         """The graph's flat outputs from its flat inputs, unchecked."""
+        if self._forks != FORKS.count:
+            forks.refuse(f"the bundle for {self.manifest.target}")
         if not torch.is_grad_enabled():
             return self._select(tensors)(*tensors)
         with torch.no_grad():

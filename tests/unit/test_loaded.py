@@ -5,7 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,3 +124,36 @@ def test_a_model_of_parts_too(tmp_path: Path) -> None:
     assert torch.equal(pickle.loads(pickle.dumps(loaded))(x), loaded(x))
     with pytest.raises(InputError, match="Load it with model=factory"):
         pickle.dumps(armopt.load(tmp_path / "b", model=Divided()))
+
+
+FORKED = """
+import os, sys, warnings
+import torch, armopt
+warnings.simplefilter("ignore")
+torch.set_num_threads(2)
+model = armopt.load(sys.argv[1])
+inputs = torch.randn(64, 16), torch.randn(8)
+expected = model(*inputs)["logits"]
+child = os.fork()
+if child == 0:
+    if sys.argv[2] == "one thread":
+        torch.set_num_threads(1)
+    try:
+        found = model(*inputs)["logits"]
+        print("right" if torch.allclose(found, expected) else "wrong", flush=True)
+    except armopt.HostError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("two threads", "loaded before this process was forked.*Load the bundle in each worker"), ("one thread", "right")],
+)
+def test_a_forked_child_does_not_wait_for_ever(host_bundle: Path, how: str, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(host_bundle), how], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert re.search(said, done.stdout), done.stdout
