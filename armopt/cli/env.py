@@ -70,7 +70,8 @@ def wanted(bundle: Path | None, framework: str, target: str, threads: int | None
     manifest = files.read_manifest(bundle)
     left = bool(manifest.refused) or any(n["kernel"].startswith("aten") for p in manifest.plan for n in p["nodes"])
     here = manifest.machine == platform.machine()
-    chosen = {name: environment.Variable(e["value"], e["why"]) for name, e in manifest.environment.items()}
+    said = {name: environment.Variable(e["value"], e["why"]) for name, e in manifest.environment.items()}
+    chosen = environment.recorded(said, str(bundle))
     chosen |= environment.wanted(
         targets.load(manifest.target),
         threads=threads,

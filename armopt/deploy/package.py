@@ -21,12 +21,13 @@ from typing import Any
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
 
 from armopt import environment, targets
 from armopt._version import __version__
 from armopt.bundle import manifest, reader
 from armopt.bundle.files import KEPT
-from armopt.errors import ArmoptError, HostError, InputError
+from armopt.errors import BundleError, HostError, InputError
 from armopt.files import folder_beside, put
 
 DOCKERFILE, REQUIREMENTS, SERVE, BUNDLE, LIBRARY = "Dockerfile", "requirements.txt", "serve.py", "bundle", "lib"
@@ -82,7 +83,8 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
 
     Raises:
         InputError: The place can't take it.
-        BundleError: The bundle is damaged.
+        BundleError: The bundle is damaged, or says something that can't go into these files.
+        HostError: Hashes were asked for, and no package registry gave them.
     """
     described = reader.read(bundle).manifest
     if described.is_module:
@@ -100,10 +102,7 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
     remarks = []
     pinned: tuple[Pinned, ...] = ()
     if hashes:
-        try:
-            pinned = resolve(torch, run or _pip)
-        except ArmoptError as error:
-            remarks.append(f"{REQUIREMENTS} has no hashes: {error}")
+        pinned = resolve(torch, run or _pip)
     else:
         remarks.append(f"{REQUIREMENTS} has no hashes, as asked for")
     if not described.accuracy.get("passed", True):
@@ -136,12 +135,20 @@ def torch_version(described: manifest.Manifest) -> str:
     """The torch for the image: the one of the Arm machine that made the bundle, else the last CPU wheel on PyPI."""
     made = described.versions.get("torch", "")
     on_arm = described.versions.get("machine") == "aarch64" and described.versions.get("torch_build") == "cpu"
-    return made.partition("+")[0] if on_arm and made else environment.CPU_TORCH
+    if not on_arm or not made:
+        return environment.CPU_TORCH
+    try:
+        return Version(made).public
+    except InvalidVersion:
+        raise BundleError(
+            f"was made with torch {made!r}, which is no version", where=manifest.NAME, hint="Make the bundle again"
+        ) from None
 
 
 def dockerfile(described: manifest.Manifest, *, hashes: bool) -> str:
     """The Dockerfile: the environment as ENV lines, and `armopt run` as the entry point, which sets the threads."""
-    wanted = {name: environment.Variable(e["value"], e["why"]) for name, e in described.environment.items()}
+    said = {name: environment.Variable(e["value"], e["why"]) for name, e in described.environment.items()}
+    wanted = environment.recorded(said, manifest.NAME)
     if described.target != targets.HOST:
         wanted |= environment.wanted(targets.load(described.target))
     check = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/health', timeout=50)"
@@ -226,7 +233,7 @@ def _report(run: Runner, wanted: Sequence[str], *options: str) -> list[Mapping[s
             raise HostError(
                 f"pip found no aarch64 wheels: {' '.join(lines)[:300]}",
                 where=" ".join(wanted),
-                hint="Try again where a package registry can be reached",
+                hint="Try again where a package registry can be reached, or write the package with --no-hashes",
             ) from None
     found: list[Mapping[str, Any]] = content["install"]
     return found

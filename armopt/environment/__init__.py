@@ -12,6 +12,7 @@ from armopt.environment.variables import (
     Variable,
     allocator_library,
     only_read,
+    recorded,
     wanted,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "only_read",
     "package_folder",
     "record",
+    "recorded",
     "render",
     "thp_setting",
     "threads_for_host",

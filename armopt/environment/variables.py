@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from armopt.environment.build import holds, libraries, needle
 from armopt.environment.fpmath import FPMATH
-from armopt.errors import InputError
+from armopt.errors import BundleError, InputError
 from armopt.ir.records import Target
 
 FRAMEWORKS = ("pytorch", "tensorflow")
@@ -116,6 +117,42 @@ def _tensorflow(target: Target, threads: int | None) -> dict[str, Variable]:
         chosen["TF_NUM_INTRAOP_THREADS"] = Variable(str(threads), "oneDNN runs in TensorFlow's own pool of threads")
         chosen["OMP_NUM_THREADS"] = Variable(str(threads), _THREADS_WHY)
     return chosen
+
+
+#: What a bundle may say of each variable that it records. An allocator's path is this host's own, never a bundle's.
+_RECORDED: Mapping[str, str] = {
+    FPMATH: "BF16",
+    "LRU_CACHE_CAPACITY": r"[1-9]\d{0,8}",
+    "OMP_NUM_THREADS": r"[1-9]\d{0,3}",
+    "OMP_PROC_BIND": "false|true",
+    "THP_MEM_ALLOC_ENABLE": "[01]",
+    "TORCH_MKLDNN_MATMUL_MIN_DIM": r"\d{1,9}",
+}
+
+
+def recorded(entries: Mapping[str, Variable], where: str) -> dict[str, Variable]:
+    """The variables that a bundle records, if each is one that armopt sets, with a value of its grammar.
+
+    Whoever changes a bundle could otherwise have a process start with a library or a module of theirs.
+
+    Args:
+        entries: As the manifest has them.
+        where: The bundle, for the error.
+
+    Raises:
+        BundleError: Naming the variable.
+    """
+    for name, variable in entries.items():
+        if name not in _RECORDED:
+            what = f"wants the variable {name!r}, which armopt never sets"
+        elif not re.fullmatch(_RECORDED[name], variable.value):
+            what = f"wants {name}={variable.value!r}, which is no value of it"
+        elif not variable.why.isprintable():
+            what = f"gives a reason for {name} that is no line of text"
+        else:
+            continue
+        raise BundleError(what, where=where, hint="The bundle was changed: make it again, and trust its source")
+    return dict(entries)
 
 
 def only_read(wanted: Mapping[str, Variable], folder: Path | None) -> dict[str, Variable]:
