@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from armopt.ir import graph as g
+from armopt.ir.calls import ConvCall
 from armopt.ir.records import PassResult, Skip
 from armopt.kernels import aten
-from armopt.kernels.ops import CONV
 
 _aten = torch.ops.aten
 _FORWARD = {_aten.conv1d.default: 1, _aten.conv2d.default: 2, _aten.conv3d.default: 3}
@@ -42,29 +42,27 @@ class CanonicaliseConv:
         rewritten, skipped = [], []
         for node in g.calls(graph_module.graph, *_FORWARD, *_STRING_PADDING, *_TRANSPOSED, _GENERAL):
             try:
-                x, weight, bias, geometry = _operands(graph_module, node)
+                call = _call(graph_module, node)
             except _RefusedError as refusal:
                 skipped.append(Skip(node.name, str(refusal)))
                 continue
-            layer_name = re.sub(r"_?weight(_t)?$", "", str(weight.target)) or node.name
-            args = (x, weight, bias, None, *geometry, "none", aten.CONV.name, 0)
-            replacement = g.insert_call(graph_module.graph, node, CONV, args, name=layer_name)
+            layer_name = re.sub(r"_?weight(_t)?$", "", call.weight_name) or node.name
             rewritten.append(node.name)
-            g.replace_and_erase(node, replacement)
+            g.replace_and_erase(node, call.insert(node, layer_name))
         g.sweep(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
-def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[Any, ...]]:
+def _call(graph_module: fx.GraphModule, node: fx.Node) -> ConvCall[fx.Node]:
     arguments: Any = node.normalized_arguments(graph_module, normalize_to_only_use_kwargs=True)
     if arguments is None:
         raise _RefusedError("its arguments don't fit the schema")
     given = arguments.kwargs
     x, weight, bias = given["input"], given["weight"], given.get("bias")
-    tensor = g.constant(graph_module, weight)
+    tensor = g.find_constant(graph_module, weight)
     if tensor is None:
         raise _RefusedError("the weight is not a constant")
-    if bias is not None and g.constant(graph_module, bias) is None:
+    if bias is not None and g.find_constant(graph_module, bias) is None:
         raise _RefusedError("the bias is not a constant")
     if not (g.is_float32(x) and tensor.dtype == torch.float32):
         raise _RefusedError(f"works on {g.value(x).dtype} and {tensor.dtype}, not FP32".replace("torch.", ""))
@@ -76,9 +74,18 @@ def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.
         padding = _same_padding(given["padding"], tensor.shape[2:], dilation)
     else:
         padding = _spread(given["padding"], spatial)
-    transposed = node.target in _TRANSPOSED or bool(given.get("transposed", False))
-    output_padding = _spread(given.get("output_padding") or [0], spatial)
-    return x, weight, bias, (stride, padding, dilation, transposed, output_padding, given["groups"])
+    return ConvCall(
+        x=x,
+        weight=weight,
+        bias=bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        transposed=node.target in _TRANSPOSED or bool(given.get("transposed", False)),
+        output_padding=_spread(given.get("output_padding") or [0], spatial),
+        groups=given["groups"],
+        kernel=aten.CONV.name,
+    )
 
 
 def _spread(values: Any, spatial: int) -> list[int]:

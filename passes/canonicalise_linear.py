@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from armopt.ir import graph as g
+from armopt.ir.calls import LinearCall
 from armopt.ir.records import PassResult, Skip
 from armopt.kernels import aten
-from armopt.kernels.ops import LINEAR
 
 _aten = torch.ops.aten
 _FORMS = (_aten.linear.default, _aten.addmm.default, _aten.mm.default, _aten.matmul.default)
@@ -46,10 +46,9 @@ class CanonicaliseLinear:
                     transposed[name] = getattr(graph_module, name).detach().t().contiguous()
                 weight = g.add_constant(graph_module, f"{name}_t", transposed[name], node, [weight])
             layer_name = re.sub(r"_?weight(_t)?$", "", str(weight.target)) or node.name
-            args = (x, weight, bias, None, "none", aten.LINEAR.name, 0)
-            replacement = g.insert_call(graph_module.graph, node, LINEAR, args, name=layer_name)
+            call = LinearCall(x=x, weight=weight, bias=bias, kernel=aten.LINEAR.name)
             rewritten.append(node.name)
-            g.replace_and_erase(node, replacement)
+            g.replace_and_erase(node, call.insert(node, layer_name))
         g.sweep(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
@@ -67,7 +66,7 @@ def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.
         bias, x, weight = node.args
     else:
         x, weight = node.args
-    tensor = g.constant(graph_module, weight)
+    tensor = g.find_constant(graph_module, weight)
     if tensor is None:
         raise _RefusedError("the weight is not a constant")
     if tensor.dim() != 2:
@@ -78,7 +77,7 @@ def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.
         raise _RefusedError("an empty or scalar operand")
     features = tensor.shape[0] if node.target is _aten.linear.default else tensor.shape[1]
     if bias is not None:
-        values = g.constant(graph_module, bias)
+        values = g.find_constant(graph_module, bias)
         if values is None:
             raise _RefusedError("the bias is not a constant")
         if values.shape != (features,) or values.dtype != torch.float32:

@@ -34,7 +34,7 @@ class FoldConstants:
             if not _foldable(node) or any(str(n.target) in written for n in node.all_input_nodes):
                 continue
             like = node.args[0] if node.target in _NEW else None
-            inputs = [g.constant(graph_module, n) for n in node.all_input_nodes if n is not like]
+            inputs = [g.find_constant(graph_module, n) for n in node.all_input_nodes if n is not like]
             if any(tensor is None for tensor in inputs):
                 continue
             size = node.meta["val"].numel() * node.meta["val"].element_size()
@@ -42,7 +42,7 @@ class FoldConstants:
             if size > bound:
                 skipped.append(Skip(node.name, f"the result takes {size} bytes, more than what it is made from"))
                 continue
-            known = {n: g.constant(graph_module, n) for n in node.all_input_nodes}
+            known = {n: g.find_constant(graph_module, n) for n in node.all_input_nodes}
             if isinstance(like, fx.Node):
                 known[like] = torch.empty((), dtype=g.value(like).dtype)
             with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from armopt.ir import graph as g
-from armopt.ir.bf16_flow import ATTENTION, OPERANDS, TRANSPARENT
+from armopt.ir.bf16_flow import ATTENTION, TRANSPARENT, operands
 from armopt.ir.records import PassResult, Skip
 from armopt.passes._pack import cast
 
@@ -45,6 +45,12 @@ def is_cast(node: Any, dtype: torch.dtype) -> bool:
     return isinstance(node, fx.Node) and node.target is _CAST and dict(node.kwargs) == {"dtype": dtype}
 
 
+def _cast_from(cast: fx.Node) -> fx.Node:
+    """What a cast converts."""
+    (source,) = cast.all_input_nodes
+    return source
+
+
 def _cancel(graph_module: fx.GraphModule) -> list[str]:
     """cast_bf16(cast_fp32(x)) -> x. Equal casts of one tensor become one."""
     rewritten = []
@@ -53,14 +59,13 @@ def _cancel(graph_module: fx.GraphModule) -> list[str]:
         source = node.args[0]
         if not is_cast(node, torch.bfloat16) or not isinstance(source, fx.Node):
             continue
-        if is_cast(source, torch.float32) and g.value(source.args[0]).dtype == torch.bfloat16:  # type: ignore[arg-type]
-            replacement = source.args[0]
+        if is_cast(source, torch.float32) and g.value(_cast_from(source)).dtype == torch.bfloat16:
+            replacement = _cast_from(source)
         elif source in seen:
             replacement = seen[source]
         else:
             seen[source] = node
             continue
-        assert isinstance(replacement, fx.Node)
         rewritten.append(node.name)
         g.replace_and_erase(node, replacement)
         if not source.users:
@@ -80,14 +85,13 @@ def _sink(graph_module: fx.GraphModule) -> list[str]:
         rewritten.append(node.name)
         g.replace_and_erase(node, cast(graph_module.graph, node, half, torch.float32))
     for node in g.calls(graph_module.graph, *TRANSPARENT):
-        target: Any = node.target
-        count = OPERANDS.get(target, 1)
-        sources: Any = node.args[:count]
+        sources = operands(node)
         if not all(is_cast(source, torch.float32) for source in sources):
             continue
-        if target is not ATTENTION and not _wants_bf16(node):
+        if node.target is not ATTENTION and not _wants_bf16(node):
             continue
-        args = (*(source.args[0] for source in sources), *node.args[count:])
+        target: Any = node.target
+        args = (*map(_cast_from, sources), *node.args[len(sources) :])
         half = g.insert_call(graph_module.graph, node, target, args, dict(node.kwargs))
         rewritten.append(node.name)
         g.replace_and_erase(node, cast(graph_module.graph, node, half, torch.float32))

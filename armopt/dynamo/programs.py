@@ -22,8 +22,9 @@ from armopt.dynamo.weight_pool import Pool
 from armopt.errors import ArmoptWarning
 from armopt.ir import buckets
 from armopt.ir import graph as g
+from armopt.ir.calls import call_of, layers
 from armopt.ir.records import Bucket, Decision, Plan, Skip, Target
-from armopt.kernels import sites, table
+from armopt.kernels import table
 from armopt.plan.planner import Policy
 from armopt.runtime import host_check
 from armopt.runtime.bind import Binder, Bound
@@ -371,7 +372,7 @@ def _dtypes(graph: fx.Graph, chosen: Plan, positions: Mapping[str, int]) -> Mapp
     for node in graph.find_nodes(op="get_attr"):
         used = set()
         for user in node.users:
-            rounds = user.name in kernels and user.args[1] is node and node not in user.args[2:]
+            rounds = user.name in kernels and call_of(user).weight is node and user.args.count(node) == 1
             used.add(kernels[user.name].rounding.weights if rounds else g.value(node).dtype)
         for name in g.origins(node) & positions.keys():
             found[positions[name]] = found.get(positions[name], frozenset()) | used
@@ -404,7 +405,7 @@ def _sizes(placeholders: Sequence[fx.Node], inputs: Sequence[int]) -> list[tuple
 
 def _symbols_of_layers(prepared: fx.GraphModule) -> set[str]:
     """The symbols that the inputs of Linears and convolutions depend on: no other changes a plan."""
-    shapes: list[Any] = [g.value(node.args[0]).shape for node in sites.layers(prepared.graph)]  # type: ignore[arg-type]
+    shapes: list[Any] = [g.value(call_of(node).x).shape for node in layers(prepared.graph)]
     return {
         str(symbol)
         for shape in shapes

@@ -39,8 +39,12 @@ ROUNDS_ONCE = frozenset({_aten.gelu.default, _aten.silu.default, _aten.hardswish
 #: Multiplies in BF16, sums and takes the softmax in FP32, and rounds the probabilities in between.
 ATTENTION = _aten.scaled_dot_product_attention.default
 TRANSPARENT = EXACT | ROUNDS_ONCE | {ATTENTION}
-#: How many of its first arguments an operation works on; the others, such as a mask, may stay in FP32.
-OPERANDS = {ATTENTION: 3}
+
+
+def operands(node: fx.Node) -> tuple[fx.Node, ...]:
+    """What a transparent operation works on in BF16: of attention query, key and value. A mask may stay in FP32."""
+    found: Any = node.args[: 3 if node.target is ATTENTION else 1]
+    return tuple(found)
 
 
 def origin(node: Any) -> fx.Node:

@@ -19,12 +19,19 @@ from armopt.errors import PassError
 from armopt.ir.records import Bucket, Dim
 
 
-def constant(graph_module: fx.GraphModule, node: Any) -> torch.Tensor | None:
+def find_constant(graph_module: fx.GraphModule, node: Any) -> torch.Tensor | None:
     """The tensor behind a get_attr node; None for anything else."""
     if isinstance(node, fx.Node) and node.op == "get_attr":
         value = getattr(graph_module, str(node.target))
         return value if isinstance(value, torch.Tensor) else None
     return None
+
+
+def constant(graph_module: fx.GraphModule, node: fx.Node) -> torch.Tensor:
+    """The tensor behind a node that is known to be a constant, detached."""
+    tensor = find_constant(graph_module, node)
+    assert tensor is not None, f"{node} is no constant"
+    return tensor.detach()
 
 
 def attribute_name(graph_module: torch.nn.Module, wanted: str) -> str:

@@ -10,9 +10,9 @@ from typing import Protocol
 import networkx as nx
 import torch
 
-from armopt.ir.records import Site, Target
+from armopt.ir.records import Precision, Site, Target
 from armopt.kernels import table
-from armopt.kernels.base import Kernel
+from armopt.kernels.base import Kernel, Use
 from armopt.plan import costs, planner, threshold_policy
 from armopt.plan.planner import Choice, Policy
 
@@ -113,7 +113,7 @@ class CostPolicy:
         parts = [self.costs.describe(chosen.cost) if chosen.cost else "the first kernel that takes it"]
         if rival:
             parts.append(f"{rival} {ratio:.2f}x" + (", but it would need casts" if ratio < 1 else ""))
-        if chosen.kernel.precision == "fp32":
+        if chosen.kernel.precision == Precision.FP32:
             parts += refusals
         return Choice(chosen.kernel, "; ".join(parts))
 
@@ -129,7 +129,7 @@ def candidates(site: Site, target: Target) -> list[Kernel]:
 
     In a process with fast math a kernel called FP32 would multiply in BF16 as well.
     """
-    taking = [kernel for kernel in table.ALL if kernel.backend != "aten" and kernel.refuses(site) is None]
+    taking = [kernel for kernel in table.kernels(site.op, Use.PLAN) if kernel.refuses(site) is None]
     half = [kernel for kernel in taking if kernel.rounding.weights == torch.bfloat16]
     full = [kernel for kernel in taking if kernel.rounding.weights == torch.float32]
     return half if target.bf16 and half else full
@@ -137,7 +137,7 @@ def candidates(site: Site, target: Target) -> list[Kernel]:
 
 def _weight_bytes(kernel: Kernel) -> int:
     """Bytes read for each weight: BLAS in FP32 widens them at load."""
-    return 2 if kernel.precision == "bf16" else 4
+    return 2 if kernel.precision == Precision.BF16 else 4
 
 
 def _cut(sites: Sequence[Site], options: Sequence[Mapping[str, _Option]], costs: Costs) -> set[str]:
