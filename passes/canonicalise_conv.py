@@ -34,7 +34,7 @@ class CanonicaliseConv:
     """conv1d, conv2d, conv3d, conv_transpose*d and convolution -> armopt.conv.
 
     Refuses a weight or bias that is no constant, another dtype than FP32, an input without a batch dimension, and
-    padding that differs between the two sides.
+    padding that differs between the two sides or depends on the input.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -74,6 +74,8 @@ def _call(graph_module: fx.GraphModule, node: fx.Node) -> ConvCall[fx.Node]:
         padding = _same_padding(given["padding"], tensor.shape[2:], dilation)
     else:
         padding = _spread(given["padding"], spatial)
+        if any(isinstance(size, fx.Node) for size in padding):
+            raise _RefusedError("its padding depends on the input")
     return ConvCall(
         x=x,
         weight=weight,

@@ -21,8 +21,8 @@ class PostOp:
     """One pointwise function: as ATen operation out of place and in place, and as oneDNN attribute.
 
     Attributes:
-        scale: By what a layer's weight and bias are multiplied as they are packed; of activations in FP32, and where the
-            kernel doesn't fuse the function.
+        scale: By what a layer's weight and bias are multiplied as they are packed, if its activations are in FP32 and
+            its kernel doesn't fuse the function.
         emit_scaled: Inserts the function of a result that was scaled so; takes what inserts a call, and the result.
     """
 
