@@ -24,7 +24,7 @@ def pack(
 ) -> PassResult:
     """Gives every node of `target` its planned kernel, weights in the kernel's dtype, and casts at its borders."""
     rewritten, skipped = [], []
-    for node in g.calls(graph_module.graph, target):
+    for node in g.calls_to(graph_module.graph, target):
         decision = decisions.get(node.name)
         if decision is None:
             continue
@@ -51,7 +51,7 @@ def pack(
         graph_module.graph.erase_node(node)
         packed.name = name
         rewritten.append(name)
-    g.sweep(graph_module)
+    g.remove_unused(graph_module)
     return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 

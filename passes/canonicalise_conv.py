@@ -40,7 +40,7 @@ class CanonicaliseConv:
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
         rewritten, skipped = [], []
-        for node in g.calls(graph_module.graph, *_FORWARD, *_STRING_PADDING, *_TRANSPOSED, _GENERAL):
+        for node in g.calls_to(graph_module.graph, *_FORWARD, *_STRING_PADDING, *_TRANSPOSED, _GENERAL):
             try:
                 call = _call(graph_module, node)
             except _RefusedError as refusal:
@@ -49,7 +49,7 @@ class CanonicaliseConv:
             layer_name = re.sub(r"_?weight(_t)?$", "", call.weight_name) or node.name
             rewritten.append(node.name)
             g.replace_and_erase(node, call.insert(node, layer_name))
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
@@ -65,9 +65,9 @@ def _call(graph_module: fx.GraphModule, node: fx.Node) -> ConvCall[fx.Node]:
     if bias is not None and g.find_constant(graph_module, bias) is None:
         raise _RefusedError("the bias is not a constant")
     if not (g.is_float32(x) and tensor.dtype == torch.float32):
-        raise _RefusedError(f"works on {g.value(x).dtype} and {tensor.dtype}, not FP32".replace("torch.", ""))
+        raise _RefusedError(f"works on {g.fake_value(x).dtype} and {tensor.dtype}, not FP32".replace("torch.", ""))
     spatial = tensor.dim() - 2
-    if g.value(x).dim() != spatial + 2:
+    if g.fake_value(x).dim() != spatial + 2:
         raise _RefusedError("the input has no batch dimension")
     stride, dilation = _spread(given["stride"], spatial), _spread(given["dilation"], spatial)
     if node.target in _STRING_PADDING:

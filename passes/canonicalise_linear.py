@@ -34,7 +34,7 @@ class CanonicaliseLinear:
         """Runs the pass."""
         rewritten, skipped = [], []
         transposed: dict[str, torch.Tensor] = {}
-        for node in g.calls(graph_module.graph, *_FORMS):
+        for node in g.calls_to(graph_module.graph, *_FORMS):
             try:
                 x, weight, bias, is_transposed = _operands(graph_module, node)
             except _RefusedError as refusal:
@@ -49,7 +49,7 @@ class CanonicaliseLinear:
             call = LinearCall(x=x, weight=weight, bias=bias, kernel=aten.LINEAR.name)
             rewritten.append(node.name)
             g.replace_and_erase(node, call.insert(node, layer_name))
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
@@ -73,7 +73,7 @@ def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.
         raise _RefusedError(f"the weight has {tensor.dim()} dimensions")
     if not (g.is_float32(x) and tensor.dtype == torch.float32):
         raise _RefusedError(f"works on {_dtype(x)} and {tensor.dtype}, not FP32".replace("torch.", ""))
-    if g.value(x).dim() < 1 or min(tensor.shape) == 0:
+    if g.fake_value(x).dim() < 1 or min(tensor.shape) == 0:
         raise _RefusedError("an empty or scalar operand")
     features = tensor.shape[0] if node.target is _aten.linear.default else tensor.shape[1]
     if bias is not None:
@@ -86,4 +86,4 @@ def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.
 
 
 def _dtype(node: Any) -> str:
-    return str(g.value(node).dtype) if isinstance(node, fx.Node) else type(node).__name__
+    return str(g.fake_value(node).dtype) if isinstance(node, fx.Node) else type(node).__name__

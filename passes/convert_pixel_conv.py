@@ -29,21 +29,21 @@ class ConvertPixelConv:
         """Runs the pass."""
         rewritten: list[str] = []
         skipped: list[Skip] = []
-        for node in g.calls(graph_module.graph, CONV):
+        for node in g.calls_to(graph_module.graph, CONV):
             call = ConvCall.of(node)
-            if tuple(g.value(call.x).shape[2:]) != (1, 1):
+            if tuple(g.fake_value(call.x).shape[2:]) != (1, 1):
                 continue
             if reason := _refusal(call):
                 skipped.append(Skip(node.name, reason))
                 continue
             rewritten.append(node.name)
             _convert(graph_module, node, call)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
 def _refusal(call: ConvCall[fx.Node]) -> str | None:
-    if call.transposed or call.groups != 1 or tuple(g.value(call.weight).shape[2:]) != (1, 1) or any(call.padding):
+    if call.transposed or call.groups != 1 or tuple(g.fake_value(call.weight).shape[2:]) != (1, 1) or any(call.padding):
         return "transposed, grouped, padded, or of a larger filter"
     return "an addition is fused" if call.other is not None else None
 

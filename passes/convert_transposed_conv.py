@@ -30,7 +30,7 @@ class ConvertTransposedConv:
         rewritten: list[str] = []
         skipped: list[Skip] = []
         made: _Made = {}
-        for node in g.calls(graph_module.graph, CONV):
+        for node in g.calls_to(graph_module.graph, CONV):
             call = ConvCall.of(node)
             if not call.transposed:
                 continue
@@ -39,7 +39,7 @@ class ConvertTransposedConv:
                 continue
             rewritten.append(node.name)
             _convert(graph_module, node, call, made)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
@@ -132,7 +132,7 @@ def _depth_to_space(graph: fx.Graph, node: fx.Node, y: fx.Node, dimensions: list
         return y
     last = len(dimensions)
     y = g.insert_call(graph, node, _aten.permute.default, (y, [0, *range(2, last + 2), 1]))
-    channels = g.value(y).shape[-1]
+    channels = g.fake_value(y).shape[-1]
     for dim, each in enumerate(dimensions, 1):
         if each.stride == 1:
             continue

@@ -45,7 +45,7 @@ class FoldBatchNorm:
         rewritten, skipped = [], []
         folded: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         weights: dict[tuple[object, ...], torch.Tensor] = {}  # shared where biases differ
-        for node in g.calls(graph_module.graph, *_NORMS):
+        for node in g.calls_to(graph_module.graph, *_NORMS):
             layer = node.args[0]
             if not (isinstance(layer, fx.Node) and is_layer(layer)):
                 continue
@@ -68,7 +68,7 @@ class FoldBatchNorm:
             norm.result.replace_all_uses_with(layer)
             for dead in dict.fromkeys((norm.result, norm.node)):
                 graph_module.graph.erase_node(dead)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
@@ -96,7 +96,7 @@ def _refusal(graph_module: fx.GraphModule, layer: fx.Node, call: LayerCall[fx.No
         return "its statistics are not constants"
     if norm.constants[2] is None or norm.constants[3] is None:
         return "it has no running statistics"
-    if isinstance(call, LinearCall) and g.value(layer).dim() != 2:
+    if isinstance(call, LinearCall) and g.fake_value(layer).dim() != 2:
         return "it normalises another dimension than the Linear's features"
     if isinstance(call, ConvCall) and call.transposed and call.groups != 1:
         return "a grouped transposed convolution"

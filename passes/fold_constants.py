@@ -44,14 +44,14 @@ class FoldConstants:
                 continue
             known = {n: g.find_constant(graph_module, n) for n in node.all_input_nodes}
             if isinstance(like, fx.Node):
-                known[like] = torch.empty((), dtype=g.value(like).dtype)
+                known[like] = torch.empty((), dtype=g.fake_value(like).dtype)
             with torch.no_grad():
                 args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
                 value = node.target(*args, **kwargs)
             folded = g.add_constant(graph_module, f"folded_{node.name}", value, node)
             rewritten.append(node.name)
             g.replace_and_erase(node, folded)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 

@@ -31,7 +31,7 @@ class FoldStride:
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
         rewritten, skipped = [], []
-        for node in g.calls(graph_module.graph, CONV):
+        for node in g.calls_to(graph_module.graph, CONV):
             call = ConvCall.of(node)
             weight = g.constant(graph_module, call.weight)
             if not _pays(call, weight):
@@ -42,7 +42,7 @@ class FoldStride:
                 continue
             rewritten.append(node.name)
             _fold(graph_module, node, call, weight)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
@@ -56,12 +56,12 @@ def _pays(call: ConvCall[fx.Node], weight: torch.Tensor) -> bool:
 
 
 def _refusal(call: ConvCall[fx.Node]) -> str | None:
-    height, width = g.value(call.x).shape[2:]
+    height, width = g.fake_value(call.x).shape[2:]
     if call.transposed or call.groups != 1:
         return "a transposed or grouped convolution"
     if len(set(call.stride)) > 1 or max(call.dilation) > 1:
         return "unequal strides or a dilation"
-    if not (g.is_constant(height) and g.is_constant(width)):
+    if not (g.is_fixed(height) and g.is_fixed(width)):
         return "the size of the image is dynamic"
     return None
 
@@ -71,12 +71,12 @@ def _fold(graph_module: fx.GraphModule, node: fx.Node, call: ConvCall[fx.Node], 
     x, step, before = call.x, call.stride[0], call.padding
     outputs, channels, *filters = weight.shape
     taps = [-(-size // step) for size in filters]
-    blocks = [int(size) - 1 + tap for size, tap in zip(g.value(node).shape[2:], taps, strict=True)]
-    sizes = zip(blocks, g.value(x).shape[2:], before, strict=True)
+    blocks = [int(size) - 1 + tap for size, tap in zip(g.fake_value(node).shape[2:], taps, strict=True)]
+    sizes = zip(blocks, g.fake_value(x).shape[2:], before, strict=True)
     after = [block * step - int(size) - pad for block, size, pad in sizes]
     if any(before) or any(after):
         x = g.insert_call(graph, node, _aten.constant_pad_nd.default, (x, [before[1], after[1], before[0], after[0]]))
-    batch = g.value(x).shape[0]
+    batch = g.fake_value(x).shape[0]
     rows = batch if isinstance(batch, int) else -1
     x = g.insert_call(graph, node, _aten.reshape.default, (x, [rows, channels, blocks[0], step, blocks[1], step]))
     depth = channels * step * step

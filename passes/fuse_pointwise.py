@@ -44,7 +44,7 @@ class FusePointwise:
                 _fuse_unary(node, name, rewritten, skipped)
             elif node.op == "call_function" and node.target is _aten.add.Tensor:
                 _fuse_add(node, order, rewritten, skipped)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
@@ -98,10 +98,15 @@ def _fuse_add(node: fx.Node, order: dict[fx.Node, int], rewritten: list[str], sk
         skipped.append(Skip(node.name, "the addition is scaled"))
     elif not isinstance(other, fx.Node) or not isinstance(other.meta.get("val"), torch.Tensor):
         skipped.append(Skip(node.name, "adds a number"))
-    elif g.value(other).shape != g.value(layer).shape or g.value(other).dtype != g.value(layer).dtype:
+    elif _kind(other) != _kind(layer):
         skipped.append(Skip(node.name, "the addition broadcasts or converts"))
     else:
         _rewrite(node, layer, post_ops.ADD, other, rewritten)
+
+
+def _kind(node: fx.Node) -> tuple[torch.Size, torch.dtype]:
+    value = g.fake_value(node)
+    return value.shape, value.dtype
 
 
 def _rewrite(node: fx.Node, layer: fx.Node, post_op: str, other: object, rewritten: list[str]) -> None:

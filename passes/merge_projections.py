@@ -29,7 +29,7 @@ class MergeProjections:
         """Runs the pass."""
         rewritten: list[str] = []
         skipped: list[Skip] = []
-        layers = {layer: LinearCall.of(layer) for layer in g.calls(graph_module.graph, LINEAR)}
+        layers = {layer: LinearCall.of(layer) for layer in g.calls_to(graph_module.graph, LINEAR)}
         uses = Counter(call.weight_name for call in layers.values())
         by_input: dict[fx.Node, dict[fx.Node, LinearCall[fx.Node]]] = defaultdict(dict)
         for layer, call in layers.items():
@@ -43,7 +43,7 @@ class MergeProjections:
             if len(members) > 1:
                 rewritten += [member.name for member in members]
                 _merge(graph_module, members)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 

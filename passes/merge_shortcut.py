@@ -28,7 +28,7 @@ class MergeShortcut:
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
         rewritten, skipped = [], []
-        for node in g.calls(graph_module.graph, CONV):
+        for node in g.calls_to(graph_module.graph, CONV):
             call = ConvCall.of(node)
             if call.other is None or call.other.target is not CONV:
                 continue
@@ -41,12 +41,12 @@ class MergeShortcut:
                 continue
             rewritten.append(node.name)
             _merge(graph_module, node, call, shortcut)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
 def _refusal(node: fx.Node, call: ConvCall[fx.Node]) -> str | None:
-    if tuple(g.value(call.weight).shape[2:]) != (1, 1):
+    if tuple(g.fake_value(call.weight).shape[2:]) != (1, 1):
         return f"{node.name} is not 1x1"
     if call.groups != 1 or call.transposed:
         return f"{node.name} has groups or is transposed"

@@ -33,7 +33,7 @@ class PackEmbedding:
         graph = graph_module.graph
         rewritten: list[str] = []
         skipped: list[Skip] = []
-        for node in g.calls(graph, _aten.embedding.default):
+        for node in g.calls_to(graph, _aten.embedding.default):
             held = node.args[0]
             table = g.find_constant(graph_module, held)
             if not isinstance(held, fx.Node) or table is None or table.dtype != torch.float32:
@@ -45,5 +45,5 @@ class PackEmbedding:
             half = g.insert_call(graph, node, _aten.embedding.default, (weight, *node.args[1:]), dict(node.kwargs))
             rewritten.append(node.name)
             g.replace_and_erase(node, cast(graph, node, half, torch.float32))
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))

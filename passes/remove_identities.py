@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -41,7 +42,7 @@ class RemoveIdentities:
         """Runs the pass."""
         rewritten = []
         written = g.written_constants(graph_module.graph)
-        for node in g.calls(graph_module.graph, *_COPIES, *_PADS, *_CASTS):
+        for node in g.calls_to(graph_module.graph, *_COPIES, *_PADS, *_CASTS):
             source = node.args[0]
             if isinstance(source, fx.Node) and _is_identity(node, source, written):
                 rewritten.append(node.name)
@@ -50,7 +51,7 @@ class RemoveIdentities:
             if _is_metadata_check(node):
                 rewritten.append(node.name)
                 graph_module.graph.erase_node(node)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten))
 
 
@@ -69,7 +70,8 @@ def _is_identity(node: fx.Node, source: fx.Node, written: set[str]) -> bool:
         return False
     if node.target in (_aten.dropout.default, _aten.feature_dropout.default) and node.args[2] is not False:
         return False
-    if node.target in _PADS and any(amount != 0 for amount in node.args[1]):  # type: ignore[union-attr]
+    amounts: Any = node.args[1] if node.target in _PADS else ()
+    if any(amount != 0 for amount in amounts):
         return False
     if node.target in _VIEWS:
         return True

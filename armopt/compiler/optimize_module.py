@@ -175,5 +175,5 @@ def _digest(planned: Mapping[str, stages.Planned], rest: Mapping[str, torch.Tens
         state.update(f"{path}:{each.captured.digest}".encode())
     for name, tensor in sorted(rest.items()):
         state.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        state.update(g.raw(tensor))
+        state.update(g.tensor_bytes(tensor))
     return state.hexdigest()

@@ -107,7 +107,7 @@ class Graph:
         self.name = name
         self.settings = settings
         placeholders = list(capture.placeholders(graph_module))
-        written = {node.name for node in g.written(graph_module.graph)}
+        written = {node.name for node in g.written_nodes(graph_module.graph)}
         self.weights = {i: n for i, n in weights.items() if placeholders[i].name not in written}
         self.inputs = [i for i in range(len(placeholders)) if i not in self.weights]
         self._module = graph_module
@@ -373,8 +373,8 @@ def _dtypes(graph: fx.Graph, chosen: Plan, positions: Mapping[str, int]) -> Mapp
         used = set()
         for user in node.users:
             rounds = user.name in kernels and call_of(user).weight is node and user.args.count(node) == 1
-            used.add(kernels[user.name].rounding.weights if rounds else g.value(node).dtype)
-        for name in g.origins(node) & positions.keys():
+            used.add(kernels[user.name].rounding.weights if rounds else g.fake_value(node).dtype)
+        for name in g.source_constants(node) & positions.keys():
             found[positions[name]] = found.get(positions[name], frozenset()) | used
     return found
 
@@ -405,7 +405,7 @@ def _sizes(placeholders: Sequence[fx.Node], inputs: Sequence[int]) -> list[tuple
 
 def _symbols_of_layers(prepared: fx.GraphModule) -> set[str]:
     """The symbols that the inputs of Linears and convolutions depend on: no other changes a plan."""
-    shapes: list[Any] = [g.value(call_of(node).x).shape for node in layers(prepared.graph)]
+    shapes: list[Any] = [g.fake_value(call_of(node).x).shape for node in layers(prepared.graph)]
     return {
         str(symbol)
         for shape in shapes

@@ -123,7 +123,7 @@ class ConvCall(LayerCall[Value]):
 
 def layers(graph: fx.Graph) -> Iterator[fx.Node]:
     """The nodes of armopt::linear and armopt::conv, in order; safe against erasing while iterating."""
-    return g.calls(graph, LINEAR, CONV)
+    return g.calls_to(graph, LINEAR, CONV)
 
 
 def is_layer(node: object) -> bool:

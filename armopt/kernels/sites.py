@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import fx
 
 from armopt.ir import graph as g
-from armopt.ir.bf16_flow import attentions, operands, origin, readers
+from armopt.ir.bf16_flow import attention_of, operands, producer, readers
 from armopt.ir.calls import ConvCall, call_of, is_layer, layers
 from armopt.ir.records import Bucket, Op, Site
 from armopt.kernels.geometry import output_size
@@ -23,11 +23,11 @@ def find(graph_module: fx.GraphModule, bucket: Bucket) -> tuple[Site, ...]:
 def _connected(node: fx.Node, bucket: Bucket) -> Site:
     """The site of one node, with what it is connected to."""
     call = call_of(node)
-    site = describe(node, g.concrete_shape(g.value(call.x).shape, bucket), tuple(g.value(call.weight).shape))
+    site = describe(node, g.shape_at(g.fake_value(call.x).shape, bucket), tuple(g.fake_value(call.weight).shape))
     return replace(
         site,
-        source=origin(call.x).name,
-        residual="" if call.other is None else origin(call.other).name,
+        source=producer(call.x).name,
+        residual="" if call.other is None else producer(call.other).name,
         escapes=not all(is_layer(reader) for reader in readers(node)),
         attended=_attended(node, bucket),
     )
@@ -36,14 +36,14 @@ def _connected(node: fx.Node, bucket: Bucket) -> Site:
 def _attended(node: fx.Node, bucket: Bucket) -> tuple[int, int, int]:
     """Heads, scores and multiply-adds of all attention that a layer makes the query of."""
     heads = scores = products = 0
-    for attention in attentions(node):
+    for attention in attention_of(node):
         query, key, value = operands(attention)
-        if origin(query) is node and all(is_layer(origin(x)) for x in (key, value)):
-            *lead, rows, size = g.concrete_shape(g.value(query).shape, bucket)
-            count = math.prod(lead) * rows * g.concrete(g.value(key).shape[-2], bucket)
+        if producer(query) is node and all(is_layer(producer(x)) for x in (key, value)):
+            *lead, rows, size = g.shape_at(g.fake_value(query).shape, bucket)
+            count = math.prod(lead) * rows * g.size_at(g.fake_value(key).shape[-2], bucket)
             heads += math.prod(lead)
             scores += count
-            products += count * (size + g.concrete(g.value(value).shape[-1], bucket))
+            products += count * (size + g.size_at(g.fake_value(value).shape[-1], bucket))
     return heads, scores, products
 
 

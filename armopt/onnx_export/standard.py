@@ -108,8 +108,8 @@ class _Builder:
         self._made: dict[fx.Node, Any] = {}
         self._attributes: dict[tuple[str, str], fx.Node] = {}
         self._weights: dict[str, Callable[[], torch.Tensor]] = {}
-        filters = [ConvCall.of(node).weight_name for node in g.calls(source.graph, CONV)]
-        tables = [str(node.all_input_nodes[0].target) for node in g.calls(source.graph, _EMBEDDING)]
+        filters = [ConvCall.of(node).weight_name for node in g.calls_to(source.graph, CONV)]
+        tables = [str(node.all_input_nodes[0].target) for node in g.calls_to(source.graph, _EMBEDDING)]
         self._whole = {*filters, *tables}
 
     def build(self, fast_math: bool) -> Standard:

@@ -14,7 +14,7 @@ from torch import fx
 from armopt.bundle.program import Program
 from armopt.errors import first_line
 from armopt.ir import graph as g
-from armopt.ir.bf16_flow import ATTENTION, operands, origin
+from armopt.ir.bf16_flow import ATTENTION, operands, producer
 from armopt.ir.calls import LayerCall, call_of, is_layer, layers
 from armopt.ir.records import Op, Precision, Site
 from armopt.kernels import max_pool, post_ops, table
@@ -290,7 +290,7 @@ def _pool_as_integers(
     source: fx.GraphModule, mapping: Mapping[fx.Node, fx.Node], shapes: Mapping[str, Sequence[int | None]]
 ) -> None:
     """Max pools right behind a layer in BF16 that gives nothing negative, where the size of its image is known."""
-    for old in g.calls(source.graph, _aten.max_pool2d.default):
+    for old in g.calls_to(source.graph, _aten.max_pool2d.default):
         layer = old.args[0]
         if not isinstance(layer, fx.Node) or not is_layer(layer):
             continue
@@ -308,8 +308,8 @@ def _is_planned_in_bf16(layer: fx.Node) -> bool:
 def _attend_in_fp32(source: fx.GraphModule, mapping: Mapping[fx.Node, fx.Node]) -> None:
     """Attention planned in BF16, between casts: without a BF16 product in BLAS torch 2.13 calls oneDNN's ``ref`` for
     each head, 27 times the instructions of FP32 (12 heads of 128x64)."""
-    for old in g.calls(source.graph, ATTENTION):
-        made = origin(old.args[0])
+    for old in g.calls_to(source.graph, ATTENTION):
+        made = producer(old.args[0])
         if not is_layer(made) or not _is_planned_in_bf16(made):
             continue
         node = mapping[old]
