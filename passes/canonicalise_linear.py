@@ -75,14 +75,17 @@ def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.
         raise _RefusedError(f"works on {_dtype(x)} and {tensor.dtype}, not FP32".replace("torch.", ""))
     if g.fake_value(x).dim() < 1 or min(tensor.shape) == 0:
         raise _RefusedError("an empty or scalar operand")
-    features = tensor.shape[0] if node.target is _aten.linear.default else tensor.shape[1]
     if bias is not None:
-        values = g.find_constant(graph_module, bias)
-        if values is None:
-            raise _RefusedError("the bias is not a constant")
-        if values.shape != (features,) or values.dtype != torch.float32:
-            raise _RefusedError(f"the bias has shape {tuple(values.shape)}, not one FP32 value per output feature")
+        features = tensor.shape[0] if node.target is _aten.linear.default else tensor.shape[1]
+        _check_bias(g.find_constant(graph_module, bias), features)
     return x, weight, bias, node.target is not _aten.linear.default
+
+
+def _check_bias(values: torch.Tensor | None, features: int) -> None:
+    if values is None:
+        raise _RefusedError("the bias is not a constant")
+    if values.shape != (features,) or values.dtype != torch.float32:
+        raise _RefusedError(f"the bias has shape {tuple(values.shape)}, not one FP32 value per output feature")
 
 
 def _dtype(node: Any) -> str:

@@ -80,7 +80,23 @@ def _match(softmax: fx.Node, product: fx.Node) -> _Attention | str:
         return "not of four dimensions"
     if softmax.args[1] not in (-1, 3) or len(softmax.users) > 1:
         return "its probabilities are not along the keys, or used elsewhere"
-    node: Any = softmax.args[0]
+    found = _scores(softmax.args[0])
+    if isinstance(found, str):
+        return found
+    node, scale, masks = found
+    query, key = node.args
+    if len(node.users) > 1 or g.fake_value(node).dim() != 4:
+        return "its product has other dimensions, or is used elsewhere"
+    leading = g.fake_value(query).shape[:2]
+    if not all(g.is_float32(x) and g.fake_value(x).shape[:2] == leading for x in (query, key, value)):
+        return "query, key and value are not FP32, or of other images or heads"
+    if query.target is _aten.mul.Tensor and isinstance(query.args[1], (int, float)) and len(query.users) == 1:
+        query, scale = query.args[0], scale * query.args[1]
+    return _Attention(query, key, float(scale), tuple(masks))
+
+
+def _scores(node: Any) -> tuple[Any, float, list[_Mask]] | str:
+    """The product of activations that scores are made of, its scale, and what is added to it; or why there is none."""
     scale, masks = 1.0, []
     while node.target is not _aten.matmul.default:
         if len(node.users) > 1:
@@ -97,15 +113,7 @@ def _match(softmax: fx.Node, product: fx.Node) -> _Attention | str:
         elif node.target is not _aten.reshape.default or not _keeps_scores(operands[0], node):
             return f"{node.target} stands between the product and the softmax"
         node = operands[0]
-    query, key = node.args
-    if len(node.users) > 1 or g.fake_value(node).dim() != 4:
-        return "its product has other dimensions, or is used elsewhere"
-    leading = g.fake_value(query).shape[:2]
-    if not all(g.is_float32(x) and g.fake_value(x).shape[:2] == leading for x in (query, key, value)):
-        return "query, key and value are not FP32, or of other images or heads"
-    if query.target is _aten.mul.Tensor and isinstance(query.args[1], (int, float)) and len(query.users) == 1:
-        query, scale = query.args[0], scale * query.args[1]
-    return _Attention(query, key, float(scale), tuple(masks))
+    return node, scale, masks
 
 
 def _product(node: Any) -> fx.Node | None:

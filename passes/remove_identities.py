@@ -63,15 +63,7 @@ def _is_metadata_check(node: fx.Node) -> bool:
 
 
 def _is_identity(node: fx.Node, source: fx.Node, written: set[str]) -> bool:
-    before, after = source.meta.get("val"), node.meta.get("val")
-    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
-        return False
-    if before.dtype != after.dtype or before.device != after.device:
-        return False
-    if node.target in (_aten.dropout.default, _aten.feature_dropout.default) and node.args[2] is not False:
-        return False
-    amounts: Any = node.args[1] if node.target in _PADS else ()
-    if any(amount != 0 for amount in amounts):
+    if not _keeps_values(node, source):
         return False
     if node.target in _VIEWS:
         return True
@@ -81,6 +73,18 @@ def _is_identity(node: fx.Node, source: fx.Node, written: set[str]) -> bool:
     if root.op == "get_attr" and str(root.target) in written:
         return False  # the copy keeps the value from before the write
     return not any(reader.target in _STRIDED for reader in readers)
+
+
+def _keeps_values(node: fx.Node, source: fx.Node) -> bool:
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    if before.dtype != after.dtype or before.device != after.device:
+        return False
+    if node.target in (_aten.dropout.default, _aten.feature_dropout.default) and node.args[2] is not False:
+        return False
+    amounts: Any = node.args[1] if node.target in _PADS else ()
+    return all(amount == 0 for amount in amounts)
 
 
 def _root(node: fx.Node) -> fx.Node:

@@ -7,8 +7,9 @@ gets the cheapest of its remedies that is enough. Every step is measured; how ma
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -153,28 +154,14 @@ class _Searcher:
             return base
         free = [decision for decision in plan.decisions if base.get(decision.node) != _FULL]
         candidates = [decision.node for decision in free if _remedy(decision, sites[decision.node], _FULL)]
-        everything = {**base, **dict.fromkeys(candidates, _FULL)}
-        if not passes(everything, always=True):
+        chosen: _Assignment = {**base, **dict.fromkeys(candidates, _FULL)}
+        if not passes(chosen, always=True):
             return None
-        chosen: _Assignment = everything
-        try:
+        with contextlib.suppress(_OutOfBudgetError):  # what passes so far is a repair, if not the smallest
             ranked = self._rank(plan, sites, candidates)
             count = _shortest(len(ranked), lambda k: passes({**base, **dict.fromkeys(ranked[:k], _FULL)}))
-            chosen = {**base, **dict.fromkeys(ranked[:count], _FULL)}
-            for node in sorted(ranked[:count], key=lambda n: (-ranked.index(n), -_work(sites[n]))):
-                fewer = {name: how for name, how in chosen.items() if name != node} | (
-                    {node: base[node]} if node in base else {}
-                )
-                if passes(fewer):
-                    chosen = fewer
-            for node in [name for name in chosen if chosen[name] != base.get(name)]:
-                for steps in range(base.get(node, 0) + 1, _FULL):
-                    cheaper = {**chosen, node: steps}
-                    if passes(cheaper):
-                        chosen = cheaper
-                        break
-        except _OutOfBudgetError:
-            pass  # what passes so far is a repair, if not the smallest
+            for smaller in _smaller(ranked[:count], sites, base, passes):
+                chosen = smaller
         return chosen
 
     def _rank(self, plan: Plan, sites: Mapping[str, Site], candidates: Sequence[str]) -> list[str]:
@@ -216,6 +203,25 @@ def _shortest(most: int, passes: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if passes(middle) else (middle, high)
     return high
+
+
+def _smaller(
+    ranked: Sequence[str], sites: Mapping[str, Site], base: _Assignment, passes: Callable[[_Assignment], bool]
+) -> Iterator[_Assignment]:
+    """Assignments that pass, each smaller than the one before: all in FP32, fewer of them, and those less far."""
+    chosen: _Assignment = {**base, **dict.fromkeys(ranked, _FULL)}
+    yield chosen
+    for node in sorted(ranked, key=lambda n: (-ranked.index(n), -_work(sites[n]))):
+        as_before = {node: base[node]} if node in base else {}
+        fewer = {name: steps for name, steps in chosen.items() if name != node} | as_before
+        if passes(fewer):
+            yield (chosen := fewer)
+    for node in [name for name in chosen if chosen[name] != base.get(name)]:
+        for steps in range(base.get(node, 0) + 1, _FULL):
+            cheaper = {**chosen, node: steps}
+            if passes(cheaper):
+                yield (chosen := cheaper)
+                break
 
 
 def _work(site: Site) -> int:

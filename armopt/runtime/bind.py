@@ -116,20 +116,11 @@ class Binder:
     ) -> tuple[Kernel, torch.Tensor, list[str]]:
         """The first kernel that is available, takes the site and passes its probe; with its packed weight."""
         site, planned = layer.site, table.get(layer.call.kernel)
-        reasons: list[str] = []
-        others = [kernel for kernel in table.kernels(site.op, Use.FALLBACK) if kernel is not planned]
-        # the planned arithmetic first, then the planned dtype of activations, which needs no casts
-        others.sort(key=lambda k: (k.precision != planned.precision, k.activations != planned.activations))
-        # a node planned in FP32 stays in FP32
-        allowed = [k for k in others if planned.precision != Precision.FP32 or k.precision == Precision.FP32]
         times = self.tuning.of(site) if self.tuning is not None else {}
-        quicker = [k for k in allowed if k.activations == planned.activations and _is_quicker(k, planned, times)]
-        quicker.sort(key=lambda kernel: times[kernel.name])
-        for kernel in dict.fromkeys((*quicker, planned, *allowed)):
-            reason: str | None = None
-            if kernel.fast_math and not self.fast_math:
-                reason = "DNNL_DEFAULT_FPMATH_MODE=BF16 was not set when oneDNN started"
-            reason = reason or kernel.refuses(site)
+        quicker, fallbacks = _alternatives(planned, times)
+        reasons: list[str] = []
+        for kernel in dict.fromkeys((*quicker, planned, *fallbacks)):
+            reason = self._unavailable(kernel) or kernel.refuses(site)
             if reason is None:
                 weight, reason = self._prove(kernel, layer, constants)
                 if reason is None:
@@ -139,6 +130,10 @@ class Binder:
             if kernel is planned or kernel.precision == planned.precision:
                 reasons.append(f"{kernel.name}: {reason}")
         raise AssertionError("plain ATen takes every site")
+
+    def _unavailable(self, kernel: Kernel) -> str | None:
+        missing = kernel.fast_math and not self.fast_math
+        return "DNNL_DEFAULT_FPMATH_MODE=BF16 was not set when oneDNN started" if missing else None
 
     def _prove(
         self, kernel: Kernel, layer: _Layer, constants: dict[str, torch.Tensor]
@@ -202,6 +197,17 @@ class _Layer:
 def _work_space(site: Site) -> int:
     """Values that packing and probing a site holds for a while: the weight, the rows that it meets, and the result."""
     return math.prod(site.weight) + site.m * (site.k + site.n)
+
+
+def _alternatives(planned: Kernel, times: Mapping[str, float]) -> tuple[list[Kernel], list[Kernel]]:
+    """What this host's times prefer to the planned kernel, the quickest first; and what to fall back to, in order."""
+    others = [kernel for kernel in table.kernels(planned.op, Use.FALLBACK) if kernel is not planned]
+    # the planned arithmetic first, then the planned dtype of activations, which needs no casts
+    others.sort(key=lambda k: (k.precision != planned.precision, k.activations != planned.activations))
+    # a node planned in FP32 stays in FP32
+    allowed = [k for k in others if planned.precision != Precision.FP32 or k.precision == Precision.FP32]
+    quicker = [k for k in allowed if k.activations == planned.activations and _is_quicker(k, planned, times)]
+    return sorted(quicker, key=lambda kernel: times[kernel.name]), allowed
 
 
 def _is_quicker(kernel: Kernel, planned: Kernel, times: Mapping[str, float]) -> bool:
