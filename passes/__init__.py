@@ -55,6 +55,5 @@ LOWER = (PackLinear, PackConv, PackEmbedding, PropagateBf16)
 def lower(plan: Plan, rounded: dict[str, torch.Tensor]) -> tuple[Pass, ...]:
     """What carries out one plan: runs once for each bucket, on a copy. Plans of one model share `rounded`."""
     decisions = {decision.node: decision for decision in plan.decisions}
-    blocks = {decision.node: decision.block for decision in plan.decisions}
-    packing = (PackLinear(decisions, blocks, rounded), PackConv(decisions, blocks, rounded))
+    packing = (PackLinear(decisions, rounded), PackConv(decisions, rounded))
     return (*packing, *((PackEmbedding(rounded),) if plan.target.bf16 else ()), PropagateBf16())

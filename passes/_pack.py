@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from armopt.ir import graph as g
-from armopt.ir.records import Decision, PassResult, Skip
+from armopt.ir.calls import call_of
+from armopt.ir.records import Backend, Decision, PassResult, Skip
 from armopt.kernels import table
-from armopt.kernels.ops import BLOCK, KERNEL
 
 _aten = torch.ops.aten
 
@@ -20,32 +20,29 @@ def pack(
     graph_module: fx.GraphModule,
     target: Any,
     decisions: Mapping[str, Decision],
-    blocks: Mapping[str, int],
     rounded: dict[str, torch.Tensor],
 ) -> PassResult:
     """Gives every node of `target` its planned kernel, weights in the kernel's dtype, and casts at its borders."""
     rewritten, skipped = [], []
-    for node in g.calls(graph_module.graph, target):
+    for node in g.calls_to(graph_module.graph, target):
         decision = decisions.get(node.name)
         if decision is None:
             continue
         kernel = table.get(decision.kernel)
-        if kernel.backend == "aten":
+        if kernel.backend == Backend.ATEN:
             skipped.append(Skip(node.name, decision.reason))
             continue
-        if kernel.name == node.args[KERNEL[target]]:
+        call = call_of(node)
+        if kernel.name == call.kernel:
             continue
-        args = list(node.args)
-        args[KERNEL[target]], args[BLOCK[target]] = kernel.name, blocks.get(node.name, 0)
-        weight = args[1]
-        assert isinstance(weight, fx.Node)
+        call = call.replace(kernel=kernel.name, block=decision.block)
         if kernel.rounding.weights == torch.bfloat16:
-            args[1] = rounded_constant(graph_module, weight, rounded, node)
+            call = call.replace(weight=rounded_constant(graph_module, call.weight, rounded, node))
         if kernel.activations == torch.bfloat16:
-            for index in (0, 3):  # the input and the second tensor of a residual add
-                if isinstance(args[index], fx.Node):
-                    args[index] = cast(graph_module.graph, node, args[index], torch.bfloat16)
-        packed = g.insert_call(graph_module.graph, node, target, tuple(args))
+            call = call.replace(x=cast(graph_module.graph, node, call.x, torch.bfloat16))
+            if call.other is not None:
+                call = call.replace(other=cast(graph_module.graph, node, call.other, torch.bfloat16))
+        packed = call.insert(node)
         result = packed
         if kernel.activations == torch.bfloat16:
             result = cast(graph_module.graph, node, packed, torch.float32)
@@ -54,7 +51,7 @@ def pack(
         graph_module.graph.erase_node(node)
         packed.name = name
         rewritten.append(name)
-    g.sweep(graph_module)
+    g.remove_unused(graph_module)
     return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 

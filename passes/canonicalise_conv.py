@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from armopt.ir import graph as g
+from armopt.ir.calls import ConvCall
 from armopt.ir.records import PassResult, Skip
 from armopt.kernels import aten
-from armopt.kernels.ops import CONV
 
 _aten = torch.ops.aten
 _FORWARD = {_aten.conv1d.default: 1, _aten.conv2d.default: 2, _aten.conv3d.default: 3}
@@ -34,51 +34,60 @@ class CanonicaliseConv:
     """conv1d, conv2d, conv3d, conv_transpose*d and convolution -> armopt.conv.
 
     Refuses a weight or bias that is no constant, another dtype than FP32, an input without a batch dimension, and
-    padding that differs between the two sides.
+    padding that differs between the two sides or depends on the input.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
         rewritten, skipped = [], []
-        for node in g.calls(graph_module.graph, *_FORWARD, *_STRING_PADDING, *_TRANSPOSED, _GENERAL):
+        for node in g.calls_to(graph_module.graph, *_FORWARD, *_STRING_PADDING, *_TRANSPOSED, _GENERAL):
             try:
-                x, weight, bias, geometry = _operands(graph_module, node)
+                call = _call(graph_module, node)
             except _RefusedError as refusal:
                 skipped.append(Skip(node.name, str(refusal)))
                 continue
-            layer_name = re.sub(r"_?weight(_t)?$", "", str(weight.target)) or node.name
-            args = (x, weight, bias, None, *geometry, "none", aten.CONV.name, 0)
-            replacement = g.insert_call(graph_module.graph, node, CONV, args, name=layer_name)
+            layer_name = re.sub(r"_?weight(_t)?$", "", call.weight_name) or node.name
             rewritten.append(node.name)
-            g.replace_and_erase(node, replacement)
-        g.sweep(graph_module)
+            g.replace_and_erase(node, call.insert(node, layer_name))
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
-def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[Any, ...]]:
+def _call(graph_module: fx.GraphModule, node: fx.Node) -> ConvCall[fx.Node]:
     arguments: Any = node.normalized_arguments(graph_module, normalize_to_only_use_kwargs=True)
     if arguments is None:
         raise _RefusedError("its arguments don't fit the schema")
     given = arguments.kwargs
     x, weight, bias = given["input"], given["weight"], given.get("bias")
-    tensor = g.constant(graph_module, weight)
+    tensor = g.find_constant(graph_module, weight)
     if tensor is None:
         raise _RefusedError("the weight is not a constant")
-    if bias is not None and g.constant(graph_module, bias) is None:
+    if bias is not None and g.find_constant(graph_module, bias) is None:
         raise _RefusedError("the bias is not a constant")
     if not (g.is_float32(x) and tensor.dtype == torch.float32):
-        raise _RefusedError(f"works on {g.value(x).dtype} and {tensor.dtype}, not FP32".replace("torch.", ""))
+        raise _RefusedError(f"works on {g.fake_value(x).dtype} and {tensor.dtype}, not FP32".replace("torch.", ""))
     spatial = tensor.dim() - 2
-    if g.value(x).dim() != spatial + 2:
+    if g.fake_value(x).dim() != spatial + 2:
         raise _RefusedError("the input has no batch dimension")
     stride, dilation = _spread(given["stride"], spatial), _spread(given["dilation"], spatial)
     if node.target in _STRING_PADDING:
         padding = _same_padding(given["padding"], tensor.shape[2:], dilation)
     else:
         padding = _spread(given["padding"], spatial)
-    transposed = node.target in _TRANSPOSED or bool(given.get("transposed", False))
-    output_padding = _spread(given.get("output_padding") or [0], spatial)
-    return x, weight, bias, (stride, padding, dilation, transposed, output_padding, given["groups"])
+        if any(isinstance(size, fx.Node) for size in padding):
+            raise _RefusedError("its padding depends on the input")
+    return ConvCall(
+        x=x,
+        weight=weight,
+        bias=bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        transposed=node.target in _TRANSPOSED or bool(given.get("transposed", False)),
+        output_padding=_spread(given.get("output_padding") or [0], spatial),
+        groups=given["groups"],
+        kernel=aten.CONV.name,
+    )
 
 
 def _spread(values: Any, spatial: int) -> list[int]:

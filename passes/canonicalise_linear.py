@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from armopt.ir import graph as g
+from armopt.ir.calls import LinearCall
 from armopt.ir.records import PassResult, Skip
 from armopt.kernels import aten
-from armopt.kernels.ops import LINEAR
 
 _aten = torch.ops.aten
 _FORMS = (_aten.linear.default, _aten.addmm.default, _aten.mm.default, _aten.matmul.default)
@@ -34,7 +34,7 @@ class CanonicaliseLinear:
         """Runs the pass."""
         rewritten, skipped = [], []
         transposed: dict[str, torch.Tensor] = {}
-        for node in g.calls(graph_module.graph, *_FORMS):
+        for node in g.calls_to(graph_module.graph, *_FORMS):
             try:
                 x, weight, bias, is_transposed = _operands(graph_module, node)
             except _RefusedError as refusal:
@@ -46,11 +46,10 @@ class CanonicaliseLinear:
                     transposed[name] = getattr(graph_module, name).detach().t().contiguous()
                 weight = g.add_constant(graph_module, f"{name}_t", transposed[name], node, [weight])
             layer_name = re.sub(r"_?weight(_t)?$", "", str(weight.target)) or node.name
-            args = (x, weight, bias, None, "none", aten.LINEAR.name, 0)
-            replacement = g.insert_call(graph_module.graph, node, LINEAR, args, name=layer_name)
+            call = LinearCall(x=x, weight=weight, bias=bias, kernel=aten.LINEAR.name)
             rewritten.append(node.name)
-            g.replace_and_erase(node, replacement)
-        g.sweep(graph_module)
+            g.replace_and_erase(node, call.insert(node, layer_name))
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
@@ -67,24 +66,27 @@ def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.
         bias, x, weight = node.args
     else:
         x, weight = node.args
-    tensor = g.constant(graph_module, weight)
+    tensor = g.find_constant(graph_module, weight)
     if tensor is None:
         raise _RefusedError("the weight is not a constant")
     if tensor.dim() != 2:
         raise _RefusedError(f"the weight has {tensor.dim()} dimensions")
     if not (g.is_float32(x) and tensor.dtype == torch.float32):
         raise _RefusedError(f"works on {_dtype(x)} and {tensor.dtype}, not FP32".replace("torch.", ""))
-    if g.value(x).dim() < 1 or min(tensor.shape) == 0:
+    if g.fake_value(x).dim() < 1 or min(tensor.shape) == 0:
         raise _RefusedError("an empty or scalar operand")
-    features = tensor.shape[0] if node.target is _aten.linear.default else tensor.shape[1]
     if bias is not None:
-        values = g.constant(graph_module, bias)
-        if values is None:
-            raise _RefusedError("the bias is not a constant")
-        if values.shape != (features,) or values.dtype != torch.float32:
-            raise _RefusedError(f"the bias has shape {tuple(values.shape)}, not one FP32 value per output feature")
+        features = tensor.shape[0] if node.target is _aten.linear.default else tensor.shape[1]
+        _check_bias(g.find_constant(graph_module, bias), features)
     return x, weight, bias, node.target is not _aten.linear.default
 
 
+def _check_bias(values: torch.Tensor | None, features: int) -> None:
+    if values is None:
+        raise _RefusedError("the bias is not a constant")
+    if values.shape != (features,) or values.dtype != torch.float32:
+        raise _RefusedError(f"the bias has shape {tuple(values.shape)}, not one FP32 value per output feature")
+
+
 def _dtype(node: Any) -> str:
-    return str(g.value(node).dtype) if isinstance(node, fx.Node) else type(node).__name__
+    return str(g.fake_value(node).dtype) if isinstance(node, fx.Node) else type(node).__name__

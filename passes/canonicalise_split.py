@@ -31,7 +31,7 @@ class CanonicaliseSplit:
         graph = graph_module.graph
         rewritten: list[str] = []
         skipped: list[Skip] = []
-        for node in g.calls(graph, *_SPLITS):
+        for node in g.calls_to(graph, *_SPLITS):
             parts = [user for user in node.users if user.target is operator.getitem]
             if len(parts) != len(node.users):
                 continue
@@ -49,5 +49,5 @@ class CanonicaliseSplit:
                 target = _aten.select.int if unbind else _aten.narrow.default
                 g.replace_and_erase(part, g.insert_call(graph, part, target, (node.args[0], *arguments)))
             rewritten.append(node.name)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))

@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from armopt.ir import graph as g
+from armopt.ir.calls import ConvCall, LinearCall
+from armopt.ir.operations import CONV, LINEAR
 from armopt.ir.records import PassResult, Skip
 from armopt.kernels import aten
-from armopt.kernels.ops import CONV, LINEAR, OTHER, POST_OP
 
 _aten = torch.ops.aten
 
@@ -28,36 +29,32 @@ class ConvertPixelConv:
         """Runs the pass."""
         rewritten: list[str] = []
         skipped: list[Skip] = []
-        for node in g.calls(graph_module.graph, CONV):
-            if tuple(g.value(node.args[0]).shape[2:]) != (1, 1):  # type: ignore[arg-type]
+        for node in g.calls_to(graph_module.graph, CONV):
+            call = ConvCall.of(node)
+            if tuple(g.fake_value(call.x).shape[2:]) != (1, 1):
                 continue
-            if reason := _refusal(node):
+            if reason := _refusal(call):
                 skipped.append(Skip(node.name, reason))
                 continue
             rewritten.append(node.name)
-            _convert(graph_module, node)
-        g.sweep(graph_module)
+            _convert(graph_module, node, call)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
-def _refusal(node: fx.Node) -> str | None:
-    weight: Any = node.args[1]
-    padding, transposed, groups = node.args[5], node.args[7], node.args[9]
-    if transposed or groups != 1 or tuple(g.value(weight).shape[2:]) != (1, 1) or any(padding):  # type: ignore[arg-type]
+def _refusal(call: ConvCall[fx.Node]) -> str | None:
+    if call.transposed or call.groups != 1 or tuple(g.fake_value(call.weight).shape[2:]) != (1, 1) or any(call.padding):
         return "transposed, grouped, padded, or of a larger filter"
-    return "an addition is fused" if node.args[OTHER] is not None else None
+    return "an addition is fused" if call.other is not None else None
 
 
-def _convert(graph_module: fx.GraphModule, node: fx.Node) -> None:
+def _convert(graph_module: fx.GraphModule, node: fx.Node, call: ConvCall[fx.Node]) -> None:
     graph = graph_module.graph
-    source, weight, bias = node.args[:3]
-    assert isinstance(weight, fx.Node)
-    held = g.constant(graph_module, weight)
-    assert held is not None
-    flat = g.add_constant(graph_module, f"{weight.target}_flat", held.detach().flatten(1), node, [weight])
-    x = _linear_behind(source) or g.insert_call(graph, node, _aten.flatten.using_ints, (source, 1))
-    args = (x, flat, bias, None, node.args[POST_OP[CONV]], aten.LINEAR.name, 0)
-    linear = g.insert_call(graph, node, LINEAR, args)
+    held = g.constant(graph_module, call.weight).flatten(1)
+    weight = g.add_constant(graph_module, f"{call.weight_name}_flat", held, node, [call.weight])
+    x = _linear_behind(call.x) or g.insert_call(graph, node, _aten.flatten.using_ints, (call.x, 1))
+    flat = LinearCall(x=x, weight=weight, bias=call.bias, post_op=call.post_op, kernel=aten.LINEAR.name)
+    linear = flat.insert(node)
     name = node.name
     pixels = g.insert_call(graph, node, _aten.unsqueeze.default, (linear, -1))
     g.replace_and_erase(node, g.insert_call(graph, node, _aten.unsqueeze.default, (pixels, -1)))

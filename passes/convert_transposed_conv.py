@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from armopt.ir import graph as g
+from armopt.ir.calls import ConvCall
+from armopt.ir.operations import CONV
 from armopt.ir.records import PassResult, Skip
 from armopt.kernels import post_ops
-from armopt.kernels.ops import CONV
 
 _aten = torch.ops.aten
 
@@ -30,25 +30,25 @@ class ConvertTransposedConv:
         rewritten: list[str] = []
         skipped: list[Skip] = []
         made: _Made = {}
-        for node in g.calls(graph_module.graph, CONV):
-            if not node.args[7]:
+        for node in g.calls_to(graph_module.graph, CONV):
+            call = ConvCall.of(node)
+            if not call.transposed:
                 continue
-            if reason := _refusal(node):
+            if reason := _refusal(call):
                 skipped.append(Skip(node.name, reason))
                 continue
             rewritten.append(node.name)
-            _convert(graph_module, node, made)
-        g.sweep(graph_module)
+            _convert(graph_module, node, call, made)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
-def _refusal(node: fx.Node) -> str | None:
-    dilation: Any = node.args[6]
-    if node.args[9] != 1:
+def _refusal(call: ConvCall[fx.Node]) -> str | None:
+    if call.groups != 1:
         return "it has groups"
-    if max(dilation) > 1:
+    if max(call.dilation) > 1:
         return "it has a dilation"
-    return "it has three dimensions" if len(dilation) > 2 else None
+    return "it has three dimensions" if len(call.dilation) > 2 else None
 
 
 @dataclass(frozen=True)
@@ -79,36 +79,37 @@ class _Dimension:
 _Made = dict[tuple[object, ...], torch.Tensor]
 
 
-def _convert(graph_module: fx.GraphModule, node: fx.Node, made: _Made) -> None:
+def _convert(graph_module: fx.GraphModule, node: fx.Node, call: ConvCall[fx.Node], made: _Made) -> None:
     graph = graph_module.graph
-    x, weight, bias, other, stride, padding, dilation, _, output_padding, groups, post_op, *rest = node.args
-    assert isinstance(weight, fx.Node)
-    held = g.constant(graph_module, weight)
-    assert held is not None
-    geometry = zip(held.shape[2:], stride, padding, output_padding, strict=True)  # type: ignore[arg-type]
+    held = g.constant(graph_module, call.weight)
+    geometry = zip(held.shape[2:], call.stride, call.padding, call.output_padding, strict=True)
     dimensions = [_Dimension.of(*each) for each in geometry]
-    key: tuple[object, ...] = (weight.target, *dimensions)
+    key: tuple[object, ...] = (call.weight_name, *dimensions)
     if key not in made:
-        made[key] = _phases(held.detach(), dimensions)
-    phases = g.add_constant(graph_module, f"{weight.target}_phases", made[key], node, [weight])
+        made[key] = _phases(held, dimensions)
+    phases = g.add_constant(graph_module, f"{call.weight_name}_phases", made[key], node, [call.weight])
+    bias = call.bias
     if bias is not None:
-        assert isinstance(bias, fx.Node)
         shift = g.constant(graph_module, bias)
-        assert shift is not None
         count = made[key].shape[0] // shift.numel()
         key = (bias.target, count)
         if key not in made:
-            made[key] = shift.detach().repeat(count)
+            made[key] = shift.repeat(count)
         bias = g.add_constant(graph_module, f"{bias.target}_phases", made[key], node, [bias])
-    ones, zeros = [1] * len(dimensions), [0] * len(dimensions)
-    added = other is not None
-    geometry_now = (ones, [each.padding for each in dimensions], dilation, False, zeros, groups)
-    args = (x, phases, bias, None, *geometry_now, post_ops.NONE if added else post_op, *rest)
-    conv = g.insert_call(graph, node, CONV, args)
+    conv = call.replace(
+        weight=phases,
+        bias=bias,
+        other=None,
+        stride=[1] * len(dimensions),
+        padding=[each.padding for each in dimensions],
+        transposed=False,
+        output_padding=[0] * len(dimensions),
+        post_op=call.post_op if call.other is None else post_ops.NONE,
+    ).insert(node)
     y = _cropped(graph, node, _depth_to_space(graph, node, conv, dimensions), dimensions)
-    if added:
-        y = g.insert_call(graph, node, _aten.add.Tensor, (y, other))
-        if post_op == post_ops.ADD_RELU:
+    if call.other is not None:
+        y = g.insert_call(graph, node, _aten.add.Tensor, (y, call.other))
+        if call.post_op == post_ops.ADD_RELU:
             y = g.insert_call(graph, node, _aten.relu.default, (y,))
     name = node.name
     g.replace_and_erase(node, y)
@@ -131,7 +132,7 @@ def _depth_to_space(graph: fx.Graph, node: fx.Node, y: fx.Node, dimensions: list
         return y
     last = len(dimensions)
     y = g.insert_call(graph, node, _aten.permute.default, (y, [0, *range(2, last + 2), 1]))
-    channels = g.value(y).shape[-1]
+    channels = g.fake_value(y).shape[-1]
     for dim, each in enumerate(dimensions, 1):
         if each.stride == 1:
             continue

@@ -34,7 +34,7 @@ class FoldConstants:
             if not _foldable(node) or any(str(n.target) in written for n in node.all_input_nodes):
                 continue
             like = node.args[0] if node.target in _NEW else None
-            inputs = [g.constant(graph_module, n) for n in node.all_input_nodes if n is not like]
+            inputs = [g.find_constant(graph_module, n) for n in node.all_input_nodes if n is not like]
             if any(tensor is None for tensor in inputs):
                 continue
             size = node.meta["val"].numel() * node.meta["val"].element_size()
@@ -42,17 +42,24 @@ class FoldConstants:
             if size > bound:
                 skipped.append(Skip(node.name, f"the result takes {size} bytes, more than what it is made from"))
                 continue
-            known = {n: g.constant(graph_module, n) for n in node.all_input_nodes}
-            if isinstance(like, fx.Node):
-                known[like] = torch.empty((), dtype=g.value(like).dtype)
-            with torch.no_grad():
-                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-                value = node.target(*args, **kwargs)
+            value = _evaluated(graph_module, node, like)
             folded = g.add_constant(graph_module, f"folded_{node.name}", value, node)
             rewritten.append(node.name)
             g.replace_and_erase(node, folded)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
+
+
+def _evaluated(graph_module: fx.GraphModule, node: fx.Node, like: object) -> torch.Tensor:
+    """The value of a node; of `like` nothing but the dtype is looked at."""
+    known = {n: g.find_constant(graph_module, n) for n in node.all_input_nodes}
+    if isinstance(like, fx.Node):
+        known[like] = torch.empty((), dtype=g.fake_value(like).dtype)
+    target: Any = node.target
+    with torch.no_grad():
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        value: torch.Tensor = target(*args, **kwargs)
+    return value
 
 
 def _foldable(node: fx.Node) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from armopt.ir import graph as g
+from armopt.ir.calls import ConvCall
+from armopt.ir.operations import CONV
 from armopt.ir.records import PassResult, Skip
-from armopt.kernels.ops import CONV
 
 _aten = torch.ops.aten
 #: The Compute Library takes input channels in fours: with fewer the rest of each four is zeros.
@@ -31,58 +31,52 @@ class FoldStride:
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
         rewritten, skipped = [], []
-        for node in g.calls(graph_module.graph, CONV):
-            weight = g.constant(graph_module, node.args[1])
-            assert weight is not None
-            if not _pays(node, weight):
+        for node in g.calls_to(graph_module.graph, CONV):
+            call = ConvCall.of(node)
+            weight = g.constant(graph_module, call.weight)
+            if not _pays(call, weight):
                 continue
-            reason = _refusal(node, weight)
+            reason = _refusal(call)
             if reason is not None:
                 skipped.append(Skip(node.name, reason))
                 continue
             rewritten.append(node.name)
-            _fold(graph_module, node, weight.detach())
-        g.sweep(graph_module)
+            _fold(graph_module, node, call, weight)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
-def _sizes(values: Any) -> list[int]:
-    return [int(value) for value in values]
-
-
-def _pays(node: fx.Node, weight: torch.Tensor) -> bool:
+def _pays(call: ConvCall[fx.Node], weight: torch.Tensor) -> bool:
     """Whether it is the convolution of an image that this is for."""
     if weight.dim() != 4 or weight.shape[1] >= _FEW:
         return False
-    stride, filters = _sizes(node.args[4]), list(weight.shape[2:])
-    patches = filters == stride and max(_sizes(node.args[5])) == 0 and min(stride) >= 8
+    stride, filters = list(call.stride), list(weight.shape[2:])
+    patches = filters == stride and max(call.padding) == 0 and min(stride) >= 8
     return patches or (stride == [2, 2] and min(filters) >= 5)
 
 
-def _refusal(node: fx.Node, weight: torch.Tensor) -> str | None:
-    stride, _, dilation, transposed, _, groups = node.args[4:10]
-    height, width = g.value(node.args[0]).shape[2:]  # type: ignore[arg-type]
-    if transposed or groups != 1:
+def _refusal(call: ConvCall[fx.Node]) -> str | None:
+    height, width = g.fake_value(call.x).shape[2:]
+    if call.transposed or call.groups != 1:
         return "a transposed or grouped convolution"
-    if len(set(_sizes(stride))) > 1 or max(_sizes(dilation)) > 1:
+    if len(set(call.stride)) > 1 or max(call.dilation) > 1:
         return "unequal strides or a dilation"
-    if not (g.is_constant(height) and g.is_constant(width)):
+    if not (g.is_fixed(height) and g.is_fixed(width)):
         return "the size of the image is dynamic"
     return None
 
 
-def _fold(graph_module: fx.GraphModule, node: fx.Node, weight: torch.Tensor) -> None:
+def _fold(graph_module: fx.GraphModule, node: fx.Node, call: ConvCall[fx.Node], weight: torch.Tensor) -> None:
     graph = graph_module.graph
-    x: Any = node.args[0]
-    step, before = _sizes(node.args[4])[0], _sizes(node.args[5])
+    x, step, before = call.x, call.stride[0], call.padding
     outputs, channels, *filters = weight.shape
     taps = [-(-size // step) for size in filters]
-    blocks = [int(size) - 1 + tap for size, tap in zip(g.value(node).shape[2:], taps, strict=True)]
-    sizes = zip(blocks, g.value(x).shape[2:], before, strict=True)
+    blocks = [int(size) - 1 + tap for size, tap in zip(g.fake_value(node).shape[2:], taps, strict=True)]
+    sizes = zip(blocks, g.fake_value(x).shape[2:], before, strict=True)
     after = [block * step - int(size) - pad for block, size, pad in sizes]
     if any(before) or any(after):
         x = g.insert_call(graph, node, _aten.constant_pad_nd.default, (x, [before[1], after[1], before[0], after[0]]))
-    batch = g.value(x).shape[0]
+    batch = g.fake_value(x).shape[0]
     rows = batch if isinstance(batch, int) else -1
     x = g.insert_call(graph, node, _aten.reshape.default, (x, [rows, channels, blocks[0], step, blocks[1], step]))
     depth = channels * step * step
@@ -98,12 +92,10 @@ def _fold(graph_module: fx.GraphModule, node: fx.Node, weight: torch.Tensor) -> 
     extra = [tap * step - size for tap, size in zip(taps, filters, strict=True)]
     folded = torch.nn.functional.pad(weight, (0, extra[1], 0, extra[0]))
     folded = folded.reshape(outputs, channels, taps[0], step, taps[1], step).permute(0, *order, 2, 4)
-    name = f"{node.args[1].target}_folded"  # type: ignore[union-attr]
     folded = folded.reshape(outputs, depth, *taps).contiguous()
-    constant = g.add_constant(graph_module, name, folded, node, [node.args[1]])  # type: ignore[list-item]
-    args = (x, constant, *node.args[2:4], [1, 1], [0, 0], *node.args[6:])
-    replacement = g.insert_call(graph, node, CONV, args, name=f"{node.name}_folded")
-    g.replace_and_erase(node, replacement)
+    constant = g.add_constant(graph_module, f"{call.weight_name}_folded", folded, node, [call.weight])
+    replacement = call.replace(x=x, weight=constant, stride=[1, 1], padding=[0, 0])
+    g.replace_and_erase(node, replacement.insert(node, f"{node.name}_folded"))
 
 
 def _stacked(graph: fx.Graph, node: fx.Node, x: fx.Node, order: tuple[int, ...]) -> fx.Node:

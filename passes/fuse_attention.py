@@ -29,7 +29,7 @@ class FuseAttention:
         """Runs the pass."""
         rewritten: list[str] = []
         skipped: list[Skip] = []
-        for softmax in g.calls(graph_module.graph, *_SOFTMAX):
+        for softmax in g.calls_to(graph_module.graph, *_SOFTMAX):
             product = _reader(softmax)
             if product is None:
                 continue
@@ -39,7 +39,7 @@ class FuseAttention:
                 continue
             rewritten.append(product.name)
             _rewrite(graph_module, product, found)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
@@ -76,11 +76,27 @@ def _reader(softmax: fx.Node) -> fx.Node | None:
 def _match(softmax: fx.Node, product: fx.Node) -> _Attention | str:
     """The attention that a softmax and the product behind it are; or why they are none."""
     value: Any = product.args[1]
-    if g.value(softmax).dim() != 4 or g.value(value).dim() != 4:
+    if g.fake_value(softmax).dim() != 4 or g.fake_value(value).dim() != 4:
         return "not of four dimensions"
     if softmax.args[1] not in (-1, 3) or len(softmax.users) > 1:
         return "its probabilities are not along the keys, or used elsewhere"
-    node: Any = softmax.args[0]
+    found = _scores(softmax.args[0])
+    if isinstance(found, str):
+        return found
+    node, scale, masks = found
+    query, key = node.args
+    if len(node.users) > 1 or g.fake_value(node).dim() != 4:
+        return "its product has other dimensions, or is used elsewhere"
+    leading = g.fake_value(query).shape[:2]
+    if not all(g.is_float32(x) and g.fake_value(x).shape[:2] == leading for x in (query, key, value)):
+        return "query, key and value are not FP32, or of other images or heads"
+    if query.target is _aten.mul.Tensor and isinstance(query.args[1], (int, float)) and len(query.users) == 1:
+        query, scale = query.args[0], scale * query.args[1]
+    return _Attention(query, key, float(scale), tuple(masks))
+
+
+def _scores(node: Any) -> tuple[Any, float, list[_Mask]] | str:
+    """The product of activations that scores are made of, its scale, and what is added to it; or why there is none."""
     scale, masks = 1.0, []
     while node.target is not _aten.matmul.default:
         if len(node.users) > 1:
@@ -97,14 +113,7 @@ def _match(softmax: fx.Node, product: fx.Node) -> _Attention | str:
         elif node.target is not _aten.reshape.default or not _keeps_scores(operands[0], node):
             return f"{node.target} stands between the product and the softmax"
         node = operands[0]
-    query, key = node.args
-    if len(node.users) > 1 or g.value(node).dim() != 4:
-        return "its product has other dimensions, or is used elsewhere"
-    if not all(g.is_float32(x) and g.value(x).shape[:2] == g.value(query).shape[:2] for x in (query, key, value)):
-        return "query, key and value are not FP32, or of other images or heads"
-    if query.target is _aten.mul.Tensor and isinstance(query.args[1], (int, float)) and len(query.users) == 1:
-        query, scale = query.args[0], scale * query.args[1]
-    return _Attention(query, key, float(scale), tuple(masks))
+    return node, scale, masks
 
 
 def _product(node: Any) -> fx.Node | None:
@@ -118,20 +127,20 @@ def _product(node: Any) -> fx.Node | None:
 
 def _keeps_scores(before: Any, after: fx.Node) -> bool:
     """Whether a reshape leaves heads, rows and keys, and only parts or joins what is in front of them."""
-    shapes = g.value(before).shape, g.value(after).shape
+    shapes = g.fake_value(before).shape, g.fake_value(after).shape
     return all(len(shape) >= 4 for shape in shapes) and shapes[0][-3:] == shapes[1][-3:]
 
 
 def _as_mask(mask: fx.Node, scores: fx.Node) -> _Mask | None:
     """A mask that is full along rows and keys, and along what the scores have in front of their heads where that
     becomes one dimension later; None where a size is not known."""
-    sizes, rank = _sizes(scores), g.value(scores).dim()
-    missing = rank - g.value(mask).dim()
-    shape = [1] * missing + list(g.value(mask).shape)
+    sizes, rank = _sizes(scores), g.fake_value(scores).dim()
+    missing = rank - g.fake_value(mask).dim()
+    shape = [1] * missing + list(g.fake_value(mask).shape)
     filled = [*range(rank - 3 if rank > 4 else 0), rank - 2, rank - 1]
     wanted: list[Any] = [1] * missing + [-1] * (rank - missing)
     for i in filled:
-        if g.is_constant(shape[i]) and shape[i] == 1 and not (isinstance(sizes[i], int) and sizes[i] == 1):
+        if g.is_fixed(shape[i]) and shape[i] == 1 and not (isinstance(sizes[i], int) and sizes[i] == 1):
             wanted[i] = sizes[i]
     expanded = tuple(wanted) if missing or any(size != -1 for size in wanted) else ()
     joined = (-1, shape[rank - 3], *sizes[-2:]) if rank > 4 else ()
@@ -141,13 +150,13 @@ def _as_mask(mask: fx.Node, scores: fx.Node) -> _Mask | None:
 
 def _sizes(scores: fx.Node) -> list[Any]:
     """The sizes of scores, numbers where they are; else nodes, where a reshape has them so."""
-    sizes: list[Any] = list(g.value(scores).shape)
+    sizes: list[Any] = list(g.fake_value(scores).shape)
     node: Any = scores
     while node.target in (_aten.add.Tensor, _aten.mul.Tensor, _aten.div.Tensor):
         node = next(operand for operand in node.args[:2] if _product(operand))
     given = node.args[1] if node.target is _aten.reshape.default else [None] * len(sizes)
     return [
-        int(size) if g.is_constant(size) else said if isinstance(said, fx.Node) else size
+        int(size) if g.is_fixed(size) else said if isinstance(said, fx.Node) else size
         for size, said in zip(sizes, given, strict=True)
     ]
 
@@ -158,9 +167,9 @@ def _rewrite(graph_module: fx.GraphModule, product: fx.Node, found: _Attention) 
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return g.insert_call(graph, product, target, args, kwargs)
 
-    key = found.key
+    key: Any = found.key
     swapped = key.target is _aten.transpose.int and set(key.args[1:]) in ({-2, -1}, {2, 3})
-    key = key.args[0] if swapped else call(_aten.transpose.int, key, -2, -1)  # type: ignore[assignment]
+    key = key.args[0] if swapped else call(_aten.transpose.int, key, -2, -1)
     total = None
     for each in found.masks:
         mask = call(_aten.expand.default, each.node, list(each.expanded)) if each.expanded else each.node

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from armopt.ir import graph as g
+from armopt.ir.calls import call_of, is_layer
 from armopt.ir.records import PassResult, Skip
 from armopt.kernels import post_ops
-from armopt.kernels.ops import OTHER, POST_OP
 
 _aten = torch.ops.aten
 _UNARY: dict[Any, str] = {
@@ -44,7 +44,7 @@ class FusePointwise:
                 _fuse_unary(node, name, rewritten, skipped)
             elif node.op == "call_function" and node.target is _aten.add.Tensor:
                 _fuse_add(node, order, rewritten, skipped)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
@@ -63,22 +63,22 @@ def _unary(node: fx.Node) -> str | None:
 
 
 def _layer(node: object) -> fx.Node | None:
-    return node if isinstance(node, fx.Node) and node.target in POST_OP else None
+    return node if isinstance(node, fx.Node) and is_layer(node) else None
 
 
 def _fuse_unary(node: fx.Node, name: str, rewritten: list[str], skipped: list[Skip]) -> None:
     layer = _layer(node.args[0])
     if layer is None:
         return
-    present = layer.args[POST_OP[layer.target]]
+    call = call_of(layer)
     if len(layer.users) > 1:
         skipped.append(Skip(node.name, f"{layer.name} is used by {len(layer.users)} nodes"))
-    elif present == post_ops.NONE:
+    elif call.post_op == post_ops.NONE:
         _rewrite(node, layer, name, None, rewritten)
-    elif present == post_ops.ADD and name == "relu":
-        _rewrite(node, layer, post_ops.ADD_RELU, layer.args[OTHER], rewritten)
+    elif call.post_op == post_ops.ADD and name == "relu":
+        _rewrite(node, layer, post_ops.ADD_RELU, call.other, rewritten)
     else:
-        skipped.append(Skip(node.name, f"{layer.name} has {present} fused already"))
+        skipped.append(Skip(node.name, f"{layer.name} has {call.post_op} fused already"))
 
 
 def _fuse_add(node: fx.Node, order: dict[fx.Node, int], rewritten: list[str], skipped: list[Skip]) -> None:
@@ -86,7 +86,7 @@ def _fuse_add(node: fx.Node, order: dict[fx.Node, int], rewritten: list[str], sk
     layers = [n for n in (_layer(first), _layer(second)) if n is not None]
     if not layers:
         return
-    free = [n for n in layers if n.args[POST_OP[n.target]] == post_ops.NONE and len(n.users) == 1]
+    free = [n for n in layers if call_of(n).post_op == post_ops.NONE and len(n.users) == 1]
     if not free or first is second:
         names = " and ".join(n.name for n in layers)
         skipped.append(Skip(node.name, f"{names}: used elsewhere, or with a post-op already"))
@@ -98,18 +98,20 @@ def _fuse_add(node: fx.Node, order: dict[fx.Node, int], rewritten: list[str], sk
         skipped.append(Skip(node.name, "the addition is scaled"))
     elif not isinstance(other, fx.Node) or not isinstance(other.meta.get("val"), torch.Tensor):
         skipped.append(Skip(node.name, "adds a number"))
-    elif g.value(other).shape != g.value(layer).shape or g.value(other).dtype != g.value(layer).dtype:
+    elif _kind(other) != _kind(layer):
         skipped.append(Skip(node.name, "the addition broadcasts or converts"))
     else:
         _rewrite(node, layer, post_ops.ADD, other, rewritten)
 
 
+def _kind(node: fx.Node) -> tuple[torch.Size, torch.dtype]:
+    value = g.fake_value(node)
+    return value.shape, value.dtype
+
+
 def _rewrite(node: fx.Node, layer: fx.Node, post_op: str, other: object, rewritten: list[str]) -> None:
     """Moves the layer to where `node` is, so that everything it reads is defined."""
-    args: list[Any] = list(layer.args)
-    args[OTHER] = other
-    args[POST_OP[layer.target]] = post_op
     node.prepend(layer)
-    layer.args = tuple(args)
+    layer.args = call_of(layer).replace(other=other, post_op=post_op).args
     rewritten.append(node.name)
     g.replace_and_erase(node, layer)

@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from armopt.ir import graph as g
+from armopt.ir.calls import LinearCall
+from armopt.ir.operations import LINEAR
 from armopt.ir.records import PassResult, Skip
-from armopt.kernels import aten
-from armopt.kernels.ops import LINEAR, POST_OP
+from armopt.kernels import post_ops
 
 _aten = torch.ops.aten
 
@@ -28,60 +29,48 @@ class MergeProjections:
         """Runs the pass."""
         rewritten: list[str] = []
         skipped: list[Skip] = []
-        layers = list(g.calls(graph_module.graph, LINEAR))
-        uses = Counter(_name(layer.args[1]) for layer in layers)
-        by_input: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for layer in layers:
-            by_input[layer.args[0]].append(layer)  # type: ignore[index]
+        layers = {layer: LinearCall.of(layer) for layer in g.calls_to(graph_module.graph, LINEAR)}
+        uses = Counter(call.weight_name for call in layers.values())
+        by_input: dict[fx.Node, dict[fx.Node, LinearCall[fx.Node]]] = defaultdict(dict)
+        for layer, call in layers.items():
+            by_input[call.x][layer] = call
         for group in by_input.values():
             if len(group) < 2:
                 continue
-            reasons = {layer: _refusal(layer, uses) for layer in group}
+            reasons = {layer: _refusal(call, uses) for layer, call in group.items()}
             skipped += [Skip(layer.name, reason) for layer, reason in reasons.items() if reason]
-            members = [layer for layer, reason in reasons.items() if reason is None]
+            members = {layer: group[layer] for layer, reason in reasons.items() if reason is None}
             if len(members) > 1:
                 rewritten += [member.name for member in members]
                 _merge(graph_module, members)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
-def _name(weight: object) -> str:
-    assert isinstance(weight, fx.Node)
-    return str(weight.target)
-
-
-def _refusal(layer: fx.Node, uses: Counter[str]) -> str | None:
-    post_op = layer.args[POST_OP[LINEAR]]
-    if post_op != "none":
-        return f"its {post_op} is fused"
-    if uses[_name(layer.args[1])] > 1:
-        return f"its weight {_name(layer.args[1])} is shared"
+def _refusal(call: LinearCall[fx.Node], uses: Counter[str]) -> str | None:
+    if call.post_op != post_ops.NONE:
+        return f"its {call.post_op} is fused"
+    if uses[call.weight_name] > 1:
+        return f"its weight {call.weight_name} is shared"
     return None
 
 
-def _merge(graph_module: fx.GraphModule, members: list[fx.Node]) -> None:
-    first = members[0]
-    weights = [_constant(graph_module, member.args[1]) for member in members]
-    name = f"{_name(first.args[1])}_merged"
-    weight = g.add_constant(graph_module, name, torch.cat(weights), first, [member.args[1] for member in members])  # type: ignore[misc]
+def _merge(graph_module: fx.GraphModule, members: dict[fx.Node, LinearCall[fx.Node]]) -> None:
+    node, call = next(iter(members.items()))
+    weights = [g.constant(graph_module, member.weight) for member in members.values()]
+    name = f"{call.weight_name}_merged"
+    made_of = [member.weight for member in members.values()]
+    weight = g.add_constant(graph_module, name, torch.cat(weights), node, made_of)
     bias = None
-    if any(member.args[2] is not None for member in members):
+    if any(member.bias is not None for member in members.values()):
         biases = [
-            w.new_zeros(w.shape[0]) if member.args[2] is None else _constant(graph_module, member.args[2])
-            for member, w in zip(members, weights, strict=True)
+            w.new_zeros(w.shape[0]) if member.bias is None else g.constant(graph_module, member.bias)
+            for member, w in zip(members.values(), weights, strict=True)
         ]
-        bias = g.add_constant(graph_module, f"{name}_bias", torch.cat(biases), first)
-    args = (first.args[0], weight, bias, None, "none", aten.LINEAR.name, 0)
-    merged = g.insert_call(graph_module.graph, first, LINEAR, args, name=f"{first.name}_merged")
+        bias = g.add_constant(graph_module, f"{name}_bias", torch.cat(biases), node)
+    merged = call.replace(weight=weight, bias=bias).insert(node, f"{node.name}_merged")
     start = 0
     for member, w in zip(members, weights, strict=True):
         part = g.insert_call(graph_module.graph, member, _aten.narrow.default, (merged, -1, start, w.shape[0]))
         g.replace_and_erase(member, part)
         start += w.shape[0]
-
-
-def _constant(graph_module: fx.GraphModule, node: object) -> torch.Tensor:
-    tensor = g.constant(graph_module, node)
-    assert tensor is not None
-    return tensor.detach()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from armopt.ir import graph as g
+from armopt.ir.calls import ConvCall
+from armopt.ir.operations import CONV
 from armopt.ir.records import PassResult, Skip
 from armopt.kernels import post_ops
-from armopt.kernels.ops import CONV, OTHER, POST_OP
 
 _aten = torch.ops.aten
 
@@ -28,65 +28,57 @@ class MergeShortcut:
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
         rewritten, skipped = [], []
-        for node in g.calls(graph_module.graph, CONV):
-            shortcut: Any = node.args[OTHER]
-            if not isinstance(shortcut, fx.Node) or shortcut.target is not CONV:
+        for node in g.calls_to(graph_module.graph, CONV):
+            call = ConvCall.of(node)
+            if call.other is None or call.other.target is not CONV:
                 continue
-            reason = _refusal(node) or _refusal(shortcut)
-            if reason is None and (len(shortcut.users) > 1 or shortcut.args[POST_OP[CONV]] != post_ops.NONE):
-                reason = f"{shortcut.name} is used elsewhere, or has a post-op"
+            shortcut = ConvCall.of(call.other)
+            reason = _refusal(node, call) or _refusal(call.other, shortcut)
+            if reason is None and (len(call.other.users) > 1 or shortcut.post_op != post_ops.NONE):
+                reason = f"{call.other.name} is used elsewhere, or has a post-op"
             if reason is not None:
                 skipped.append(Skip(node.name, reason))
                 continue
             rewritten.append(node.name)
-            _merge(graph_module, node, shortcut)
-        g.sweep(graph_module)
+            _merge(graph_module, node, call, shortcut)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
-def _refusal(node: fx.Node) -> str | None:
-    weight: Any = node.args[1]
-    padding: Any = node.args[5]
-    if tuple(g.value(weight).shape[2:]) != (1, 1):
+def _refusal(node: fx.Node, call: ConvCall[fx.Node]) -> str | None:
+    if tuple(g.fake_value(call.weight).shape[2:]) != (1, 1):
         return f"{node.name} is not 1x1"
-    if node.args[9] != 1 or node.args[7]:
+    if call.groups != 1 or call.transposed:
         return f"{node.name} has groups or is transposed"
-    if any(not g.is_constant(size) or int(size) for size in padding):
+    if any(call.padding):
         return f"{node.name} is padded"
-    if len(weight.users) > 1:
+    if len(call.weight.users) > 1:
         return f"{node.name} shares its weight"
     return None
 
 
-def _merge(graph_module: fx.GraphModule, node: fx.Node, shortcut: fx.Node) -> None:
-    graph = graph_module.graph
-    inputs = [_strided(graph, node, layer) for layer in (node, shortcut)]
-    sources: list[Any] = [layer.args[1] for layer in (node, shortcut)]
-    weights = [g.constant(graph_module, source) for source in sources]
-    biases = [g.constant(graph_module, layer.args[2]) for layer in (node, shortcut)]
-    weight = torch.cat([w.detach() for w in weights if w is not None], 1)
-    name = str(sources[0].target)
-    added = [bias.detach() for bias in biases if bias is not None]
-    bias = torch.stack(added).sum(0) if added else None
-    args = (
-        g.insert_call(graph, node, _aten.cat.default, (inputs, 1)),
-        g.add_constant(graph_module, f"{name}_shortcut", weight, node, sources),
-        None if bias is None else g.add_constant(graph_module, f"{name}_shortcut_bias", bias, node),
-        None,
-        [1, 1],
-        *node.args[5:10],
-        "relu" if node.args[POST_OP[CONV]] == post_ops.ADD_RELU else post_ops.NONE,
-        *node.args[11:],
+def _merge(graph_module: fx.GraphModule, node: fx.Node, call: ConvCall[fx.Node], shortcut: ConvCall[fx.Node]) -> None:
+    graph, both = graph_module.graph, (call, shortcut)
+    inputs = [_strided(graph, node, each) for each in both]
+    weight = torch.cat([g.constant(graph_module, each.weight) for each in both], 1)
+    name = call.weight_name
+    biases = [g.constant(graph_module, each.bias) for each in both if each.bias is not None]
+    bias = torch.stack(biases).sum(0) if biases else None
+    merged = call.replace(
+        x=g.insert_call(graph, node, _aten.cat.default, (inputs, 1)),
+        weight=g.add_constant(graph_module, f"{name}_shortcut", weight, node, [each.weight for each in both]),
+        bias=None if bias is None else g.add_constant(graph_module, f"{name}_shortcut_bias", bias, node),
+        other=None,
+        stride=[1, 1],
+        post_op="relu" if call.post_op == post_ops.ADD_RELU else post_ops.NONE,
     )
-    replacement = g.insert_call(graph, node, CONV, args, name=f"{node.name}_shortcut")
-    g.replace_and_erase(node, replacement)
+    g.replace_and_erase(node, merged.insert(node, f"{node.name}_shortcut"))
 
 
-def _strided(graph: fx.Graph, before: fx.Node, layer: fx.Node) -> fx.Node:
+def _strided(graph: fx.Graph, before: fx.Node, call: ConvCall[fx.Node]) -> fx.Node:
     """The pixels of a layer's input that it reads."""
-    x: Any = layer.args[0]
-    stride: Any = layer.args[4]
-    for i, step in enumerate(stride):
+    x = call.x
+    for i, step in enumerate(call.stride):
         if step > 1:
-            x = g.insert_call(graph, before, _aten.slice.Tensor, (x, i + 2, 0, 2**63 - 1, int(step)))
-    return x  # type: ignore[no-any-return]
+            x = g.insert_call(graph, before, _aten.slice.Tensor, (x, i + 2, 0, 2**63 - 1, step))
+    return x

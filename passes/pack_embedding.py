@@ -33,16 +33,17 @@ class PackEmbedding:
         graph = graph_module.graph
         rewritten: list[str] = []
         skipped: list[Skip] = []
-        for node in g.calls(graph, _aten.embedding.default):
-            table = g.constant(graph_module, node.args[0])
-            if table is None or table.dtype != torch.float32:
+        for node in g.calls_to(graph, _aten.embedding.default):
+            held = node.args[0]
+            table = g.find_constant(graph_module, held)
+            if not isinstance(held, fx.Node) or table is None or table.dtype != torch.float32:
                 continue
             if table.numel() * table.element_size() < self.least:
                 skipped.append(Skip(node.name, f"the table has fewer than {self.least} bytes"))
                 continue
-            weight = rounded_constant(graph_module, node.args[0], self.rounded, node)  # type: ignore[arg-type]
+            weight = rounded_constant(graph_module, held, self.rounded, node)
             half = g.insert_call(graph, node, _aten.embedding.default, (weight, *node.args[1:]), dict(node.kwargs))
             rewritten.append(node.name)
             g.replace_and_erase(node, cast(graph, node, half, torch.float32))
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from armopt.ir.operations import LINEAR
 from armopt.ir.records import Decision, PassResult
-from armopt.kernels.ops import LINEAR
 from armopt.passes import _pack
 
 
@@ -22,11 +22,9 @@ class PackLinear:
     """
 
     decisions: Mapping[str, Decision]
-    #: Terms between roundings of the sum, by node (see Kernel.block).
-    blocks: Mapping[str, int] = field(default_factory=dict)
     #: BF16 weights by the FP32 weight's name; one dictionary for all plans of a model, so that they share.
     rounded: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
-        return _pack.pack(graph_module, LINEAR, self.decisions, self.blocks, self.rounded)
+        return _pack.pack(graph_module, LINEAR, self.decisions, self.rounded)

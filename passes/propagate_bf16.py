@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from armopt.ir import graph as g
-from armopt.ir.bf16_flow import ATTENTION, OPERANDS, TRANSPARENT
+from armopt.ir.bf16_flow import ATTENTION, KEEPS_BF16, operands
 from armopt.ir.records import PassResult, Skip
 from armopt.passes._pack import cast
 
@@ -31,10 +31,10 @@ class PropagateBf16:
         rewritten: list[str] = []
         while changed := _cancel(graph_module) + _sink(graph_module):
             rewritten += changed
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         skipped = [
             Skip(node.name, "another operand is in FP32" if node.target is ATTENTION else "its result is read in FP32")
-            for node in g.calls(graph_module.graph, *TRANSPARENT)
+            for node in g.calls_to(graph_module.graph, *KEEPS_BF16)
             if is_cast(node.args[0], torch.float32)
         ]
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
@@ -45,22 +45,27 @@ def is_cast(node: Any, dtype: torch.dtype) -> bool:
     return isinstance(node, fx.Node) and node.target is _CAST and dict(node.kwargs) == {"dtype": dtype}
 
 
+def _cast_from(cast: fx.Node) -> fx.Node:
+    """What a cast converts."""
+    (source,) = cast.all_input_nodes
+    return source
+
+
 def _cancel(graph_module: fx.GraphModule) -> list[str]:
     """cast_bf16(cast_fp32(x)) -> x. Equal casts of one tensor become one."""
     rewritten = []
     seen: dict[fx.Node, fx.Node] = {}
-    for node in g.calls(graph_module.graph, _CAST):
+    for node in g.calls_to(graph_module.graph, _CAST):
         source = node.args[0]
         if not is_cast(node, torch.bfloat16) or not isinstance(source, fx.Node):
             continue
-        if is_cast(source, torch.float32) and g.value(source.args[0]).dtype == torch.bfloat16:  # type: ignore[arg-type]
-            replacement = source.args[0]
+        if is_cast(source, torch.float32) and g.fake_value(_cast_from(source)).dtype == torch.bfloat16:
+            replacement = _cast_from(source)
         elif source in seen:
             replacement = seen[source]
         else:
             seen[source] = node
             continue
-        assert isinstance(replacement, fx.Node)
         rewritten.append(node.name)
         g.replace_and_erase(node, replacement)
         if not source.users:
@@ -71,7 +76,7 @@ def _cancel(graph_module: fx.GraphModule) -> list[str]:
 def _sink(graph_module: fx.GraphModule) -> list[str]:
     """f(cast_fp32(x)) -> cast_fp32(f(x)) where every reader of f goes back to BF16, so that the casts cancel."""
     rewritten = []
-    for node in g.calls(graph_module.graph, _aten.cat.default):
+    for node in g.calls_to(graph_module.graph, _aten.cat.default):
         if not _wants_bf16(node):
             continue
         parts: Any = node.args[0]
@@ -79,15 +84,14 @@ def _sink(graph_module: fx.GraphModule) -> list[str]:
         half = g.insert_call(graph_module.graph, node, _aten.cat.default, (halves, *node.args[1:]))
         rewritten.append(node.name)
         g.replace_and_erase(node, cast(graph_module.graph, node, half, torch.float32))
-    for node in g.calls(graph_module.graph, *TRANSPARENT):
-        target: Any = node.target
-        count = OPERANDS.get(target, 1)
-        sources: Any = node.args[:count]
+    for node in g.calls_to(graph_module.graph, *KEEPS_BF16):
+        sources = operands(node)
         if not all(is_cast(source, torch.float32) for source in sources):
             continue
-        if target is not ATTENTION and not _wants_bf16(node):
+        if node.target is not ATTENTION and not _wants_bf16(node):
             continue
-        args = (*(source.args[0] for source in sources), *node.args[count:])
+        target: Any = node.target
+        args = (*map(_cast_from, sources), *node.args[len(sources) :])
         half = g.insert_call(graph_module.graph, node, target, args, dict(node.kwargs))
         rewritten.append(node.name)
         g.replace_and_erase(node, cast(graph_module.graph, node, half, torch.float32))
@@ -100,6 +104,6 @@ def _sink(graph_module: fx.GraphModule) -> list[str]:
 def _wants_bf16(node: fx.Node) -> bool:
     """Whether all that reads a node, through operations that may run in BF16, converts it to BF16 or is attention."""
     return bool(node.users) and all(
-        is_cast(user, torch.bfloat16) or user.target is ATTENTION or (user.target in TRANSPARENT and _wants_bf16(user))
+        is_cast(user, torch.bfloat16) or user.target is ATTENTION or (user.target in KEEPS_BF16 and _wants_bf16(user))
         for user in node.users
     )

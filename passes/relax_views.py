@@ -23,8 +23,8 @@ class RelaxViews:
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
         rewritten = []
-        for node in g.calls(graph_module.graph, _aten.view.default, _aten._unsafe_view.default):
+        for node in g.calls_to(graph_module.graph, _aten.view.default, _aten._unsafe_view.default):
             node.target = _aten.reshape.default
             rewritten.append(node.name)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten))

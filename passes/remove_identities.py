@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -41,7 +42,7 @@ class RemoveIdentities:
         """Runs the pass."""
         rewritten = []
         written = g.written_constants(graph_module.graph)
-        for node in g.calls(graph_module.graph, *_COPIES, *_PADS, *_CASTS):
+        for node in g.calls_to(graph_module.graph, *_COPIES, *_PADS, *_CASTS):
             source = node.args[0]
             if isinstance(source, fx.Node) and _is_identity(node, source, written):
                 rewritten.append(node.name)
@@ -50,7 +51,7 @@ class RemoveIdentities:
             if _is_metadata_check(node):
                 rewritten.append(node.name)
                 graph_module.graph.erase_node(node)
-        g.sweep(graph_module)
+        g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten))
 
 
@@ -62,14 +63,7 @@ def _is_metadata_check(node: fx.Node) -> bool:
 
 
 def _is_identity(node: fx.Node, source: fx.Node, written: set[str]) -> bool:
-    before, after = source.meta.get("val"), node.meta.get("val")
-    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
-        return False
-    if before.dtype != after.dtype or before.device != after.device:
-        return False
-    if node.target in (_aten.dropout.default, _aten.feature_dropout.default) and node.args[2] is not False:
-        return False
-    if node.target in _PADS and any(amount != 0 for amount in node.args[1]):  # type: ignore[union-attr]
+    if not _keeps_values(node, source):
         return False
     if node.target in _VIEWS:
         return True
@@ -79,6 +73,18 @@ def _is_identity(node: fx.Node, source: fx.Node, written: set[str]) -> bool:
     if root.op == "get_attr" and str(root.target) in written:
         return False  # the copy keeps the value from before the write
     return not any(reader.target in _STRIDED for reader in readers)
+
+
+def _keeps_values(node: fx.Node, source: fx.Node) -> bool:
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    if before.dtype != after.dtype or before.device != after.device:
+        return False
+    if node.target in (_aten.dropout.default, _aten.feature_dropout.default) and node.args[2] is not False:
+        return False
+    amounts: Any = node.args[1] if node.target in _PADS else ()
+    return all(amount == 0 for amount in amounts)
 
 
 def _root(node: fx.Node) -> fx.Node:

@@ -13,8 +13,9 @@ from armopt.accuracy.metrics import relative_error
 from armopt.accuracy.runs import InFp32, Steps, true_fp32, unchanged_buffers
 from armopt.bundle.program import Program
 from armopt.errors import InputError
-from armopt.kernels import aten, sites, table
-from armopt.kernels.ops import BLOCK, CONV, KERNEL, LINEAR, OTHER
+from armopt.ir.calls import LayerCall, call_from, call_of, layers
+from armopt.ir.records import Op, Precision
+from armopt.kernels import table
 
 #: Told how many nodes are done, of how many.
 Progress = Callable[[int, int], None]
@@ -26,7 +27,7 @@ class NodeError:
 
     Attributes:
         node: Its name.
-        op: ``linear`` or ``conv``.
+        op: Its kind.
         kernel: What it is planned for.
         precision: Of that kernel.
         shape: Of its input.
@@ -37,9 +38,9 @@ class NodeError:
     """
 
     node: str
-    op: str
+    op: Op
     kernel: str
-    precision: str
+    precision: Precision
     shape: tuple[int, ...]
     isolated: float
     cumulative: float
@@ -74,14 +75,14 @@ def errors(
     Raises:
         InputError: The two are not of one model.
     """
-    layers = list(sites.layers(program.graph_module.graph))
+    planned = list(layers(program.graph_module.graph))
     exact = program.graph_module if reference is None else reference
     runner = InFp32(exact) if reference is None else fx.Interpreter(exact)
     found = []
     with true_fp32(), unchanged_buffers(exact), unchanged_buffers(program.graph_module):
         left, right = Steps(runner, tensors), Steps(fx.Interpreter(program.graph_module), tensors)
-        for done, layer in enumerate(layers):
-            progress(done, len(layers))
+        for done, layer in enumerate(planned):
+            progress(done, len(planned))
             wanted, carried = left.until(layer.name), right.until(layer.name)
             if wanted is None or carried is None:
                 raise InputError(
@@ -117,62 +118,41 @@ class OnlyThese(fx.Interpreter):
     def __init__(self, reference: fx.GraphModule, program: Program, names: Collection[str]) -> None:
         super().__init__(reference)
         self._program = program.graph_module
-        self._layers = {layer.name: layer for layer in sites.layers(self._program.graph) if layer.name in names}
+        self._layers = {layer.name: layer for layer in layers(self._program.graph) if layer.name in names}
 
     def run_node(self, n: fx.Node) -> Any:
         """The layer as planned where it is one of these, else as it is; results in FP32."""
         layer = self._layers.get(n.name)
         if layer is None:
             return super().run_node(n)
-        exact, _ = self.fetch_args_kwargs_from_env(n)
-        weight = getattr(self._program, str(layer.args[1].target))  # type: ignore[union-attr]
-        return isolated(layer, exact, (exact[0], weight, *layer.args[2:])).float()
-
-
-def isolated(layer: fx.Node, exact: tuple[Any, ...], lowered: tuple[Any, ...]) -> torch.Tensor:
-    """The result of a planned layer on FP32's inputs.
-
-    Args:
-        layer: The node of armopt::linear or armopt::conv.
-        exact: The arguments of the FP32 node.
-        lowered: The arguments of the planned node.
-    """
-    return _call(layer.target, lowered, exact, weight=lowered[1])
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        planned = call_of(layer)
+        return _run(planned, call_from(n.target, args), getattr(self._program, planned.weight_name)).float()
 
 
 def _compare(
     program: Program, layer: fx.Node, wanted: tuple[tuple[Any, ...], Any], carried: tuple[tuple[Any, ...], Any]
 ) -> NodeError:
-    (exact, y), (lowered, value) = wanted, carried
-    kernel = table.get(str(lowered[KERNEL[layer.target]]))
-    site = program.sites[layer.name]
-    stored: torch.Tensor = lowered[1]
+    (args, y), (planned_args, value) = wanted, carried
+    exact, planned = call_from(layer.target, args), call_from(layer.target, planned_args)
+    kernel, site = table.get(planned.kernel), program.sites[layer.name]
+    stored = planned.weight
+    plain = planned.replace(kernel=table.plain(planned.op).name, block=0)
     return NodeError(
         node=layer.name,
         op=site.op,
         kernel=kernel.name,
         precision=kernel.precision,
         shape=site.shape,
-        isolated=relative_error(y, isolated(layer, exact, lowered)),
+        isolated=relative_error(y, _run(planned, exact, stored)),
         cumulative=relative_error(y, value),
-        weights=relative_error(y, _call(layer.target, _plain(layer.target, lowered), exact, weight=stored.float())),
-        activations=relative_error(y, _call(layer.target, lowered, exact, weight=exact[1])),
+        weights=relative_error(y, _run(plain, exact, stored.float())),
+        activations=relative_error(y, _run(planned, exact, exact.weight)),
     )
 
 
-def _plain(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a layer with its kernel replaced by plain ATen."""
-    changed = list(args)
-    changed[KERNEL[target]] = (aten.LINEAR if target is LINEAR else aten.CONV).name
-    changed[BLOCK[target]] = 0
-    return tuple(changed)
-
-
-def _call(target: Any, args: tuple[Any, ...], exact: tuple[Any, ...], *, weight: torch.Tensor) -> torch.Tensor:
-    """A layer as `args` have it, on the tensors of `exact` and a weight."""
-    assert target in (LINEAR, CONV)
-    dtype = table.get(str(args[KERNEL[target]])).activations
-    other = exact[OTHER]
-    given = (exact[0].to(dtype), weight, exact[2], None if other is None else other.to(dtype))
-    result: torch.Tensor = target(*given, *args[OTHER + 1 :])
-    return result
+def _run(planned: LayerCall[Any], exact: LayerCall[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """A planned layer on the tensors of the FP32 one and a weight."""
+    dtype = table.get(planned.kernel).activations
+    other = None if exact.other is None else exact.other.to(dtype)
+    return planned.replace(x=exact.x.to(dtype), weight=weight, bias=exact.bias, other=other).run()

@@ -16,8 +16,8 @@ from armopt.accuracy.metrics import relative_error
 from armopt.capture import inputs
 from armopt.errors import InputError
 from armopt.ir import nesting
+from armopt.ir.calls import call_of, layers
 from armopt.ir.records import Captured
-from armopt.kernels import sites
 
 if TYPE_CHECKING:
     from armopt.bundle.program import Program
@@ -149,11 +149,11 @@ def _check_weights(program: Program, prepared: fx.GraphModule, source: str) -> N
         InputError: Naming the first layer that is missing or has other weights.
     """
     hint = "Is the bundle made from this model?"
-    exact = {layer.name: layer for layer in sites.layers(prepared.graph)}
+    exact = {layer.name: call_of(layer) for layer in layers(prepared.graph)}
     for name, site in program.sites.items():
         if name not in exact:
             raise InputError(f"has no layer {name}", where=source, hint=hint)
-        weight = getattr(prepared, str(exact[name].args[1].target))  # type: ignore[union-attr]
+        weight = getattr(prepared, exact[name].weight_name)
         stored = getattr(program.graph_module, site.weight_key)
         if weight.shape != stored.shape or relative_error(weight, stored) > _OTHER_WEIGHTS:
             raise InputError(f"layer {name} has other weights than the bundle", where=source, hint=hint)

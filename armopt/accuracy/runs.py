@@ -12,8 +12,9 @@ from torch import fx
 
 from armopt import environment
 from armopt.ir import graph as g
-from armopt.kernels import aten, post_ops
-from armopt.kernels.ops import CONV, KERNEL, LINEAR, OTHER, POST_OP
+from armopt.ir.calls import ConvCall, call_from
+from armopt.ir.operations import CONV, LINEAR
+from armopt.kernels import post_ops, table
 
 _CAST = torch.ops.aten._to_copy.default
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,8 +28,8 @@ class InFp32(fx.Interpreter):
         if target is _CAST and kwargs.get("dtype") == torch.bfloat16:
             return args[0]
         if target in (LINEAR, CONV):
-            plain = aten.LINEAR if target is LINEAR else aten.CONV
-            args = (*args[: KERNEL[target]], plain.name, 0)
+            call = call_from(target, args)
+            args = call.replace(kernel=table.plain(call.op).name, block=0).args
         return super().call_function(target, args, kwargs)
 
 
@@ -56,12 +57,12 @@ def _wide(value: Any) -> Any:
 
 
 def _layer(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
-    x, weight, bias = args[:3]
-    if target is LINEAR:
-        y = torch.nn.functional.linear(x, weight, bias)
+    call = call_from(target, args)
+    if isinstance(call, ConvCall):
+        y = torch.convolution(call.x, call.weight, call.bias, *call.geometry)
     else:
-        y = torch.convolution(x, weight, bias, *args[4 : POST_OP[CONV]])
-    return post_ops.apply(args[POST_OP[target]], y, args[OTHER])
+        y = torch.nn.functional.linear(call.x, call.weight, call.bias)
+    return post_ops.apply(call.post_op, y, call.other)
 
 
 @contextlib.contextmanager

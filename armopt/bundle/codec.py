@@ -13,8 +13,9 @@ from torch import fx
 from armopt.bundle.program import Program
 from armopt.errors import BundleError, CaptureError
 from armopt.ir import graph as g
+from armopt.ir.calls import call_of
 from armopt.ir.records import Site
-from armopt.kernels import ops, sites
+from armopt.kernels import sites
 
 _NAMESPACES = ("aten", "armopt", "torchvision", "prims")
 #: Operations that reach beyond their tensors.
@@ -137,7 +138,7 @@ def decode(data: Mapping[str, Any], weights: Mapping[str, torch.Tensor], where: 
             if "source" in entry:
                 node.meta["source"] = entry["source"]
             if "shape" in entry:
-                weight = getattr(root, str(node.args[1].target))  # type: ignore[union-attr]
+                weight = getattr(root, call_of(node).weight_name)
                 found[node.name] = sites.describe(node, entry["shape"], weight.shape)
                 shapes[node.name] = tuple(entry["output"])
         graph.output(tuple(_decode(data["output"], nodes)))
@@ -193,6 +194,3 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
     if not isinstance(found, _CONSTANTS[kind]):
         raise TypeError(f"{content} is no {kind}")
     return found
-
-
-assert ops.LINEAR.namespace in _NAMESPACES  # importing ops registers the armopt operations

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from armopt.ir import graph as g
+from armopt.ir.calls import layers
 from armopt.ir.records import Bucket, Site
 from armopt.kernels import sites
 
@@ -33,7 +34,7 @@ def describe_program(graph_module: fx.GraphModule, bucket: Bucket, values: Bucke
     """Describes a lowered graph at a bucket (`values`: the same by torch.export's names)."""
     found = {site.node: site for site in sites.find(graph_module, values)}
     shapes = {
-        node.name: tuple(int(size) if g.is_constant(size) else None for size in g.value(node).shape)
-        for node in sites.layers(graph_module.graph)
+        node.name: tuple(int(size) if g.is_fixed(size) else None for size in g.fake_value(node).shape)
+        for node in layers(graph_module.graph)
     }
     return Program(bucket, graph_module, found, shapes)

@@ -52,7 +52,7 @@ def freeze(graph_module: fx.GraphModule, constants: Mapping[str, tuple[str, torc
         else:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
     result = fx.GraphModule(held.root, graph)
-    g.sweep(result)
+    g.remove_unused(result)
     return result
 
 
@@ -92,7 +92,7 @@ def unlift(program: ExportedProgram, source: str) -> fx.GraphModule:
         else:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
     result = fx.GraphModule(held.root, graph)
-    g.sweep(result)
+    g.remove_unused(result)
     return result
 
 

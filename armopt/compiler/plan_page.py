@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import jinja2
 import networkx as nx
 
 from armopt.ir.records import Decision, Plan
+from armopt.kernels import table
 
 if TYPE_CHECKING:
     from torch import fx
@@ -18,17 +20,6 @@ if TYPE_CHECKING:
     from armopt.compiler.recipe import Planned
 
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 190, 40, 24, 30, 60
-#: Blue: BF16 in the Compute Library; orange: FP32 activations, BF16 products; green: BLAS; purple: FP32; grey: ATen.
-_COLOURS = {
-    "conv1x1_bf16": "#2563eb",
-    "conv_bf16": "#1d4ed8",
-    "conv1x1_fastmath": "#d97706",
-    "linear_fastmath": "#b45309",
-    "conv_fastmath": "#c2410c",
-    "blas_fp32": "#15803d",
-    "blas_fp32_w16": "#059669",
-}
-_OTHER_KERNEL, _PLAIN = "#7c3aed", "#6b7280"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +40,18 @@ def render(planned: Planned) -> str:
     places, size = _layout(graph)
     buckets = [_bucket(plan, graph, places) for plan in planned.plans]
     refused = [(skip.node, skip.reason) for skip in planned.refused]
-    return _TEMPLATE.render(
-        target=planned.target,
-        source=planned.captured.source,
-        buckets=buckets,
-        edges=_edges(graph, places),
-        size=size,
-        box=(_WIDTH, _HEIGHT),
-        refused=refused,
+    return (
+        _environment()
+        .get_template("plan_page.html.jinja")
+        .render(
+            target=planned.target,
+            source=planned.captured.source,
+            buckets=buckets,
+            edges=_edges(graph, places),
+            size=size,
+            box=(_WIDTH, _HEIGHT),
+            refused=refused,
+        )
     )
 
 
@@ -133,77 +128,15 @@ def _rows(decisions: Sequence[Decision]) -> list[tuple[str, ...]]:
 
 
 def _colour(kernel: str) -> str:
-    return _PLAIN if kernel.startswith("aten") else _COLOURS.get(kernel, _OTHER_KERNEL)
+    return table.get(kernel).colour
 
 
-_TEMPLATE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>armopt plan for {{ target.name }}</title>
-<style>
-body { font: 14px/1.45 system-ui, sans-serif; color: #111827; background: #fff; margin: 24px; }
-h1 { font-size: 20px; margin: 0 0 4px; } h2 { font-size: 16px; margin: 28px 0 8px; }
-p { margin: 4px 0 12px; color: #4b5563; }
-.legend span { display: inline-block; margin: 0 16px 6px 0; white-space: nowrap; }
-.legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px; }
-.graph { overflow: auto; max-height: 85vh; border: 1px solid #e5e7eb; border-radius: 6px; }
-svg text { font: 12px system-ui, sans-serif; }
-table { border-collapse: collapse; margin-top: 12px; }
-th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #e5e7eb; vertical-align: top; }
-td:nth-child(4) { white-space: nowrap; }
-</style>
-</head>
-<body>
-<h1>Plan for {{ target.name }} ({{ target.core }})</h1>
-<p>{{ source }}</p>
-{% for bucket in buckets %}
-<h2>{{ bucket.name or "All layers" }}</h2>
-<p>{{ bucket.policy }}. Point at a box for its shape and reason.</p>
-<div class="legend">
-{% for kernel, number, colour in bucket.legend %}
-<span><i style="background: {{ colour }}"></i>{{ kernel }}: {{ number }}</span>
-{% endfor %}
-<span><i style="background: #f3f4f6; border: 1px solid #d1d5db"></i>other operations</span>
-</div>
-<div class="graph">
-<svg xmlns="http://www.w3.org/2000/svg" width="{{ size[0] }}" height="{{ size[1] }}">
-{% for path in edges %}
-<path d="{{ path }}" fill="none" stroke="#9ca3af"/>
-{% endfor %}
-{% for box_ in bucket.boxes %}
-<g><title>{{ box_.title }}</title>
-<rect x="{{ box_.x }}" y="{{ box_.y }}" width="{{ box[0] }}" height="{{ box[1] }}" rx="5"
- fill="{{ box_.colour or '#f3f4f6' }}" stroke="{{ box_.colour or '#d1d5db' }}"/>
-{% if box_.colour %}
-<text x="{{ box_.x + box[0] / 2 }}" y="{{ box_.y + 17 }}" text-anchor="middle" fill="#fff">{{ box_.name[:28] }}</text>
-<text x="{{ box_.x + box[0] / 2 }}" y="{{ box_.y + 32 }}" text-anchor="middle" fill="#fff">{{ box_.label }}</text>
-{% else %}
-<text x="{{ box_.x + box[0] / 2 }}" y="{{ box_.y + 25 }}" text-anchor="middle" fill="#374151">{{
- box_.label[:28] }}</text>
-{% endif %}
-</g>
-{% endfor %}
-</svg>
-</div>
-<table>
-<tr><th>node</th><th>op</th><th>input</th><th>kernel</th><th>precision</th><th>reason</th></tr>
-{% for node, op, shape, kernel, precision, reason, colour in bucket.rows %}
-<tr><td>{{ node }}</td><td>{{ op }}</td><td>{{ shape }}</td>
-<td style="color: {{ colour }}">{{ kernel }}</td><td>{{ precision }}</td><td>{{ reason }}</td></tr>
-{% endfor %}
-</table>
-{% endfor %}
-{% if refused %}
-<h2>Plain ATen</h2>
-<table><tr><th>node</th><th>reason</th></tr>
-{% for node, reason in refused %}
-<tr><td>{{ node }}</td><td>{{ reason }}</td></tr>
-{% endfor %}
-</table>
-{% endif %}
-</body>
-</html>
-""")
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("armopt.compiler", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

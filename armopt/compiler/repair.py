@@ -7,17 +7,19 @@ gets the cheapest of its remedies that is enough. Every step is measured; how ma
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from armopt.accuracy.gates import Figures, Gate
-from armopt.ir.records import Decision, Plan, Site
+from armopt.ir.records import Decision, Plan, Precision, Site
 from armopt.kernels import table
-from armopt.kernels.base import Kernel
+from armopt.kernels.base import Kernel, Use
 
 #: Plan -> what was measured with it.
 Evaluate = Callable[[Plan], Figures]
@@ -28,12 +30,7 @@ Progress = Callable[[int, int], None]
 #: Evaluations if nothing else is said.
 EVALUATIONS = 128
 
-#: Remedies by operation, the cheapest first: results in FP32, multiplied in BF16; multiplied in FP32, on weights in
-#: BF16; all in FP32.
-_REMEDIES = {
-    "linear": ("conv1x1_fastmath", "blas_fp32_w16", "blas_fp32"),
-    "conv": ("conv_fastmath", "conv_blas_fp32_w16", "conv_blas_fp32"),
-}
+#: All in FP32: see Kernel.steps_out_of_bf16.
 _FULL = 3
 #: Layer -> how far it is taken out of BF16, from 1, the first remedy, to all in FP32.
 _Assignment = Mapping[str, int]
@@ -157,28 +154,14 @@ class _Searcher:
             return base
         free = [decision for decision in plan.decisions if base.get(decision.node) != _FULL]
         candidates = [decision.node for decision in free if _remedy(decision, sites[decision.node], _FULL)]
-        everything = {**base, **dict.fromkeys(candidates, _FULL)}
-        if not passes(everything, always=True):
+        chosen: _Assignment = {**base, **dict.fromkeys(candidates, _FULL)}
+        if not passes(chosen, always=True):
             return None
-        chosen: _Assignment = everything
-        try:
+        with contextlib.suppress(_OutOfBudgetError):  # what passes so far is a repair, if not the smallest
             ranked = self._rank(plan, sites, candidates)
             count = _shortest(len(ranked), lambda k: passes({**base, **dict.fromkeys(ranked[:k], _FULL)}))
-            chosen = {**base, **dict.fromkeys(ranked[:count], _FULL)}
-            for node in sorted(ranked[:count], key=lambda n: (-ranked.index(n), -_work(sites[n]))):
-                fewer = {name: how for name, how in chosen.items() if name != node} | (
-                    {node: base[node]} if node in base else {}
-                )
-                if passes(fewer):
-                    chosen = fewer
-            for node in [name for name in chosen if chosen[name] != base.get(name)]:
-                for level in range(base.get(node, 0) + 1, _FULL):
-                    cheaper = {**chosen, node: level}
-                    if passes(cheaper):
-                        chosen = cheaper
-                        break
-        except _OutOfBudgetError:
-            pass  # what passes so far is a repair, if not the smallest
+            for smaller in _smaller(ranked[:count], sites, base, passes):
+                chosen = smaller
         return chosen
 
     def _rank(self, plan: Plan, sites: Mapping[str, Site], candidates: Sequence[str]) -> list[str]:
@@ -189,7 +172,7 @@ class _Searcher:
         by_work = sorted(candidates, key=lambda node: _work(sites[node]))
         most = max(1, (self._most - self.count) // 2)
         measured, rest = by_work[:most], by_work[most:]
-        scores = {node: self._measured(lambda node=node: self._alone(plan, node)) for node in measured}  # type: ignore[misc]
+        scores = {node: self._measured(partial(self._alone, plan, node)) for node in measured}
         measured.sort(key=lambda node: scores[node], reverse=True)
         return measured + rest
 
@@ -222,40 +205,50 @@ def _shortest(most: int, passes: Callable[[int], bool]) -> int:
     return high
 
 
+def _smaller(
+    ranked: Sequence[str], sites: Mapping[str, Site], base: _Assignment, passes: Callable[[_Assignment], bool]
+) -> Iterator[_Assignment]:
+    """Assignments that pass, each smaller than the one before: all in FP32, fewer of them, and those less far."""
+    chosen: _Assignment = {**base, **dict.fromkeys(ranked, _FULL)}
+    yield chosen
+    for node in sorted(ranked, key=lambda n: (-ranked.index(n), -_work(sites[n]))):
+        as_before = {node: base[node]} if node in base else {}
+        fewer = {name: steps for name, steps in chosen.items() if name != node} | as_before
+        if passes(fewer):
+            yield (chosen := fewer)
+    for node in [name for name in chosen if chosen[name] != base.get(name)]:
+        for steps in range(base.get(node, 0) + 1, _FULL):
+            cheaper = {**chosen, node: steps}
+            if passes(cheaper):
+                yield (chosen := cheaper)
+                break
+
+
 def _work(site: Site) -> int:
     """Multiplications."""
     return site.m * site.k * site.n
 
 
-def _level(kernel: Kernel) -> int:
-    """How far a kernel is out of BF16, as remedies count."""
-    if kernel.precision == "fp32":
-        return _FULL
-    if kernel.precision == "bf16-weights":
-        return 2
-    return int(kernel.activations == torch.float32)
-
-
-def _remedy(decision: Decision, site: Site, level: int) -> Kernel | None:
-    """The kernel that takes a layer as far out of BF16; None where it is that far out already, or there is none."""
-    if _level(table.get(decision.kernel)) >= level:
+def _remedy(decision: Decision, site: Site, steps: int) -> Kernel | None:
+    """The kernel that takes a layer so many steps out of BF16; None where it is out that far, or there is none."""
+    if table.get(decision.kernel).steps_out_of_bf16 >= steps:
         return None
-    kernel = table.get(_REMEDIES[decision.op][level - 1])
-    return kernel if kernel.refuses(site) is None else None
+    remedies = (k for k in table.kernels(decision.op, Use.REPAIR) if k.steps_out_of_bf16 == steps)
+    return next((kernel for kernel in remedies if kernel.refuses(site) is None), None)
 
 
 def _apply(plan: Plan, sites: Mapping[str, Site], assignment: _Assignment) -> Plan:
     """The plan with some layers taken out of BF16."""
     decisions = []
     for decision in plan.decisions:
-        site, level = sites[decision.node], assignment.get(decision.node)
-        kernel = None if level is None else _remedy(decision, site, level)
+        site, steps = sites[decision.node], assignment.get(decision.node)
+        kernel = None if steps is None else _remedy(decision, site, steps)
         if kernel is not None:
             decision = replace(
                 decision,
                 kernel=kernel.name,
                 precision=kernel.precision,
-                layout="plain" if kernel.backend == "blas" or site.op == "linear" else "channels_last",
+                layout=kernel.layout,
                 reason=f"repaired: a gate failed with {decision.kernel}",
                 block=kernel.block(site, plan.target),
             )
@@ -279,7 +272,8 @@ def _cost(before: Sequence[Plan], after: Sequence[Plan], sites: Sequence[Mapping
     for first, second, known in zip(before, after, sites, strict=True):
         moved = [new for old, new in zip(first.decisions, second.decisions, strict=True) if old.kernel != new.kernel]
         total = sum(_work(site) for site in known.values())
-        shares.append(sum(_work(known[d.node]) for d in moved if d.precision != "bf16") / total if total else 0.0)
+        in_fp32 = sum(_work(known[d.node]) for d in moved if d.precision != Precision.BF16)
+        shares.append(in_fp32 / total if total else 0.0)
         for decision in moved:
             if table.get(decision.kernel).rounding.weights == torch.float32:
                 widened[known[decision.node].weight_key] = 2 * math.prod(known[decision.node].weight)

@@ -64,7 +64,7 @@ class Source:
             state.update(f"{part.path}:{part.captured.digest}".encode())
         for name, tensor in sorted(self.shell.state.items()):
             state.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            state.update(g.raw(tensor))
+            state.update(g.tensor_bytes(tensor))
         return state.hexdigest()
 
     @property

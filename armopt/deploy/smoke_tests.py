@@ -110,14 +110,14 @@ def _kernel(name: str) -> str:
     """
     import torch
 
-    from armopt.ir.records import Site
+    from armopt.ir.records import Op, Site
     from armopt.kernels import table
     from armopt.runtime import onednn_log, probe
 
     kernel = table.get(name)
     rows, terms, columns = _SHAPE
     x, weight, exact = _operands(rows)
-    site = Site("smoke_test", "linear", rows, terms, columns, (rows, terms), (columns, terms))
+    site = Site("smoke_test", Op.LINEAR, rows, terms, columns, (rows, terms), (columns, terms))
     packed = kernel.packed_weight(weight, site)
     call = _call(kernel, site, packed)
     x = x.to(kernel.activations)
@@ -139,14 +139,12 @@ def _call(kernel: Any, site: Any, packed: torch.Tensor) -> Callable[[torch.Tenso
     import torch
     from torch import fx
 
-    from armopt.kernels.base import Call
+    from armopt.kernels.base import KernelCall
 
     graph = fx.Graph()
     x, weight = graph.placeholder("x"), graph.placeholder("weight")
     marker = graph.call_function(torch.ops.aten.alias.default, (x,))
-    result = kernel.emit(
-        Call(marker, x, weight, None, None, "none", [*site.shape[:-1], site.n], site, kernel.activations)
-    )
+    result = kernel.emit(KernelCall(kernel, site, marker, x, weight, None, None, [*site.shape[:-1], site.n]))
     graph.output(result)
     graph.erase_node(marker)
     module = fx.GraphModule(torch.nn.Module(), graph)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from armopt import environment, targets
-from armopt.ir.records import Site
+from armopt.ir.records import Op, Site
 from armopt.kernels import table
-from armopt.kernels.base import Kernel
+from armopt.kernels.base import Kernel, Use
 from armopt.kernels.timings import Timings, site_key
 from armopt.runtime import probe
 from armopt.runtime.bind import single
@@ -29,7 +29,7 @@ _SIZES = ((256, 256), (768, 768), (768, 3072), (1024, 1024), (4096, 4096))
 
 def default_sites() -> tuple[Site, ...]:
     """Linear layers of common sizes."""
-    return tuple(Site("linear", "linear", m, k, n, (m, k), (n, k)) for m in _ROWS for k, n in _SIZES)
+    return tuple(Site("linear", Op.LINEAR, m, k, n, (m, k), (n, k)) for m in _ROWS for k, n in _SIZES)
 
 
 def measure(
@@ -51,7 +51,8 @@ def measure(
     times: dict[str, dict[str, float]] = {}
     for done, (key, site) in enumerate(distinct.items()):
         progress(f"{site.op} {'x'.join(map(str, site.shape))}", done, len(distinct))
-        runs = {kernel.name: run for kernel in table.ALL if (run := _prepare(kernel, site, fast_math)) is not None}
+        kernels = table.kernels(site.op, Use.PLAN, Use.FALLBACK)
+        runs = {kernel.name: run for kernel in kernels if (run := _prepare(kernel, site, fast_math)) is not None}
         times[key] = _interleaved(runs, rounds)
     record = environment.record()
     host = {name: record.get(name, "") for name in ("torch", "onednn", "blas", "threads")}
@@ -60,7 +61,7 @@ def measure(
 
 def _prepare(kernel: Kernel, site: Site, fast_math: bool) -> Callable[[], Any] | None:
     """A kernel ready to call on a site; None where this host can't run it properly."""
-    if kernel.op != site.op or kernel.refuses(site) is not None or (kernel.fast_math and not fast_math):
+    if kernel.refuses(site) is not None or (kernel.fast_math and not fast_math):
         return None
     stored = torch.randn(site.weight, generator=torch.Generator().manual_seed(0)) / math.sqrt(max(1, site.k))
     try:

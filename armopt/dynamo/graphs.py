@@ -17,8 +17,8 @@ from armopt.dynamo.process import PROCESS
 from armopt.dynamo.programs import Forward, Programmed, Settings, make_program
 from armopt.ir import buckets
 from armopt.ir import graph as g
+from armopt.ir.calls import call_of, layers
 from armopt.ir.records import Bucket, Skip
-from armopt.kernels import sites
 
 #: Sets of weights for which one graph keeps its programs: one for each layer that shares its code, times each model.
 MOST_WEIGHTS = 256
@@ -46,7 +46,7 @@ class Graph:
         self.name = name
         self.settings = settings
         placeholders = list(capture.placeholders(graph_module))
-        written = {node.name for node in g.written(graph_module.graph)}
+        written = {node.name for node in g.written_nodes(graph_module.graph)}
         self.weights = {i: n for i, n in weights.items() if placeholders[i].name not in written}
         self.inputs = [i for i in range(len(placeholders)) if i not in self.weights]
         self._module = graph_module
@@ -297,7 +297,7 @@ def _sizes(placeholders: Sequence[fx.Node], inputs: Sequence[int]) -> list[tuple
 
 def _symbols_of_layers(prepared: fx.GraphModule) -> set[str]:
     """The symbols that the inputs of Linears and convolutions depend on: no other changes a plan."""
-    shapes: list[Any] = [g.value(node.args[0]).shape for node in sites.layers(prepared.graph)]  # type: ignore[arg-type]
+    shapes: list[Any] = [g.fake_value(call_of(node).x).shape for node in layers(prepared.graph)]
     return {
         str(symbol)
         for shape in shapes

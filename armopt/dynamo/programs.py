@@ -16,6 +16,7 @@ from armopt.compiler.recipe import Prepared, Recipe
 from armopt.dynamo.process import PROCESS
 from armopt.errors import ArmoptWarning
 from armopt.ir import graph as g
+from armopt.ir.calls import call_of
 from armopt.ir.records import Bucket, Decision, Plan
 from armopt.kernels import table
 from armopt.runtime import host_check
@@ -108,9 +109,9 @@ def _dtypes(graph: fx.Graph, chosen: Plan, positions: Mapping[str, int]) -> Mapp
     for node in graph.find_nodes(op="get_attr"):
         used = set()
         for user in node.users:
-            rounds = user.name in kernels and user.args[1] is node and node not in user.args[2:]
-            used.add(kernels[user.name].rounding.weights if rounds else g.value(node).dtype)
-        for name in g.origins(node) & positions.keys():
+            rounds = user.name in kernels and call_of(user).weight is node and user.args.count(node) == 1
+            used.add(kernels[user.name].rounding.weights if rounds else g.fake_value(node).dtype)
+        for name in g.source_constants(node) & positions.keys():
             found[positions[name]] = found.get(positions[name], frozenset()) | used
     return found
 

@@ -51,7 +51,7 @@ class WeightPool:
         digest: str | None = self._known.get(tensor)
         if digest is None:
             state = hashlib.sha256(f"{tensor.dtype}:{tuple(tensor.shape)}:{tensor.stride()}".encode())
-            state.update(g.raw(tensor))
+            state.update(g.tensor_bytes(tensor))
             digest = self._known[tensor] = state.hexdigest()
         return digest
 

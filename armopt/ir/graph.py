@@ -19,12 +19,19 @@ from armopt.errors import PassError
 from armopt.ir.records import Bucket, Dim
 
 
-def constant(graph_module: fx.GraphModule, node: Any) -> torch.Tensor | None:
+def find_constant(graph_module: fx.GraphModule, node: Any) -> torch.Tensor | None:
     """The tensor behind a get_attr node; None for anything else."""
     if isinstance(node, fx.Node) and node.op == "get_attr":
         value = getattr(graph_module, str(node.target))
         return value if isinstance(value, torch.Tensor) else None
     return None
+
+
+def constant(graph_module: fx.GraphModule, node: fx.Node) -> torch.Tensor:
+    """The tensor behind a node that is known to be a constant, detached."""
+    tensor = find_constant(graph_module, node)
+    assert tensor is not None, f"{node} is no constant"
+    return tensor.detach()
 
 
 def attribute_name(graph_module: torch.nn.Module, wanted: str) -> str:
@@ -47,7 +54,7 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     return mode
 
 
-def raw(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, in the order of its elements."""
     data = tensor.detach().contiguous().reshape(-1)
     return data.view(torch.uint8).numpy().data if data.numel() else memoryview(b"")
@@ -67,11 +74,11 @@ def add_constant(
     with graph_module.graph.inserting_before(before):
         node = graph_module.graph.get_attr(name)
     node.meta["val"] = fake_mode(graph_module.graph).from_tensor(value, static_shapes=True)
-    node.meta["origins"] = frozenset().union(*map(origins, made_of))
+    node.meta["origins"] = frozenset().union(*map(source_constants, made_of))
     return node
 
 
-def origins(constant: fx.Node) -> frozenset[str]:
+def source_constants(constant: fx.Node) -> frozenset[str]:
     """The names of the constants whose values the one behind a get_attr node holds: its own, if no pass made it."""
     found: frozenset[str] = constant.meta.get("origins", frozenset((str(constant.target),)))
     return found
@@ -112,14 +119,14 @@ def _fake(node: fx.Node) -> Any:
     return node.meta["val"]
 
 
-def calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
+def calls_to(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
     """The nodes that call one of `targets`, in order; safe against erasing while iterating."""
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in targets:
             yield node
 
 
-def value(node: fx.Node) -> torch.Tensor:
+def fake_value(node: fx.Node) -> torch.Tensor:
     """The fake tensor of a node."""
     result = node.meta["val"]
     assert isinstance(result, torch.Tensor), f"{node} has no tensor value"
@@ -132,7 +139,7 @@ def is_float32(node: Any) -> bool:
     return isinstance(val, torch.Tensor) and val.dtype == torch.float32
 
 
-def concrete(size: Any, bucket: Bucket) -> int:
+def size_at(size: Any, bucket: Bucket) -> int:
     """A dimension as a number at `bucket`."""
     if isinstance(size, int):
         return size
@@ -142,17 +149,17 @@ def concrete(size: Any, bucket: Bucket) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
 
 
-def concrete_shape(shape: Sequence[Any], bucket: Bucket) -> tuple[int, ...]:
+def shape_at(shape: Sequence[Any], bucket: Bucket) -> tuple[int, ...]:
     """A shape as numbers at `bucket`."""
-    return tuple(concrete(size, bucket) for size in shape)
+    return tuple(size_at(size, bucket) for size in shape)
 
 
 def symbolic_shape(shape: Sequence[Any]) -> tuple[Dim, ...]:
     """A shape as numbers and names of symbols."""
-    return tuple(int(size) if is_constant(size) else str(size.node.expr) for size in shape)
+    return tuple(int(size) if is_fixed(size) else str(size.node.expr) for size in shape)
 
 
-def is_constant(size: Any) -> bool:
+def is_fixed(size: Any) -> bool:
     """Whether a size is a number, also where torch keeps it as a symbolic integer."""
     return isinstance(size, int) or bool(size.node.expr.is_number)
 
@@ -195,7 +202,7 @@ def is_pure(node: fx.Node) -> bool:
     return True
 
 
-def written(graph: fx.Graph) -> set[fx.Node]:
+def written_nodes(graph: fx.Graph) -> set[fx.Node]:
     """The constants and inputs that an operation writes to."""
     nodes: set[fx.Node] = set()
     for node in graph.nodes:
@@ -206,10 +213,10 @@ def written(graph: fx.Graph) -> set[fx.Node]:
 
 def written_constants(graph: fx.Graph) -> set[str]:
     """Names of the constants that an operation writes to."""
-    return {str(node.target) for node in written(graph) if node.op == "get_attr"}
+    return {str(node.target) for node in written_nodes(graph) if node.op == "get_attr"}
 
 
-def sweep(graph_module: fx.GraphModule) -> None:
+def remove_unused(graph_module: fx.GraphModule) -> None:
     """Drops unused pure nodes and the constants that nobody reads, then recompiles."""
     graph = graph_module.graph
     for node in reversed(list(graph.nodes)):

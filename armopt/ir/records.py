@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,37 @@ if TYPE_CHECKING:
 Dim = int | str
 #: One value for each dynamic symbol: the point at which a plan is made. Empty for a static model.
 Bucket = Mapping[str, int]
+
+
+class Op(StrEnum):
+    """The two kinds of layers."""
+
+    LINEAR = "linear"
+    CONV = "conv"
+
+
+class Precision(StrEnum):
+    """What is in BF16: weights and products, weights alone with products in FP32, or nothing."""
+
+    BF16 = "bf16"
+    BF16_WEIGHTS = "bf16-weights"
+    FP32 = "fp32"
+
+
+class Backend(StrEnum):
+    """Whose code does a kernel's arithmetic."""
+
+    ACL = "acl"
+    ONEDNN = "onednn"
+    BLAS = "blas"
+    ATEN = "aten"
+
+
+class Layout(StrEnum):
+    """How the activations lie in memory that a kernel works on."""
+
+    CHANNELS_LAST = "channels_last"
+    PLAIN = "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +153,7 @@ class Site:
 
     Attributes:
         node: Name of its node.
-        op: ``linear`` or ``conv``.
+        op: Its kind.
         m: Rows of the product (Linear), or output pixels times batch (convolution).
         k: Length of each dot product.
         n: Output features or channels.
@@ -143,7 +175,7 @@ class Site:
     """
 
     node: str
-    op: str
+    op: Op
     m: int
     k: int
     n: int
@@ -169,20 +201,20 @@ class Decision:
 
     Attributes:
         node: Name of the node.
-        op: ``linear`` or ``conv``.
+        op: Its kind.
         kernel: Name of the kernel (see :mod:`armopt.kernels`).
-        precision: ``bf16`` (weights and products), ``bf16-weights`` (products in FP32) or ``fp32``.
-        layout: Of the activations the kernel works on: ``channels_last`` or ``plain``.
+        precision: Of that kernel.
+        layout: Of the activations that the kernel works on.
         shape: Of the input, concrete.
         reason: One sentence.
         block: Terms after which the kernel rounds its sum to BF16; 0 where it stays in FP32.
     """
 
     node: str
-    op: str
+    op: Op
     kernel: str
-    precision: str
-    layout: str
+    precision: Precision
+    layout: Layout
     shape: tuple[int, ...]
     reason: str
     block: int = 0

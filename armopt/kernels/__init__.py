@@ -1,1 +1,3 @@
-"""One file per way to call a backend. :mod:`armopt.kernels.table` lists them all."""
+"""One file per way to call a backend. :mod:`armopt.kernels.table` lists them all; twins run the two operations."""
+
+from armopt.kernels import twins as twins

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import fx
 
-from armopt.ir.records import Site, Target
+from armopt.ir.records import Backend, Layout, Op, Precision, Site, Target
 from armopt.kernels import post_ops
+from armopt.kernels.examples import Example
 
 _aten = torch.ops.aten
 
@@ -31,53 +33,84 @@ class Rounding:
         return x.to(self.products).float()
 
 
-def _whole(site: Site, target: Target) -> int:
+class Use(StrEnum):
+    """Who chooses a kernel: a policy as it plans, a load where the planned kernel can't be had, repair."""
+
+    PLAN = "plan"
+    FALLBACK = "fallback"
+    REPAIR = "repair"
+
+
+def whole_sum(site: Site, target: Target) -> int:
     """A sum that stays in FP32 to the end."""
     return 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
-    """One way to call a backend.
+    """One way to call a backend, and all that is said of it elsewhere.
 
     Attributes:
         name: As plans, graphs and reports have it.
-        op: The operation it covers, ``linear`` or ``conv``.
-        backend: ``acl``, ``onednn``, ``blas`` or ``aten``: whose code does the arithmetic.
+        op: The operation it covers.
+        backend: Whose code does the arithmetic.
         activations: Dtype of input and output.
         rounding: See :class:`Rounding`.
-        fast_math: Whether it needs DNNL_DEFAULT_FPMATH_MODE=BF16, read when oneDNN is first used.
-        summary: One line for people.
+        covers: The layers it is for, in a few words.
+        summary: What runs, in one line.
         refuses: Why it can't take a site; None where it can. Pure.
         pack: Weight in its dtype and site -> the weight as the call wants it. Runs once, on the host: packed_weight.
         emit: Inserts the call in front of a node of armopt::linear or armopt::conv; returns the node with the result.
+        layout: Of the activations it works on.
+        uses: Who chooses it.
+        fast_math: Whether it needs DNNL_DEFAULT_FPMATH_MODE=BF16, read when oneDNN is first used.
         fuses: Post-ops that are part of the call.
         block: Terms after which the sum is rounded to BF16 on a target; 0 where it stays in FP32. Pure.
+        colour: Of its boxes where a plan is drawn: blue for BF16 in the Compute Library, orange for products in BF16 on
+            FP32 activations, green for BLAS, grey for plain ATen, purple for all else.
+        examples: Layers on which it is compared with its twin on emulated cores, by target.
     """
 
     name: str
-    op: str
-    backend: str
+    op: Op
+    backend: Backend
     activations: torch.dtype
     rounding: Rounding
+    covers: str
     summary: str
     refuses: Callable[[Site], str | None]
     pack: Callable[[torch.Tensor, Site], torch.Tensor]
-    emit: Callable[[Call], fx.Node]
+    emit: Callable[[KernelCall], fx.Node]
+    layout: Layout = Layout.PLAIN
+    uses: frozenset[Use] = frozenset({Use.PLAN, Use.FALLBACK})
     fast_math: bool = False
     fuses: frozenset[str] = frozenset()
-    block: Callable[[Site, Target], int] = _whole
+    block: Callable[[Site, Target], int] = whole_sum
+    colour: str = "#7c3aed"
+    examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
 
     @property
-    def precision(self) -> str:
-        """``bf16`` where the products are, ``bf16-weights`` where the weights alone are, else ``fp32``."""
+    def precision(self) -> Precision:
+        """What is in BF16."""
         if self.rounding.products == torch.bfloat16:
-            return "bf16"
-        return "bf16-weights" if self.rounding.weights == torch.bfloat16 else "fp32"
+            return Precision.BF16
+        return Precision.BF16_WEIGHTS if self.rounding.weights == torch.bfloat16 else Precision.FP32
+
+    @property
+    def steps_out_of_bf16(self) -> int:
+        """How much of it is in FP32: 0 nothing, 1 results, 2 products too, 3 all, weights too."""
+        if self.precision == Precision.BF16:
+            return int(self.activations == torch.float32)
+        return 2 if self.precision == Precision.BF16_WEIGHTS else 3
+
+    @property
+    def is_onednns(self) -> bool:
+        """Whether oneDNN runs it, and its log says how."""
+        return self.backend in (Backend.ACL, Backend.ONEDNN)
 
     def packed_weight(self, stored: torch.Tensor, site: Site) -> torch.Tensor:
         """A weight as the bundle stores it, packed for a site's call and its post-op."""
-        values = stored.float() if self.backend == "aten" else stored.to(self.rounding.weights)
+        values = stored.float() if self.backend == Backend.ATEN else stored.to(self.rounding.weights)
         return self.pack(self._scaled(values, site), site)
 
     def packed_bias(self, stored: torch.Tensor, site: Site) -> torch.Tensor:
@@ -86,7 +119,9 @@ class Kernel:
 
     def scale(self, site: Site) -> float:
         """By what a site's weight and bias are multiplied as they are packed."""
-        return post_ops.scale(site.post_op, self.activations)
+        if site.post_op in self.fuses or self.activations != torch.float32:
+            return 1.0
+        return post_ops.UNARY[site.post_op].scale if site.post_op in post_ops.UNARY else 1.0
 
     def _scaled(self, values: torch.Tensor, site: Site) -> torch.Tensor:
         scale = self.scale(site)
@@ -94,30 +129,28 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A node to lower: everything an `emit` needs.
+class KernelCall:
+    """A node to replace by a kernel's own calls: everything an `emit` needs.
 
     Attributes:
+        kernel: The kernel.
+        site: What is known of the node.
         node: The armopt node.
         x: Its input.
         weight: The packed weight, a get_attr node.
         bias: In the kernel's dtype, a get_attr node; or None.
         other: The second tensor of ``add`` and ``add_relu``.
-        post_op: Name of the post-op.
         shape: Output shape with -1 for the one dynamic dimension, or nodes where more are.
-        site: What the planner knows of the node.
-        dtype: Of the result.
     """
 
+    kernel: Kernel
+    site: Site
     node: fx.Node
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
     other: fx.Node | None
-    post_op: str
     shape: Sequence[Any]
-    site: Site
-    dtype: torch.dtype
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Inserts a call in front of the node."""
@@ -125,22 +158,24 @@ class Call:
             return self.node.graph.call_function(target, args, kwargs)
 
     def with_post_op(self, y: fx.Node) -> fx.Node:
-        """Inserts the post-op as in-place operations on the fresh tensor `y`."""
-        if self.post_op in (post_ops.ADD, post_ops.ADD_RELU):
-            y = self.call(_aten.add_.Tensor, y, self.other)
-            return self._relu(y) if self.post_op == post_ops.ADD_RELU else y
-        if self.post_op == post_ops.NONE:
+        """Inserts the post-op as in-place operations on the fresh tensor `y`, unless it is part of the call."""
+        name = self.site.post_op
+        if name == post_ops.NONE or name in self.kernel.fuses:
             return y
-        if self.post_op == "relu":
+        if name in (post_ops.ADD, post_ops.ADD_RELU):
+            y = self.call(_aten.add_.Tensor, y, self.other)
+            return self._relu(y) if name == post_ops.ADD_RELU else y
+        if name == "relu":
             return self._relu(y)
-        if post_ops.scale(self.post_op, self.dtype) != 1:
-            return self.call(_aten.addcmul_.default, y, y, self.call(_aten.tanh.default, y))
-        post = post_ops.UNARY[self.post_op]
+        post = post_ops.UNARY[name]
+        if post.emit_scaled is not None and self.kernel.scale(self.site) != 1:
+            return post.emit_scaled(self.call, y)
         kwargs = {"approximate": "tanh"} if post.algorithm == "tanh" else {}
         return self.call(post.inplace, y, *post.inplace_args, **kwargs)
 
     def _relu(self, y: fx.Node) -> fx.Node:
-        if self.dtype != torch.bfloat16 or self.site.m * self.site.n < post_ops.RELU_AS_INTEGERS:
+        few = self.site.m * self.site.n < post_ops.RELU_AS_INTEGERS
+        if self.kernel.activations != torch.bfloat16 or few:
             return self.call(_aten.relu_.default, y)
         self.call(_aten.clamp_min_.default, self.call(_aten.view.dtype, y, torch.int16), 0)
         return y

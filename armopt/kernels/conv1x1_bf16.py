@@ -6,22 +6,36 @@ torch 2.10 answers ``ref:any``.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
+from armopt.ir.records import Backend, Op
 from armopt.kernels import onednn_convolution as onednn
 from armopt.kernels.base import Kernel, Rounding
+from armopt.kernels.examples import Example, linear
+
+#: Around the edges of blocks, and with few columns.
+_SIZES = linear(
+    *((64, 64, 64), (64, 256, 10), (32, 340, 48), (32, 344, 48), (32, 676, 24), (64, 680, 33), (64, 684, 33)),
+    *((24, 1000, 48), (16, 1027, 65), (16, 2048, 64), (8, 4096, 64), (1, 4096, 1000), (9, 1376, 1000)),
+    *((64, 512, 7), (128, 100, 3), (256, 768, 2), (40, 1360, 60)),
+)
+_WITH_POST_OPS = (
+    Example((64, 400), 48, bias=False, post_op="relu"),
+    Example((64, 400), 48, post_op="silu"),
+)
 
 KERNEL = Kernel(
     name="conv1x1_bf16",
-    op="linear",
-    backend="acl",
+    op=Op.LINEAR,
+    backend=Backend.ACL,
     activations=torch.bfloat16,
     rounding=Rounding(torch.bfloat16, torch.bfloat16),
-    summary="packed 1x1 convolution, BF16 in and out (oneDNN + Compute Library)",
+    covers="Linear",
+    summary="a packed 1x1 convolution: Compute Library, BFMMLA",
     refuses=onednn.refuses_linear,
     pack=onednn.pack_linear_as_convolution,
-    emit=functools.partial(onednn.emit_linear, fuse=False),
+    emit=onednn.emit_linear,
     block=onednn.bf16_block,
+    colour="#2563eb",
+    examples={"graviton3": (*_SIZES, *_WITH_POST_OPS), "yitian710": (*_SIZES[4:13:2], *_SIZES[13:])},
 )

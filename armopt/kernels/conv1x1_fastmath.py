@@ -5,13 +5,12 @@ Needs DNNL_DEFAULT_FPMATH_MODE=BF16; without it the same call packs FP32 weights
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-from armopt.ir.records import Site
+from armopt.ir.records import Backend, Op, Site
 from armopt.kernels import onednn_convolution as onednn
-from armopt.kernels.base import Kernel, Rounding
+from armopt.kernels.base import Kernel, Rounding, Use
+from armopt.kernels.examples import FAST_LINEAR
 
 
 def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
@@ -20,14 +19,18 @@ def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
 
 KERNEL = Kernel(
     name="conv1x1_fastmath",
-    op="linear",
-    backend="acl",
+    op=Op.LINEAR,
+    backend=Backend.ACL,
     activations=torch.float32,
     rounding=Rounding(torch.bfloat16, torch.bfloat16),
-    summary="packed 1x1 convolution, FP32 in and out, multiplied in BF16 (oneDNN + Compute Library)",
+    covers="Linear",
+    summary="a packed 1x1 convolution on FP32 activations: Compute Library, BFMMLA",
     refuses=onednn.refuses_linear,
     pack=_pack,
-    emit=functools.partial(onednn.emit_linear, fuse=True),
-    fuses=onednn.FUSED,
+    emit=onednn.emit_linear,
+    uses=frozenset(Use),
     fast_math=True,
+    fuses=onednn.FUSED,
+    colour="#d97706",
+    examples={"graviton3": FAST_LINEAR, "yitian710": FAST_LINEAR[1:4:2]},
 )

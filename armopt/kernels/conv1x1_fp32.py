@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
+from armopt.ir.records import Backend, Op
 from armopt.kernels import onednn_convolution as onednn
-from armopt.kernels.base import Kernel, Rounding
+from armopt.kernels.base import Kernel, Rounding, Use
+from armopt.kernels.examples import linear
 
 KERNEL = Kernel(
     name="conv1x1_fp32",
-    op="linear",
-    backend="acl",
+    op=Op.LINEAR,
+    backend=Backend.ACL,
     activations=torch.float32,
     rounding=Rounding(torch.float32, torch.float32),
-    summary="packed 1x1 convolution in FP32 (oneDNN + Compute Library)",
+    covers="Linear",
+    summary="a packed 1x1 convolution, on cores without BF16: Compute Library",
     refuses=onednn.refuses_linear,
     pack=onednn.pack_linear_as_convolution,
-    emit=functools.partial(onednn.emit_linear, fuse=True),
+    emit=onednn.emit_linear,
+    uses=frozenset({Use.PLAN}),
     fuses=onednn.FUSED,
+    examples={"graviton2": linear((64, 64, 64), (8, 2048, 33), (64, 100, 3))},
 )

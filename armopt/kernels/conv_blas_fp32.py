@@ -7,11 +7,15 @@ they are, or in BF16 and widened once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
-from armopt.ir.records import Site
-from armopt.kernels.base import Call, Kernel, Rounding
+from armopt.ir.records import Backend, Op, Site
+from armopt.kernels import examples
+from armopt.kernels.base import Kernel, KernelCall, Rounding, Use
+from armopt.kernels.examples import Example
 from armopt.kernels.onednn_convolution import refuses_dense_2d
 
 _aten = torch.ops.aten
@@ -22,7 +26,7 @@ def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
     return weight.unsqueeze(2) if len(site.shape) == 3 else weight
 
 
-def _emit(call: Call) -> fx.Node:
+def _emit(call: KernelCall) -> fx.Node:
     site, flat = call.site, len(call.site.shape) == 3
     x = call.call(_aten.unsqueeze.default, call.x, 2) if flat else call.x
     lead = 1 if flat else 0  # one dimension is taken as two
@@ -35,22 +39,24 @@ def _emit(call: Call) -> fx.Node:
     return call.with_post_op(call.call(_aten.squeeze.dim, y, 2) if flat else y)
 
 
-def _kernel(name: str, weights: torch.dtype, summary: str) -> Kernel:
+def _kernel(name: str, weights: torch.dtype, layers: Sequence[Example]) -> Kernel:
     return Kernel(
         name=name,
-        op="conv",
-        backend="blas",
+        op=Op.CONV,
+        backend=Backend.BLAS,
         activations=torch.float32,
         rounding=Rounding(torch.float32, weights),
-        summary=summary,
+        covers="dense convolution, 1-d and 2-d",
+        summary="image to columns and BLAS",
         refuses=refuses_dense_2d,  # those that fast math multiplies in BF16
         pack=_pack,
         emit=_emit,
+        uses=frozenset({Use.REPAIR}),
+        examples={"graviton3": layers},
     )
 
 
-KERNEL = _kernel("conv_blas_fp32", torch.float32, "convolution through BLAS in FP32")
+_LAYERS = (examples.STEM, examples.MIDDLE, examples.ONE_ROW_OF_TAPS, examples.DILATED)
+KERNEL = _kernel("conv_blas_fp32", torch.float32, _LAYERS)
 #: The same call on weights that the bundle holds in BF16.
-KERNEL_BF16_WEIGHTS = _kernel(
-    "conv_blas_fp32_w16", torch.bfloat16, "convolution through BLAS in FP32 on weights rounded to BF16"
-)
+KERNEL_BF16_WEIGHTS = _kernel("conv_blas_fp32_w16", torch.bfloat16, _LAYERS[:2])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+from dataclasses import replace
 
 import torch
 
-from armopt.ir.records import Site
+from armopt.ir.records import Backend, Layout, Op, Site
+from armopt.kernels import examples
 from armopt.kernels import onednn_convolution as onednn
-from armopt.kernels.base import Kernel, Rounding
+from armopt.kernels.base import Kernel, Rounding, Use
+
+_LAYERS = (examples.STEM, examples.MIDDLE, examples.STRIDED, examples.FEW_ROWS, examples.DILATED)
+_WITH_POST_OPS = (replace(examples.SMALL, post_op="relu"), replace(examples.SMALL, post_op="silu"))
 
 
 def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
@@ -17,14 +21,19 @@ def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
 
 KERNEL = Kernel(
     name="conv_fastmath",
-    op="conv",
-    backend="acl",
+    op=Op.CONV,
+    backend=Backend.ACL,
     activations=torch.float32,
     rounding=Rounding(torch.bfloat16, torch.bfloat16),
-    summary="packed convolution, FP32 in and out, multiplied in BF16 (oneDNN + Compute Library)",
+    covers="dense convolution, 1-d and 2-d",
+    summary="packed, on FP32 activations: Compute Library, BFMMLA",
     refuses=onednn.refuses_dense_2d,
     pack=_pack,
-    emit=functools.partial(onednn.emit_conv, fuse=True),
-    fuses=onednn.FUSED,
+    emit=onednn.emit_conv,
+    layout=Layout.CHANNELS_LAST,
+    uses=frozenset(Use),
     fast_math=True,
+    fuses=onednn.FUSED,
+    colour="#c2410c",
+    examples={"graviton3": (*_LAYERS, *_WITH_POST_OPS), "yitian710": _LAYERS[::2]},
 )

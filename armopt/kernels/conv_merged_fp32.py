@@ -11,9 +11,10 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from armopt.ir.records import Site
+from armopt.ir.records import Backend, Layout, Op, Site
 from armopt.kernels import onednn_convolution as onednn
-from armopt.kernels.base import Call, Kernel, Rounding
+from armopt.kernels.base import Kernel, KernelCall, Rounding
+from armopt.kernels.examples import Example
 
 
 def _factor(site: Site) -> int:
@@ -50,19 +51,28 @@ def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
     return onednn.pack_convolution(merged.reshape(outputs, factor * channels, *weight.shape[2:]), _merged(site))
 
 
-def _emit(call: Call) -> fx.Node:
-    return onednn.emit_conv(replace(call, site=_merged(call.site)), fuse=True)
+def _emit(call: KernelCall) -> fx.Node:
+    return onednn.emit_conv(replace(call, site=_merged(call.site)))
 
 
 KERNEL = Kernel(
     name="conv_merged_fp32",
-    op="conv",
-    backend="onednn",
+    op=Op.CONV,
+    backend=Backend.ONEDNN,
     activations=torch.float32,
     rounding=Rounding(torch.float32, torch.float32),
-    summary="packed grouped convolution in FP32, narrow groups merged (oneDNN)",
+    covers="grouped, under 16 input channels a group",
+    summary="packed, neighbouring groups merged: oneDNN has only `gemm:ref` for narrow ones",
     refuses=_refuses,
     pack=_pack,
     emit=_emit,
+    layout=Layout.CHANNELS_LAST,
     fuses=onednn.FUSED,
+    # without SVE of 256 bits all groups are `gemm:ref`, unless depthwise
+    examples={
+        "graviton3": (
+            Example((1, 32, 9, 9), 64, (3, 3), padding=1, groups=4),
+            Example((2, 128, 6, 6), 128, (3, 3), padding=1, groups=32),
+        )
+    },
 )

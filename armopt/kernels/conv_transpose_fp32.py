@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from armopt.ir.records import Site
-from armopt.kernels.base import Call, Kernel, Rounding
+from armopt.ir.records import Backend, Layout, Op, Site
+from armopt.kernels.base import Kernel, KernelCall, Rounding
 
 _mkldnn = torch.ops.mkldnn
 
 
 def _refuses(site: Site) -> str | None:
-    if site.op != "conv" or not site.transposed:
+    if site.op != Op.CONV or not site.transposed:
         return "covers transposed convolution"
     if len(site.shape) != 4:
         return f"a transposed convolution of {len(site.shape) - 2} dimensions: oneDNN packs two"
@@ -24,7 +24,7 @@ def _refuses(site: Site) -> str | None:
 
 
 def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
-    return _mkldnn._reorder_convolution_transpose_weight(  # type: ignore[no-any-return]
+    packed: torch.Tensor = _mkldnn._reorder_convolution_transpose_weight(
         weight.contiguous(),
         list(site.padding),
         list(site.output_padding),
@@ -33,9 +33,10 @@ def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
         site.groups,
         list(site.shape),
     )
+    return packed
 
 
-def _emit(call: Call) -> fx.Node:
+def _emit(call: KernelCall) -> fx.Node:
     site = call.site
     geometry = [list(part) for part in (site.padding, site.output_padding, site.stride, site.dilation)]
     y = call.call(
@@ -54,12 +55,14 @@ def _emit(call: Call) -> fx.Node:
 
 KERNEL = Kernel(
     name="conv_transpose_fp32",
-    op="conv",
-    backend="acl",
+    op=Op.CONV,
+    backend=Backend.ACL,
     activations=torch.float32,
     rounding=Rounding(torch.float32, torch.float32),
-    summary="packed transposed convolution in FP32 (oneDNN + Compute Library)",
+    covers="transposed with a dilation, 2-d",
+    summary="packed: Compute Library",
     refuses=_refuses,
     pack=_pack,
     emit=_emit,
+    layout=Layout.CHANNELS_LAST,
 )

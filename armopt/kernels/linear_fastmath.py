@@ -10,31 +10,37 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from armopt.ir.records import Site
-from armopt.kernels.base import Call, Kernel, Rounding
+from armopt.ir.records import Backend, Op, Site
+from armopt.kernels.base import Kernel, KernelCall, Rounding, Use
+from armopt.kernels.examples import FAST_LINEAR, Example
 from armopt.kernels.onednn_convolution import refuses_linear
 
 _mkldnn = torch.ops.mkldnn
 
 
 def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
-    return _mkldnn._reorder_linear_weight(weight.float(), site.m)  # type: ignore[no-any-return]
+    packed: torch.Tensor = _mkldnn._reorder_linear_weight(weight.float(), site.m)
+    return packed
 
 
-def _emit(call: Call) -> fx.Node:
+def _emit(call: KernelCall) -> fx.Node:
     y = call.call(_mkldnn._linear_pointwise.default, call.x, call.weight, call.bias, "none", [], "")
     return call.with_post_op(y)
 
 
 KERNEL = Kernel(
     name="linear_fastmath",
-    op="linear",
-    backend="acl",
+    op=Op.LINEAR,
+    backend=Backend.ACL,
     activations=torch.float32,
     rounding=Rounding(torch.bfloat16, torch.bfloat16),
-    summary="packed inner product, FP32 in and out, multiplied in BF16 (oneDNN up to 3.9 + Compute Library)",
+    covers="Linear",
+    summary="packed `_linear_pointwise`: Compute Library up to oneDNN 3.9, refused after",
     refuses=refuses_linear,
     pack=_pack,
     emit=_emit,
+    uses=frozenset({Use.PLAN}),
     fast_math=True,
+    colour="#b45309",
+    examples={"graviton3": (*FAST_LINEAR[:3], Example((64, 400), 48, post_op="silu"))},
 )

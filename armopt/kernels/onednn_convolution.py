@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from armopt.ir.records import Site, Target
+from armopt.ir.records import Op, Site, Target
 from armopt.kernels import post_ops
-from armopt.kernels.base import Call
+from armopt.kernels.base import KernelCall
 from armopt.kernels.geometry import output_size
 
 _mkldnn = torch.ops.mkldnn
@@ -34,27 +34,24 @@ def pack_weight(
     input_shape: Sequence[int],
 ) -> torch.Tensor:
     """A convolution weight in the layout that oneDNN picks for this input shape; an opaque tensor."""
-    return _mkldnn._reorder_convolution_weight(  # type: ignore[no-any-return]
+    packed: torch.Tensor = _mkldnn._reorder_convolution_weight(
         weight.contiguous(), list(padding), list(stride), list(dilation), groups, list(input_shape)
     )
+    return packed
 
 
-def emit_convolution(call: Call, x: fx.Node, geometry: tuple[Any, ...], *, fuse: bool) -> tuple[fx.Node, bool]:
-    """Inserts the packed convolution.
+def emit_convolution(call: KernelCall, x: fx.Node, geometry: tuple[Any, ...]) -> fx.Node:
+    """Inserts the packed convolution, with the post-op where the kernel fuses it.
 
     Args:
-        call: The node to lower.
+        call: The node to replace.
         x: Its input, with the dimensions of a convolution.
         geometry: padding, stride, dilation and groups.
-        fuse: Whether the kernel can fuse post-ops at all.
-
-    Returns:
-        The result, and whether the post-op is in it.
     """
-    post = post_ops.UNARY[call.post_op] if fuse and call.post_op in FUSED else None
+    name = call.site.post_op
+    post = post_ops.UNARY[name] if name in call.kernel.fuses else None
     tail = (post.attribute, list(post.scalars), post.algorithm or "") if post else ("none", [], "")
-    y = call.call(_mkldnn._convolution_pointwise.default, x, call.weight, call.bias, *geometry, *tail)
-    return y, post is not None
+    return call.call(_mkldnn._convolution_pointwise.default, x, call.weight, call.bias, *geometry, *tail)
 
 
 def pack_convolution(weight: torch.Tensor, site: Site) -> torch.Tensor:
@@ -66,19 +63,16 @@ def pack_convolution(weight: torch.Tensor, site: Site) -> torch.Tensor:
     return pack_weight(weight, padding, stride, dilation, site.groups, shape)
 
 
-def emit_conv(call: Call, *, fuse: bool) -> fx.Node:
+def emit_conv(call: KernelCall) -> fx.Node:
     """The call for a convolution of one, two or three dimensions."""
     site = call.site
-    geometry = (list(site.padding), list(site.stride), list(site.dilation), site.groups)
     if len(site.shape) != 3:
-        y, fused = emit_convolution(call, call.x, geometry, fuse=fuse)
-        return y if fused else call.with_post_op(y)
-    unsqueeze, squeeze = torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim
-    x = call.call(unsqueeze, call.x, 2)
-    flat = ([0, *site.padding], [1, *site.stride], [1, *site.dilation], site.groups)
-    y, fused = emit_convolution(call, x, flat, fuse=fuse)
-    y = call.call(squeeze, y, 2)
-    return y if fused else call.with_post_op(y)
+        geometry = (list(site.padding), list(site.stride), list(site.dilation), site.groups)
+        return call.with_post_op(emit_convolution(call, call.x, geometry))
+    x = call.call(torch.ops.aten.unsqueeze.default, call.x, 2)
+    geometry = ([0, *site.padding], [1, *site.stride], [1, *site.dilation], site.groups)
+    y = call.call(torch.ops.aten.squeeze.dim, emit_convolution(call, x, geometry), 2)
+    return call.with_post_op(y)
 
 
 def pack_linear_as_convolution(weight: torch.Tensor, site: Site) -> torch.Tensor:
@@ -87,21 +81,18 @@ def pack_linear_as_convolution(weight: torch.Tensor, site: Site) -> torch.Tensor
     return pack_weight(weight.reshape(n, k, 1, 1), (0, 0), (1, 1), (1, 1), 1, (1, k, site.m, 1))
 
 
-def emit_linear(call: Call, *, fuse: bool) -> fx.Node:
+def emit_linear(call: KernelCall) -> fx.Node:
     """The call for a Linear as a 1x1 convolution: [*, K] -> [1, K, M, 1] -> [1, N, M, 1] -> [*, N].
 
     One image of M rows: the Compute Library pads each image to eight rows of a product, so M images of one pixel would
     do up to eight times the work.
     """
-    x = _as_image(call, call.x, call.site.k)
-    geometry = ([0, 0], [1, 1], [1, 1], 1)
-    y, fused = emit_convolution(call, x, geometry, fuse=fuse)
+    y = emit_convolution(call, _as_image(call, call.x, call.site.k), ([0, 0], [1, 1], [1, 1], 1))
     y = call.call(torch.ops.aten.permute.default, y, [0, 2, 3, 1])
-    y = call.call(torch.ops.aten.reshape.default, y, list(call.shape))
-    return y if fused else call.with_post_op(y)
+    return call.with_post_op(call.call(torch.ops.aten.reshape.default, y, list(call.shape)))
 
 
-def _as_image(call: Call, x: fx.Node, channels: int) -> fx.Node:
+def _as_image(call: KernelCall, x: fx.Node, channels: int) -> fx.Node:
     """[*, C] as [1, C, M, 1] in channels_last: a view where x is contiguous."""
     x = call.call(torch.ops.aten.reshape.default, x, [1, -1, 1, channels])
     return call.call(torch.ops.aten.permute.default, x, [0, 3, 1, 2])
@@ -109,7 +100,7 @@ def _as_image(call: Call, x: fx.Node, channels: int) -> fx.Node:
 
 def refuses_linear(site: Site) -> str | None:
     """Sites that the Compute Library rejects or that are degenerate."""
-    if site.op != "linear":
+    if site.op != Op.LINEAR:
         return f"covers linear, not {site.op}"
     if min(site.m, site.k, site.n) == 0:
         return "an empty product"
@@ -124,7 +115,7 @@ LEAST_GROUP_CHANNELS = 16
 
 def is_narrow_grouped(site: Site) -> bool:
     """Whether a convolution is grouped, not depthwise, and oneDNN has only a reference kernel for its groups."""
-    if site.op != "conv" or site.transposed or site.groups == 1 or 0 in site.shape or 0 in site.weight:
+    if site.op != Op.CONV or site.transposed or site.groups == 1 or 0 in site.shape or 0 in site.weight:
         return False
     depthwise = site.weight[0] == site.groups and site.weight[1] == 1
     return not depthwise and site.weight[1] < LEAST_GROUP_CHANNELS
@@ -132,7 +123,7 @@ def is_narrow_grouped(site: Site) -> bool:
 
 def refuses_dense_2d(site: Site) -> str | None:
     """Convolutions that reach the Compute Library in BF16: dense, one or two dimensions, not transposed."""
-    if site.op != "conv":
+    if site.op != Op.CONV:
         return f"covers conv, not {site.op}"
     if site.transposed:
         return "a transposed convolution in BF16 is `ref` on aarch64"

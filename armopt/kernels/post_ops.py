@@ -11,13 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 _aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
 class PostOp:
-    """One pointwise function: as ATen operation out of place and in place, and as oneDNN attribute."""
+    """One pointwise function: as ATen operation out of place and in place, and as oneDNN attribute.
+
+    Attributes:
+        scale: By what a layer's weight and bias are multiplied as they are packed, if its activations are in FP32 and
+            its kernel doesn't fuse the function.
+        emit_scaled: Inserts the function of a result that was scaled so; takes what inserts a call, and the result.
+    """
 
     name: str
     apply: Callable[..., torch.Tensor]
@@ -26,16 +33,23 @@ class PostOp:
     attribute: str
     scalars: tuple[float, ...] = ()
     algorithm: str | None = None
+    scale: float = 1.0
+    emit_scaled: Callable[[Callable[..., fx.Node], fx.Node], fx.Node] | None = None
 
 
-def _unary(name: str, op: Any, inplace: Any, attribute: str, *args: Any, **onednn: Any) -> PostOp:
-    return PostOp(name, lambda y: op(y, *args), inplace, args, attribute, **onednn)
+def _unary(name: str, op: Any, inplace: Any, attribute: str, *args: Any, **more: Any) -> PostOp:
+    return PostOp(name, lambda y: op(y, *args), inplace, args, attribute, **more)
 
 
-#: In FP32 silu(2u) = u + u tanh(u): tanh takes half the instructions of the exponential. The layer in front gives u,
-#: since its weight and bias are packed as halves, which is exact. In BF16 tanh would be rounded before the sum cancels.
-SILU = "silu"
+def _silu_of_half(call: Callable[..., fx.Node], half: fx.Node) -> fx.Node:
+    """silu(2u) = u + u tanh(u): tanh takes half the instructions of the exponential. Halving is exact.
 
+    Not in BF16, where tanh would be rounded before the sum cancels.
+    """
+    return call(_aten.addcmul_.default, half, half, call(_aten.tanh.default, half))
+
+
+_SILU_OF_HALF = {"scale": 0.5, "emit_scaled": _silu_of_half}
 #: Unary functions by name. `add` and `add_relu` take a second tensor and stand apart.
 UNARY = {
     post.name: post
@@ -50,7 +64,7 @@ UNARY = {
             "gelu",
             algorithm="tanh",
         ),
-        _unary(SILU, _aten.silu.default, _aten.silu_.default, "swish"),
+        _unary("silu", _aten.silu.default, _aten.silu_.default, "swish", **_SILU_OF_HALF),
         _unary("hardswish", _aten.hardswish.default, _aten.hardswish_.default, "hardswish"),
         _unary("hardsigmoid", _aten.hardsigmoid.default, _aten.hardsigmoid_.default, "hardsigmoid"),
         _unary("sigmoid", _aten.sigmoid.default, _aten.sigmoid_.default, "sigmoid"),
@@ -64,11 +78,6 @@ RELU_AS_INTEGERS = 1 << 14
 NONE = "none"
 ADD = "add"
 ADD_RELU = "add_relu"
-
-
-def scale(name: str, dtype: torch.dtype) -> float:
-    """By what a layer's weight and bias are multiplied when they are packed, because its post-op expects it."""
-    return 0.5 if name == SILU and dtype == torch.float32 else 1.0
 
 
 def apply(name: str, y: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:

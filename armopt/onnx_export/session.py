@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from armopt.bundle.program import Program
-from armopt.kernels import sites
+from armopt.ir.calls import layers
 from armopt.onnx_export.options import NAME, OPSET, OnnxOptions
 from armopt.onnx_export.standard import takes_fast_math
 
@@ -30,14 +30,14 @@ def describe(programs: Sequence[Program], options: OnnxOptions | None, *, inside
         inside: Whether the model is a file of the bundle.
     """
     program, chosen = programs[-1], options or OnnxOptions()
-    layers = [takes_fast_math(node, program.sites[node.name]) for node in sites.layers(program.graph_module.graph)]
-    engaged = sum(layers) if chosen.fast_math else 0
+    fast = [takes_fast_math(node, program.sites[node.name]) for node in layers(program.graph_module.graph)]
+    engaged = sum(fast) if chosen.fast_math else 0
     flag = {"value": str(int(engaged > 0)), "engages": engaged > 0, "why": _ENGAGES if engaged else _NOT}
     model = {"opset": OPSET, "weights": chosen.weights, "bucket": dict(program.bucket)}
     return {
         "seen_with": SEEN_WITH,
         "session_config": {FAST_MATH: flag},
         "session_options": {"intra_op_num_threads": {"value": 0, "why": _THREADS}},
-        "layers": {"bf16": engaged, "all": len(layers)},
+        "layers": {"bf16": engaged, "all": len(fast)},
         "model": model | ({"file": NAME} if inside else {}) if options else {},
     }

@@ -18,9 +18,10 @@ from torch import fx
 from armopt.bundle.program import Program
 from armopt.errors import InputError
 from armopt.ir import graph as g
-from armopt.ir.records import Site
+from armopt.ir.calls import ConvCall, LayerCall, call_of, is_layer
+from armopt.ir.operations import CONV
+from armopt.ir.records import Op, Precision, Site
 from armopt.kernels import post_ops, table
-from armopt.kernels.ops import CONV, KERNEL, LINEAR, OTHER, POST_OP
 
 #: Values of a constant from which ONNX Runtime multiplies by it in BF16 (seen on emulated cores; its source agrees).
 LEAST_CONSTANT = 32
@@ -72,9 +73,9 @@ def standard(program: Program, *, fast_math: bool) -> Standard:
 
 def takes_fast_math(node: fx.Node, site: Site) -> bool:
     """Whether a layer has a form that ONNX Runtime's BF16 flag takes effect on, and is planned in BF16."""
-    if not table.get(str(node.args[KERNEL[node.target]])).precision.startswith("bf16"):
+    if table.get(call_of(node).kernel).precision == Precision.FP32:
         return False
-    if site.op == "linear":
+    if site.op == Op.LINEAR:
         return site.k * site.n >= LEAST_CONSTANT
     pixel = not site.transposed and site.groups == 1 and set(site.weight[2:]) == {1} and not any(site.padding)
     return pixel and site.k * site.n >= LEAST_PIXEL * (site.k + site.n)
@@ -107,18 +108,18 @@ class _Builder:
         self._made: dict[fx.Node, Any] = {}
         self._attributes: dict[tuple[str, str], fx.Node] = {}
         self._weights: dict[str, Callable[[], torch.Tensor]] = {}
-        layers = [str(node.args[1].target) for node in g.calls(source.graph, CONV)]  # type: ignore[union-attr]
-        tables = [str(node.args[0].target) for node in g.calls(source.graph, _EMBEDDING)]  # type: ignore[union-attr]
-        self._whole = {*layers, *tables}
+        filters = [ConvCall.of(node).weight_name for node in g.calls_to(source.graph, CONV)]
+        tables = [str(node.all_input_nodes[0].target) for node in g.calls_to(source.graph, _EMBEDDING)]
+        self._whole = {*filters, *tables}
 
     def build(self, fast_math: bool) -> Standard:
         fast = []
         for node in self._source.nodes:
             if node.op == "get_attr":
                 continue
-            if node.target in (LINEAR, CONV):
+            if is_layer(node):
                 is_fast = fast_math and takes_fast_math(node, self._sites[node.name])
-                call = self._linear(node, is_fast) if node.target is LINEAR else self._conv(node, is_fast)
+                call = self._layer(call_of(node), is_fast)
                 if is_fast:
                     fast.append(node.name)
             else:
@@ -152,33 +153,26 @@ class _Builder:
             self._attributes[key] = self._graph.get_attr(name)
         return self._attributes[key]
 
-    def _linear(self, node: fx.Node, fast: bool) -> fx.Node:
-        x, weight, bias, other = self._operands(node)
-        matrix = self._constant(weight, "kn", is_weight=True)
-        post_op = node.args[POST_OP[LINEAR]]
-        if fast:
-            negated = bias and self._constant(bias, "negated")
-            return self._call(_matmul, x, matrix, negated, other, post_op)
-        addend = self._constant(bias, "") if bias else self._constant(weight, "zeros")
-        return self._call(_gemm, x, matrix, addend, other, post_op)
+    def _layer(self, layer: LayerCall[fx.Node], fast: bool) -> fx.Node:
+        return self._conv(layer, fast) if isinstance(layer, ConvCall) else self._linear(layer, fast)
 
-    def _conv(self, node: fx.Node, fast: bool) -> fx.Node:
-        x, weight, bias, other = self._operands(node)
-        geometry = node.args[OTHER + 1 : POST_OP[CONV]]
-        post_op = node.args[POST_OP[CONV]]
+    def _linear(self, layer: LayerCall[fx.Node], fast: bool) -> fx.Node:
+        x, other = self._new(layer.x), layer.other and self._new(layer.other)
+        matrix = self._constant(layer.weight, "kn", is_weight=True)
         if fast:
-            matrix = self._constant(weight, "pixel", is_weight=True)
-            negated = bias and self._constant(bias, "negated")
-            return self._call(_pixel, x, matrix, negated, other, geometry[0], post_op)
-        return self._call(_conv, x, self._new(weight), bias and self._new(bias), other, *geometry, post_op)
+            negated = layer.bias and self._constant(layer.bias, "negated")
+            return self._call(_matmul, x, matrix, negated, other, layer.post_op)
+        addend = self._constant(layer.bias, "") if layer.bias else self._constant(layer.weight, "zeros")
+        return self._call(_gemm, x, matrix, addend, other, layer.post_op)
 
-    def _operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None]:
-        """Input and second tensor in the new graph, weight and bias in the old one."""
-        x, weight, bias, other = node.args[: OTHER + 1]
-        assert isinstance(x, fx.Node)
-        assert isinstance(weight, fx.Node)
-        assert bias is None or isinstance(bias, fx.Node)
-        return self._new(x), weight, bias, self._new(other) if isinstance(other, fx.Node) else None
+    def _conv(self, layer: ConvCall[fx.Node], fast: bool) -> fx.Node:
+        x, other = self._new(layer.x), layer.other and self._new(layer.other)
+        if fast:
+            matrix = self._constant(layer.weight, "pixel", is_weight=True)
+            negated = layer.bias and self._constant(layer.bias, "negated")
+            return self._call(_pixel, x, matrix, negated, other, layer.post_op, list(layer.stride))
+        weight, bias = self._new(layer.weight), layer.bias and self._new(layer.bias)
+        return self._call(_conv, x, weight, bias, other, layer.post_op, *layer.geometry)
 
     def _call(self, function: Callable[..., torch.Tensor], *args: Any) -> fx.Node:
         return self._graph.call_function(function, args)
@@ -214,8 +208,8 @@ def _pixel(
     matrix: torch.Tensor,
     negated: torch.Tensor | None,
     other: torch.Tensor | None,
-    stride: list[int],
     post_op: str,
+    stride: list[int],
 ) -> torch.Tensor:
     for dimension, step in enumerate(stride, start=2):
         if step != 1:
@@ -230,13 +224,7 @@ def _conv(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     other: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
     post_op: str,
+    *geometry: Any,
 ) -> torch.Tensor:
-    y = torch.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
-    return post_ops.apply(post_op, y, other)
+    return post_ops.apply(post_op, torch.convolution(x, weight, bias, *geometry), other)

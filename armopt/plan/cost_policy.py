@@ -10,9 +10,9 @@ from typing import Protocol
 import networkx as nx
 import torch
 
-from armopt.ir.records import Site, Target
+from armopt.ir.records import Precision, Site, Target
 from armopt.kernels import table
-from armopt.kernels.base import Kernel
+from armopt.kernels.base import Kernel, Use
 from armopt.plan import costs, planner, threshold_policy
 from armopt.plan.planner import Choice, Policy
 
@@ -113,7 +113,7 @@ class CostPolicy:
         parts = [self.costs.describe(chosen.cost) if chosen.cost else "the first kernel that takes it"]
         if rival:
             parts.append(f"{rival} {ratio:.2f}x" + (", but it would need casts" if ratio < 1 else ""))
-        if chosen.kernel.precision == "fp32":
+        if chosen.kernel.precision == Precision.FP32:
             parts += refusals
         return Choice(chosen.kernel, "; ".join(parts))
 
@@ -129,7 +129,7 @@ def candidates(site: Site, target: Target) -> list[Kernel]:
 
     In a process with fast math a kernel called FP32 would multiply in BF16 as well.
     """
-    taking = [kernel for kernel in table.ALL if kernel.backend != "aten" and kernel.refuses(site) is None]
+    taking = [kernel for kernel in table.kernels(site.op, Use.PLAN) if kernel.refuses(site) is None]
     half = [kernel for kernel in taking if kernel.rounding.weights == torch.bfloat16]
     full = [kernel for kernel in taking if kernel.rounding.weights == torch.float32]
     return half if target.bf16 and half else full
@@ -137,7 +137,7 @@ def candidates(site: Site, target: Target) -> list[Kernel]:
 
 def _weight_bytes(kernel: Kernel) -> int:
     """Bytes read for each weight: BLAS in FP32 widens them at load."""
-    return 2 if kernel.precision == "bf16" else 4
+    return 2 if kernel.precision == Precision.BF16 else 4
 
 
 def _cut(sites: Sequence[Site], options: Sequence[Mapping[str, _Option]], costs: Costs) -> set[str]:
@@ -148,33 +148,41 @@ def _cut(sites: Sequence[Site], options: Sequence[Mapping[str, _Option]], costs:
     """
     graph = nx.DiGraph()
     graph.add_edge("bf16", "fp32", capacity=0.0)
-    by_name = {site.node: site for site in sites}
     for site, choices in zip(sites, options, strict=True):
-        half, full = (
-            choices[label].cost + costs.attention(label, *site.attended) if label in choices else math.inf
-            for label in (_BF16, _FP32)
-        )
-        graph.add_edge(("site", site.node), "fp32", capacity=half)
-        graph.add_edge("bf16", ("site", site.node), capacity=full)
-        if not choices:  # plain ATen works in FP32
-            graph["bf16"][("site", site.node)]["capacity"] = 0.0
+        _add_site(graph, site, choices, costs)
+    by_name = {site.node: site for site in sites}
     readers: dict[str, list[Site]] = {}
     for site in sites:
         for source in {site.source, site.residual} - {""}:
             readers.setdefault(source, []).append(site)
     for source in {*readers, *by_name}:
-        made = by_name.get(source)
-        maker = ("site", source) if made is not None else "fp32"
-        elements = made.m * made.n if made is not None else max(math.prod(r.shape) for r in readers[source])
-        for reader in readers.get(source, []):
-            graph.add_edge(("site", reader.node), ("narrow", source), capacity=math.inf)
-            if made is not None:
-                graph.add_edge(("wide", source), ("site", reader.node), capacity=math.inf)
-        if readers.get(source):
-            graph.add_edge(("narrow", source), maker, capacity=costs.pointwise("fp32:cast", elements))
-        if made is not None:
-            graph.add_edge(maker, ("wide", source), capacity=costs.pointwise("bf16:cast", elements))
-            if made.escapes:
-                graph.add_edge(("wide", source), "fp32", capacity=math.inf)
+        _add_value(graph, source, by_name.get(source), readers.get(source, []), costs)
     _, (side, _) = nx.minimum_cut(graph, "bf16", "fp32")
     return {node[1] for node in side if isinstance(node, tuple) and node[0] == "site"}
+
+
+def _add_site(graph: nx.DiGraph, site: Site, choices: Mapping[str, _Option], costs: Costs) -> None:
+    """What a site costs on either side."""
+    half, full = (
+        choices[label].cost + costs.attention(label, *site.attended) if label in choices else math.inf
+        for label in (_BF16, _FP32)
+    )
+    graph.add_edge(("site", site.node), "fp32", capacity=half)
+    # without a choice plain ATen works in FP32
+    graph.add_edge("bf16", ("site", site.node), capacity=full if choices else 0.0)
+
+
+def _add_value(graph: nx.DiGraph, source: str, made: Site | None, readers: Sequence[Site], costs: Costs) -> None:
+    """What the casts of a value cost, which a site makes or something else in FP32."""
+    maker = ("site", source) if made is not None else "fp32"
+    elements = made.m * made.n if made is not None else max(math.prod(r.shape) for r in readers)
+    for reader in readers:
+        graph.add_edge(("site", reader.node), ("narrow", source), capacity=math.inf)
+        if made is not None:
+            graph.add_edge(("wide", source), ("site", reader.node), capacity=math.inf)
+    if readers:
+        graph.add_edge(("narrow", source), maker, capacity=costs.pointwise("fp32:cast", elements))
+    if made is not None:
+        graph.add_edge(maker, ("wide", source), capacity=costs.pointwise("bf16:cast", elements))
+        if made.escapes:
+            graph.add_edge(("wide", source), "fp32", capacity=math.inf)

@@ -10,7 +10,7 @@ import torch
 
 from armopt.ir.records import Bucket, Decision, Plan, Site, Skip, Target
 from armopt.kernels import table
-from armopt.kernels.base import Kernel
+from armopt.kernels.base import Kernel, Use
 
 
 class Policy(Protocol):
@@ -36,7 +36,7 @@ def refusals(site: Site, target: Target) -> list[str]:
     """Why kernels that are meant for such a site don't take it."""
     if not target.bf16:
         return [f"{target.core} has no BF16"]
-    reasons = (kernel.refuses(site) for kernel in table.ALL if kernel.op == site.op)
+    reasons = (kernel.refuses(site) for kernel in table.kernels(site.op, Use.PLAN))
     return list(dict.fromkeys(reason for reason in reasons if reason and not reason.startswith("covers")))
 
 
@@ -47,15 +47,14 @@ def make(sites: Sequence[Site], target: Target, policy: Policy, bucket: Bucket) 
         kernel = choice.kernel
         if kernel is None:
             refused.append(Skip(site.node, choice.reason))
-            kernel = table.get(f"aten_{site.op}")
-        channels_last = site.op == "conv" and kernel.backend != "aten"
+            kernel = table.plain(site.op)
         decisions.append(
             Decision(
                 node=site.node,
                 op=site.op,
                 kernel=kernel.name,
                 precision=kernel.precision,
-                layout="channels_last" if channels_last else "plain",
+                layout=kernel.layout,
                 shape=site.shape,
                 reason=choice.reason,
                 block=kernel.block(site, target),

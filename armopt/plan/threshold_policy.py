@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from armopt.ir.records import Site, Target
+from armopt.ir.records import Backend, Op, Precision, Site, Target
 from armopt.kernels import table
+from armopt.kernels.base import Kernel, Use
 from armopt.plan.planner import Choice, refusals
 
 
@@ -27,11 +28,12 @@ class ThresholdPolicy:
 
     def choose(self, sites: Sequence[Site], target: Target) -> Sequence[Choice]:
         """Looks at each site alone."""
-        return [self._linear(site, target) if site.op == "linear" else _conv(site, target) for site in sites]
+        return [self._linear(site, target) if site.op == Op.LINEAR else _conv(site, target) for site in sites]
 
     def _linear(self, site: Site, target: Target) -> Choice:
-        packed = table.get("conv1x1_bf16" if target.bf16 else "conv1x1_fp32")
-        blas = table.get("blas_fp32_w16" if target.bf16 else "blas_fp32")
+        kernels = _usable(site, target)
+        packed = next(kernel for kernel in kernels if kernel.backend != Backend.BLAS)
+        blas = next(kernel for kernel in kernels if kernel.backend == Backend.BLAS)
         refusal = packed.refuses(site)
         if refusal is not None:
             return Choice(None, refusal) if blas.refuses(site) else Choice(blas, refusal)
@@ -42,9 +44,14 @@ class ThresholdPolicy:
 
 def _conv(site: Site, target: Target) -> Choice:
     """The first kernel that takes a convolution; its reason is why the ones before it don't."""
-    wanted = ["conv_bf16", "conv_fastmath"] if target.bf16 else []
     reasons = "; ".join(refusals(site, target))
-    for name in (*wanted, "conv_fp32", "conv_merged_fp32", "conv_transpose_fp32"):
-        if table.get(name).refuses(site) is None:
-            return Choice(table.get(name), reasons or "dense convolution: packed once")
+    for kernel in _usable(site, target):
+        if kernel.refuses(site) is None:
+            return Choice(kernel, reasons or "dense convolution: packed once")
     return Choice(None, reasons)
+
+
+def _usable(site: Site, target: Target) -> list[Kernel]:
+    """The kernels for such a site, those in FP32 alone where the core has no BF16."""
+    kernels = table.kernels(site.op, Use.PLAN)
+    return [kernel for kernel in kernels if target.bf16 or kernel.precision == Precision.FP32]

@@ -14,23 +14,17 @@ from torch import fx
 from armopt.bundle.program import Program
 from armopt.errors import first_line
 from armopt.ir import graph as g
-from armopt.ir.bf16_flow import ATTENTION, OPERANDS, origin
-from armopt.ir.records import Site
-from armopt.kernels import max_pool, post_ops, sites, table
-from armopt.kernels.base import Call, Kernel
+from armopt.ir.bf16_flow import ATTENTION, operands, producer
+from armopt.ir.calls import LayerCall, call_of, is_layer, layers
+from armopt.ir.records import Op, Precision, Site
+from armopt.kernels import max_pool, post_ops, table
+from armopt.kernels.base import Kernel, KernelCall, Use
 from armopt.kernels.geometry import output_size
-from armopt.kernels.ops import KERNEL, POST_OP
 from armopt.kernels.timings import Timings
 from armopt.runtime import probe, probe_cache
 from armopt.runtime.python_calls import rebind
 
 _aten = torch.ops.aten
-
-#: What to try, in order, when a planned kernel can't be had; plain ATen always can.
-FALLBACKS = {
-    "linear": ("conv1x1_bf16", "conv1x1_fastmath", "blas_fp32_w16", "blas_fp32", "aten_linear"),
-    "conv": ("conv_bf16", "conv_fastmath", "conv_fp32", "conv_merged_fp32", "conv_transpose_fp32", "aten_conv"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,51 +97,32 @@ class Binder:
         output = graph.graph_copy(source.graph, mapping)
         graph.output(output)
         constants = dict(source.named_buffers(remove_duplicate=False))
-        layers = list(sites.layers(source.graph))
+        found = list(layers(source.graph))
         bound: dict[fx.Node, Bound] = {}
         # the largest first: what packing and probing it takes meanwhile comes before the rest is in memory
-        for old in sorted(layers, key=lambda layer: -_work_space(program.sites[layer.name])):
+        for old in sorted(found, key=lambda layer: -_work_space(program.sites[layer.name])):
             node = mapping[old]
-            site = program.sites[old.name]
-            planned = table.get(str(node.args[KERNEL[node.target]]))
-            kernel, weight, reasons = self._first_proven(site, planned, node, constants)
-            bound[old] = Bound(old.name, planned.name, kernel.name, "; ".join(reasons))
-            _replace(
-                graph,
-                constants,
-                node,
-                kernel,
-                weight,
-                self._bias(node, kernel, site, constants),
-                program.shapes[old.name],
-                site,
-            )
+            layer = _Layer(node, call_of(node), program.sites[old.name], program.shapes[old.name])
+            kernel, weight, reasons = self._first_proven(layer, constants)
+            bound[old] = Bound(old.name, layer.call.kernel, kernel.name, "; ".join(reasons))
+            _replace(layer, kernel, weight, self._bias(layer, kernel, constants), constants)
         _pool_as_integers(source, mapping, program.shapes)
         if not self.bf16_attention:
             _attend_in_fp32(source, mapping)
-        return finish(root, graph, constants), [bound[node] for node in layers]
+        return finish(root, graph, constants), [bound[node] for node in found]
 
     def _first_proven(
-        self, site: Site, planned: Kernel, node: fx.Node, constants: dict[str, torch.Tensor]
+        self, layer: _Layer, constants: dict[str, torch.Tensor]
     ) -> tuple[Kernel, torch.Tensor, list[str]]:
         """The first kernel that is available, takes the site and passes its probe; with its packed weight."""
-        reasons: list[str] = []
-        others = [table.get(name) for name in FALLBACKS[site.op] if name != planned.name]
-        # the planned arithmetic first, then the planned dtype of activations, which needs no casts
-        others.sort(key=lambda k: (k.precision != planned.precision, k.activations != planned.activations))
-        # a node planned in FP32 stays in FP32
-        allowed = [k for k in others if planned.precision != "fp32" or k.precision == "fp32"]
-        stored = constants[site.weight_key]
+        site, planned = layer.site, table.get(layer.call.kernel)
         times = self.tuning.of(site) if self.tuning is not None else {}
-        quicker = [k for k in allowed if k.activations == planned.activations and _is_quicker(k, planned, times)]
-        quicker.sort(key=lambda kernel: times[kernel.name])
-        for kernel in dict.fromkeys((*quicker, planned, *allowed)):
-            reason: str | None = None
-            if kernel.fast_math and not self.fast_math:
-                reason = "DNNL_DEFAULT_FPMATH_MODE=BF16 was not set when oneDNN started"
-            reason = reason or kernel.refuses(site)
+        quicker, fallbacks = _alternatives(planned, times)
+        reasons: list[str] = []
+        for kernel in dict.fromkeys((*quicker, planned, *fallbacks)):
+            reason = self._unavailable(kernel) or kernel.refuses(site)
             if reason is None:
-                weight, reason = self._prove(kernel, site, node, stored, constants)
+                weight, reason = self._prove(kernel, layer, constants)
                 if reason is None:
                     if kernel in quicker:
                         reasons.append(f"tuned: {times[planned.name] / times[kernel.name]:.2f}x the speed")
@@ -156,15 +131,20 @@ class Binder:
                 reasons.append(f"{kernel.name}: {reason}")
         raise AssertionError("plain ATen takes every site")
 
+    def _unavailable(self, kernel: Kernel) -> str | None:
+        missing = kernel.fast_math and not self.fast_math
+        return "DNNL_DEFAULT_FPMATH_MODE=BF16 was not set when oneDNN started" if missing else None
+
     def _prove(
-        self, kernel: Kernel, site: Site, node: fx.Node, stored: torch.Tensor, constants: dict[str, torch.Tensor]
+        self, kernel: Kernel, layer: _Layer, constants: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, str | None]:
         """A packed weight with which the kernel passes its probe: one packed for another shape, or a new one."""
+        site, stored = layer.site, constants[layer.site.weight_key]
         identity = self.identify(site.weight_key, stored)
         key = (kernel.name, identity, kernel.scale(site), site.stride, site.padding, site.dilation, site.groups)
         held = self.packed[key]
         for packed_for, weight in held:
-            if self._verdict(kernel, site, packed_for, node, weight, constants) is None:
+            if self._verdict(kernel, layer, packed_for, weight, constants) is None:
                 return weight, None
         known = self.verdicts.get(probe_cache.key(kernel.name, site, site.shape))
         if known is not None:
@@ -174,7 +154,7 @@ class Binder:
         except RuntimeError as error:  # e.g. oneDNN on x86 packs BF16 with AVX-512 alone
             return stored, f"can't be packed here: {first_line(error)}"
         self.release(stored)
-        reason = self._verdict(kernel, site, site.shape, node, weight, constants)
+        reason = self._verdict(kernel, layer, site.shape, weight, constants)
         if reason is None:
             held.append((site.shape, weight))
         return weight, reason
@@ -182,35 +162,52 @@ class Binder:
     def _verdict(
         self,
         kernel: Kernel,
-        site: Site,
+        layer: _Layer,
         packed_for: tuple[int, ...],
-        node: fx.Node,
         weight: torch.Tensor,
         constants: dict[str, torch.Tensor],
     ) -> str | None:
         """What the probe says, now or earlier, of a kernel with a weight that was packed for a shape."""
-        key = probe_cache.key(kernel.name, site, packed_for)
+        key = probe_cache.key(kernel.name, layer.site, packed_for)
         if key not in self.verdicts:
-            run = single(kernel, site, weight, self._bias(node, kernel, site, constants))
-            self.verdicts[key] = probe.refusal(kernel, site, run)
+            run = single(kernel, layer.site, weight, self._bias(layer, kernel, constants))
+            self.verdicts[key] = probe.refusal(kernel, layer.site, run)
             del run.graph_module.weight  # a graph is a cycle: a refused kernel's weight would stay in memory
         return self.verdicts[key]
 
-    def _bias(
-        self, node: fx.Node, kernel: Kernel, site: Site, constants: dict[str, torch.Tensor]
-    ) -> torch.Tensor | None:
-        bias = node.args[2]
-        if not isinstance(bias, fx.Node):
+    def _bias(self, layer: _Layer, kernel: Kernel, constants: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        if layer.call.bias is None:
             return None
-        key = (str(bias.target), kernel.activations, kernel.scale(site))
+        key = (str(layer.call.bias.target), kernel.activations, kernel.scale(layer.site))
         if key not in self._biases:
-            self._biases[key] = kernel.packed_bias(constants[key[0]], site)
+            self._biases[key] = kernel.packed_bias(constants[key[0]], layer.site)
         return self._biases[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A node to bind: its call, its site, and the shape of its result (None where dynamic)."""
+
+    node: fx.Node
+    call: LayerCall[fx.Node]
+    site: Site
+    output: Sequence[int | None]
 
 
 def _work_space(site: Site) -> int:
     """Values that packing and probing a site holds for a while: the weight, the rows that it meets, and the result."""
     return math.prod(site.weight) + site.m * (site.k + site.n)
+
+
+def _alternatives(planned: Kernel, times: Mapping[str, float]) -> tuple[list[Kernel], list[Kernel]]:
+    """What this host's times prefer to the planned kernel, the quickest first; and what to fall back to, in order."""
+    others = [kernel for kernel in table.kernels(planned.op, Use.FALLBACK) if kernel is not planned]
+    # the planned arithmetic first, then the planned dtype of activations, which needs no casts
+    others.sort(key=lambda k: (k.precision != planned.precision, k.activations != planned.activations))
+    # a node planned in FP32 stays in FP32
+    allowed = [k for k in others if planned.precision != Precision.FP32 or k.precision == Precision.FP32]
+    quicker = [k for k in allowed if k.activations == planned.activations and _is_quicker(k, planned, times)]
+    return sorted(quicker, key=lambda kernel: times[kernel.name]), allowed
 
 
 def _is_quicker(kernel: Kernel, planned: Kernel, times: Mapping[str, float]) -> bool:
@@ -253,20 +250,16 @@ def single(kernel: Kernel, site: Site, weight: torch.Tensor, bias: torch.Tensor 
         constants["bias"] = bias
         bias_node = graph.get_attr("bias")
     place = graph.call_function(_aten.alias.default, (x,))
-    graph.output(
-        kernel.emit(
-            Call(place, x, weight_node, bias_node, other, site.post_op, _output_shape(site), site, kernel.activations)
-        )
-    )
+    graph.output(kernel.emit(KernelCall(kernel, site, place, x, weight_node, bias_node, other, _output_shape(site))))
     graph.erase_node(place)
     # a convolution's neighbours hand it channels_last
-    if site.op == "conv":
+    if site.op == Op.CONV:
         inputs = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in inputs]
     return Single(finish(torch.nn.Module(), graph, constants), inputs)
 
 
 def _output_shape(site: Site) -> list[int]:
-    if site.op == "linear":
+    if site.op == Op.LINEAR:
         return [*site.shape[:-1], site.n]
     spatial = output_size(
         site.shape[2:],
@@ -281,87 +274,81 @@ def _output_shape(site: Site) -> list[int]:
 
 
 def _replace(
-    graph: fx.Graph,
-    constants: dict[str, torch.Tensor],
-    node: fx.Node,
-    kernel: Kernel,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    output: Sequence[int | None],
-    site: Site,
+    layer: _Layer, kernel: Kernel, weight: torch.Tensor, bias: torch.Tensor | None, constants: dict[str, torch.Tensor]
 ) -> None:
     """Puts a kernel's calls in the place of an armopt node, with casts where its dtype is not the planned one's."""
-    planned = table.get(str(node.args[KERNEL[node.target]]))
-    x, other = node.args[0], node.args[3]
-    assert isinstance(x, fx.Node)
+    node, call = layer.node, layer.call
+    planned = table.get(call.kernel)
+    x, other = call.x, call.other
     if kernel.activations != planned.activations:
-        x = _cast(graph, node, x, kernel.activations)
-        other = _cast(graph, node, other, kernel.activations) if isinstance(other, fx.Node) else None
-    weight_node = _attribute(graph, constants, node, f"{node.name}_packed", weight)
-    bias_node = None if bias is None else _attribute(graph, constants, node, f"{node.name}_bias", bias)
-    shape = _dynamic_shape(graph, node, x, output)
-    call = Call(node, x, weight_node, bias_node, other, site.post_op, shape, site, kernel.activations)  # type: ignore[arg-type]
-    result = kernel.emit(call)
+        x = _cast(node, x, kernel.activations)
+        other = None if other is None else _cast(node, other, kernel.activations)
+    weight_node = _attribute(constants, node, f"{node.name}_packed", weight)
+    bias_node = None if bias is None else _attribute(constants, node, f"{node.name}_bias", bias)
+    shape = _dynamic_shape(node, x, layer.output)
+    result = kernel.emit(KernelCall(kernel, layer.site, node, x, weight_node, bias_node, other, shape))
     if kernel.activations != planned.activations:
-        result = _cast(graph, node, result, planned.activations)
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
+        result = _cast(node, result, planned.activations)
+    g.replace_and_erase(node, result)
 
 
 def _pool_as_integers(
     source: fx.GraphModule, mapping: Mapping[fx.Node, fx.Node], shapes: Mapping[str, Sequence[int | None]]
 ) -> None:
     """Max pools right behind a layer in BF16 that gives nothing negative, where the size of its image is known."""
-    for old in g.calls(source.graph, _aten.max_pool2d.default):
+    for old in g.calls_to(source.graph, _aten.max_pool2d.default):
         layer = old.args[0]
-        if not isinstance(layer, fx.Node) or layer.name not in shapes:
+        if not isinstance(layer, fx.Node) or not is_layer(layer):
             continue
-        post_op, kernel = layer.args[POST_OP[layer.target]], table.get(str(layer.args[KERNEL[layer.target]]))
         height, width = shapes[layer.name][-2:]
         window = max_pool.window(old)
-        positive = post_op in max_pool.NOT_NEGATIVE and kernel.activations == torch.bfloat16
+        positive = call_of(layer).post_op in max_pool.NOT_NEGATIVE and _is_planned_in_bf16(layer)
         if positive and window is not None and height is not None and width is not None:
             max_pool.emit(mapping[old], window, (height, width))
+
+
+def _is_planned_in_bf16(layer: fx.Node) -> bool:
+    return table.get(call_of(layer).kernel).activations == torch.bfloat16
 
 
 def _attend_in_fp32(source: fx.GraphModule, mapping: Mapping[fx.Node, fx.Node]) -> None:
     """Attention planned in BF16, between casts: without a BF16 product in BLAS torch 2.13 calls oneDNN's ``ref`` for
     each head, 27 times the instructions of FP32 (12 heads of 128x64)."""
-    for old in g.calls(source.graph, ATTENTION):
-        made = origin(old.args[0])
-        if made.target not in KERNEL or table.get(str(made.args[KERNEL[made.target]])).activations != torch.bfloat16:
+    for old in g.calls_to(source.graph, ATTENTION):
+        made = producer(old.args[0])
+        if not is_layer(made) or not _is_planned_in_bf16(made):
             continue
         node = mapping[old]
-        graph, count = node.graph, OPERANDS[ATTENTION]
-        wide = tuple(_cast(graph, node, x, torch.float32) for x in node.args[:count])  # type: ignore[arg-type]
-        node.args = (*wide, *node.args[count:])
-        with graph.inserting_after(node):
-            narrow = graph.call_function(_aten._to_copy.default, (node,), {"dtype": torch.bfloat16})
-        node.replace_all_uses_with(narrow, delete_user_cb=lambda user, narrow=narrow: user is not narrow)  # type: ignore[misc]
+        wide = tuple(_cast(node, x, torch.float32) for x in operands(node))
+        node.args = (*wide, *node.args[len(wide) :])
+        users = list(node.users)
+        with node.graph.inserting_after(node):
+            narrow = node.graph.call_function(_aten._to_copy.default, (node,), {"dtype": torch.bfloat16})
+        for user in users:
+            user.replace_input_with(node, narrow)
 
 
-def _dynamic_shape(graph: fx.Graph, node: fx.Node, x: fx.Node, output: Sequence[int | None]) -> list[Any]:
+def _dynamic_shape(node: fx.Node, x: fx.Node, output: Sequence[int | None]) -> list[Any]:
     """The output shape with -1 for one dynamic dimension; for more, the sizes are read from the input."""
     dynamic = [i for i, size in enumerate(output) if size is None]
     if len(dynamic) <= 1:
         return [-1 if size is None else size for size in output]
+    graph = node.graph
     with graph.inserting_before(node):
         return [
             graph.call_function(_aten.sym_size.int, (x, i)) if size is None else size for i, size in enumerate(output)
         ]
 
 
-def _cast(graph: fx.Graph, before: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
-    with graph.inserting_before(before):
-        return graph.call_function(_aten._to_copy.default, (source,), {"dtype": dtype})
+def _cast(before: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
+    with before.graph.inserting_before(before):
+        return before.graph.call_function(_aten._to_copy.default, (source,), {"dtype": dtype})
 
 
-def _attribute(
-    graph: fx.Graph, constants: dict[str, torch.Tensor], before: fx.Node, wanted: str, value: torch.Tensor
-) -> fx.Node:
-    constants[wanted] = value
-    with graph.inserting_before(before):
-        return graph.get_attr(wanted)
+def _attribute(constants: dict[str, torch.Tensor], before: fx.Node, name: str, value: torch.Tensor) -> fx.Node:
+    constants[name] = value
+    with before.graph.inserting_before(before):
+        return before.graph.get_attr(name)
 
 
 def finish(root: torch.nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor]) -> fx.GraphModule:

@@ -31,11 +31,6 @@ class Tensor:
     dtype: str
     layout: str = ""
 
-    @property
-    def packed(self) -> bool:
-        """Whether the layout has inner blocks, as weights do that were packed for a kernel."""
-        return any(c.isdigit() for c in self.layout)
-
 
 @dataclass(frozen=True, slots=True)
 class Execution:
@@ -68,14 +63,6 @@ class Execution:
     def is_acl(self) -> bool:
         """Whether Arm Compute Library did the work."""
         return "acl" in re.split(r"[:_+]", self.implementation)
-
-    @property
-    def is_packing(self) -> bool:
-        """Whether this reorder packs a tensor: its destination has inner blocks, its source has none."""
-        if self.primitive != "reorder":
-            return False
-        src, dst = self.tensors.get("src"), self.tensors.get("dst")
-        return bool(src and dst and dst.packed and not src.packed)
 
     @property
     def weight_dtype(self) -> str:

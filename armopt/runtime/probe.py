@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from armopt.errors import first_line
-from armopt.ir.records import Site
+from armopt.ir.records import Precision, Site
 from armopt.kernels.base import Kernel
 from armopt.runtime import onednn_log
 
@@ -26,7 +26,7 @@ def refusal(kernel: Kernel, site: Site, run: Callable[[], object]) -> str | None
     Returns:
         The reason: a reference implementation, a weight reordered on every call, or weights that are not BF16.
     """
-    if kernel.backend not in ("acl", "onednn"):
+    if not kernel.is_onednns:
         return None
     with torch.no_grad():
         try:
@@ -48,6 +48,6 @@ def judge(kernel: Kernel, site: Site, executions: tuple[onednn_log.Execution, ..
     if onednn_log.weight_reorders(executions, [site.weight]):
         return "the weight is reordered on every call"
     for execution in computed:
-        if kernel.precision == "bf16" and execution.weight_dtype != "bf16":
+        if kernel.precision == Precision.BF16 and execution.weight_dtype != "bf16":
             return f"{execution.implementation} runs on {execution.weight_dtype} weights"
     return None

@@ -60,7 +60,7 @@ def rebind(node: fx.Node) -> None:
     """Gives a node that calls an operation its binding, where there is one."""
     if node.target is _aten._to_copy.default:
         dtype = node.kwargs.get("dtype")
-        if len(node.kwargs) == 1 and dtype in CASTS:
-            node.target, node.kwargs = CASTS[dtype], {}  # type: ignore[index]
+        if len(node.kwargs) == 1 and isinstance(dtype, torch.dtype) and dtype in CASTS:
+            node.target, node.kwargs = CASTS[dtype], {}
     else:
         node.target = BINDINGS.get(node.target, node.target)

@@ -317,10 +317,11 @@ CONTENDERS = (
 
 
 def _linear_table(options: argparse.Namespace, report: Callable[[str], None]) -> tuple[list[Counts], str]:
+    from armopt.ir.records import Op
     from armopt.kernels import table as kernels
 
     ms = [int(m) for m in options.m.split(",")]
-    mine = [f"kernel {kernel.name}" for kernel in kernels.ALL if kernel.op == "linear"]
+    mine = [f"kernel {kernel.name}" for kernel in kernels.kernels(Op.LINEAR)]
     wanted = options.only.split(";") if options.only else [*CONTENDERS, *mine]
     found: list[Counts] = []
     rows = []

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from armopt.ir.records import Site
 from armopt.kernels import table
-from armopt.kernels.base import Call
+from armopt.kernels.base import KernelCall
 from armopt.kernels.geometry import output_size
 from armopt.runtime.bind import Single, finish, single
 from armopt.runtime.python_calls import BINDINGS, CASTS
@@ -232,7 +232,8 @@ def pointwise(operation: str, dtype: str, elements: int) -> Prepared:
     y, other = graph.placeholder("y"), graph.placeholder("other")
     end = graph.output(y)
     site = linear_site(1, 1, elements, operation)
-    end.args = (Call(end, y, y, None, other, operation, (1, elements), site, kind).with_post_op(y),)
+    kernel = table.get("conv1x1_bf16" if dtype == "bf16" else "aten_linear")  # neither fuses any
+    end.args = (KernelCall(kernel, site, end, y, y, None, other, (1, elements)).with_post_op(y),)
     forward = finish(torch.nn.Module(), graph, {}).forward
     return lambda: forward(x, x)
 

@@ -11,51 +11,56 @@ from torch import fx
 
 from armopt import targets
 from armopt.bundle.program import Program
+from armopt.ir.calls import ConvCall, LinearCall
+from armopt.ir.records import Op
 from armopt.kernels import sites, table
-from armopt.kernels.ops import CONV, LINEAR
+from armopt.kernels.examples import Example
 
 
 @dataclass(frozen=True)
 class Case:
-    """A Linear (`shape` [M, K]) or a convolution (`shape` [batch, channels, height, width]).
+    """A kernel on one layer.
 
-    `operands` says what stands in them: ``normal`` numbers, or one of the special ones of :func:`operands`.
+    `operands` says what stands in it: ``normal`` numbers, or one of the special ones of :func:`operands`.
     """
 
     kernel: str
-    shape: tuple[int, ...]
-    outputs: int
-    filters: tuple[int, ...] = ()
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-    groups: int = 1
-    bias: bool = True
-    post_op: str = "none"
+    layer: Example
     operands: str = "normal"
 
     def __str__(self) -> str:
-        text = f"{self.kernel} {'x'.join(map(str, self.shape))} -> {self.outputs}"
-        if self.filters:
-            text += f" filter {'x'.join(map(str, self.filters))}"
+        layer = self.layer
+        text = f"{self.kernel} {'x'.join(map(str, layer.shape))} -> {layer.outputs}"
+        if layer.filters:
+            text += f" filter {'x'.join(map(str, layer.filters))}"
         for name, default in (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1), ("post_op", "none")):
-            if getattr(self, name) != default:
-                text += f" {name} {getattr(self, name)}"
+            if getattr(layer, name) != default:
+                text += f" {name} {getattr(layer, name)}"
         return text if self.operands == "normal" else f"{text} {self.operands}"
+
+
+def examples() -> dict[str, tuple[Case, ...]]:
+    """The layers that each kernel names for itself, by target."""
+    found: dict[str, tuple[Case, ...]] = {}
+    for kernel in table.kernels():
+        for target, layers in kernel.examples.items():
+            found[target] = (*found.get(target, ()), *(Case(kernel.name, layer) for layer in layers))
+    return found
 
 
 def operands(case: Case) -> dict[str, torch.Tensor]:
     """Input, weight, bias and residual in FP32; NumPy's generator gives the same on every machine."""
-    random = np.random.default_rng([*case.shape, case.outputs, *case.filters])
+    layer = case.layer
+    random = np.random.default_rng([*layer.shape, layer.outputs, *layer.filters])
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
 
-    weight_shape = (case.outputs, case.shape[1] // case.groups, *case.filters)
+    weight_shape = (layer.outputs, layer.shape[1] // layer.groups, *layer.filters)
     fan_in = math.prod(weight_shape[1:])
-    found = {"x": normal(*case.shape), "weight": normal(*weight_shape) / fan_in**0.5}
-    if case.bias:
-        found["bias"] = normal(case.outputs) * 0.1
+    found = {"x": normal(*layer.shape), "weight": normal(*weight_shape) / fan_in**0.5}
+    if layer.bias:
+        found["bias"] = normal(layer.outputs) * 0.1
     x, weight = found["x"], found["weight"]
     match case.operands:
         case "zeros":
@@ -103,31 +108,31 @@ def operands(case: Case) -> dict[str, torch.Tensor]:
 
 def program(case: Case, target: str, tensors: dict[str, torch.Tensor]) -> Program:
     """A graph of that layer alone; as it stands, the kernel's portable twin on that target."""
-    kernel = table.get(case.kernel)
+    kernel, layer = table.get(case.kernel), case.layer
     root = torch.nn.Module()
     root.register_buffer("weight", tensors["weight"].to(kernel.rounding.weights))
     graph = fx.Graph()
     x, weight = graph.placeholder("x"), graph.get_attr("weight")
     bias = None
-    if case.bias:
+    if layer.bias:
         root.register_buffer("bias", tensors["bias"])
         bias = graph.get_attr("bias")
-    spatial = len(case.filters)
-    geometry = () if kernel.op == "linear" else _geometry(case, spatial)
-    operation = LINEAR if kernel.op == "linear" else CONV
-    args = (x, weight, bias, None, *geometry, case.post_op, kernel.name, 0)
-    layer = graph.call_function(operation, args)
-    site = sites.describe(layer, case.shape, tuple(root.weight.shape))
-    layer.args = (*args[:-1], kernel.block(site, targets.load(target)))
-    graph.output((layer,))
-    shape = (case.shape[0], case.outputs)
-    if spatial:
-        size = [
-            (s + 2 * case.padding - case.dilation * (f - 1) - 1) // case.stride + 1
-            for s, f in zip(case.shape[2:], case.filters, strict=True)
-        ]
-        shape = (*shape, *size)
-    return Program({}, fx.GraphModule(root, graph), {layer.name: site}, {layer.name: shape})
+    operands = {"x": x, "weight": weight, "bias": bias, "post_op": layer.post_op, "kernel": kernel.name}
+    if kernel.op == Op.LINEAR:
+        call = LinearCall(**operands)
+    else:
+        names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+        call = ConvCall(**operands, **dict(zip(names, _geometry(layer), strict=True)))
+    node = graph.call_function(call.operation, call.args)
+    site = sites.describe(node, layer.shape, tuple(root.weight.shape))
+    node.args = call.replace(block=kernel.block(site, targets.load(target))).args
+    graph.output((node,))
+    size = [
+        (s + 2 * layer.padding - layer.dilation * (f - 1) - 1) // layer.stride + 1
+        for s, f in zip(layer.shape[2:], layer.filters, strict=True)
+    ]
+    shape = (layer.shape[0], layer.outputs, *size)
+    return Program({}, fx.GraphModule(root, graph), {node.name: site}, {node.name: shape})
 
 
 def activations(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -147,21 +152,21 @@ def exact(case: Case) -> torch.Tensor:
     """The layer in FP64 on the operands before any rounding."""
     found = {name: tensor.double() for name, tensor in operands(case).items()}
     x, weight, bias = found["x"], found["weight"], found.get("bias")
-    if not case.filters:
+    if not case.layer.filters:
         y = torch.nn.functional.linear(x, weight, bias)
     else:
-        geometry = _geometry(case, len(case.filters))
-        y = torch.convolution(x, weight, bias, *geometry)
-    match case.post_op:
+        y = torch.convolution(x, weight, bias, *_geometry(case.layer))
+    match case.layer.post_op:
         case "none":
             return y
         case "relu":
             return y.relu()
         case "silu":
             return torch.nn.functional.silu(y)
-    raise AssertionError(case.post_op)
+    raise AssertionError(case.layer.post_op)
 
 
-def _geometry(case: Case, spatial: int) -> tuple[object, ...]:
-    one = [case.stride] * spatial, [case.padding] * spatial, [case.dilation] * spatial
-    return (*one, False, [0] * spatial, case.groups)
+def _geometry(layer: Example) -> tuple[object, ...]:
+    spatial = len(layer.filters)
+    one = [layer.stride] * spatial, [layer.padding] * spatial, [layer.dilation] * spatial
+    return (*one, False, [0] * spatial, layer.groups)

@@ -21,6 +21,7 @@ from armopt.environment import build
 from armopt.runtime import onednn_log
 from armopt.targets.emulated import core_named
 from tests.library_names import variables_read
+from tests.packing import is_packing
 
 HERE = Path(__file__).parent
 FAST_MATH = {"DNNL_DEFAULT_FPMATH_MODE": "BF16", "OMP_NUM_THREADS": "1"}
@@ -347,5 +348,5 @@ def test_tensorflow_runs_on_acl_in_bf16(tensorflow, tmp_path):
     assert [e.primitive for e in layers] == ["convolution", "convolution", "matmul"]
     assert all(e.is_acl and e.weight_dtype == "bf16" for e in layers), log.text
     # filters are packed once; TensorFlow packs a matmul's weight on every call
-    assert [e.problem for e in log.executions if e.is_packing] == ["64x128"]
+    assert [e.problem for e in log.executions if is_packing(e)] == ["64x128"]
     assert onednn_log.parse(done.stdout).header.threads == 1

@@ -5,11 +5,15 @@ real kernel's error against FP64 on the operands before any rounding.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from armopt.kernels import table
+from armopt.ir.records import Op, Precision
+from armopt.kernels import examples, table
+from armopt.kernels.base import Use
+from armopt.kernels.examples import Example
 from tests.arm64 import kernel_cases
 from tests.arm64.kernel_cases import Case
 
@@ -18,126 +22,27 @@ JOBS = "tests.arm64.jobs_kernels"
 FP32_ERROR = 2e-6
 
 
-def _linear(kernel, *sizes):
-    return [Case(kernel, (m, k), n) for m, k, n in sizes]
-
-
-def _conv(kernel, *rows):
-    return [
-        Case(kernel, (batch, channels, *size), n, filters, **geometry)
-        for batch, channels, size, n, filters, geometry in rows
-    ]
-
-
-# --- shapes ---------------------------------------------------------------------------------------
-# The Compute Library splits K where it exceeds 340 (SVE of 256 bits, 24 columns) or 680 (NEON, 12 columns), evenly.
-
-BF16_LINEAR = (
-    *((64, 64, 64), (64, 256, 10), (32, 340, 48), (32, 344, 48), (32, 676, 24), (64, 680, 33), (64, 684, 33)),
-    *((24, 1000, 48), (16, 1027, 65), (16, 2048, 64), (8, 4096, 64), (1, 4096, 1000), (9, 1376, 1000)),
-    *((64, 512, 7), (128, 100, 3), (256, 768, 2), (40, 1360, 60)),
-)
-BF16_CONV = (
-    (1, 3, (32, 32), 32, (7, 7), {"stride": 2, "padding": 3}),
-    (1, 3, (16, 16), 16, (3, 3), {"padding": 1}),
-    (1, 3, (16, 16), 64, (5, 5), {"padding": 2}),
-    (1, 64, (8, 8), 64, (3, 3), {"padding": 1}),
-    (1, 64, (8, 8), 64, (1, 1), {}),
-    (2, 128, (7, 7), 48, (1, 1), {"stride": 2}),
-    (1, 1024, (4, 4), 100, (1, 1), {"stride": 2}),
-    (1, 2048, (2, 2), 128, (1, 1), {}),
-    (1, 32, (9, 9), 48, (5, 5), {"padding": 2}),
-    (1, 16, (12, 12), 33, (5, 5), {"stride": 2, "padding": 2}),
-    (1, 20, (10, 10), 24, (7, 7), {"padding": 3}),
-    (1, 37, (7, 7), 33, (3, 3), {"padding": 1}),
-    (1, 64, (5, 12), 40, (1, 5), {"padding": 2}),
-    # fewer output rows, in the whole batch, than the filter has: the NEON kernel, whatever the width
-    (1, 256, (2, 2), 240, (3, 3), {"padding": 1}),
-    (1, 256, (4, 4), 128, (3, 3), {"stride": 2, "padding": 1}),
-    (1, 32, (8, 8), 96, (7, 7), {}),
-    (2, 256, (4, 4), 64, (3, 3), {"stride": 2, "padding": 1}),
-    (3, 256, (2, 2), 48, (3, 3), {"padding": 1}),
-)
-DILATED = (1, 64, (9, 9), 40, (3, 3), {"padding": 2, "dilation": 2})
-FASTMATH_LINEAR = ((64, 64, 64), (64, 684, 33), (8, 4096, 64), (128, 100, 3), (9, 1376, 1000))
-FASTMATH_CONV = (
-    BF16_CONV[0],
-    BF16_CONV[3],
-    BF16_CONV[9],
-    BF16_CONV[13],
-    DILATED,
-)
-FP32_CONV = (
-    (1, 48, (9, 9), 48, (3, 3), {"padding": 1, "groups": 48}),
-    (1, 32, (9, 9), 32, (3, 3), {"padding": 1, "groups": 2}),
-    (1, 16, (10, 10), 24, (3, 3), {"stride": 2, "padding": 1}),
-    DILATED,
-)
-#: What repair takes instead of conv_bf16, in the same process with fast math.
-BLAS_CONV = (BF16_CONV[0], BF16_CONV[3], BF16_CONV[12], DILATED)
-# Groups of fewer than 16 channels are `gemm:ref` as they are. Without SVE of 256 bits all are, unless depthwise.
-NARROW = (
-    (1, 32, (9, 9), 64, (3, 3), {"padding": 1, "groups": 4}),
-    (2, 128, (6, 6), 128, (3, 3), {"padding": 1, "groups": 32}),
-)
-FP32_DENSE = (
-    *_linear("conv1x1_fp32", (64, 64, 64), (8, 2048, 33), (64, 100, 3)),
-    *_conv("conv_fp32", FP32_CONV[0], *FP32_CONV[2:], *BF16_CONV[:4], BF16_CONV[13]),
-    *_linear("blas_fp32", (1, 1024, 64), (33, 684, 10)),
-)
-
-CASES = {
-    "graviton3": (
-        *_linear("conv1x1_bf16", *BF16_LINEAR),
-        *_conv("conv_bf16", *BF16_CONV),
-        *_linear("conv1x1_fastmath", *FASTMATH_LINEAR),
-        *_conv("conv_fastmath", *FASTMATH_CONV),
-        *_conv("conv_fp32", *FP32_CONV[:2]),
-        *_conv("conv_merged_fp32", *NARROW),
-        *_linear("blas_fp32_w16", (1, 1024, 64), (33, 684, 10)),
-        *_linear("linear_fastmath", *FASTMATH_LINEAR[:3]),
-        *_linear("blas_fp32", (64, 684, 33)),
-        *_conv("conv_blas_fp32", *BLAS_CONV),
-        *_conv("conv_blas_fp32_w16", *BLAS_CONV[:2]),
-        Case("conv1x1_bf16", (64, 400), 48, bias=False, post_op="relu"),
-        Case("conv_bf16", (1, 64, 8, 8), 32, (3, 3), padding=1, bias=False, post_op="relu"),
-        Case("conv_fastmath", (1, 64, 8, 8), 32, (3, 3), padding=1, post_op="relu"),
-        # by tanh of halves, which the weight is packed as
-        Case("conv_fastmath", (1, 64, 8, 8), 32, (3, 3), padding=1, post_op="silu"),
-        Case("conv_fp32", (1, 48, 9, 9), 48, (3, 3), padding=1, groups=48, post_op="silu"),
-        Case("linear_fastmath", (64, 400), 48, post_op="silu"),
-        Case("blas_fp32_w16", (3, 400), 48, bias=False, post_op="silu"),
-        Case("conv1x1_bf16", (64, 400), 48, post_op="silu"),
-    ),
-    "yitian710": (
-        *_linear("conv1x1_bf16", *BF16_LINEAR[4:13:2], *BF16_LINEAR[13:]),
-        *_conv("conv_bf16", *BF16_CONV[::2], BF16_CONV[13]),
-        *_linear("conv1x1_fastmath", FASTMATH_LINEAR[1], FASTMATH_LINEAR[3]),
-        *_conv("conv_fastmath", *FASTMATH_CONV[::2]),
-        *_conv("conv_fp32", *FP32_CONV[:1]),
-    ),
-    "graviton2": FP32_DENSE,
-}
+#: What each kernel names for itself.
+CASES = kernel_cases.examples()
 
 # --- special values -------------------------------------------------------------------------------
 
 LAYERS = {
-    "conv1x1_bf16": {"shape": (16, 400), "outputs": 48},
-    "conv1x1_fastmath": {"shape": (16, 400), "outputs": 48},
-    "blas_fp32_w16": {"shape": (16, 400), "outputs": 48},
-    "conv_bf16": {"shape": (1, 64, 6, 6), "outputs": 48, "filters": (3, 3), "padding": 1},
-    "conv_fastmath": {"shape": (1, 64, 6, 6), "outputs": 48, "filters": (3, 3), "padding": 1},
+    Op.LINEAR: Example((16, 400), 48),
+    Op.CONV: Example((1, 64, 6, 6), 48, (3, 3), padding=1),
 }
+#: Those that an Arm server with BF16 may run whatever was planned.
+ROUNDING = [k for k in table.kernels(None, Use.FALLBACK) if k.precision != Precision.FP32]
 OPERANDS = (
     *("zeros", "zero weights", "huge", "overflow", "subnormal weights", "subnormal inputs", "subnormal products"),
     *("huge weights", "tiny weights", "saturating weights", "saturating inputs"),
     *("infinite input", "nan input", "infinite weight", "both infinities", "nan weight"),
 )
 SPECIAL = (
-    *(Case(kernel, operands=values, **layer) for kernel, layer in LAYERS.items() for values in OPERANDS),
+    *(Case(kernel.name, LAYERS[kernel.op], values) for kernel in ROUNDING for values in OPERANDS),
     # large enough for relu on the bits
     *(
-        Case(kernel, operands=values, **LAYERS[kernel] | {"shape": shape, "post_op": "relu"})
+        Case(kernel, replace(LAYERS[table.get(kernel).op], shape=shape, post_op="relu"), values)
         for kernel, shape in (("conv1x1_bf16", (512, 400)), ("conv_bf16", (1, 64, 20, 20)))
         for values in ("normal", "infinite input", "nan input", "both infinities", "nan weight")
     ),
@@ -185,7 +90,7 @@ def test_the_twin_rounds_as_the_kernel(results, figures, target, case):
         assert max(real, apart) <= FP32_ERROR
 
 
-@_of({"graviton3": tuple(_conv("conv_fp32", BF16_CONV[3]))})
+@_of({"graviton3": (Case("conv_fp32", examples.MIDDLE),)})
 def test_a_dense_convolution_called_fp32_is_none_with_fast_math(results, target, case):
     """Why repair has a kernel of its own: oneDNN multiplies this one in BF16 all the same."""
     found, kernel, reason = results(case, target)
@@ -215,8 +120,11 @@ def test_special_values_are_those_of_the_twin(results, target, case):
 def test_more_threads_round_alike(server):
     """A laptop has few, a server 64; the Compute Library picks its kernel by them too."""
     cases = [
-        *_linear("conv1x1_bf16", (64, 684, 33), (3, 1376, 240)),
-        *_conv("conv_bf16", BF16_CONV[3], BF16_CONV[9], BF16_CONV[14]),
+        Case("conv1x1_bf16", Example((64, 684), 33)),
+        Case("conv1x1_bf16", Example((3, 1376), 240)),
+        Case("conv_bf16", examples.MIDDLE),
+        Case("conv_bf16", examples.STRIDED),
+        Case("conv_bf16", Example((1, 256, 4, 4), 128, (3, 3), stride=2, padding=1)),
     ]
     one, many = (
         server("graviton3").call(f"{JOBS}:run", cases=cases, target="graviton3", threads=threads).value
@@ -228,7 +136,7 @@ def test_more_threads_round_alike(server):
 
 
 def _terms(case):
-    return case.shape[1] // case.groups * math.prod(case.filters)
+    return case.layer.shape[1] // case.layer.groups * math.prod(case.layer.filters)
 
 
 def _norm(values):

@@ -203,10 +203,10 @@ class TrueMetadata(fx.Interpreter):
                 self._compare(node, part, real)
         elif isinstance(said, Tensor):
             assert said.dtype == found.dtype, f"{node.name} is {found.dtype}, its metadata says {said.dtype}"
-            expected = g.concrete_shape(said.shape, self.sizes)
+            expected = g.shape_at(said.shape, self.sizes)
             assert expected == tuple(found.shape), f"{node.name} is {tuple(found.shape)}, not {expected}"
         elif isinstance(said, (int, torch.SymInt)):
-            assert g.concrete(said, self.sizes) == int(found)
+            assert g.size_at(said, self.sizes) == int(found)
 
 
 def check_metadata(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import zoo_models
@@ -145,6 +147,15 @@ def test_an_input_without_a_batch_dimension_is_refused(
     result = CanonicaliseConv()(graph_module)
     assert [s.reason for s in result.skipped] == ["the input has no batch dimension"]
     assert result.modified is False
+
+
+def test_padding_that_depends_on_the_input_is_refused() -> None:
+    def build(call: Any, x: fx.Node, weight: fx.Node) -> fx.Node:
+        return call(aten.conv1d.default, x, weight, None, [1], [call(aten.sym_size.int, x, 0)])
+
+    graph_module = by_hand(noise(1, 3, 6), constants={"weight": noise(4, 3, 3)}, build=build)
+    result = CanonicaliseConv()(graph_module)
+    assert [s.reason for s in result.skipped] == ["its padding depends on the input"]
 
 
 def test_arguments_that_fit_no_schema_are_refused() -> None:

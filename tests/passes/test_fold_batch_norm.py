@@ -10,7 +10,8 @@ from harness import Case, Contract, Forward, Forward2, by_hand, noise, run_pass,
 from torch import fx, nn
 from torch.nn import functional as F  # noqa: N812
 
-from armopt.kernels.ops import LINEAR
+from armopt.ir.calls import LinearCall
+from armopt.ir.operations import LINEAR
 from armopt.passes import Pass
 from armopt.passes import _pipeline as pipeline
 from armopt.passes.canonicalise_conv import CanonicaliseConv
@@ -233,7 +234,7 @@ def test_the_fold_is_computed_in_fp64() -> None:
     norm = model[1]
     exact = model[0].weight.double() * (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt())[:, None]
     layer = next(node for node in result.graph_module.graph.nodes if node.target is LINEAR)
-    folded = getattr(result.graph_module, layer.args[1].target)
+    folded = getattr(result.graph_module, LinearCall.of(layer).weight_name)
     assert torch.equal(folded, exact.float())
 
 

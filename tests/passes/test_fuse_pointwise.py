@@ -7,7 +7,8 @@ from harness import Case, Contract, Forward, Forward2, noise, run_pass, until
 from torch import fx, nn
 from torch.nn import functional as F  # noqa: N812
 
-from armopt.kernels.ops import CONV, LINEAR, POST_OP
+from armopt.ir.calls import call_of, layers
+from armopt.ir.operations import CONV, LINEAR
 from armopt.passes import Pass
 from armopt.passes import _pipeline as pipeline
 from armopt.passes.fuse_pointwise import FusePointwise
@@ -183,7 +184,7 @@ def test_each_function_and_layer(name: str) -> None:
     result = run_pass(FusePointwise(), Model, x, before=BEFORE)
     layers = [node for node in result.graph_module.graph.nodes if node.op == "call_function"]
     assert [node.target for node in layers] == [CONV, LINEAR]
-    assert {node.args[POST_OP[node.target]] for node in layers} == {name.strip()}
+    assert {call_of(node).post_op for node in layers} == {name.strip()}
 
 
 @pytest.mark.parametrize(
@@ -207,5 +208,5 @@ def test_the_later_of_two_layers_takes_the_other() -> None:
     """The first one's result is there when the second runs; the other way round it would not be."""
     model = lambda: Forward2(lambda s, x, y: s.a(x) + s.b(y.relu()), a=nn.Linear(4, 4), b=nn.Linear(4, 4))  # noqa: E731
     result = run_pass(FusePointwise(), model, noise(2, 4), noise(2, 4), before=BEFORE)
-    added = [node.name for node in result.graph_module.graph.nodes if node.target is LINEAR and node.args[4] == "add"]
+    added = [node.name for node in layers(result.graph_module.graph) if call_of(node).post_op == "add"]
     assert added == ["b"]

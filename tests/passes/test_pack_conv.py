@@ -6,7 +6,8 @@ import zoo_models
 from harness import Case, Contract, Forward, noise, plan_for, run_pass, storages
 from torch import fx, nn
 
-from armopt.kernels.ops import CONV, KERNEL
+from armopt.ir.calls import call_of
+from armopt.ir.operations import CONV
 from armopt.passes import PREPARE, Pass
 from armopt.passes import _pipeline as pipeline
 from armopt.passes.pack_conv import PackConv
@@ -16,7 +17,7 @@ CONV_NAME, CAST = "armopt.conv.default", "aten._to_copy.default"
 
 def _pack(graph_module: fx.GraphModule, target: str = "graviton3") -> PackConv:
     decisions = {d.node: d for d in plan_for(target, graph_module).decisions}
-    return PackConv(decisions, {name: d.block for name, d in decisions.items()}, {})
+    return PackConv(decisions, {})
 
 
 class TestPackConv(Contract):
@@ -92,7 +93,7 @@ def test_each_kind_gets_its_kernel(name: str) -> None:
 
     result = run_pass(step, model, x, before=PREPARE)  # type: ignore[arg-type]
     (layer,) = [node for node in result.graph_module.graph.nodes if node.target is CONV]
-    assert layer.args[KERNEL[CONV]] == kernel
+    assert call_of(layer).kernel == kernel
 
 
 def test_a_target_without_bf16_stays_in_fp32() -> None:

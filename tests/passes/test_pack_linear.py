@@ -7,7 +7,8 @@ from torch import fx, nn
 
 from armopt import capture
 from armopt.ir import graph as g
-from armopt.kernels.ops import KERNEL, LINEAR
+from armopt.ir.calls import call_of
+from armopt.ir.operations import LINEAR
 from armopt.passes import PREPARE, Pass
 from armopt.passes import _pipeline as pipeline
 from armopt.passes.pack_linear import PackLinear
@@ -17,7 +18,7 @@ LINEAR_NAME, CAST = "armopt.linear.default", "aten._to_copy.default"
 
 def _pack(graph_module: fx.GraphModule, target: str = "graviton3", rows: int = 4) -> PackLinear:
     decisions = {d.node: d for d in plan_for(target, graph_module, rows).decisions}
-    return PackLinear(decisions, {name: d.block for name, d in decisions.items()}, {})
+    return PackLinear(decisions, {})
 
 
 class TestPackLinear(Contract):
@@ -100,7 +101,7 @@ def test_plans_share_the_rounded_weights() -> None:
     for rows in (4, 64):
         graph_module = g.copy(prepared)
         decisions = {d.node: d for d in plan_for("graviton3", graph_module, rows).decisions}
-        result = PackLinear(decisions, {}, rounded)(graph_module)
+        result = PackLinear(decisions, rounded)(graph_module)
         held |= {t.data_ptr() for t in result.graph_module.buffers() if t.dtype == torch.bfloat16}
     assert len(held) == len(rounded) == 1
 
@@ -116,9 +117,9 @@ def test_node_names_stay() -> None:
 def test_a_dynamic_batch_keeps_its_symbol() -> None:
     graph_module = _prepared(lambda: nn.Linear(16, 8), noise(4, 16), batch=(1, 8))
     decisions = {d.node: d for d in plan_for("graviton3", graph_module, 1).decisions}
-    result = PackLinear(decisions, {}, {})(graph_module)
+    result = PackLinear(decisions, {})(graph_module)
     layer = next(node for node in result.graph_module.graph.nodes if node.target is LINEAR)
-    assert layer.args[KERNEL[LINEAR]] == "conv1x1_bf16"
+    assert call_of(layer).kernel == "conv1x1_bf16"
     assert isinstance(layer.meta["val"].shape[0], torch.SymInt)
     assert [tuple(result.graph_module(noise(n, 16))[0].shape) for n in (1, 5)] == [(1, 8), (5, 8)]
 

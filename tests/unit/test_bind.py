@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from armopt.bundle.program import Program
+from armopt.ir.records import Backend, Op
 from armopt.kernels import table
 from armopt.plan import threshold_policy
 from armopt.runtime import bind, probe
@@ -75,7 +76,7 @@ def test_a_refused_linear_takes_the_next_kernel_and_says_why() -> None:
 def test_a_refused_convolution_ends_in_plain_aten() -> None:
     program = lowered(nn.Conv2d(4, 6, 3, 2, 1), IMAGE)
     expected = program.graph_module(IMAGE)[0]
-    refusals = {kernel.name: "ref:any" for kernel in table.ALL if kernel.op == "conv" and kernel.backend != "aten"}
+    refusals = {kernel.name: "ref:any" for kernel in table.kernels(Op.CONV) if kernel.backend != Backend.ATEN}
     module, entry = bound(program, **refusals)
     assert entry.kernel == "aten_conv"
     assert "conv_bf16: ref:any" in entry.reason

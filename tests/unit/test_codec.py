@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-import armopt.kernels.ops  # noqa: F401
+import armopt.kernels  # noqa: F401
 from armopt.bundle import codec
 from armopt.bundle.program import Program
 from armopt.errors import BundleError, CaptureError

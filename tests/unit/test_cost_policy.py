@@ -104,7 +104,7 @@ def test_a_chain_in_bf16_is_cheaper_than_its_parts() -> None:
 
 
 def test_never_bf16_where_the_core_has_none() -> None:
-    names = [kernel.name for kernel in table.ALL]
+    names = [kernel.name for kernel in table.kernels()]
     policy = CostPolicy(_table(dict.fromkeys(names, 1.0), 0.0))
     graviton2 = targets.load("graviton2")
     made = planner.make([_site("a", "x", escapes=True)], graviton2, policy, {})

@@ -19,7 +19,7 @@ def graph_module() -> fx.GraphModule:
 def test_a_copy_has_its_own_graph_and_the_same_memory(graph_module: fx.GraphModule) -> None:
     again = g.copy(graph_module)
     before = str(graph_module.graph)
-    for node in g.calls(again.graph, aten.linear.default):
+    for node in g.calls_to(again.graph, aten.linear.default):
         node.target = aten.relu.default
     assert str(graph_module.graph) == before
     ours, theirs = dict(graph_module.named_buffers()), dict(again.named_buffers())
@@ -27,9 +27,9 @@ def test_a_copy_has_its_own_graph_and_the_same_memory(graph_module: fx.GraphModu
 
 
 def test_inserted_calls_carry_true_metadata(graph_module: fx.GraphModule) -> None:
-    layer = next(g.calls(graph_module.graph, aten.linear.default))
+    layer = next(g.calls_to(graph_module.graph, aten.linear.default))
     node = g.insert_call(graph_module.graph, layer, aten.sum.dim_IntList, (layer.args[0], [1]), {"keepdim": True})
-    assert (g.value(node).shape, g.value(node).dtype) == ((2, 1), torch.float32)
+    assert (g.fake_value(node).shape, g.fake_value(node).dtype) == ((2, 1), torch.float32)
 
 
 def test_a_graph_without_fake_tensors_says_so() -> None:
@@ -38,7 +38,7 @@ def test_a_graph_without_fake_tensors_says_so() -> None:
 
 
 def test_the_same_memory_is_registered_once(graph_module: fx.GraphModule) -> None:
-    layer = next(g.calls(graph_module.graph, aten.linear.default))
+    layer = next(g.calls_to(graph_module.graph, aten.linear.default))
     weight = graph_module.weight
     assert g.add_constant(graph_module, "again", weight.view(3, 4), layer).target == "weight"
     assert g.add_constant(graph_module, "again", weight.clone(), layer).target == "again"
@@ -53,11 +53,11 @@ def test_attribute_names_are_free_and_legal(graph_module: fx.GraphModule, wanted
 
 
 def test_sweep_drops_what_nobody_reads_and_keeps_the_rest(graph_module: fx.GraphModule) -> None:
-    layer = next(g.calls(graph_module.graph, aten.linear.default))
+    layer = next(g.calls_to(graph_module.graph, aten.linear.default))
     dead = g.insert_call(graph_module.graph, layer, aten.relu.default, (layer.args[1],))
     g.insert_call(graph_module.graph, layer, aten.neg.default, (dead,))
     graph_module.register_buffer("unused", torch.zeros(1))
-    g.sweep(graph_module)
+    g.remove_unused(graph_module)
     assert [n.op for n in graph_module.graph.nodes].count("call_function") == 1
     assert sorted(name for name, _ in graph_module.named_buffers()) == ["bias", "weight"]
 
@@ -74,7 +74,7 @@ def test_sweep_keeps_inputs_and_writes() -> None:
 
     captured = capture.module(Counter(), (torch.zeros(2), torch.zeros(3)))
     graph_module = g.copy(captured.graph_module)
-    g.sweep(graph_module)
+    g.remove_unused(graph_module)
     ops = [n.op for n in graph_module.graph.nodes]
     assert ops.count("placeholder") == 2
     assert any(n.target is aten.copy_.default for n in graph_module.graph.nodes)
@@ -82,10 +82,10 @@ def test_sweep_keeps_inputs_and_writes() -> None:
 
 def test_shapes_of_a_dynamic_batch() -> None:
     captured = capture.module(nn.Linear(4, 3).eval(), (torch.zeros(2, 4),), batch=(1, 8))
-    node = next(g.calls(captured.graph_module.graph, aten.linear.default))
+    node = next(g.calls_to(captured.graph_module.graph, aten.linear.default))
     (symbol,) = captured.symbols
-    shape = g.value(node).shape
+    shape = g.fake_value(node).shape
     assert g.symbolic_shape(shape) == (symbol.expression, 3)
-    assert g.concrete_shape(shape, captured.values({"batch": 5})) == (5, 3)
-    assert g.concrete_shape([shape[0] * 2 + 1], captured.values({"batch": 5})) == (11,)
-    assert g.concrete_shape(shape, {}) == (1, 3)  # a symbol that no input names
+    assert g.shape_at(shape, captured.values({"batch": 5})) == (5, 3)
+    assert g.shape_at([shape[0] * 2 + 1], captured.values({"batch": 5})) == (11,)
+    assert g.shape_at(shape, {}) == (1, 3)  # a symbol that no input names

@@ -13,10 +13,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
 from armopt.errors import InputError
-from armopt.ir.records import Site
+from armopt.ir.operations import CONV, LINEAR
+from armopt.ir.records import Op, Site
 from armopt.kernels import post_ops, sites, table
+from armopt.kernels.base import Use
 from armopt.kernels.geometry import output_size
-from armopt.kernels.ops import CONV, LINEAR
 from armopt.runtime import bind
 
 BF16 = torch.bfloat16
@@ -102,7 +103,7 @@ def test_conv1d_in_blocks_is_conv2d_of_one_row() -> None:
     assert torch.equal(flat, tall[:, :, 0])
 
 
-@pytest.mark.parametrize("kernel", [k for k in table.ALL if k.op == "linear"], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", table.kernels(Op.LINEAR), ids=lambda k: k.name)
 def test_the_twin_of_each_linear_kernel(kernel: Any) -> None:
     x, weight, bias = noise(4, 16), noise(6, 16, seed=1), noise(6, seed=2)
     given = weight.to(kernel.rounding.weights)
@@ -157,7 +158,7 @@ def agree(kernel: Any, site: Site, twin: Any, x: Tensor, weight: Tensor, bias: T
 
 
 @pytest.mark.parametrize("post_op", ["none", *post_ops.UNARY, post_ops.ADD, post_ops.ADD_RELU])
-@pytest.mark.parametrize("kernel", [k for k in table.ALL if k.op == "linear"], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", table.kernels(Op.LINEAR), ids=lambda k: k.name)
 def test_linear_calls_agree_with_their_twin(kernel: Any, post_op: str) -> None:
     site = Site("fc", "linear", 6, 16, 8, (2, 3, 16), (8, 16), post_op=post_op, weight_key="weight")
     x, weight, bias = noise(2, 3, 16), noise(8, 16, seed=1) / 4, noise(8, seed=2)
@@ -165,7 +166,8 @@ def test_linear_calls_agree_with_their_twin(kernel: Any, post_op: str) -> None:
     agree(kernel, site, lambda x, w, b, o: LINEAR(x, w, b, o, post_op, kernel.name, 0), x, weight, bias, other)
 
 
-EVERY = (*table.ALL, *table.REPAIRS)
+EVERY = table.kernels()
+REPAIRS = [kernel for kernel in EVERY if kernel.uses == {Use.REPAIR}]
 #: Plain ATen reads its geometry from the node: test_bind.py runs it.
 PAIRS = [(k, name) for k in EVERY for name in GEOMETRIES if k.op == "conv" and not k.refuses(conv_site(name))]
 PAIRS = [(kernel, name) for kernel, name in PAIRS if kernel.backend != "aten"]
@@ -185,7 +187,7 @@ def test_conv_calls_agree_with_their_twin(kernel: Any, name: str, post_op: str) 
     agree(kernel, site, twin, x, weight, bias, other)
 
 
-@pytest.mark.parametrize("kernel", table.REPAIRS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", REPAIRS, ids=lambda kernel: kernel.name)
 def test_dilated_convolutions_through_blas(kernel: Any) -> None:
     site = conv_site("dense", dilation=2, padding=2)
     x, weight, bias = noise(*site.shape), noise(*site.weight, seed=1) / 4, noise(site.n, seed=2)
@@ -194,8 +196,8 @@ def test_dilated_convolutions_through_blas(kernel: Any) -> None:
 
 
 def test_no_policy_chooses_what_is_for_repair() -> None:
-    assert not set(table.ALL) & set(table.REPAIRS)
-    assert not {kernel.name for kernel in table.REPAIRS} & {name for names in bind.FALLBACKS.values() for name in names}
+    assert REPAIRS
+    assert not set(table.kernels(None, Use.PLAN, Use.FALLBACK)) & set(REPAIRS)
 
 
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(1, 2), st.booleans())
@@ -215,9 +217,11 @@ def test_every_kernel_has_a_name_a_summary_and_a_fallback() -> None:
     names = [kernel.name for kernel in EVERY]
     assert len(names) == len(set(names))
     assert all(kernel.summary and table.get(kernel.name) is kernel for kernel in EVERY)
-    for op, names in bind.FALLBACKS.items():
-        assert all(table.get(name).op == op for name in names)
-        assert names[-1] == f"aten_{op}"
+    for op in Op:
+        fallbacks = table.kernels(op, Use.FALLBACK)
+        assert all(kernel.op == op for kernel in fallbacks)
+        assert fallbacks[-1] is table.plain(op)
+        assert fallbacks[-1].name == f"aten_{op}"
     with pytest.raises(InputError, match=r"unknown kernel 'nothing'.*another version"):
         table.get("nothing")
 

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from armopt.ir.records import Site
-from armopt.kernels import max_pool, post_ops
-from armopt.kernels.base import Call
+from armopt.kernels import max_pool, post_ops, table
+from armopt.kernels.base import KernelCall
 
 _aten = torch.ops.aten
 
@@ -59,7 +59,7 @@ def test_relu_of_bf16(post_op: str, rows: int) -> None:
     graph = fx.Graph()
     y, other = graph.placeholder("y"), graph.placeholder("other")
     place = graph.call_function(_aten.alias.default, (y,))
-    call = Call(place, y, y, None, other, post_op, [rows, 8], site, torch.bfloat16)
+    call = KernelCall(table.get("conv1x1_bf16"), site, place, y, y, None, other, [rows, 8])
     graph.output(call.with_post_op(y))
     graph.erase_node(place)
     module = fx.GraphModule(torch.nn.Module(), graph)

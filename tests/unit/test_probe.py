@@ -49,7 +49,7 @@ def test_blas_and_aten_are_not_probed() -> None:
     def never() -> None:
         raise AssertionError
 
-    for kernel in table.ALL:
+    for kernel in table.kernels():
         if kernel.backend not in ("acl", "onednn"):
             assert probe.refusal(kernel, SITE, never) is None
 

@@ -161,7 +161,7 @@ def test_the_cheapest_remedy_that_is_enough_is_taken(harm: int, kernel: str) -> 
     effect = Effect({"n2": 1.0})
 
     def evaluate(plan: Plan) -> Figures:
-        return effect.figures([d.node for d in plan.decisions if repair._level(table.get(d.kernel)) <= harm])
+        return effect.figures([d.node for d in plan.decisions if table.get(d.kernel).steps_out_of_bf16 <= harm])
 
     found = repair.search([each], [sites], [gates.Gate("max_abs", "<=", 0.1)], evaluate, effect.alone)
     assert [(change.node, change.after) for change in found.changes] == [("n2", kernel)]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from armopt.ir.records import Site, Target
+from armopt.ir.records import Op, Site, Target
 from armopt.kernels import post_ops
 from armopt.kernels.base import Kernel
 
@@ -156,7 +156,7 @@ def _cycles(variant: Variant, site: Site) -> float:
 
 def _problem(site: Site) -> tuple[int, int, int]:
     """Products in a batch, rows of each, and their terms, which come in fours for each input channel of a filter."""
-    batch = max(1, site.shape[0]) if site.op == "conv" else 1
+    batch = max(1, site.shape[0]) if site.op == Op.CONV else 1
     taps = math.prod(site.weight[2:])
     return batch, site.m // batch, _up(site.k // max(1, taps), 4) * taps
 
