@@ -23,9 +23,8 @@ from armopt.emulation.folder import DEFAULT_TORCH
 from armopt.ir.records import Site, Target
 from armopt.kernels import table
 from armopt.plan import cost_policy, costs
-from benchmarks.arm64 import costs as samples
-from benchmarks.arm64 import counts, jobs
-from benchmarks.arm64.counts import Job
+from benchmarks.arm64 import counting, jobs, sampling
+from benchmarks.arm64.counting import Job
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RESULTS = Path(__file__).with_name("crossover.json")
@@ -87,7 +86,7 @@ def check(target: Target, release: str) -> list[Checked]:
             cast = {"operation": "cast", "dtype": dtype, "elements": elements}
             every.append((site, _CASTS, Job(_CASTS, "benchmarks.arm64.jobs:pointwise", cast)))
     wanted = [job for _, _, job in every]
-    found = counts.count(wanted, cpu=target.name, torch_version=release, env=counts.AS_RUN, report=_say)
+    found = counting.count(wanted, cpu=target.name, torch_version=release, env=counting.AS_RUN, report=_say)
     totals: dict[Site, dict[str, int]] = {site: {} for site, _, _ in every}
     for (site, name, job), counted in zip(every, found, strict=True):
         if counted.error:
@@ -154,7 +153,7 @@ def draw(path: Path) -> None:
     target = targets.load("graviton3")
     found = costs.find(target, DEFAULT_TORCH)
     assert found is not None
-    held = _square(samples.read(samples.SAMPLES / f"{target.core}-torch-{DEFAULT_TORCH}.json"))
+    held = _square(sampling.read(sampling.SAMPLES / f"{target.core}-torch-{DEFAULT_TORCH}.json"))
     figure, (by_rows, by_product) = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
     rows = [1, 2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
     for i, size in enumerate((64, 128, 256, 512, 1024)):
@@ -257,8 +256,8 @@ _HEAD = """\
 # What a call costs, and what follows
 
 `--policy cost` estimates, for every layer and kernel, the instructions that one call retires, and takes the kernels of
-the fewest over the whole graph. The estimates come from tables in `armopt/costs`, fitted to counts on the emulated core
-with the real aarch64 PyTorch, and with tcmalloc, as `armopt run` starts a process where there is one. This page is
+the fewest over the whole graph. The estimates come from tables in `armopt/plan/costs`, fitted to counts on the emulated
+core with the real aarch64 PyTorch, and with tcmalloc, as `armopt run` starts a process where there is one. This page is
 written by `python -m benchmarks.arm64.crossover`.
 
 A count is not a time. It leaves out memory: where two kernels are within {near} % of one another, the one that reads

@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from benchmarks.arm64 import counts, models, opcodes, profile
+from benchmarks.arm64 import contenders, counting, opcodes, page, profile, tables
 
 # Encodings by GNU as 2.40 (-march=armv8.6-a+sve+bf16), text by its objdump.
 ENCODINGS = {
@@ -144,7 +144,7 @@ def _line(**classes):
 
 
 def test_the_region_itself_is_subtracted_and_nodes_are_added_up():
-    job = counts.Job("job", "module:function", by_node=True)
+    job = counting.Job("job", "module:function", by_node=True)
     result = {
         "empty": _line(other=100),
         "runs": [_line(other=1300, fmla=7), _line(other=1100, fmla=7)],
@@ -154,7 +154,7 @@ def test_the_region_itself_is_subtracted_and_nodes_are_added_up():
             {"node": "c", "target": "aten.relu", "inputs": [], "output": "", **_line(other=150)},
         ],
     }
-    counted = counts._one(job, result)
+    counted = counting._one(job, result)
     assert (counted.total, counted.totals) == (1007, (1207, 1007))
     rows = counted.by_target()
     assert [(r["target"], r["nodes"], r["total"], r["fmla"]) for r in rows] == [
@@ -162,11 +162,11 @@ def test_the_region_itself_is_subtracted_and_nodes_are_added_up():
         ("aten.mm", 1, 204, 4),
         ("(outside of nodes)", 0, 450, 0),
     ]
-    assert "aten.mm" in counts.details(counted)
+    assert "aten.mm" in tables.details(counted)
 
 
 def test_a_failed_job_has_a_reason_and_no_counts():
-    failed = counts._one(counts.Job("job", "m:f"), {"error": "Traceback\nValueError: no"})
+    failed = counting._one(counting.Job("job", "m:f"), {"error": "Traceback\nValueError: no"})
     assert (failed.error, failed.total) == ("Traceback\nValueError: no", 0)
 
 
@@ -174,12 +174,12 @@ def test_the_page_says_who_won():
     half = dict.fromkeys(opcodes.CLASSES, 1000000)
     results = {
         "net": {
-            models.BASELINE: {"classes": {name: 2 * n for name, n in half.items()}},
+            contenders.BASELINE: {"classes": {name: 2 * n for name, n in half.items()}},
             "model.bfloat16()": {"error": "RuntimeError: no kernel"},
-            models.ARMOPT: {"classes": half},
+            contenders.ARMOPT: {"classes": half},
         }
     }
-    text = models.render(results, {"net": 32_000_000, "another": 1})
+    text = page.render(results, {"net": 32_000_000, "another": 1})
     row = next(line for line in text.splitlines() if line.startswith("| net"))
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         *("net", "1.00", "16.00", "failed", "8.00", "2.00x", "2.00x")
