@@ -13,6 +13,7 @@ from armopt.accuracy.metrics import relative_error
 from armopt.accuracy.runs import InFp32, Steps, true_fp32, unchanged_buffers
 from armopt.bundle.program import Program
 from armopt.errors import InputError
+from armopt.ir import graph as g
 from armopt.kernels import aten, sites, table
 from armopt.kernels.ops import BLOCK, CONV, KERNEL, LINEAR, OTHER
 
@@ -82,10 +83,11 @@ def errors(
         left, right = Steps(runner, tensors), Steps(fx.Interpreter(program.graph_module), tensors)
         for done, layer in enumerate(layers):
             progress(done, len(layers))
-            wanted, carried = left.until(layer.name), right.until(layer.name)
+            name = g.shown_name(layer)
+            wanted, carried = left.until(name), right.until(name)
             if wanted is None or carried is None:
                 raise InputError(
-                    f"has no layer {layer.name}", where="the original", hint="Is the bundle made from this model?"
+                    f"has no layer {name}", where="the original", hint="Is the bundle made from this model?"
                 )
             found.append(_compare(program, layer, wanted, carried))
     return found
@@ -117,11 +119,12 @@ class OnlyThese(fx.Interpreter):
     def __init__(self, reference: fx.GraphModule, program: Program, names: Collection[str]) -> None:
         super().__init__(reference)
         self._program = program.graph_module
-        self._layers = {layer.name: layer for layer in sites.layers(self._program.graph) if layer.name in names}
+        layers = {g.shown_name(layer): layer for layer in sites.layers(self._program.graph)}
+        self._layers = {name: layer for name, layer in layers.items() if name in names}
 
     def run_node(self, n: fx.Node) -> Any:
         """The layer as planned where it is one of these, else as it is; results in FP32."""
-        layer = self._layers.get(n.name)
+        layer = self._layers.get(g.shown_name(n))
         if layer is None:
             return super().run_node(n)
         exact, _ = self.fetch_args_kwargs_from_env(n)
@@ -148,7 +151,7 @@ def _compare(
     site = program.sites[layer.name]
     stored: torch.Tensor = lowered[1]
     return NodeError(
-        node=layer.name,
+        node=site.node,
         op=site.op,
         kernel=kernel.name,
         precision=kernel.precision,

@@ -20,8 +20,8 @@ from armopt.ir.records import Captured
 from armopt.kernels import sites
 
 if TYPE_CHECKING:
-    from armopt.bundle.program import Program
-    from armopt.bundle.reader import Bundle, Part
+    from armopt.bundle.program import Part, Program
+    from armopt.bundle.reader import Bundle
 
 
 #: What BF16 makes of a weight is off by 2^-9 at most; more is another weight.
@@ -85,7 +85,7 @@ def _submodules(read: Bundle, against: str | Path | torch.nn.Module, model: str)
     else:
         from armopt.capture import files
 
-        whole = files.build(Path(against), files.Options(model=model or str(read.manifest.model["factory"])))
+        whole = files.build(Path(against), files.Options(model=model or str(read.manifest.model.factory)))
         source = str(against)
     said = f"the original in FP32 ({source})"
     return {part.path: Original(said, source, _flat(whole, part), None, None) for part in read.parts}
@@ -97,15 +97,15 @@ def _flat(whole: torch.nn.Module, part: Part) -> Callable[[Sequence[torch.Tensor
         module = whole.get_submodule(part.path)
     except AttributeError:
         raise InputError(f"has no part {part.path}", where=type(whole).__name__, hint="Is it the original?") from None
-    outputs = part.signature["outputs"]
-    arrange = nesting.builder(part.signature["inputs"])
+    outputs = part.signature.outputs
+    arrange = nesting.builder(part.signature.inputs.tree)
 
     def call(tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
         nested = arrange(list(tensors))
         with torch.no_grad(), runs.true_fp32():
-            found = nesting.flatten(outputs, module(*nested["args"], **nested["kwargs"]), "outputs")
-        flat: list[Any] = [None] * (max(outputs["positions"]) + 1)
-        for position, tensor in zip(outputs["positions"], found, strict=True):
+            found = nesting.flatten(outputs.tree, module(*nested["args"], **nested["kwargs"]), "outputs")
+        flat: list[Any] = [None] * (max(outputs.positions) + 1)
+        for position, tensor in zip(outputs.positions, found, strict=True):
             flat[position] = tensor
         return flat
 
@@ -137,13 +137,13 @@ def _check_weights(program: Program, prepared: fx.GraphModule, source: str) -> N
     """
     hint = "Is the bundle made from this model?"
     exact = {layer.name: layer for layer in sites.layers(prepared.graph)}
-    for name, site in program.sites.items():
-        if name not in exact:
-            raise InputError(f"has no layer {name}", where=source, hint=hint)
-        weight = getattr(prepared, str(exact[name].args[1].target))  # type: ignore[union-attr]
+    for site in program.sites.values():
+        if site.node not in exact:
+            raise InputError(f"has no layer {site.node}", where=source, hint=hint)
+        weight = getattr(prepared, str(exact[site.node].args[1].target))  # type: ignore[union-attr]
         stored = getattr(program.graph_module, site.weight_key)
         if weight.shape != stored.shape or relative_error(weight, stored) > _OTHER_WEIGHTS:
-            raise InputError(f"layer {name} has other weights than the bundle", where=source, hint=hint)
+            raise InputError(f"layer {site.node} has other weights than the bundle", where=source, hint=hint)
 
 
 def _capture(read: Bundle, against: str | Path | torch.nn.Module, model: str, trust_pickle: bool) -> Captured:
@@ -151,7 +151,7 @@ def _capture(read: Bundle, against: str | Path | torch.nn.Module, model: str, tr
     from armopt import capture
     from armopt.capture import files
 
-    specs = read.signature["specs"]
+    specs = read.whole.signature.specs
     tensors = dict(next(iter(samples_module.generated(specs, read.programs[0].bucket))))
     sizes = tuple(sorted({program.bucket["batch"] for program in read.programs if "batch" in program.bucket}))
     batch = sizes if len(sizes) > 1 else ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,7 @@ class Checked:
         )
         self.samples = None
         if checks.inputs is not None:
-            specs = [asdict(spec) for spec in captured.input_specs]
-            self.samples = samples.read(checks.inputs, specs, captured.source)
+            self.samples = samples.read(checks.inputs, captured.input_specs, captured.source)
 
     def validate(self, programs: Sequence[Program]) -> Validation:
         """Figures of every bucket, and the verdicts."""

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from armopt import environment, targets
 from armopt._version import __version__
-from armopt.bundle import files, manifest, writer
-from armopt.bundle.program import Program
+from armopt.bundle import files, manifest, schema, writer
+from armopt.bundle.program import Part, Program
 from armopt.capture import inputs
-from armopt.ir.records import Captured, Skip
-from armopt.passes import _pipeline as pipeline
-
-if TYPE_CHECKING:
-    pass
 from armopt.compiler.stages import Planned
+from armopt.ir.records import Captured, ExampleSpec, Signature, Skip
+from armopt.passes import _pipeline as pipeline
 
 
 def describe_graph(
@@ -26,32 +23,34 @@ def describe_graph(
     programs: Sequence[Program],
     accuracy: Mapping[str, Any],
     variables: Mapping[str, environment.Variable],
-    onnxruntime: Mapping[str, Any],
+    onnxruntime: manifest.Session,
 ) -> manifest.Manifest:
+    """The manifest of a model that is one graph, without files."""
     captured = planned.captured
-    model = {"source": captured.source, "digest": captured.digest, **inputs_of(captured)}
-    sizes = {
-        "bytes": size(writer.collect_weights(programs).values()),
-        "fp32_bytes": size(captured.graph_module.buffers()),
-    }
-    return describe({"": planned}, model, sizes, accuracy, variables, onnxruntime)
+    model = manifest.Model(captured.source, captured.digest, (inputs_of("", captured),))
+    weights = manifest.Weights(
+        size(writer.collect_weights([part(planned, programs)]).values()), size(captured.graph_module.buffers())
+    )
+    return describe({"": planned}, model, weights, accuracy, variables, onnxruntime)
 
 
-def inputs_of(captured: Captured) -> dict[str, Any]:
+def part(planned: Planned, programs: Sequence[Program], path: str = "") -> Part:
+    """What a bundle holds of one graph."""
+    return Part(path, programs, signature(planned.captured))
+
+
+def inputs_of(path: str, captured: Captured) -> manifest.PartInputs:
     """The inputs and symbols of a graph as the manifest has them."""
-    return {
-        "inputs": [asdict(spec) | {"shape": list(spec.shape)} for spec in captured.input_specs],
-        "symbols": [asdict(symbol) for symbol in captured.symbols],
-    }
+    return manifest.PartInputs(path, captured.input_specs, captured.symbols)
 
 
 def describe(
     planned: Mapping[str, Planned],
-    model: Mapping[str, Any],
-    weights: Mapping[str, int],
+    model: manifest.Model,
+    weights: manifest.Weights,
     accuracy: Mapping[str, Any],
     variables: Mapping[str, environment.Variable],
-    onnxruntime: Mapping[str, Any],
+    onnxruntime: manifest.Session | None,
     left: Sequence[Skip] = (),
 ) -> manifest.Manifest:
     """A manifest without files.
@@ -62,48 +61,33 @@ def describe(
         weights: Bytes in the bundle and in FP32.
         accuracy: The report.
         variables: Wanted of the environment.
-        onnxruntime: The manifest's section of that name.
+        onnxruntime: What a session of ONNX Runtime needs to be told.
         left: What is left to Python.
     """
     target = next(iter(planned.values())).target
     plans = [(path, each) for path, whole in planned.items() for each in whole.plans]
     half = any(entry.precision.startswith("bf16") for _, each in plans for entry in each.decisions)
+    refused = [
+        replace(skip, node=f"{path}: {skip.node}") if path else skip
+        for path, whole in planned.items()
+        for skip in whole.refused
+    ]
     return manifest.Manifest(
-        schema_version=manifest.SCHEMA_VERSION if model.get("kind") == "module" else 1,
+        schema_version=manifest.SCHEMA_VERSION,
         armopt_version=__version__,
         target=target.name,
         machine=targets.machine(target),
         required_features=("bf16",) if half and target.bf16 else (),
-        environment={name: asdict(variable) for name, variable in variables.items()},
+        environment=variables,
         versions=environment.record(),
         files={},
         model=model,
-        plan=tuple(
-            {
-                **({"part": path} if path else {}),
-                "bucket": dict(each.bucket),
-                "policy": each.policy,
-                "nodes": [asdict(entry) | {"shape": list(entry.shape)} for entry in each.decisions],
-            }
-            for path, each in plans
-        ),
-        accuracy={name: accuracy[name] for name in _RECORDED},
+        plan=tuple(manifest.PartPlan(path, each.bucket, each.policy, each.decisions) for path, each in plans),
+        accuracy=schema.convert(accuracy, manifest.Accuracy, "accuracy"),
         onnxruntime=onnxruntime,
         weights=weights,
-        refused=tuple(
-            asdict(replace(skip, node=f"{path}: {skip.node}") if path else skip)
-            for path, whole in planned.items()
-            for skip in whole.refused
-        )
-        + tuple(asdict(skip) for skip in left),
+        refused=(*refused, *left),
     )
-
-
-#: What the manifest says of accuracy; report.json has the rest.
-_RECORDED = (
-    *("cosine", "max_abs", "finite", "min_cosine", "passed", "reference"),
-    *("gates", "inputs", "inputs_given", "task", "repair"),
-)
 
 
 def size(tensors: Iterable[torch.Tensor]) -> int:
@@ -111,17 +95,13 @@ def size(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def signature(captured: Captured) -> dict[str, Any]:
+def signature(captured: Captured) -> Signature:
     """What a bundle holds of a graph beside its programs."""
-    return {
-        "inputs": captured.inputs,
-        "outputs": captured.outputs,
-        "specs": [
-            asdict(spec) | {"statistics": inputs.statistics(tensor)}
-            for spec, tensor in zip(captured.input_specs, captured.example, strict=True)
-        ],
-        "symbols": [asdict(symbol) for symbol in captured.symbols],
-    }
+    specs = tuple(
+        ExampleSpec(spec.name, spec.shape, spec.dtype, inputs.statistics(tensor))
+        for spec, tensor in zip(captured.input_specs, captured.example, strict=True)
+    )
+    return Signature(captured.inputs, captured.outputs, specs, captured.symbols)
 
 
 def texts(

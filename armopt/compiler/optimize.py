@@ -14,10 +14,10 @@ from armopt import capture, environment
 from armopt.accuracy import MIN_COSINE, Validation, gates, nodes
 from armopt.accuracy.report import page
 from armopt.bundle import manifest, writer
-from armopt.bundle.program import Program, describe_program
+from armopt.bundle.program import Part, Program, describe_program
 from armopt.capture import files
 from armopt.compiler.checks import Checked, Checks
-from armopt.compiler.describe import describe_graph, signature, texts
+from armopt.compiler.describe import describe_graph, part, texts
 from armopt.compiler.repair import Repair
 from armopt.compiler.stages import (
     Planned,
@@ -122,11 +122,11 @@ def optimize(
     step("validate")
     checked = Checked(captured, bounds, checks)
     planned, programs, validation, repaired = check(planned, programs, rounded, checked, checks.repair, progress)
-    signed = signature(captured)
+    whole = part(planned, programs)
     prepared = None
     if onnx:
         step("onnx")
-        prepared = _translate(programs, signed, onnx)
+        prepared = _translate(whole, onnx)
     step("write")
     accuracy = validation.to_json() | {"repair": None if repaired is None else repaired.to_json()}
     variables = environment.wanted(chosen)
@@ -137,9 +137,8 @@ def optimize(
     written = writer.write(
         output,
         described,
-        programs,
+        [whole],
         texts(accuracy, [planned], variables),
-        signed,
         reference=reference,
         force=force,
         attach=partial(prepared.attach, described) if prepared else None,
@@ -193,10 +192,10 @@ def check(
     return better, programs, checked.validate(programs), repaired
 
 
-def _translate(programs: Sequence[Program], signature: Mapping[str, Any], onnx: Options) -> Prepared:
+def _translate(whole: Part, onnx: Options) -> Prepared:
     from armopt.onnx_export import export  # onnx and onnxscript take a second to import
 
-    return export.prepare(programs, signature, onnx)
+    return export.prepare(whole, onnx)
 
 
 def _capture(

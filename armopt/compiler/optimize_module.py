@@ -80,29 +80,26 @@ def optimize(
     accuracy = _merge(validations, bounds).to_json() | {"repair": _merge_repairs(repairs)}
     step("write")
     rest = _rest(model.module, list(planned))
-    held = [writer.Part(path, programs[path], describe.signature(each.captured)) for path, each in planned.items()]
+    held = [describe.part(each, programs[path], path) for path, each in planned.items()]
     described = describe.describe(
         planned,
-        {
-            "kind": "module",
-            "source": source,
-            "factory": model.factory,
-            "digest": _digest(planned, rest),
-            "inputs": [],
-            "symbols": [],
-            "parts": [{"path": path, **describe.inputs_of(each.captured)} for path, each in planned.items()],
-        },
-        {
-            "bytes": describe.size(writer.collect_part_weights(held, rest).values()),
-            "fp32_bytes": describe.size((*model.module.parameters(), *model.module.buffers())),
-        },
+        manifest.Model(
+            source,
+            _digest(planned, rest),
+            tuple(describe.inputs_of(path, each.captured) for path, each in planned.items()),
+            model.factory,
+        ),
+        manifest.Weights(
+            describe.size(writer.collect_weights(held, rest).values()),
+            describe.size((*model.module.parameters(), *model.module.buffers())),
+        ),
         accuracy,
         variables := environment.wanted(target),
-        {"model": {}},  # there is no one graph for ONNX Runtime
+        None,  # there is no one graph for ONNX Runtime
         left,
     )
     texts = describe.texts(accuracy, planned.values(), variables)
-    written = writer.write_parts(output, described, held, rest, texts, force=force)
+    written = writer.write(output, described, held, texts, rest=rest, force=force)
     progress("done", len(steps), len(steps))
     gate(accuracy, output)
     return written

@@ -34,7 +34,7 @@ PORT = 8080
 #: Debian's package of what environment.allocator_library prefers; since trixie a name that another provides.
 ALLOCATOR = "libtcmalloc-minimal4"
 #: What serving a bundle imports, beyond torch and armopt itself.
-_NEEDED = ("numpy", "safetensors", "typer", "packaging")
+_NEEDED = ("msgspec", "numpy", "safetensors", "typer", "packaging")
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 _MINUTES = 10
 
@@ -105,7 +105,7 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
             remarks.append(f"{REQUIREMENTS} has no hashes: {error}")
     else:
         remarks.append(f"{REQUIREMENTS} has no hashes, as asked for")
-    if not described.accuracy.get("passed", True):
+    if not described.accuracy.passed:
         remarks.append("the bundle failed its accuracy gate: it is not meant to be deployed")
     texts = {
         DOCKERFILE: dockerfile(described, hashes=bool(pinned)),
@@ -142,7 +142,7 @@ def torch_version(described: manifest.Manifest) -> str:
 
 def dockerfile(described: manifest.Manifest, *, hashes: bool) -> str:
     """The Dockerfile: the environment as ENV lines, and `armopt run` as the entry point, which sets the threads."""
-    wanted = {name: environment.Variable(e["value"], e["why"]) for name, e in described.environment.items()}
+    wanted = dict(described.environment)
     if described.target != targets.HOST:
         wanted |= environment.wanted(targets.load(described.target))
     check = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/health', timeout=50)"

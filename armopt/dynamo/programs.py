@@ -9,7 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -385,7 +385,7 @@ def _check_host(settings: Settings, decisions: Sequence[Decision]) -> None:
     if (settings.target.name, required) in _checked:
         return
     _checked.add((settings.target.name, required))
-    wanted = {name: asdict(variable) for name, variable in environment.wanted(settings.target).items()}
+    wanted = environment.wanted(settings.target)
     host_check.check_host(settings.target.name, wanted, required, {}, what="the plan", stacklevel=2)
 
 

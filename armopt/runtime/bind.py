@@ -111,7 +111,7 @@ class Binder:
             site = program.sites[old.name]
             planned = table.get(str(node.args[KERNEL[node.target]]))
             kernel, weight, reasons = self._first_proven(site, planned, node, constants)
-            bound[old] = Bound(old.name, planned.name, kernel.name, "; ".join(reasons))
+            bound[old] = Bound(site.node, planned.name, kernel.name, "; ".join(reasons))
             _replace(
                 graph,
                 constants,

@@ -66,7 +66,7 @@ def load_parts(
         HostError: See :func:`load`.
     """
     described = bundle.manifest
-    if not described.accuracy["passed"]:
+    if not described.accuracy.passed:
         warnings.warn(
             f"{bundle.path} is marked as not deployable: its accuracy gate failed (see its report.json)",
             ArmoptWarning,
