@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import keyword
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
@@ -241,9 +242,10 @@ def _constructor(structure: NamedTuple | Fields) -> Callable[..., Any]:
     if isinstance(found, type) and structure.items.keys() <= _names_of(found):
         return found
     if isinstance(structure, NamedTuple):
-        # what Python can't take as a name becomes a number: of these names it makes source text
+        # of names Python makes source text here: what it can't take as one becomes a number
         make: Any = collections.namedtuple
-        made = make(qualname if qualname.isidentifier() else "Result", structure.items, rename=True)
+        fits = qualname.isidentifier() and not keyword.iskeyword(qualname)
+        made = make(qualname if fits else "Result", structure.items, rename=True)
         return lambda **values: made(*values.values())
     return type(qualname, (Record,), {"__module__": module_name})
 

@@ -121,7 +121,7 @@ class _Builder:
                 is_fast = fast_math and takes_fast_math(node, self._sites[node.name])
                 call = self._linear(node, is_fast) if node.target is LINEAR else self._conv(node, is_fast)
                 if is_fast:
-                    fast.append(node.name)
+                    fast.append(self._sites[node.name].node)
             else:
                 call = self._graph.node_copy(node, self._new)
                 call.args, call.kwargs = _in_fp32(call.args), _in_fp32(call.kwargs)
