@@ -135,6 +135,7 @@ def measure(name: str) -> dict[str, Any]:
     import armopt
     from armopt import accuracy
     from armopt.accuracy import gates
+    from armopt.bundle import schema
     from armopt.compiler.checks import Checks
 
     torch.set_num_threads(1)
@@ -161,10 +162,10 @@ def measure(name: str) -> dict[str, Any]:
                 loaded = armopt.load(bundle, model=each.build)
             bounds = [gates.parse(text) for text in each.gates]
             outcome, _ = accuracy.compare_callables(model, loaded, [args for args, _ in calls], gates=bounds)
-            found = outcome.to_json() | {"nodes": [], "layers": sum(len(plan["nodes"]) for plan in written.plan)}
-        found["kernels"] = sorted({node["kernel"] for plan in written.plan for node in plan["nodes"]})
-        found["repair"] = written.accuracy.get("repair")
-        shapes = [spec["shape"] for spec in written.model["inputs"]] if each.single_graph else [args[0][0].shape]
+            found = outcome.to_json() | {"nodes": [], "layers": sum(len(plan.nodes) for plan in written.plan)}
+        found["kernels"] = sorted({node.kernel for plan in written.plan for node in plan.nodes})
+        found["repair"] = schema.builtins(written.accuracy.repair)
+        shapes = [spec.shape for spec in written.model.inputs] if each.single_graph else [args[0][0].shape]
         found["input"] = ", ".join("x".join(map(str, shape)) for shape in shapes)
     return {"model": name, **{key: found[key] for key in _KEPT}}
 

@@ -89,7 +89,7 @@ def measure(name: str) -> dict[str, Any]:
         found = loaded(*args, **kwargs)
         # The command's own comparison, on random inputs, with the bundle's graph in FP32 as the reference.
         again = armopt.validate(bundle, min_cosine=-1.0)
-    notes = sorted({entry["reason"] for entry in written.refused})
+    notes = sorted({skip.reason for skip in written.refused})
     if isinstance(expected, torch.Tensor) != isinstance(found, torch.Tensor):
         raise TypeError(f"the bundle returns a {type(found).__name__}, the model a {type(expected).__name__}")
     if not isinstance(expected, torch.Tensor) and [*expected] != [*found]:
@@ -103,15 +103,15 @@ def measure(name: str) -> dict[str, Any]:
         notes.append(f"armopt validate: cosine {again['cosine']:.6f}")
     (plan,) = written.plan
     counts = {"BF16": 0, "FP32": 0, "BLAS": 0, "ATen": 0}
-    for node in plan["nodes"]:
-        kernel = table.get(node["kernel"])
+    for node in plan.nodes:
+        kernel = table.get(node.kernel)
         kind = {"blas": "BLAS", "aten": "ATen"}.get(kernel.backend)
         counts[kind or ("BF16" if kernel.precision == "bf16" else "FP32")] += 1
     return counts | {
         "model": name,
-        "input": ", ".join("x".join(map(str, spec["shape"])) for spec in written.model["inputs"]),
+        "input": ", ".join("x".join(map(str, spec.shape)) for spec in written.model.inputs),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "weights": written.weights["bytes"] / written.weights["fp32_bytes"],
+        "weights": written.weights.bytes / written.weights.fp32_bytes,
         "cosine": min(entry.cosine for entry in compared),
         "autocast": min(entry.cosine for entry in baseline),
         "max_rel": max(entry.max_rel for entry in compared),

@@ -92,8 +92,8 @@ def row(name: str, folder: Path) -> list[str]:
     graph = onnx.load(path, load_external_data=False).graph
     counted = collections.Counter(node.op_type for node in graph.node)
     most = ", ".join(f"{counted[kind]} {kind}" for kind in ("Conv", "MatMul", "Gemm", "Einsum") if counted[kind])
-    layers = done.session["layers"]
-    return [name, f"{layers['bf16']} of {layers['all']}", most, *sizes, f"{found.cosine:.6f}", f"{found.max_rel:.2g}"]
+    layers = done.session.layers
+    return [name, f"{layers.bf16} of {layers.all}", most, *sizes, f"{found.cosine:.6f}", f"{found.max_rel:.2g}"]
 
 
 def _first(result: Any) -> torch.Tensor:

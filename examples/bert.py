@@ -36,7 +36,7 @@ def main() -> int:
         bundle = Path(folder) / "bert.armopt"
         # Example inputs by name, as the model will be called.
         manifest = armopt.optimize(model, tokens, output=bundle, target="graviton3").require().manifest
-        print(f"layers: {len(manifest.plan[0]['nodes'])}, plain ATen: {len(manifest.refused)}")
+        print(f"layers: {len(manifest.plan[0].nodes)}, plain ATen: {len(manifest.refused)}")
 
         served = armopt.load(bundle)
         result = served(**tokens)  # called as the original, and it answers as the original

@@ -27,10 +27,10 @@ def main() -> int:
         bundle = Path(folder) / "resnet50.armopt"
         manifest = armopt.optimize(model, (image,), output=bundle, target="graviton3", batch=(1, 4)).require().manifest
         for plan in manifest.plan:
-            kernels = Counter(node["kernel"] for node in plan["nodes"])
-            print(f"batch {plan['bucket']['batch']}: {dict(kernels)}")
+            kernels = Counter(node.kernel for node in plan.nodes)
+            print(f"batch {plan.bucket['batch']}: {dict(kernels)}")
         weights = manifest.weights
-        print(f"weights {weights['bytes'] / 1e6:.1f} MB, in FP32 {weights['fp32_bytes'] / 1e6:.1f} MB")
+        print(f"weights {weights.bytes / 1e6:.1f} MB, in FP32 {weights.fp32_bytes / 1e6:.1f} MB")
 
         served = armopt.load(bundle)
         for batch in (1, 2, 4):  # 2 is nearest to one of the plans in ratio, and runs with it

@@ -42,11 +42,11 @@ def main() -> int:
             armopt.optimize(model, (example,), output=bundle, target="graviton3", batch=(32, 256)).require().manifest
         )
         for plan in manifest.plan:
-            print(f"batch {plan['bucket']['batch']}:")
-            for node in plan["nodes"]:
-                print(f"  {node['node']:10} {node['kernel']:14} {node['reason']}")
+            print(f"batch {plan.bucket['batch']}:")
+            for node in plan.nodes:
+                print(f"  {node.node:10} {node.kernel:14} {node.reason}")
         weights = manifest.weights
-        print(f"weights {weights['bytes'] / 1e6:.1f} MB, in FP32 {weights['fp32_bytes'] / 1e6:.1f} MB")
+        print(f"weights {weights.bytes / 1e6:.1f} MB, in FP32 {weights.fp32_bytes / 1e6:.1f} MB")
 
         # On another machine than the target this warns: the portable twins run, with the target's rounding.
         served = armopt.load(bundle)

@@ -166,25 +166,25 @@ def worse(a: Accuracy, b: Accuracy) -> Accuracy:
 def named(tree: Any) -> Outputs:
     """The tensors among nested results, each by its path: ``logits``, ``0.boxes``."""
     described, tensors = nesting.describe(tree, lambda leaf: isinstance(leaf, torch.Tensor), "outputs")
-    names = nesting.output_names(described | {"positions": list(range(len(tensors)))}, len(tensors))
+    names = nesting.output_names(nesting.Outputs(described, tuple(range(len(tensors)))), len(tensors))
     return dict(zip(names, tensors, strict=True))
 
 
 def flat_run(
-    run: Callable[[Sequence[torch.Tensor]], Sequence[Any]], inputs: Sequence[str], outputs: Mapping[str, Any]
+    run: Callable[[Sequence[torch.Tensor]], Sequence[Any]], inputs: Sequence[str], outputs: nesting.Outputs
 ) -> Run:
     """A run over flat tensors as a run over names.
 
     Args:
         run: From flat inputs to flat outputs.
         inputs: Names of the inputs, in order.
-        outputs: How the model's outputs nest (:mod:`armopt.ir.nesting`).
+        outputs: How the model's outputs nest.
     """
 
     def call(given: Outputs) -> Outputs:
         results = run([given[name] for name in inputs])
         names = nesting.output_names(outputs, len(results))
-        return {names[i]: results[i] for i in outputs["positions"] if isinstance(results[i], torch.Tensor)}
+        return {names[i]: results[i] for i in outputs.positions if isinstance(results[i], torch.Tensor)}
 
     return call
 

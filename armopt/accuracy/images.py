@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from armopt.errors import InputError, first_line
+from armopt.ir.records import InputSpec
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -50,22 +51,20 @@ def open_image(path: Path) -> Any:
         ) from None
 
 
-def is_image(spec: Mapping[str, Any]) -> bool:
+def is_image(spec: InputSpec) -> bool:
     """Whether an input is a batch of RGB images: [batch, 3, height, width] in FP32, its sides fixed."""
-    shape = spec["shape"]
-    return (
-        len(shape) == 4 and shape[1] == 3 and spec["dtype"] == "float32" and all(isinstance(s, int) for s in shape[2:])
-    )
+    shape = spec.shape
+    return len(shape) == 4 and shape[1] == 3 and spec.dtype == "float32" and all(isinstance(s, int) for s in shape[2:])
 
 
-def preparation(spec: Mapping[str, Any], model: str) -> Preparation:
+def preparation(spec: InputSpec, model: str) -> Preparation:
     """How images are prepared for an input.
 
     Args:
         spec: The input.
         model: ``torchvision:NAME`` for the transforms of that model's weights, else ImageNet's are taken.
     """
-    height, width = spec["shape"][2:]
+    height, width = (int(size) for size in spec.shape[2:])
     if model.startswith("torchvision:"):
         transform = _of_weights(model.removeprefix("torchvision:"))
         if transform is not None and tuple(transform(_blank()).shape) == (3, height, width):

@@ -13,6 +13,7 @@ from armopt.accuracy.metrics import relative_error
 from armopt.accuracy.runs import InFp32, Steps, true_fp32, unchanged_buffers
 from armopt.bundle.program import Program
 from armopt.errors import InputError
+from armopt.ir import graph as g
 from armopt.ir.calls import LayerCall, call_from, call_of, layers
 from armopt.ir.records import Op, Precision
 from armopt.kernels import table
@@ -83,10 +84,11 @@ def errors(
         left, right = Steps(runner, tensors), Steps(fx.Interpreter(program.graph_module), tensors)
         for done, layer in enumerate(planned):
             progress(done, len(planned))
-            wanted, carried = left.until(layer.name), right.until(layer.name)
+            name = g.shown_name(layer)
+            wanted, carried = left.until(name), right.until(name)
             if wanted is None or carried is None:
                 raise InputError(
-                    f"has no layer {layer.name}", where="the original", hint="Is the bundle made from this model?"
+                    f"has no layer {name}", where="the original", hint="Is the bundle made from this model?"
                 )
             found.append(_compare(program, layer, wanted, carried))
     return found
@@ -118,11 +120,12 @@ class OnlyThese(fx.Interpreter):
     def __init__(self, reference: fx.GraphModule, program: Program, names: Collection[str]) -> None:
         super().__init__(reference)
         self._program = program.graph_module
-        self._layers = {layer.name: layer for layer in layers(self._program.graph) if layer.name in names}
+        shown = {g.shown_name(layer): layer for layer in layers(self._program.graph)}
+        self._layers = {name: layer for name, layer in shown.items() if name in names}
 
     def run_node(self, n: fx.Node) -> Any:
         """The layer as planned where it is one of these, else as it is; results in FP32."""
-        layer = self._layers.get(n.name)
+        layer = self._layers.get(g.shown_name(n))
         if layer is None:
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
@@ -139,7 +142,7 @@ def _compare(
     stored = planned.weight
     plain = planned.replace(kernel=table.plain(planned.op).name, block=0)
     return NodeError(
-        node=layer.name,
+        node=site.node,
         op=site.op,
         kernel=kernel.name,
         precision=kernel.precision,

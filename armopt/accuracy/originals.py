@@ -20,8 +20,8 @@ from armopt.ir.calls import call_of, layers
 from armopt.ir.records import Captured
 
 if TYPE_CHECKING:
-    from armopt.bundle.program import Program
-    from armopt.bundle.reader import Bundle, Part
+    from armopt.bundle.program import Part, Program
+    from armopt.bundle.reader import Bundle
 
 
 #: What BF16 makes of a weight is off by 2^-9 at most; more is another weight.
@@ -98,7 +98,7 @@ def _submodules(read: Bundle, against: Against, model: str) -> dict[str, Origina
         from armopt.capture import files
 
         path = _path(against)
-        whole = files.build(path, files.Options(model=model or str(read.manifest.model["factory"])))
+        whole = files.build(path, files.Options(model=model or str(read.manifest.model.factory)))
         source = str(path)
     said = f"the original in FP32 ({source})"
     return {part.path: Original(said, source, _flat(whole, part), None, None) for part in read.parts}
@@ -110,15 +110,15 @@ def _flat(whole: torch.nn.Module, part: Part) -> Callable[[Sequence[torch.Tensor
         module = whole.get_submodule(part.path)
     except AttributeError:
         raise InputError(f"has no part {part.path}", where=type(whole).__name__, hint="Is it the original?") from None
-    outputs = part.signature["outputs"]
-    arrange = nesting.builder(part.signature["inputs"])
+    outputs = part.signature.outputs
+    arrange = nesting.builder(part.signature.inputs.tree)
 
     def call(tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
         nested = arrange(list(tensors))
         with torch.no_grad(), runs.true_fp32():
-            found = nesting.flatten(outputs, module(*nested["args"], **nested["kwargs"]), "outputs")
-        flat: list[Any] = [None] * (max(outputs["positions"]) + 1)
-        for position, tensor in zip(outputs["positions"], found, strict=True):
+            found = nesting.flatten(outputs.tree, module(*nested["args"], **nested["kwargs"]), "outputs")
+        flat: list[Any] = [None] * (max(outputs.positions) + 1)
+        for position, tensor in zip(outputs.positions, found, strict=True):
             flat[position] = tensor
         return flat
 
@@ -150,13 +150,13 @@ def _check_weights(program: Program, prepared: fx.GraphModule, source: str) -> N
     """
     hint = "Is the bundle made from this model?"
     exact = {layer.name: call_of(layer) for layer in layers(prepared.graph)}
-    for name, site in program.sites.items():
-        if name not in exact:
-            raise InputError(f"has no layer {name}", where=source, hint=hint)
-        weight = getattr(prepared, exact[name].weight_name)
+    for site in program.sites.values():
+        if site.node not in exact:
+            raise InputError(f"has no layer {site.node}", where=source, hint=hint)
+        weight = getattr(prepared, exact[site.node].weight_name)
         stored = getattr(program.graph_module, site.weight_key)
         if weight.shape != stored.shape or relative_error(weight, stored) > _OTHER_WEIGHTS:
-            raise InputError(f"layer {name} has other weights than the bundle", where=source, hint=hint)
+            raise InputError(f"layer {site.node} has other weights than the bundle", where=source, hint=hint)
 
 
 def _capture(read: Bundle, against: Against, model: str) -> Captured:
@@ -164,7 +164,7 @@ def _capture(read: Bundle, against: Against, model: str) -> Captured:
     from armopt import capture
     from armopt.capture import files
 
-    specs = read.signature["specs"]
+    specs = read.whole.signature.specs
     tensors = dict(next(iter(samples_module.generated(specs, read.programs[0].bucket))))
     sizes = tuple(sorted({program.bucket["batch"] for program in read.programs if "batch" in program.bucket}))
     batch = sizes if len(sizes) > 1 else ()

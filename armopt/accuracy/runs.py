@@ -117,15 +117,15 @@ class Steps:
         self._nodes = iter(interpreter.module.graph.nodes)
 
     def until(self, name: str) -> tuple[tuple[Any, ...], Any] | None:
-        """Goes on to the node called `name`: its arguments and its value; None where there is no such node ahead."""
+        """Goes on to the node shown as `name`: its arguments and its value; None where there is no such node ahead."""
         env, runner = self._interpreter.env, self._interpreter
         for node in self._nodes:
             args: tuple[Any, ...] = ()
-            if node.name == name:
+            if g.shown_name(node) == name:
                 args, _ = runner.fetch_args_kwargs_from_env(node)
             value = env[node] = runner.run_node(node)
             for dead in runner.user_to_last_uses.get(node, ()):
                 del env[dead]
-            if node.name == name:
+            if g.shown_name(node) == name:
                 return args, value
         return None

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from armopt.accuracy import images
 from armopt.capture import inputs
 from armopt.errors import InputError
+from armopt.ir.records import Bucket, ExampleSpec, InputSpec
 
 #: Inputs of one call, by name.
 Named = Mapping[str, torch.Tensor]
@@ -42,7 +42,7 @@ class Samples:
         return (load() for load in self.load)
 
 
-def read(given: Given, specs: Sequence[Mapping[str, Any]], model: str) -> Samples:
+def read(given: Given, specs: Sequence[InputSpec], model: str) -> Samples:
     """The user's inputs.
 
     Args:
@@ -72,16 +72,16 @@ def read(given: Given, specs: Sequence[Mapping[str, Any]], model: str) -> Sample
     raise InputError(what, where=str(path), hint=f"Give --inputs a folder of one kind of {kinds}")
 
 
-def generated(specs: Sequence[Mapping[str, Any]], bucket: Mapping[str, int], seed: int = 0) -> Samples:
+def generated(specs: Sequence[InputSpec], bucket: Bucket, seed: int = 0) -> Samples:
     """One sample of seeded random inputs at a bucket's sizes, with the statistics of the example inputs if known."""
     generator = torch.Generator().manual_seed(seed)
-    named = {spec["name"]: inputs.like(spec, bucket, generator) for spec in specs}
-    known = all(spec.get("statistics") for spec in specs)
+    named = {spec.name: inputs.like(spec, bucket, generator) for spec in specs}
+    known = all(isinstance(spec, ExampleSpec) and spec.statistics for spec in specs)
     how = "with the mean, spread and range of the example inputs" if known else "normal, or integers below two"
     return Samples(f"generated: seeded random numbers, {how}", False, (lambda: named,))
 
 
-def _of(given: Sequence[Named], specs: Sequence[Mapping[str, Any]], where: str) -> Samples:
+def _of(given: Sequence[Named], specs: Sequence[InputSpec], where: str) -> Samples:
     if not given:
         raise InputError("no sample", where=where, hint="Give at least one set of inputs")
     parts = [part for each in given for part in _split(_named(each, specs, where), specs)]
@@ -91,7 +91,7 @@ def _of(given: Sequence[Named], specs: Sequence[Mapping[str, Any]], where: str) 
     return Samples(f"{where}{count}", True, tuple(lambda part=part: part for part in parts))  # type: ignore[misc]
 
 
-def _file_loader(file: Path, specs: Sequence[Mapping[str, Any]]) -> Callable[[], Named]:
+def _file_loader(file: Path, specs: Sequence[InputSpec]) -> Callable[[], Named]:
     def load() -> Named:
         found = _named(inputs.read(file), specs, str(file))
         _check(found, specs, str(file))
@@ -100,17 +100,17 @@ def _file_loader(file: Path, specs: Sequence[Mapping[str, Any]]) -> Callable[[],
     return load
 
 
-def _of_images(folder: Path, files: Sequence[Path], specs: Sequence[Mapping[str, Any]], model: str) -> Samples:
+def _of_images(folder: Path, files: Sequence[Path], specs: Sequence[InputSpec], model: str) -> Samples:
     pictured = [spec for spec in specs if images.is_image(spec)]
     if len(specs) != 1 or len(pictured) != 1:
-        names = ", ".join(spec["name"] for spec in specs)
+        names = ", ".join(spec.name for spec in specs)
         raise InputError(
             f"images don't fit the model's inputs ({names})",
             where=str(folder),
             hint="Images are for a model that takes one tensor [batch, 3, height, width]; give tensors instead",
         )
     prepare = images.preparation(pictured[0], model)
-    name, first = pictured[0]["name"], pictured[0]["shape"][0]
+    name, first = pictured[0].name, pictured[0].shape[0]
     batch = first if isinstance(first, int) else 1
     groups = [files[i : i + batch] for i in range(0, len(files) // batch * batch, batch)]
     if not groups:
@@ -127,13 +127,13 @@ def _of_images(folder: Path, files: Sequence[Path], specs: Sequence[Mapping[str,
     return Samples(said, True, tuple(loader(group) for group in groups), tuple(group[0] for group in groups))
 
 
-def _named(given: Named, specs: Sequence[Mapping[str, Any]], where: str) -> Named:
+def _named(given: Named, specs: Sequence[InputSpec], where: str) -> Named:
     """One tensor for each input; a tensor without a name is the only input's.
 
     Raises:
         InputError: One is missing, or one too many.
     """
-    names = [spec["name"] for spec in specs]
+    names = [spec.name for spec in specs]
     if len(names) == 1 and set(given) == {""}:
         given = {names[0]: given[""]}
     missing = [name for name in names if name not in given]
@@ -149,30 +149,30 @@ def _named(given: Named, specs: Sequence[Mapping[str, Any]], where: str) -> Name
     return {name: given[name] for name in names}
 
 
-def _check(given: Named, specs: Sequence[Mapping[str, Any]], where: str) -> None:
+def _check(given: Named, specs: Sequence[InputSpec], where: str) -> None:
     """Compares tensors with what the model takes, before either side runs.
 
     Raises:
         InputError: Naming the input whose dtype or shape differs.
     """
     for spec in specs:
-        tensor = given[spec["name"]]
+        tensor = given[spec.name]
         found, shape = str(tensor.dtype).removeprefix("torch."), "x".join(map(str, tensor.shape)) or "scalar"
-        expected = "x".join(map(str, spec["shape"])) or "scalar"
-        fits = tensor.dim() == len(spec["shape"]) and all(
-            not isinstance(size, int) or size == held for size, held in zip(spec["shape"], tensor.shape, strict=True)
+        expected = "x".join(map(str, spec.shape)) or "scalar"
+        fits = tensor.dim() == len(spec.shape) and all(
+            not isinstance(size, int) or size == held for size, held in zip(spec.shape, tensor.shape, strict=True)
         )
-        if found != spec["dtype"] or not fits:
+        if found != spec.dtype or not fits:
             raise InputError(
-                f"input {spec['name']} is {shape} {found}, the model takes {expected} {spec['dtype']}",
+                f"input {spec.name} is {shape} {found}, the model takes {expected} {spec.dtype}",
                 where=f"--inputs {where}",
                 hint="Give it as the model takes it",
             )
 
 
-def _split(given: Named, specs: Sequence[Mapping[str, Any]]) -> list[Named]:
+def _split(given: Named, specs: Sequence[InputSpec]) -> list[Named]:
     """Samples of the model's fixed batch size out of more rows of it."""
-    fixed = {spec["shape"][0] if spec["shape"] else None for spec in specs}
+    fixed = {spec.shape[0] if spec.shape else None for spec in specs}
     rows = {tensor.shape[0] if tensor.dim() else None for tensor in given.values()}
     (batch,) = fixed if len(fixed) == 1 else (None,)
     (count,) = rows if len(rows) == 1 else (None,)

@@ -24,8 +24,7 @@ from armopt.accuracy.tasks import Outputs
 from armopt.errors import ArmoptWarning, InputError
 
 if TYPE_CHECKING:
-    from armopt.bundle.program import Program
-    from armopt.bundle.reader import Part
+    from armopt.bundle.program import Part, Program
     from armopt.runtime.model import Model
 from armopt.accuracy.originals import Original, TrustedFile, find_originals
 
@@ -92,8 +91,8 @@ def validate(
         _check_options(inputs, task)
     given = None
     if inputs is not None:
-        model_name = model or str(read.manifest.model["source"])
-        given = samples_module.read(inputs, read.signature["specs"], model_name)
+        model_name = model or str(read.manifest.model.source)
+        given = samples_module.read(inputs, read.whole.signature.specs, model_name)
     if model and against is None and not (given is not None and given.pictures):
         raise InputError(
             "says what class --against's state dict belongs to, and there is no --against",
@@ -106,10 +105,10 @@ def validate(
     compared: dict[str, _Compared] = {}
     for part in read.parts:
         original, running = originals[part.path], loaded[part.path]
-        order = [spec["name"] for spec in part.signature["specs"]]
+        order = [spec.name for spec in part.signature.specs]
         checker = Checker(
-            reference=flat_run(original.reference, order, part.signature["outputs"]),
-            anchor=None if original.anchor is None else flat_run(original.anchor, order, part.signature["outputs"]),
+            reference=flat_run(original.reference, order, part.signature.outputs),
+            anchor=None if original.anchor is None else flat_run(original.anchor, order, part.signature.outputs),
             gates=bounds,
             task=tasks.NONE if part.path else task,
             source=original.source,
@@ -170,7 +169,7 @@ def _found(part: Part, running: Model, order: Sequence[str]) -> Run:
         with contextlib.ExitStack() as undone:
             for program in part.programs:
                 undone.enter_context(runs.unchanged_buffers(program.graph_module))
-            return flat_run(running.run_flat, order, part.signature["outputs"])(given)
+            return flat_run(running.run_flat, order, part.signature.outputs)(given)
 
     return call
 
@@ -235,7 +234,7 @@ def _by_bucket(part: Part, running: Model, given: Samples | None, order: Sequenc
     if given is not None:
         sample = given.load[0]()
         return {bucket_name(running.bucket([sample[name] for name in order])): given}
-    specs = part.signature["specs"]
+    specs = part.signature.specs
     return {bucket_name(program.bucket): samples_module.generated(specs, program.bucket) for program in part.programs}
 
 

@@ -1,196 +1,234 @@
-"""torch.fx graphs as JSON and back. No pickle and no code: operations are names, resolved against an allow-list."""
+"""torch.fx graphs as records and back. No pickle and no code: operations are names, resolved against a closed list.
+
+torch.fx makes Python's source text of a graph, its names among it. So a graph that is read gets names of armopt's own
+making (n0, n1… and w0, w1…), and those of the bundle are kept beside them for people.
+"""
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import torch
 from torch import fx
 
+from armopt.bundle import graph_file, operations, schema
 from armopt.bundle.program import Program
-from armopt.errors import BundleError, CaptureError
+from armopt.errors import BundleError, CaptureError, InputError
 from armopt.ir import graph as g
 from armopt.ir.calls import call_of
+from armopt.ir.operations import CONV, LINEAR
 from armopt.ir.records import Site
-from armopt.kernels import sites
+from armopt.kernels import post_ops, sites, table
 
-_NAMESPACES = ("aten", "armopt", "torchvision", "prims")
-#: Operations that reach beyond their tensors.
-_BANNED = frozenset({"aten::from_file", "aten::_from_file"})
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{
-        f"operator.{name}": getattr(operator, name)
-        for name in (
-            *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "pos", "abs"),
-            *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_"),
-        )
-    },
-    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
-    **{
-        f"torch.{name}": getattr(torch, name)
-        for name in ("sym_max", "sym_min", "sym_float", "sym_int", "sym_not", "sym_ite", "sym_sqrt")
-        if hasattr(torch, name)
-    },
-}
-_NAMES = {function: name for name, function in _FUNCTIONS.items()}
-_CONSTANTS: dict[str, type] = {
-    "dtype": torch.dtype,
-    "memory_format": torch.memory_format,
-    "layout": torch.layout,
+_LAYERS = (LINEAR, CONV)
+_COPY = torch.ops.aten.copy_.default
+_POST_OPS = frozenset({post_ops.NONE, post_ops.ADD, post_ops.ADD_RELU, *post_ops.UNARY})
+_CONSTANTS: Mapping[type, Any] = {
+    torch.dtype: graph_file.DtypeName,
+    torch.memory_format: graph_file.MemoryFormat,
+    torch.layout: graph_file.Layout,
 }
 
 
-def encode(source: Program, prefix: str = "") -> dict[str, Any]:
-    """A program as JSON; the names of its weights begin with `prefix`.
+def encode(source: Program, prefix: str = "") -> graph_file.Program:
+    """A program as a record; the names of its weights begin with `prefix`.
 
     Raises:
         CaptureError: The graph holds something that has no form here.
     """
-    nodes = []
-    output: Any = None
+    nodes: list[graph_file.Input | graph_file.Weight | graph_file.Call] = []
+    output: Any = ()
     for node in source.graph_module.graph.nodes:
+        name = g.shown_name(node)
         if node.op == "output":
-            output = _encode(node.args[0], node)
+            output = tuple(_encode(value, node) for value in node.args[0])
         elif node.op == "placeholder":
-            nodes.append({"name": node.name, "op": "input"})
+            nodes.append(graph_file.Input(name))
         elif node.op == "get_attr":
-            nodes.append({"name": node.name, "op": "weight", "target": f"{prefix}{node.target}"})
+            target = str(node.target)
+            nodes.append(graph_file.Weight(name, f"{prefix}{source.weights.get(target, target)}"))
         else:
-            entry = {"name": node.name, "op": "call", "target": target_name(node.target)}
-            entry["args"] = [_encode(arg, node) for arg in node.args]
-            if node.kwargs:
-                entry["kwargs"] = {key: _encode(value, node) for key, value in node.kwargs.items()}
-            if node.name in source.sites:
-                entry["shape"] = list(source.sites[node.name].shape)
-                entry["output"] = list(source.shapes[node.name])
-            if line := g.source_line(node):
-                entry["source"] = line
-            nodes.append(entry)
-    return {"bucket": dict(source.bucket), "nodes": nodes, "output": output}
+            nodes.append(_encode_call(node, name, source))
+    made = graph_file.Program(dict(source.bucket), tuple(nodes), output)
+    try:
+        return msgspec.convert(schema.builtins(made), graph_file.Program)
+    except msgspec.ValidationError as error:
+        raise CaptureError(f"the graph can't be held in a bundle: {error}") from error
+
+
+def _encode_call(node: fx.Node, name: str, source: Program) -> graph_file.Call:
+    site = source.sites.get(node.name)
+    return graph_file.Call(
+        name,
+        target_name(node.target),
+        tuple(_encode(arg, node) for arg in node.args),
+        {key: _encode(value, node) for key, value in node.kwargs.items()},
+        shape=None if site is None else tuple(site.shape),
+        output=None if site is None else tuple(source.shapes[node.name]),
+        source=g.source_line(node),
+    )
 
 
 def target_name(target: Any) -> str:
     """An operation by name.
 
     Raises:
-        CaptureError: It is on no allow-list.
+        CaptureError: It is not on the list.
     """
-    if isinstance(target, torch._ops.OpOverload):
-        if target.namespace in _NAMESPACES and target._schema.name not in _BANNED:
-            return str(target)
+    try:
+        return operations.name_of(target)
+    except operations.UnlistedError as error:
         raise CaptureError(
-            f"the model calls {target}, an operation of another package",
+            f"the model calls {error}",
             hint="Bundles hold operations of torch and torchvision alone; see docs/capture.md",
-        )
-    if target in _NAMES:
-        return _NAMES[target]
-    raise CaptureError(f"the model calls {getattr(target, '__name__', target)}, which a bundle can't hold")
+        ) from None
 
 
 def _encode(value: Any, node: fx.Node) -> Any:
     if isinstance(value, fx.Node):
-        return {"node": value.name}
+        return graph_file.Ref(g.shown_name(value))
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else {"float": str(value)}
+        return value if math.isfinite(value) else graph_file.SpecialFloat(str(value))  # type: ignore[arg-type]
     if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
+        return graph_file.Complex(value.real, value.imag)
     if isinstance(value, (list, tuple)):
         return [_encode(item, node) for item in value]
     if isinstance(value, torch.device):
-        return {"device": str(value)}
-    for name, kind in _CONSTANTS.items():
+        return graph_file.Device(str(value))  # type: ignore[arg-type]
+    for kind, record in _CONSTANTS.items():
         if isinstance(value, kind):
-            return {name: str(value).removeprefix("torch.")}
+            return record(str(value).removeprefix("torch."))
     raise CaptureError(f"node {node.name} has an argument of type {type(value).__name__}, which a bundle can't hold")
 
 
-def decode(data: Mapping[str, Any], weights: Mapping[str, torch.Tensor], where: str, prefix: str = "") -> Program:
-    """A program from JSON; `prefix` as it was encoded.
+def decode(stored: graph_file.Program, weights: Mapping[str, torch.Tensor], where: str, prefix: str = "") -> Program:
+    """A program from a record; `prefix` as it was encoded.
 
     Raises:
-        BundleError: An unknown operation, node or weight.
+        BundleError: An unlisted operation, an argument that it does not take, an unknown node or weight.
     """
-    graph = fx.Graph()
-    root = torch.nn.Module()
-    nodes: dict[str, fx.Node] = {}
-    found: dict[str, Site] = {}
-    shapes: dict[str, tuple[int | None, ...]] = {}
+    reader = _Reader(stored, weights, prefix)
+    node: Any = None
     try:
-        for entry in data["nodes"]:
-            name = entry["name"]
-            if entry["op"] == "input":
-                node = graph.placeholder(name)
-            elif entry["op"] == "weight":
-                target = entry["target"].removeprefix(prefix)
-                if not hasattr(root, target):
-                    root.register_buffer(target, weights[entry["target"]])
-                node = graph.get_attr(target)
-            else:
-                args = tuple(_decode(arg, nodes) for arg in entry["args"])
-                kwargs = {key: _decode(value, nodes) for key, value in entry.get("kwargs", {}).items()}
-                node = graph.create_node("call_function", resolve(entry["target"], where), args, kwargs, name=name)
-            nodes[name] = node
-            if "source" in entry:
-                node.meta["source"] = entry["source"]
-            if "shape" in entry:
-                weight = getattr(root, call_of(node).weight_name)
-                found[node.name] = sites.describe(node, entry["shape"], weight.shape)
-                shapes[node.name] = tuple(entry["output"])
-        graph.output(tuple(_decode(data["output"], nodes)))
-    except BundleError:
-        raise
-    except Exception as error:  # whatever a wrong graph.json makes torch or Python say
-        raise BundleError(f"graph.json does not fit: {error!r}", where=where, hint="Make the bundle again") from error
-    return Program(data["bucket"], fx.GraphModule(root, graph), found, shapes)
-
-
-def resolve(name: str, where: str) -> Callable[..., Any]:
-    """The operation of that name, from the allow-list.
-
-    Raises:
-        BundleError: It is not on the list, or this build of torch does not have it.
-    """
-    if name in _FUNCTIONS:
-        return _FUNCTIONS[name]
-    parts = name.split(".")
-    if len(parts) == 3 and parts[0] in _NAMESPACES and f"{parts[0]}::{parts[1]}" not in _BANNED:
-        if parts[0] == "torchvision":
-            from armopt.models import torchvision_ops
-
-            torchvision_ops.ensure_torchvision()
-        found: Any = getattr(torch.ops, parts[0])
-        for part in parts[1:]:
-            found = getattr(found, part, None)
-        if isinstance(found, torch._ops.OpOverload):
-            return found
+        for node in stored.nodes:
+            reader.add(node)
+        node = None
+        return reader.finish()
+    except operations.LackingError as error:
         raise BundleError(
-            f"the graph calls {name}, which torch {torch.__version__} does not have",
+            f"the graph calls {error}, which torch {torch.__version__} does not have",
             where=where,
             hint="Install the versions in the bundle's requirements.txt",
-        )
-    raise BundleError(f"the graph calls {name!r}, which is not allowed in a bundle", where=where)
+        ) from None
+    except operations.UnlistedError as error:
+        what = f"the graph calls {error}"
+    except (_UnfitError, InputError) as error:
+        what = str(error)
+    except Exception as error:  # whatever a wrong graph.json makes torch or Python say
+        what = f"does not fit: {error!r}"
+    place = "output" if node is None else f"node {node.name}"
+    raise BundleError(what, where=f"{where}: {place}", hint="Make the bundle again")
 
 
-def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, nodes) for item in value]
-    if not isinstance(value, dict):
+class _UnfitError(Exception):
+    """What is wrong with a node."""
+
+
+class _Reader:
+    """Makes a graph of what a bundle says, node by node."""
+
+    def __init__(self, stored: graph_file.Program, weights: Mapping[str, torch.Tensor], prefix: str) -> None:
+        self._stored, self._weights, self._prefix = stored, weights, prefix
+        # the same name for a weight in all programs, as they share what is packed of it
+        self._own = {name: f"w{i}" for i, name in enumerate(sorted(weights))}
+        self._graph, self._root = fx.Graph(), torch.nn.Module()
+        self._nodes: dict[str, fx.Node] = {}
+        self._numbers = operations.Numbers()
+        self._sites: dict[str, Site] = {}
+        self._shapes: dict[str, tuple[int | None, ...]] = {}
+        self._named: dict[str, str] = {}
+
+    def add(self, stored: graph_file.Input | graph_file.Weight | graph_file.Call) -> None:
+        """The next node."""
+        if stored.name in self._nodes:
+            raise _UnfitError("its name is there twice")
+        own = f"n{len(self._nodes)}"
+        if isinstance(stored, graph_file.Input):
+            node = self._graph.create_node("placeholder", own, name=own)
+        elif isinstance(stored, graph_file.Weight):
+            node = self._graph.create_node("get_attr", self._weight(stored.target), name=own)
+        else:
+            node = self._call(stored, own)
+        node.meta["name"] = stored.name
+        self._nodes[stored.name] = node
+        if isinstance(stored, graph_file.Call):
+            self._describe(node, stored)
+
+    def finish(self) -> Program:
+        """The program."""
+        self._graph.output(tuple(self._decode(value) for value in self._stored.output))
+        module = fx.GraphModule(self._root, self._graph)
+        return Program(self._stored.bucket, module, self._sites, self._shapes, self._named)
+
+    def _weight(self, target: str) -> str:
+        if target not in self._own:
+            raise _UnfitError(f"there is no weight {target}")
+        own = self._own[target]
+        if own not in self._named:
+            self._root.register_buffer(own, self._weights[target])
+            self._named[own] = target.removeprefix(self._prefix)
+        return own
+
+    def _call(self, stored: graph_file.Call, own: str) -> fx.Node:
+        target = operations.find(stored.target)
+        operations.check_arguments(target, len(stored.args), stored.kwargs)
+        args = tuple(self._decode(arg) for arg in stored.args)
+        kwargs = {name: self._decode(value) for name, value in stored.kwargs.items()}
+        self._numbers.note(stored.name, target, stored.args)
+        if target is _COPY and not self._is_constant(args[0]):
+            raise operations.UnlistedError(f"{stored.target} on something other than a weight")
+        return self._graph.create_node("call_function", target, args, kwargs, name=own)
+
+    def _describe(self, node: fx.Node, stored: graph_file.Call) -> None:
+        if stored.source:
+            node.meta["source"] = stored.source
+        if (node.target in _LAYERS) != (stored.shape is not None and stored.output is not None):
+            raise _UnfitError("a layer has a shape and an output, and nothing else has")
+        if stored.shape is None or stored.output is None:
+            return
+        call = call_of(node)
+        if not self._is_constant(call.weight) or not (call.bias is None or self._is_constant(call.bias)):
+            raise _UnfitError("the weight or bias of a layer is no weight of the bundle")
+        kernel = table.get(call.kernel)
+        site = sites.describe(node, stored.shape, getattr(self._root, call.weight_name).shape)
+        if kernel.op != site.op or call.post_op not in _POST_OPS:
+            raise _UnfitError(f"{site.op} with the kernel {kernel.name} and the post-op {call.post_op}")
+        self._sites[node.name] = replace(site, node=stored.name)
+        self._shapes[node.name] = stored.output
+
+    @staticmethod
+    def _is_constant(value: Any) -> bool:
+        return isinstance(value, fx.Node) and value.op == "get_attr"
+
+    def _decode(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._decode(item) for item in value]
+        if isinstance(value, graph_file.Ref):
+            if value.name not in self._nodes:
+                raise _UnfitError(f"there is no node {value.name} before it")
+            return self._nodes[value.name]
+        if isinstance(value, graph_file.SpecialFloat):
+            return float(value.name)
+        if isinstance(value, graph_file.Complex):
+            return complex(value.real, value.imag)
+        if isinstance(value, graph_file.Device):
+            return torch.device(value.name)
+        if isinstance(value, (graph_file.DtypeName, graph_file.MemoryFormat, graph_file.Layout)):
+            return getattr(torch, value.name)
         return value
-    ((kind, content),) = value.items()
-    if kind == "node":
-        return nodes[content]
-    if kind == "float":
-        return float(content)
-    if kind == "complex":
-        return complex(*content)
-    if kind == "device":
-        return torch.device(content)
-    found = getattr(torch, content)
-    if not isinstance(found, _CONSTANTS[kind]):
-        raise TypeError(f"{content} is no {kind}")
-    return found

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import fx
 
 from armopt.ir import graph as g
 from armopt.ir.calls import layers
-from armopt.ir.records import Bucket, Site
+from armopt.ir.records import Bucket, Signature, Site
 from armopt.kernels import sites
 
 
@@ -20,14 +20,31 @@ class Program:
     Attributes:
         bucket: The sizes it was planned for.
         graph_module: armopt and ATen operations over flat tensors.
-        sites: Every Linear and convolution by its node's name.
+        sites: Every Linear and convolution by its node's name. In a graph that was read the nodes have names of
+            armopt's own making; `site.node` is the name in the bundle, which people know.
         shapes: Output shape of each of them; None where dynamic.
+        weights: Names in the bundle of the graph's constants, where they differ.
     """
 
     bucket: Bucket
     graph_module: fx.GraphModule
     sites: Mapping[str, Site]
     shapes: Mapping[str, tuple[int | None, ...]]
+    weights: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One graph of a model: that of the submodule at `path`, or of the whole model, which has none."""
+
+    path: str
+    programs: Sequence[Program]
+    signature: Signature
+
+    @property
+    def prefix(self) -> str:
+        """What names of its weights begin with in a bundle."""
+        return f"{self.path}/" if self.path else ""
 
 
 def describe_program(graph_module: fx.GraphModule, bucket: Bucket, values: Bucket) -> Program:

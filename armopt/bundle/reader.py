@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load
 
-from armopt.bundle import codec, manifest
-from armopt.bundle.files import GRAPH, KEPT, REFERENCE_GRAPH, REFERENCE_WEIGHTS, REPORT, WEIGHTS, Source, damaged
+from armopt.bundle import codec, graph_file, legacy, manifest, schema
+from armopt.bundle.files import GRAPH, KEPT, REFERENCE_GRAPH, REFERENCE_WEIGHTS, WEIGHTS, Source, damaged
 from armopt.bundle.mapped_weights import MappedTensors
-from armopt.bundle.program import Program
+from armopt.bundle.program import Part, Program
 from armopt.errors import BundleError
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one graph is for: the whole model (no path), or a submodule by its path."""
-
-    path: str
-    signature: Mapping[str, Any]
-    programs: tuple[Program, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +25,8 @@ class Bundle:
     Attributes:
         path: Where it was read from.
         manifest: What it says of itself.
-        parts: One for the whole model, or one for each submodule of a bundle of kind "module".
-        rest: Of kind "module": all other parameters and buffers, by name.
-        report: Accuracy.
+        parts: The whole model as one, or the submodules that are graphs.
+        rest: Where Python runs between parts: all other parameters and buffers, by name.
         release: Lets a stored weight leave memory until it is read again; for one of a zip it does nothing.
         reference: The FP32 original, if it was kept.
     """
@@ -45,7 +35,6 @@ class Bundle:
     manifest: manifest.Manifest
     parts: tuple[Part, ...]
     rest: Mapping[str, torch.Tensor]
-    report: Mapping[str, Any]
     release: Callable[[torch.Tensor], None]
     reference: Program | None = None
 
@@ -55,11 +44,11 @@ class Bundle:
         return tuple(program for part in self.parts for program in part.programs)
 
     @property
-    def signature(self) -> Mapping[str, Any]:
-        """The whole model's.
+    def whole(self) -> Part:
+        """The one graph that is all of the model.
 
         Raises:
-            BundleError: It is of kind "module": each part has its own.
+            BundleError: There is none: its graphs are submodules.
         """
         if self.manifest.is_module:
             raise BundleError(
@@ -67,7 +56,7 @@ class Bundle:
                 where=str(self.path),
                 hint="See docs/bundle.md for what can be done with it",
             )
-        return self.parts[0].signature
+        return self.parts[0]
 
 
 def read(path: Path | str, *, reference: bool = False) -> Bundle:
@@ -97,25 +86,65 @@ def read(path: Path | str, *, reference: bool = False) -> Bundle:
         if source.hash(name) != digest:
             raise damaged(path / name)
     weights, release = _tensors(source, WEIGHTS)
-    graph = json.loads(source.read(GRAPH))
     where = str(path / GRAPH)
-    report = json.loads(source.read(REPORT))
-    if described.is_module:
-        parts = tuple(_part(part, weights, where) for part in graph["parts"])
-        rest = {name.removeprefix("/"): tensor for name, tensor in weights.items() if name.startswith("/")}
-        return Bundle(path, described, parts, rest, report, release)
+    graph = _graph(source.read(GRAPH), described, where)
+    parts = tuple(_part(part, weights, where) for part in graph.parts)
+    _check_parts(described, parts, where)
+    rest = {name.removeprefix("/"): tensor for name, tensor in weights.items() if name.startswith("/")}
     kept = None
     if REFERENCE_GRAPH in wanted:
         exact = weights | _tensors(source, REFERENCE_WEIGHTS)[0]
-        kept = codec.decode(json.loads(source.read(REFERENCE_GRAPH)), exact, str(path / REFERENCE_GRAPH))
-    return Bundle(path, described, (_part(graph, weights, where),), {}, report, release, kept)
+        place = str(path / REFERENCE_GRAPH)
+        kept = codec.decode(_reference(source.read(REFERENCE_GRAPH), described, place), exact, place)
+    return Bundle(path, described, parts, rest, release, kept)
 
 
-def _part(data: dict[str, Any], weights: Mapping[str, torch.Tensor], where: str) -> Part:
-    path = data.pop("path", "")
-    prefix = f"{path}/" if path else ""
-    programs = tuple(codec.decode(program, weights, where, prefix) for program in data.pop("programs"))
-    return Part(path, data, programs)
+def _graph(data: bytes, described: manifest.Manifest, where: str) -> graph_file.Graph:
+    if described.schema_version == manifest.SCHEMA_VERSION:
+        return schema.decode(data, graph_file.Graph, where)
+    return schema.convert(legacy.graph(_loads(data, where), where), graph_file.Graph, where)
+
+
+def _reference(data: bytes, described: manifest.Manifest, where: str) -> graph_file.Program:
+    if described.schema_version == manifest.SCHEMA_VERSION:
+        return schema.decode(data, graph_file.Program, where)
+    return schema.convert(legacy.program(_loads(data, where), where), graph_file.Program, where)
+
+
+def _loads(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"is no JSON: {error}", where=where, hint="Copy the bundle again") from None
+
+
+def _part(stored: graph_file.Part, weights: Mapping[str, torch.Tensor], where: str) -> Part:
+    part = Part(stored.path, (), stored.signature)
+    programs = tuple(codec.decode(program, weights, where, part.prefix) for program in stored.programs)
+    return replace(part, programs=programs)
+
+
+def _check_parts(described: manifest.Manifest, parts: Sequence[Part], where: str) -> None:
+    """Refuses graphs that are not those of the manifest, or do not take and return what they say.
+
+    Raises:
+        BundleError: Naming the part.
+    """
+    said = [(plan.part, plan.bucket) for plan in described.plan]
+    if said != [(part.path, program.bucket) for part in parts for program in part.programs]:
+        raise BundleError("has other graphs than the manifest's plan", where=where, hint="Make the bundle again")
+    for part, taken in zip(parts, described.model.parts, strict=True):
+        inputs = [(spec.name, spec.shape, spec.dtype) for spec in taken.inputs]
+        signature = part.signature
+        if part.path != taken.path or inputs != [(spec.name, spec.shape, spec.dtype) for spec in signature.specs]:
+            raise BundleError("takes other inputs than the manifest says", where=where, hint="Make the bundle again")
+        most = max(signature.outputs.positions, default=-1)
+        for program in part.programs:
+            graph = program.graph_module.graph
+            results: Any = graph.output_node().args[0]
+            if len(graph.find_nodes(op="placeholder")) != len(inputs) or len(results) <= most:
+                what = "takes or returns another number of tensors than its signature says"
+                raise BundleError(what, where=f"{where}: {part.path}", hint="Make the bundle again")
 
 
 def _tensors(source: Source, name: str) -> tuple[dict[str, torch.Tensor], Callable[[torch.Tensor], None]]:

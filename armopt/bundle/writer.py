@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from armopt.bundle import codec, manifest
+from armopt.bundle import codec, graph_file, manifest, schema
 from armopt.bundle.files import GRAPH, REFERENCE_GRAPH, REFERENCE_WEIGHTS, WEIGHTS, hash_file, looks_like_bundle
-from armopt.bundle.program import Program
+from armopt.bundle.program import Part, Program
 from armopt.errors import InputError
 from armopt.files import check_parent, folder_beside, put, sync
-from armopt.ir import nesting
 
 
 def check_place(path: Path, *, force: bool = False) -> None:
@@ -39,10 +39,10 @@ def check_place(path: Path, *, force: bool = False) -> None:
 def write(
     path: Path,
     described: manifest.Manifest,
-    programs: Sequence[Program],
+    parts: Sequence[Part],
     texts: Mapping[str, str],
-    signature: Mapping[str, nesting.Structure],
     *,
+    rest: Mapping[str, torch.Tensor] = MappingProxyType({}),
     reference: Program | None = None,
     force: bool = False,
     attach: Callable[[Path], None] | None = None,
@@ -52,9 +52,9 @@ def write(
     Args:
         path: Where to.
         described: The manifest; its `files` are filled in here.
-        programs: One for each bucket.
+        parts: The whole model as one, or its submodules that are graphs.
         texts: Other files by name.
-        signature: ``inputs``, ``outputs`` and ``specs`` of the model.
+        rest: Parameters and buffers of all that is in no part, by their names in the model's state dict.
         reference: The FP32 original, to be kept for `validate`.
         force: Replace a bundle that is there.
         attach: Adds further files to the folder that it is given; graph and weights are there by then.
@@ -63,94 +63,26 @@ def write(
         The manifest as written.
 
     Raises:
+        CaptureError: A graph holds something that has no form in a bundle.
         InputError: The place can't take it; nothing is left there.
     """
-    graph = {**signature, "programs": [codec.encode(program) for program in programs]}
-    weights = collect_weights(programs)
-    return _write(path, described, graph, weights, texts, reference=reference, force=force, attach=attach)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A submodule as graphs: its path in the model, its programs, and its signature as :func:`write` takes it."""
-
-    path: str
-    programs: Sequence[Program]
-    signature: Mapping[str, nesting.Structure]
-
-
-def write_parts(
-    path: Path,
-    described: manifest.Manifest,
-    parts: Sequence[Part],
-    rest: Mapping[str, torch.Tensor],
-    texts: Mapping[str, str],
-    *,
-    force: bool = False,
-) -> manifest.Manifest:
-    """Writes a bundle of kind "module": some submodules as graphs; the model's Python stays where it is.
-
-    Args:
-        path: Where to.
-        described: The manifest; its `files` are filled in here.
-        parts: The submodules.
-        rest: Parameters and buffers of all else, by their names in the model's state dict.
-        texts: Other files by name.
-        force: Replace a bundle that is there.
-
-    Raises:
-        InputError: The place can't take it; nothing is left there.
-    """
-    graph = {
-        "parts": [
-            {
-                "path": part.path,
-                **part.signature,
-                "programs": [codec.encode(program, f"{part.path}/") for program in part.programs],
-            }
-            for part in parts
-        ]
-    }
-    return _write(path, described, graph, collect_part_weights(parts, rest), texts, force=force)
-
-
-def collect_part_weights(parts: Sequence[Part], rest: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The constants of all parts, by their path and name, and the tensors of the rest, by their name after ``/``."""
-    weights = {
-        f"{part.path}/{name}": tensor for part in parts for name, tensor in collect_weights(part.programs).items()
-    }
-    return weights | {f"/{name}": _storable(tensor) for name, tensor in rest.items()}
-
-
-def _write(
-    path: Path,
-    described: manifest.Manifest,
-    graph: Mapping[str, Any],
-    weights: Mapping[str, torch.Tensor],
-    texts: Mapping[str, str],
-    *,
-    reference: Program | None = None,
-    force: bool,
-    attach: Callable[[Path], None] | None = None,
-) -> manifest.Manifest:
     check_place(path, force=force)
+    weights = collect_weights(parts, rest)
     try:
         with folder_beside(path) as folder:
-            # not sorted: the order of fields is part of what the model takes and returns
-            _write_text(folder / GRAPH, json.dumps(graph, allow_nan=False) + "\n")
+            _write(folder / GRAPH, schema.encode(graph_file.Graph(tuple(_stored(part) for part in parts))))
             _save(folder / WEIGHTS, weights)
             if reference is not None:
-                _write_text(folder / REFERENCE_GRAPH, json.dumps(codec.encode(reference), allow_nan=False) + "\n")
-                exact = collect_weights([reference])
+                _write(folder / REFERENCE_GRAPH, schema.encode(codec.encode(reference)))
+                exact = _constants([reference])
                 _save(folder / REFERENCE_WEIGHTS, {name: exact[name] for name in exact.keys() - weights.keys()})
             for name, text in texts.items():
-                _write_text(folder / name, text)
+                _write(folder / name, text.encode())
             if attach is not None:
                 attach(folder)
             files = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
             complete = replace(described, files=files)
-            (folder / manifest.NAME).write_bytes(manifest.to_bytes(complete))
-            sync(folder / manifest.NAME)
+            _write(folder / manifest.NAME, manifest.to_bytes(complete))
             _put(folder, path)
     except OSError as error:
         raise InputError(
@@ -168,16 +100,30 @@ def _write(
     return complete
 
 
+def _stored(part: Part) -> graph_file.Part:
+    programs = tuple(codec.encode(program, part.prefix) for program in part.programs)
+    return graph_file.Part(part.path, part.signature, programs)
+
+
 def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file(dict(tensors), path, metadata={"format": "pt"})
     sync(path)
 
 
-def collect_weights(programs: Sequence[Program]) -> dict[str, torch.Tensor]:
+def collect_weights(
+    parts: Sequence[Part], rest: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> dict[str, torch.Tensor]:
+    """The constants of all parts by their names in the bundle, and the tensors of the rest by theirs after ``/``."""
+    weights = {f"{part.prefix}{name}": tensor for part in parts for name, tensor in _constants(part.programs).items()}
+    return weights | {f"/{name}": _storable(tensor) for name, tensor in rest.items()}
+
+
+def _constants(programs: Sequence[Program]) -> dict[str, torch.Tensor]:
     """The constants of all programs by name, each stored once."""
     weights: dict[str, torch.Tensor] = {}
     for program in programs:
-        for name, tensor in program.graph_module.named_buffers():
+        for own, tensor in program.graph_module.named_buffers():
+            name = program.weights.get(own, own)
             held = weights.get(name)
             if held is not None and held.data_ptr() != tensor.data_ptr() and not torch.equal(held, tensor):
                 raise AssertionError(f"two programs have different constants called {name}")
@@ -211,8 +157,8 @@ def _put(folder: Path, path: Path) -> None:
         ready.unlink(missing_ok=True)
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
     sync(path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import fx
 
 from armopt.errors import ArmoptError, InputError, first_line
 from armopt.ir import nesting
+from armopt.ir.nesting import Inputs
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
@@ -79,13 +80,13 @@ def resize_batch_of(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, dict[s
     return resized
 
 
-def describe_inputs(args: Args, kwargs: Kwargs, where: str = "inputs") -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """How the inputs of a call nest, and their tensors in order.
+def describe_inputs(args: Args, kwargs: Kwargs, names: Sequence[str] = ()) -> tuple[Inputs, list[torch.Tensor]]:
+    """How the inputs of a call nest, and their tensors in order; `names` are those of the parameters.
 
     Raises:
         InputError: They hold something that a bundle can't describe.
     """
-    return nesting.describe({"args": list(args), "kwargs": dict(kwargs)}, is_tensor, where)
+    return nesting.describe_inputs(args, kwargs, tuple(names), is_tensor)
 
 
 def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> None:

@@ -103,7 +103,7 @@ def exported(
     with torch.no_grad(), quiet():
         program = program.run_decompositions({})
     graph_module = unlift(program, source)
-    inputs, tensors = describe_inputs(args, kwargs)
+    inputs, tensors = describe_inputs(args, kwargs, signature or _signature_names(program, args))
     names = _input_names(graph_module, tensors)
     _check_tensors(graph_module, tensors, source)
     outputs = _outputs(program, source)
@@ -118,7 +118,7 @@ def exported(
         graph_module=graph_module,
         input_specs=tuple(specs),
         symbols=symbols,
-        inputs=inputs | {"names": list(signature) or _signature_names(program, args)},
+        inputs=inputs,
         outputs=outputs,
         example=tuple(tensors),
         digest=digest(graph_module),
@@ -246,7 +246,7 @@ def _input_names(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]) 
     return {node.name: str(node.target) for node in nodes}
 
 
-def _outputs(program: ExportedProgram, source: str) -> dict[str, Any]:
+def _outputs(program: ExportedProgram, source: str) -> nesting.Outputs:
     """The structure of what the model returns; leaves that are no tensors become constants."""
     specs = [s for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
     leaves: list[Any] = []
@@ -258,7 +258,7 @@ def _outputs(program: ExportedProgram, source: str) -> dict[str, Any]:
     described, tensors = nesting.describe(tree, is_tensor, f"{source}: output")
     kept = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     assert len(kept) == len(tensors)
-    return described | {"positions": kept}
+    return nesting.Outputs(described, tuple(kept))
 
 
 def _is_none(spec: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from armopt.errors import InputError
+from armopt.ir.records import Bucket, ExampleSpec, InputSpec, Statistics
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _FORM = "Write NAME=1x3x224x224:float32, or NAME=1x128:int64:30522 for integers below 30522"
@@ -114,39 +115,39 @@ _READERS: dict[str, Callable[[Path], Any]] = {
 SUFFIXES = tuple(_READERS)
 
 
-def statistics(tensor: torch.Tensor) -> dict[str, float]:
-    """Mean, spread and range of an example input, by which others can be generated; finite values alone count."""
+def statistics(tensor: torch.Tensor) -> Statistics | None:
+    """Of an example input; finite values alone count."""
     if tensor.is_complex():
-        return {}
+        return None
     values = tensor.detach().double().flatten()
     values = values[torch.isfinite(values)]
     if values.numel() == 0:
-        return {}
-    figures = {"mean": values.mean(), "std": values.std(correction=0), "min": values.min(), "max": values.max()}
-    return {name: float(figure) for name, figure in figures.items()}
+        return None
+    figures = values.mean(), values.std(correction=0), values.min(), values.max()
+    return Statistics(*(float(figure) for figure in figures))
 
 
-def like(spec: Mapping[str, Any], bucket: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
+def like(spec: InputSpec, bucket: Bucket, generator: torch.Generator) -> torch.Tensor:
     """A random tensor for an input: with the statistics of its example where those are known.
 
     Args:
-        spec: ``name``, ``shape`` (dynamic sizes by name), ``dtype`` and, if known, ``statistics``.
+        spec: The input.
         bucket: The dynamic sizes.
         generator: Of the random numbers.
     """
-    shape = tuple(bucket.get(size, 1) if isinstance(size, str) else size for size in spec["shape"])
-    dtype: torch.dtype = getattr(torch, spec["dtype"])
-    known = spec.get("statistics")
-    if not known:
-        return InputOption(spec["name"], shape, dtype).tensor(generator)
+    shape = tuple(bucket.get(size, 1) if isinstance(size, str) else size for size in spec.shape)
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    known = spec.statistics if isinstance(spec, ExampleSpec) else None
+    if known is None:
+        return InputOption(spec.name, shape, dtype).tensor(generator)
     if dtype == torch.bool:
-        chosen: torch.Tensor = torch.rand(shape, generator=generator) < known["mean"]
+        chosen: torch.Tensor = torch.rand(shape, generator=generator) < known.mean
         return chosen
     if dtype.is_floating_point:
         values: torch.Tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
-        values = values * known["std"] + known["mean"]
-        return values.clamp(known["min"], known["max"]).to(dtype)
-    return torch.randint(int(known["min"]), int(known["max"]) + 1, shape, generator=generator).to(dtype)
+        values = values * known.std + known.mean
+        return values.clamp(known.min, known.max).to(dtype)
+    return torch.randint(int(known.min), int(known.max) + 1, shape, generator=generator).to(dtype)
 
 
 def bind(

@@ -14,6 +14,7 @@ from armopt import capture
 from armopt.capture import submodules
 from armopt.errors import CaptureError, InputError
 from armopt.ir import buckets
+from armopt.ir.nesting import Inputs
 from armopt.ir.records import Bucket, Captured, Skip
 
 #: Positional and named inputs of one call.
@@ -41,7 +42,7 @@ class CapturedPart:
 class _Seen:
     """One call of a submodule: how its inputs nest, and their shapes and dtypes."""
 
-    structure: Mapping[str, Any]
+    structure: Inputs
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
 

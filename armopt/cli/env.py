@@ -68,10 +68,11 @@ def wanted(bundle: Path | None, framework: str, target: str, threads: int | None
     if framework or target:
         raise InputError("a bundle has its own framework and target", hint="Leave out --framework and --target")
     manifest = files.read_manifest(bundle)
-    left = bool(manifest.refused) or any(n["kernel"].startswith("aten") for p in manifest.plan for n in p["nodes"])
+    left = bool(manifest.refused) or any(
+        node.kernel.startswith("aten") for plan in manifest.plan for node in plan.nodes
+    )
     here = manifest.machine == platform.machine()
-    said = {name: environment.Variable(e["value"], e["why"]) for name, e in manifest.environment.items()}
-    chosen = environment.recorded(said, str(bundle))
+    chosen = environment.recorded(manifest.environment, str(bundle))
     chosen |= environment.wanted(
         targets.load(manifest.target),
         threads=threads,

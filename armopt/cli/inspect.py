@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from armopt.cli import options
 from armopt.cli.output import Output, human_size, text_table
 
 if TYPE_CHECKING:
-    from armopt.bundle.manifest import Manifest
+    from armopt.bundle.manifest import GateResult, Manifest
+    from armopt.ir.records import InputSpec
 
 
 def inspect(bundle: options.BundlePath, as_json: options.Json = False) -> None:
@@ -23,74 +24,85 @@ def inspect(bundle: options.BundlePath, as_json: options.Json = False) -> None:
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
     """The bundle as one object."""
+    from armopt.bundle import schema
+
     several = len(manifest.plan) > 1
     nodes = []
     for each in manifest.plan:
-        for node in each["nodes"]:
-            entry = {key: node[key] for key in ("op", "shape", "kernel", "precision", "layout", "reason")}
-            part = {"part": each["part"]} if "part" in each else {}
-            nodes.append({"name": node["node"], **part, **entry, **({"bucket": each["bucket"]} if several else {})})
+        place = ({"part": each.part} if each.part else {}) | ({"bucket": dict(each.bucket)} if several else {})
+        for node in each.nodes:
+            entry = schema.builtins(node)
+            del entry["block"]
+            nodes.append({"name": entry.pop("node"), **entry, **place})
     return {
         "target": manifest.target,
         "armopt_version": manifest.armopt_version,
-        "model": manifest.model,
+        "model": _model(manifest),
         "nodes": nodes,
-        "weights_bytes": manifest.weights["bytes"],
-        "fp32_weights_bytes": manifest.weights["fp32_bytes"],
-        "refused": [{"name": entry["node"], "reason": entry["reason"]} for entry in manifest.refused],
-        "accuracy": dict(manifest.accuracy),
-        "environment": {name: dict(entry) for name, entry in manifest.environment.items()},
+        "weights_bytes": manifest.weights.bytes,
+        "fp32_weights_bytes": manifest.weights.fp32_bytes,
+        "refused": [{"name": skip.node, "reason": skip.reason} for skip in manifest.refused],
+        "accuracy": schema.builtins(manifest.accuracy),
+        "environment": schema.builtins(manifest.environment),
         "required_features": list(manifest.required_features),
         "versions": dict(manifest.versions),
         "files": dict(manifest.files),
     }
 
 
-def _text(manifest: Manifest) -> str:
-    inputs = _inputs(manifest.model["inputs"])
+def _model(manifest: Manifest) -> dict[str, Any]:
+    """What the bundle was made from: the whole model's inputs, or each part's."""
+    from armopt.bundle import schema
+
+    described: dict[str, Any] = schema.builtins(manifest.model)
     if manifest.is_module:
-        inputs = f"those of {manifest.model['factory'] or 'its module'}, whose Python runs between the parts"
+        return described | {"kind": "module", "inputs": [], "symbols": []}
+    (whole,) = described.pop("parts")
+    del described["factory"], whole["path"]
+    described |= whole
+    return described
+
+
+def _text(manifest: Manifest) -> str:
+    model, accuracy = manifest.model, manifest.accuracy
+    inputs = _inputs(model.inputs)
+    if manifest.is_module:
+        inputs = f"those of {model.factory or 'its module'}, whose Python runs between the parts"
     needs = ", ".join(manifest.required_features) or "nothing special"
-    verdict = "deployable" if manifest.accuracy["passed"] else "NOT deployable: the accuracy gate failed"
+    verdict = "deployable" if accuracy.passed else "NOT deployable: the accuracy gate failed"
     lines = [
         f"target    {manifest.target} ({manifest.machine}; needs {needs})",
-        f"model     {manifest.model['source']}, sha256 {manifest.model['digest'][:16]}…",
+        f"model     {model.source}, sha256 {model.digest[:16]}…",
         f"inputs    {inputs}",
-        f"weights   {human_size(manifest.weights['bytes'])}, FP32 {human_size(manifest.weights['fp32_bytes'])}",
-        f"accuracy  cosine {manifest.accuracy['cosine']:.6f} against {manifest.accuracy['reference']}; {verdict}",
-        f"gates     {_gates(manifest.accuracy)}",
+        f"weights   {human_size(manifest.weights.bytes)}, FP32 {human_size(manifest.weights.fp32_bytes)}",
+        f"accuracy  cosine {accuracy.cosine:.6f} against {accuracy.reference}; {verdict}",
+        f"gates     {', '.join(map(_gate, accuracy.gates))}",
     ]
-    if repair := manifest.accuracy.get("repair"):
-        lines.append(f"repair    {repair['said']}")
-    lines += [*(f"part      {p['path']}: {_inputs(p['inputs'])}" for p in manifest.model.get("parts", ())), ""]
+    if accuracy.repair is not None:
+        lines.append(f"repair    {accuracy.repair.said}")
+    lines += [*(f"part      {part.path}: {_inputs(part.inputs)}" for part in model.parts if part.path), ""]
     for each in manifest.plan:
-        if "part" in each:
-            lines += ["", f"{each['part']}:"]
-        if each["bucket"]:
-            lines.append(", ".join(f"{name}={value}" for name, value in each["bucket"].items()) + ":")
-        rows = [
-            (n["node"], n["op"], "x".join(map(str, n["shape"])), n["kernel"], n["precision"], n["reason"])
-            for n in each["nodes"]
-        ]
+        if each.part:
+            lines += ["", f"{each.part}:"]
+        if each.bucket:
+            lines.append(", ".join(f"{name}={value}" for name, value in each.bucket.items()) + ":")
+        rows = [(n.node, n.op, "x".join(map(str, n.shape)), n.kernel, n.precision, n.reason) for n in each.nodes]
         lines += [text_table(("node", "op", "input", "kernel", "precision", "reason"), rows), ""]
     if manifest.refused:
-        rows_refused = [(entry["node"], entry["reason"]) for entry in manifest.refused]
+        rows_refused = [(skip.node, skip.reason) for skip in manifest.refused]
         lines += [
             "Plain ATen or Python:" if manifest.is_module else "Plain ATen:",
             text_table(("node", "reason"), rows_refused),
             "",
         ]
-    lines += ["environment:", *(f"  {name}={entry['value']}" for name, entry in manifest.environment.items())]
+    lines += ["environment:", *(f"  {name}={each.value}" for name, each in manifest.environment.items())]
     return "\n".join(lines)
 
 
-def _inputs(described: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{i['name']} [{', '.join(map(str, i['shape']))}] {i['dtype']}" for i in described)
+def _inputs(described: Sequence[InputSpec]) -> str:
+    return ", ".join(f"{spec.name} [{', '.join(map(str, spec.shape))}] {spec.dtype}" for spec in described)
 
 
-def _gates(accuracy: Mapping[str, Any]) -> str:
-    """Every gate and its worst value; a bundle of an earlier armopt has the cosine alone."""
-    gates = accuracy.get("gates", [{"gate": f"cosine>={accuracy['min_cosine']}", "value": accuracy["cosine"]}])
-    return ", ".join(
-        f"{gate['gate']} ({'-' if gate['value'] is None else format(gate['value'], '.6g')})" for gate in gates
-    )
+def _gate(gate: GateResult) -> str:
+    """A gate and its worst value."""
+    return f"{gate.gate} ({'-' if gate.value is None else format(gate.value, '.6g')})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from armopt.cli import options
 from armopt.cli.output import Output, human_size
 
 if TYPE_CHECKING:
-    from armopt.bundle.manifest import Manifest
+    from armopt.bundle.manifest import Manifest, PartPlan
 
 
 def optimize(
@@ -93,56 +94,56 @@ def _examples(model: Path | None, described: list[str] | None, samples: Path | N
 
 def to_json(written: Manifest, path: Path) -> dict[str, Any]:
     """The result of `optimize --json`."""
+    from armopt.bundle import schema
+
+    onnx = written.onnxruntime.model if written.onnxruntime else None
     return {
         "bundle": str(path),
         "target": written.target,
-        "kind": written.model.get("kind", "graph"),
+        "kind": "module" if written.is_module else "graph",
         "buckets": [
-            {**({"part": each["part"]} if "part" in each else {}), "bucket": each["bucket"], "kernels": kernels(each)}
+            {**({"part": each.part} if each.part else {}), "bucket": dict(each.bucket), "kernels": kernels(each)}
             for each in written.plan
         ],
-        "weights_bytes": written.weights["bytes"],
-        "fp32_weights_bytes": written.weights["fp32_bytes"],
-        "refused": list(written.refused),
-        "onnx": dict(written.onnxruntime["model"]),
-        "accuracy": dict(written.accuracy),
+        "weights_bytes": written.weights.bytes,
+        "fp32_weights_bytes": written.weights.fp32_bytes,
+        "refused": schema.builtins(written.refused),
+        "onnx": schema.builtins(onnx) if onnx else {},
+        "accuracy": schema.builtins(written.accuracy),
     }
 
 
-def kernels(plan: Any) -> dict[str, int]:
+def kernels(plan: PartPlan) -> dict[str, int]:
     """How many nodes each kernel has."""
-    counts: dict[str, int] = {}
-    for node in plan["nodes"]:
-        counts[node["kernel"]] = counts.get(node["kernel"], 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+    return dict(Counter(node.kernel for node in plan.nodes).most_common())
 
 
 def summary(written: Manifest, path: Path) -> str:
     """The result for people."""
-    half, full = written.weights["bytes"], written.weights["fp32_bytes"]
+    half, full = written.weights.bytes, written.weights.fp32_bytes
     lines = [f"Wrote {path} for {written.target}.", ""]
     for each in written.plan:
-        sizes = ", ".join(f"{name} {value}" for name, value in each["bucket"].items())
-        where = ": ".join(filter(None, (each.get("part", ""), sizes)))
+        sizes = ", ".join(f"{name} {value}" for name, value in each.bucket.items())
+        where = ": ".join(filter(None, (each.part, sizes)))
         chosen = ", ".join(f"{count} {name}" for name, count in kernels(each).items()) or "no layers"
         lines.append(f"  kernels   {f'at {where}: ' if where else ''}{chosen}")
     ratio = f" ({half / full:.2f} of FP32's {human_size(full)})" if full else ""
     lines.append(f"  weights   {human_size(half)}{ratio}")
     accuracy = written.accuracy
-    verdict = "passed" if accuracy["passed"] else "FAILED"
+    verdict = "passed" if accuracy.passed else "FAILED"
     lines.append(
-        f"  accuracy  cosine similarity to FP32 {accuracy['cosine']:.6f}, "
-        f"largest error {accuracy['max_abs']:.3g}: {verdict} ({', '.join(v['gate'] for v in accuracy['gates'])})"
+        f"  accuracy  cosine similarity to FP32 {accuracy.cosine:.6f}, "
+        f"largest error {accuracy.max_abs:.3g}: {verdict} ({', '.join(each.gate for each in accuracy.gates)})"
     )
-    lines.append(f"  inputs    {'yours: ' if accuracy['inputs_given'] else ''}{accuracy['inputs']}")
-    if accuracy["repair"] is not None:
-        lines.append(f"  repair    {accuracy['repair']['said']}")
-        lines += [f"            {c['node']}: {c['before']} -> {c['after']}" for c in accuracy["repair"]["changes"]]
-    if onnx := written.onnxruntime["model"]:
-        lines.append(f"  onnx      {path / onnx['file']}, weights in {onnx['weights']}")
+    lines.append(f"  inputs    {'yours: ' if accuracy.inputs_given else ''}{accuracy.inputs}")
+    if accuracy.repair is not None:
+        lines.append(f"  repair    {accuracy.repair.said}")
+        lines += [f"            {each.node}: {each.before} -> {each.after}" for each in accuracy.repair.changes]
+    if written.onnxruntime and (onnx := written.onnxruntime.model):
+        lines.append(f"  onnx      {path / onnx.file}, weights in {onnx.weights}")
     if written.refused:
         lines.append(f"  refused   {len(written.refused)} nodes run as plain ATen: armopt inspect {path}")
     lines += ["", f"Next, on the server:  armopt run {path} -- python serve.py"]
-    given = ", model=factory" if written.is_module and not written.model["factory"].startswith("torchvision:") else ""
+    given = ", model=factory" if written.is_module and not written.model.factory.startswith("torchvision:") else ""
     lines.append(f"In serve.py:          model = armopt.load({str(path)!r}{given})")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,8 +88,7 @@ class Judge:
         )
         self.samples = None
         if checks.inputs is not None:
-            specs = [asdict(spec) for spec in captured.input_specs]
-            self.samples = samples.read(checks.inputs, specs, captured.source)
+            self.samples = samples.read(checks.inputs, captured.input_specs, captured.source)
 
     def judge(self, recipe: Recipe, planned: Planned, programs: tuple[Program, ...]) -> Judged:
         """Measures programs and, where a gate breaks and the checks allow it, takes layers out of BF16."""

@@ -10,11 +10,13 @@ import torch
 
 from armopt import environment, targets
 from armopt._version import TORCH_REQUIREMENT, __version__
-from armopt.bundle import files, manifest, writer
+from armopt.bundle import files, schema, writer
+from armopt.bundle import manifest as manifests
+from armopt.bundle.program import Part
 from armopt.capture import inputs
 from armopt.compiler.checks import Judged
 from armopt.compiler.source import Source
-from armopt.ir.records import Captured, Target
+from armopt.ir.records import Captured, ExampleSpec, Signature, Target
 from armopt.passes._pipeline import Record
 
 
@@ -34,51 +36,48 @@ class Optimized:
     judged: Mapping[str, Judged]
     accuracy: Mapping[str, Any]
 
-    def parts(self) -> list[writer.Part]:
+    @property
+    def rest(self) -> Mapping[str, torch.Tensor]:
+        """Parameters and buffers of all that is in no part, by name."""
+        return self.source.shell.state if self.source.shell is not None else {}
+
+    def parts(self) -> list[Part]:
         """What the bundle holds of each part."""
-        return [
-            writer.Part(path, part.programs, signature(part.planned.captured)) for path, part in self.judged.items()
-        ]
+        return [describe_part(part) for part in self.judged.values()]
 
     def manifest(
-        self, variables: Mapping[str, environment.Variable], onnxruntime: Mapping[str, Any]
-    ) -> manifest.Manifest:
+        self, variables: Mapping[str, environment.Variable], onnxruntime: manifests.Session | None
+    ) -> manifests.Manifest:
         """The manifest, without files.
 
         Args:
             variables: Wanted of the environment.
-            onnxruntime: The section of that name.
+            onnxruntime: What a session of ONNX Runtime needs to be told; None where there is no one graph.
         """
         plans = [(path, plan) for path, part in self.judged.items() for plan in part.planned.plans]
         half = any(entry.precision.startswith("bf16") for _, each in plans for entry in each.decisions)
-        return manifest.Manifest(
-            schema_version=1 if self.source.shell is None else manifest.SCHEMA_VERSION,
+        refused = [
+            replace(skip, node=f"{path}: {skip.node}") if path else skip
+            for path, part in self.judged.items()
+            for skip in part.planned.refused
+        ]
+        return manifests.Manifest(
+            schema_version=manifests.SCHEMA_VERSION,
             armopt_version=__version__,
             target=self.target.name,
             machine=targets.machine(self.target),
             required_features=("bf16",) if half and self.target.bf16 else (),
-            environment={name: asdict(variable) for name, variable in variables.items()},
+            environment=variables,
             versions=environment.record(),
             files={},
             model=self._model(),
-            plan=tuple(
-                {
-                    **({"part": path} if path else {}),
-                    "bucket": dict(each.bucket),
-                    "policy": each.policy,
-                    "nodes": [asdict(entry) | {"shape": list(entry.shape)} for entry in each.decisions],
-                }
-                for path, each in plans
-            ),
-            accuracy={name: self.accuracy[name] for name in _RECORDED},
+            plan=tuple(manifests.PartPlan(path, each.bucket, each.policy, each.decisions) for path, each in plans),
+            accuracy=schema.convert(self.accuracy, manifests.Accuracy, "accuracy"),
             onnxruntime=onnxruntime,
-            weights={"bytes": self._bytes(), "fp32_bytes": size(self.source.tensors)},
-            refused=tuple(
-                asdict(replace(skip, node=f"{path}: {skip.node}") if path else skip)
-                for path, part in self.judged.items()
-                for skip in part.planned.refused
-            )
-            + tuple(asdict(skip) for skip in self.source.left),
+            weights=manifests.Weights(
+                _bytes(writer.collect_weights(self.parts(), self.rest).values()), _bytes(self.source.tensors)
+            ),
+            refused=(*refused, *self.source.left),
         )
 
     def texts(self, variables: Mapping[str, environment.Variable]) -> dict[str, str]:
@@ -90,57 +89,32 @@ class Optimized:
             files.REQUIREMENTS: _requirements(),
         }
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self) -> manifests.Model:
         """What the manifest says of the model."""
-        described = {"source": self.source.name, "digest": self.source.digest}
-        if self.source.shell is None:
-            return described | inputs_of(self.source.parts[0].captured)
-        return described | {
-            "kind": "module",
-            "factory": self.source.shell.factory,
-            "inputs": [],
-            "symbols": [],
-            "parts": [{"path": part.path, **inputs_of(part.captured)} for part in self.source.parts],
-        }
-
-    def _bytes(self) -> int:
-        """Of the weights in the bundle."""
-        if self.source.shell is None:
-            return size(writer.collect_weights(self.judged[""].programs).values())
-        return size(writer.collect_part_weights(self.parts(), self.source.shell.state).values())
+        parts = tuple(
+            manifests.PartInputs(part.path, part.captured.input_specs, part.captured.symbols)
+            for part in self.source.parts
+        )
+        factory = self.source.shell.factory if self.source.shell is not None else ""
+        return manifests.Model(self.source.name, self.source.digest, parts, factory)
 
 
-def inputs_of(captured: Captured) -> dict[str, Any]:
-    """The inputs and symbols of a graph as the manifest has them."""
-    return {
-        "inputs": [asdict(spec) | {"shape": list(spec.shape)} for spec in captured.input_specs],
-        "symbols": [asdict(symbol) for symbol in captured.symbols],
-    }
+def describe_part(judged: Judged) -> Part:
+    """What a bundle holds of one part: its programs, and what they take and return."""
+    return Part(judged.planned.part.path, judged.programs, _signature(judged.planned.captured))
 
 
-#: What the manifest says of accuracy; report.json has the rest.
-_RECORDED = (
-    *("cosine", "max_abs", "finite", "min_cosine", "passed", "reference"),
-    *("gates", "inputs", "inputs_given", "task", "repair"),
-)
-
-
-def size(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of all of them."""
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def signature(captured: Captured) -> dict[str, Any]:
+def _signature(captured: Captured) -> Signature:
     """What a bundle holds of a graph beside its programs."""
-    return {
-        "inputs": captured.inputs,
-        "outputs": captured.outputs,
-        "specs": [
-            asdict(spec) | {"statistics": inputs.statistics(tensor)}
-            for spec, tensor in zip(captured.input_specs, captured.example, strict=True)
-        ],
-        "symbols": [asdict(symbol) for symbol in captured.symbols],
-    }
+    specs = tuple(
+        ExampleSpec(spec.name, spec.shape, spec.dtype, inputs.statistics(tensor))
+        for spec, tensor in zip(captured.input_specs, captured.example, strict=True)
+    )
+    return Signature(captured.inputs, captured.outputs, specs, captured.symbols)
 
 
 def _record(record: Record) -> dict[str, Any]:

@@ -58,8 +58,8 @@ class Result:
             AccuracyError: A gate failed: the bundle is there, and marked as not deployable.
         """
         if not self.passed:
-            repaired = self.manifest.accuracy["repair"]
-            no_repair = f". There is {repaired['said']}" if repaired is not None else ""
+            repaired = self.manifest.accuracy.repair
+            no_repair = f". There is {repaired.said}" if repaired is not None else ""
             raise AccuracyError(
                 f"{self.verdict.failures()}{no_repair}",
                 where=str(self.path),
@@ -181,33 +181,26 @@ def _translate(judged: Judged, output: Output) -> Prepared:
     from armopt.onnx_export import export  # onnx and onnxscript take a second to import
 
     assert output.onnx is not None
-    return export.prepare(judged.programs, describe.signature(judged.planned.captured), output.onnx)
+    return export.prepare(describe.describe_part(judged), output.onnx)
 
 
 def _write(optimized: describe.Optimized, output: Output, exported: Prepared | None) -> manifest.Manifest:
     """The bundle, and its manifest as written."""
     variables = environment.wanted(optimized.target)
     whole = optimized.judged.get("")
-    onnxruntime: Mapping[str, Any] = {"model": {}}  # of parts there is no one graph for ONNX Runtime
+    onnxruntime, reference = None, None  # of parts there is no one graph for ONNX Runtime
     if whole is not None:
         onnxruntime = session.describe(whole.programs, output.onnx, inside=True)
-    described = optimized.manifest(variables, onnxruntime)
-    texts = optimized.texts(variables)
-    if whole is None:
-        assert optimized.source.shell is not None
-        return writer.write_parts(
-            output.path, described, optimized.parts(), optimized.source.shell.state, texts, force=output.force
-        )
-    reference = None
-    if output.keep_reference:
+    if whole is not None and output.keep_reference:
         (part,), prepared = optimized.source.parts, whole.planned.prepared.graph_module
         reference = describe_program(prepared, part.buckets[0], part.captured.values(part.buckets[0]))
+    described = optimized.manifest(variables, onnxruntime)
     return writer.write(
         output.path,
         described,
-        whole.programs,
-        texts,
-        describe.signature(whole.planned.captured),
+        optimized.parts(),
+        optimized.texts(variables),
+        rest=optimized.rest,
         reference=reference,
         force=output.force,
         attach=partial(exported.attach, described) if exported else None,

@@ -156,7 +156,7 @@ def _open(bundle: str | Path | None) -> Bundle | None:
 
 def _wanted(
     opened: Bundle | None, host: Target, facts: Mapping[str, str]
-) -> tuple[Mapping[str, Mapping[str, str]], tuple[str, ...], Mapping[str, str]]:
+) -> tuple[Mapping[str, environment.Variable], tuple[str, ...], Mapping[str, str]]:
     if opened is not None:
         described = opened.manifest
         # versions of a machine of another kind say nothing about this one
@@ -164,7 +164,7 @@ def _wanted(
         return described.environment, described.required_features, described.versions if same else {}
     if not is_arm(host):
         return {}, (), {}
-    return {name: asdict(v) for name, v in environment.wanted(host, build=facts).items()}, (), {}
+    return environment.wanted(host, build=facts), (), {}
 
 
 def _unprobed(differences: Sequence[Difference], checks: Sequence[Check], late: Sequence[str]) -> list[Difference]:
@@ -280,7 +280,7 @@ def _verdicts(opened: Bundle, kernels: Sequence[Sequence[Bound]]) -> tuple[Proof
     """One for each distinct kernel, shape and outcome."""
     counts: dict[tuple[str, str, tuple[int, ...], str], int] = {}
     for each, entries in zip(opened.manifest.plan, kernels, strict=True):
-        shapes = {node["node"]: tuple(node["shape"]) for node in each["nodes"]}
+        shapes = {node.node: node.shape for node in each.nodes}
         for entry in entries:
             reason = entry.reason if entry.kernel != entry.planned else ""
             key = (entry.planned, entry.kernel, shapes.get(entry.node, ()), reason)

@@ -36,7 +36,7 @@ PORT = 8080
 #: Debian's package of what environment.allocator_library prefers; since trixie a name that another provides.
 ALLOCATOR = "libtcmalloc-minimal4"
 #: What serving a bundle imports, beyond torch and armopt itself.
-_NEEDED = ("numpy", "safetensors", "typer", "packaging")
+_NEEDED = ("msgspec", "numpy", "safetensors", "typer", "packaging")
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 _MINUTES = 10
 
@@ -105,7 +105,7 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
         pinned = resolve(torch, run or _pip)
     else:
         remarks.append(f"{REQUIREMENTS} has no hashes, as asked for")
-    if not described.accuracy.get("passed", True):
+    if not described.accuracy.passed:
         remarks.append("the bundle failed its accuracy gate: it is not meant to be deployed")
     texts = {
         DOCKERFILE: dockerfile(described, hashes=bool(pinned)),
@@ -147,8 +147,7 @@ def torch_version(described: manifest.Manifest) -> str:
 
 def dockerfile(described: manifest.Manifest, *, hashes: bool) -> str:
     """The Dockerfile: the environment as ENV lines, and `armopt run` as the entry point, which sets the threads."""
-    said = {name: environment.Variable(e["value"], e["why"]) for name, e in described.environment.items()}
-    wanted = environment.recorded(said, manifest.NAME)
+    wanted = environment.recorded(described.environment, manifest.NAME)
     if described.target != targets.HOST:
         wanted |= environment.wanted(targets.load(described.target))
     check = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/health', timeout=50)"

@@ -27,6 +27,7 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 
 from armopt.errors import ArmoptError, InputError, first_line
+from armopt.ir.records import InputSpec
 from armopt.runtime import onednn_log
 from armopt.runtime.load import load
 from armopt.runtime.model import Model
@@ -56,7 +57,7 @@ class Service:
             raise InputError('a bundle of kind "module" takes more than tensors', where=bundle, hint=_OWN_SERVER)
         self.model: Model = loaded
         self.remarks = tuple(str(each.message) for each in said)
-        self.inputs = {spec["name"]: spec for spec in self.model.manifest.model["inputs"]}
+        self.inputs = {spec.name: spec for spec in self.model.manifest.model.inputs}
 
     def predict(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Outputs by name from inputs by name; a list becomes a tensor of the input's dtype.
@@ -78,7 +79,7 @@ class Service:
     def health(self) -> tuple[bool, dict[str, Any]]:
         """Runs the model once on zeros with oneDNN's log on: no reference implementation may answer."""
         tensors = {
-            name: torch.zeros([s if isinstance(s, int) else 1 for s in spec["shape"]], dtype=_dtype(spec))
+            name: torch.zeros([s if isinstance(s, int) else 1 for s in spec.shape], dtype=_dtype(spec))
             for name, spec in self.inputs.items()
         }
         problem = self._thread.submit(self._probe, tensors).result()
@@ -92,13 +93,13 @@ class Service:
             "remarks": list(self.remarks),
         }
 
-    def _tensor(self, spec: dict[str, Any], value: Any) -> torch.Tensor:
+    def _tensor(self, spec: InputSpec, value: Any) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
             return value
         try:
             return torch.tensor(value, dtype=_dtype(spec))
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-            raise BadRequestError(f"input {spec['name']}: {error}") from None
+            raise BadRequestError(f"input {spec.name}: {error}") from None
 
     def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return dict(_named(self.model(**tensors), ""))
@@ -117,8 +118,8 @@ class Service:
         return f"oneDNN answers with {', '.join(sorted(slow))}" if slow else ""
 
 
-def _dtype(spec: dict[str, Any]) -> torch.dtype:
-    return getattr(torch, spec["dtype"])  # type: ignore[no-any-return]
+def _dtype(spec: InputSpec) -> torch.dtype:
+    return getattr(torch, spec.dtype)  # type: ignore[no-any-return]
 
 
 def _named(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def _check_host(settings: Settings, decisions: Sequence[Decision]) -> None:
     if (settings.recipe.target.name, required) in PROCESS.checked:
         return
     PROCESS.checked.add((settings.recipe.target.name, required))
-    wanted = {name: asdict(variable) for name, variable in environment.wanted(settings.recipe.target).items()}
+    wanted = environment.wanted(settings.recipe.target)
     host_check.check_host(settings.recipe.target.name, wanted, required, {}, what="the plan", stacklevel=2)
 
 

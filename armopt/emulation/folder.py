@@ -52,7 +52,7 @@ BASE_REQUIREMENTS = (
     *("filelock==4.2.11", "fsspec==2026.9.0", "jinja2==3.1.6", "networkx==3.6.1", "sympy==1.14.0"),
     *("numpy==2.4.6", "pillow==13.0.0", "setuptools==84.2.1", "typing_extensions==4.16.0"),
     # what armopt needs
-    *("onnx==1.23.2", "packaging==26.3", "rich==15.0.0", "safetensors==0.8.0", "typer==0.29.2"),
+    *("msgspec==0.22.0", "onnx==1.23.2", "packaging==26.3", "rich==15.0.0", "safetensors==0.8.0", "typer==0.29.2"),
     # what models come from and go to
     *("onnxruntime==1.31.1", "transformers==5.23.0"),
 )

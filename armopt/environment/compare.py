@@ -8,7 +8,7 @@ from typing import Literal
 
 from armopt.environment.fpmath import FPMATH
 from armopt.environment.process import agree, effective, is_arm
-from armopt.environment.variables import COSTS, PRELOAD
+from armopt.environment.variables import COSTS, PRELOAD, Variable
 from armopt.ir.records import Target
 
 
@@ -38,7 +38,7 @@ class Difference:
 
 
 def differences(
-    manifest_environment: Mapping[str, Mapping[str, str]],
+    manifest_environment: Mapping[str, Variable],
     required_features: Collection[str],
     recorded_versions: Mapping[str, str],
     host: Target,
@@ -50,7 +50,7 @@ def differences(
     """How this host differs from what the bundle wants, hard differences first.
 
     Args:
-        manifest_environment: Name -> ``{"value": …, "why": …}``, as in the manifest.
+        manifest_environment: By name, as in the manifest.
         required_features: CPU features that the plan relies on.
         recorded_versions: :func:`record` of the machine that made the bundle.
         host: This machine, see :func:`armopt.targets.host.this_host`.
@@ -85,7 +85,7 @@ def _features(required: Collection[str], host: Target) -> list[Difference]:
 
 
 def _variables(
-    manifest: Mapping[str, Mapping[str, str]],
+    manifest: Mapping[str, Variable],
     environ: Mapping[str, str],
     host: Target,
     record: Mapping[str, str],
@@ -93,8 +93,8 @@ def _variables(
 ) -> list[Difference]:
     differences = []
     for name, entry in sorted(manifest.items()):
-        expected, found = entry.get("value", ""), effective(name, environ, host)
-        cost = COSTS.get(name) or entry.get("why", "")
+        expected, found = entry.value, effective(name, environ, host)
+        cost = COSTS.get(name) or entry.why
         remedy = "Start with: armopt run BUNDLE -- CMD"
         if name == "OMP_NUM_THREADS" or (name == FPMATH and not host.bf16):
             continue  # the first is judged by this host's CPUs; without BF16 the second changes nothing

@@ -164,6 +164,11 @@ def is_fixed(size: Any) -> bool:
     return isinstance(size, int) or bool(size.node.expr.is_number)
 
 
+def shown_name(node: fx.Node) -> str:
+    """What people know a node by: its name in the bundle that it was read from, else its own."""
+    return str(node.meta.get("name", node.name))
+
+
 def source_line(node: fx.Node) -> str:
     """The line of the model that a node comes from, as ``torchvision/models/resnet.py:92``; empty where unknown.
 

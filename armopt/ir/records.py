@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
+
+from msgspec import Meta
+
+from armopt.ir.nesting import Inputs, Outputs
 
 if TYPE_CHECKING:
     import torch
     from torch import fx
 
+#: A size, or a number of things.
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 #: A dimension is a number, or the name of a symbol where it is dynamic.
-Dim = int | str
+Dim = Count | str
 #: One value for each dynamic symbol: the point at which a plan is made. Empty for a static model.
-Bucket = Mapping[str, int]
+Bucket = Mapping[str, Count]
+#: A dtype by name: ``float32``…
+Dtype = Annotated[str, Meta(pattern=r"\A(bool|u?int(8|16|32|64)|b?float16|float(32|64|8_\w+)|complex(32|64|128))\Z")]
 
 
 class Op(StrEnum):
@@ -86,7 +94,28 @@ class InputSpec:
 
     name: str
     shape: tuple[Dim, ...]
-    dtype: str
+    dtype: Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Mean, spread and range of an example input, by which others can be generated."""
+
+    mean: float
+    std: Annotated[float, Meta(ge=0)]
+    min: float
+    max: float
+
+    def __post_init__(self) -> None:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleSpec(InputSpec):
+    """A tensor input with the statistics of its example; None where it has no finite real numbers."""
+
+    statistics: Statistics | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +124,28 @@ class Symbol:
 
     name: str
     expression: str
-    least: int
-    most: int | None
+    least: Count
+    most: Count | None
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a graph takes and returns.
+
+    Attributes:
+        inputs: How (args, kwargs) nest the tensors.
+        outputs: How the flat outputs nest.
+        specs: One for each tensor input, in order.
+        symbols: The dynamic dimensions of the inputs.
+    """
+
+    inputs: Inputs
+    outputs: Outputs
+    specs: tuple[ExampleSpec, ...]
+    symbols: tuple[Symbol, ...]
+
+    def __post_init__(self) -> None:
+        self.inputs.check(len(self.specs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +157,7 @@ class Captured:
             Every node carries a fake tensor in ``meta["val"]``.
         input_specs: One for each placeholder, in order.
         symbols: The dynamic dimensions of the inputs.
-        inputs: How (args, kwargs) nest the tensors (see :mod:`armopt.ir.nesting`).
+        inputs: How (args, kwargs) nest the tensors.
         outputs: How the flat outputs nest.
         example: One tensor for each placeholder.
         digest: sha256 over graph and weights, in hexadecimal.
@@ -118,8 +167,8 @@ class Captured:
     graph_module: fx.GraphModule
     input_specs: tuple[InputSpec, ...]
     symbols: tuple[Symbol, ...]
-    inputs: Mapping[str, Any]
-    outputs: Mapping[str, Any]
+    inputs: Inputs
+    outputs: Outputs
     example: tuple[torch.Tensor, ...]
     digest: str
     source: str

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from armopt.bundle import manifest, reader
 from armopt.bundle.files import GRAPH, WEIGHTS, hash_file
-from armopt.bundle.program import Program
+from armopt.bundle.program import Part, Program
 from armopt.errors import InputError
 from armopt.onnx_export import session, store
 from armopt.onnx_export.options import NAME, OnnxOptions
@@ -27,14 +26,14 @@ class Exported:
         inputs: Names, in order.
         outputs: Names, in order.
         kept: Weights that stay in FP32 because the dtype asked for can't hold their values.
-        session: The section ``onnxruntime`` of a manifest, for this model.
+        session: What a session of ONNX Runtime needs to be told of it.
     """
 
     files: Mapping[Path, int]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     kept: tuple[str, ...]
-    session: Mapping[str, Any]
+    session: manifest.Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +75,8 @@ def export(
             where=str(bundle),
             hint="ONNX export needs a model that is captured whole (docs/compile.md)",
         )
-    prepared = prepare(read.programs, read.signature, options)
-    _name(prepared, read.manifest, {**_hashes(read.manifest.files), "bundle_digest": manifest.digest(read.manifest)})
+    prepared = prepare(read.whole, options)
+    _name(prepared, read.manifest, {**_hashes(read.manifest.files), "bundle_digest": read.manifest.digest})
     files = store.write(prepared.translated.model, output, force=force)
     return Exported(
         files={file: file.stat().st_size for file in files},
@@ -88,15 +87,15 @@ def export(
     )
 
 
-def prepare(programs: Sequence[Program], signature: Mapping[str, Any], options: OnnxOptions) -> Prepared:
-    """Translates the program for the largest bucket; its dynamic dimensions take all sizes.
+def prepare(whole: Part, options: OnnxOptions) -> Prepared:
+    """Translates a model's program for the largest bucket; its dynamic dimensions take all sizes.
 
     Raises:
         InputError: ONNX has no form of an operation.
     """
-    program = programs[-1]
+    program = whole.programs[-1]
     source = standard(program, fast_math=options.fast_math)
-    return Prepared(translate(source, signature, program.bucket, options.weights), program, options)
+    return Prepared(translate(source, whole.signature, program.bucket, options.weights), program, options)
 
 
 def _hashes(files: Mapping[str, str]) -> dict[str, str]:
@@ -108,8 +107,8 @@ def _name(prepared: Prepared, described: manifest.Manifest, more: Mapping[str, s
     said = {
         "version": described.armopt_version,
         "target": described.target,
-        "model_source": described.model["source"],
-        "model_digest": described.model["digest"],
+        "model_source": described.model.source,
+        "model_digest": described.model.digest,
         "bucket": json.dumps(dict(prepared.program.bucket), sort_keys=True),
         "weights": prepared.options.weights,
         **more,

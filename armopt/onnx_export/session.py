@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from armopt.bundle.manifest import LayerCount, OnnxModel, Session, SessionFlag, SessionOption
 from armopt.bundle.program import Program
 from armopt.ir.calls import layers
 from armopt.onnx_export.options import NAME, OPSET, OnnxOptions
@@ -21,7 +21,7 @@ _NOT = "no layer of the exported graph is in a form that it takes effect on"
 _THREADS = "0 is one thread for each core of the machine; a container with a smaller share has to say how many"
 
 
-def describe(programs: Sequence[Program], options: OnnxOptions | None, *, inside: bool = False) -> dict[str, Any]:
+def describe(programs: Sequence[Program], options: OnnxOptions | None, *, inside: bool = False) -> Session:
     """The section.
 
     Args:
@@ -32,12 +32,11 @@ def describe(programs: Sequence[Program], options: OnnxOptions | None, *, inside
     program, chosen = programs[-1], options or OnnxOptions()
     fast = [takes_fast_math(node, program.sites[node.name]) for node in layers(program.graph_module.graph)]
     engaged = sum(fast) if chosen.fast_math else 0
-    flag = {"value": str(int(engaged > 0)), "engages": engaged > 0, "why": _ENGAGES if engaged else _NOT}
-    model = {"opset": OPSET, "weights": chosen.weights, "bucket": dict(program.bucket)}
-    return {
-        "seen_with": SEEN_WITH,
-        "session_config": {FAST_MATH: flag},
-        "session_options": {"intra_op_num_threads": {"value": 0, "why": _THREADS}},
-        "layers": {"bf16": engaged, "all": len(fast)},
-        "model": model | ({"file": NAME} if inside else {}) if options else {},
-    }
+    model = OnnxModel(OPSET, chosen.weights, dict(program.bucket), NAME if inside else "")
+    return Session(
+        seen_with=SEEN_WITH,
+        session_config={FAST_MATH: SessionFlag(str(int(engaged > 0)), engaged > 0, _ENGAGES if engaged else _NOT)},
+        session_options={"intra_op_num_threads": SessionOption(0, _THREADS)},
+        layers=LayerCount(engaged, len(fast)),
+        model=model if options else None,
+    )

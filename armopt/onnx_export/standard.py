@@ -67,7 +67,7 @@ def standard(program: Program, *, fast_math: bool) -> Standard:
     Raises:
         InputError: The model writes to a buffer.
     """
-    _refuse_state(program.graph_module.graph)
+    _refuse_state(program.graph_module.graph, program.weights)
     return _Builder(program).build(fast_math)
 
 
@@ -87,12 +87,12 @@ def label(node: fx.Node) -> str:
     return f"{node.target}{CALLED_IN}{source}" if source else str(node.target)
 
 
-def _refuse_state(graph: fx.Graph) -> None:
+def _refuse_state(graph: fx.Graph, names: Mapping[str, str]) -> None:
     written = g.written_constants(graph)
     for node in graph.nodes:
         if node.op == "get_attr" and str(node.target) in written:
             raise InputError(
-                f"the model writes to its buffer {node.target}, and an ONNX model has no state",
+                f"the model writes to its buffer {names.get(node.target, node.target)}, and an ONNX model has no state",
                 hint="Return the new value from forward, or export a model without that buffer",
             )
 
@@ -103,6 +103,7 @@ class _Builder:
         self._source = source.graph
         self._sites = program.sites
         self._constants = dict(source.named_buffers())
+        self._names = program.weights
         self._graph = fx.Graph()
         self._root = torch.nn.Module()
         self._made: dict[fx.Node, Any] = {}
@@ -121,7 +122,7 @@ class _Builder:
                 is_fast = fast_math and takes_fast_math(node, self._sites[node.name])
                 call = self._layer(call_of(node), is_fast)
                 if is_fast:
-                    fast.append(node.name)
+                    fast.append(self._sites[node.name].node)
             else:
                 call = self._graph.node_copy(node, self._new)
                 call.args, call.kwargs = _in_fp32(call.args), _in_fp32(call.kwargs)
@@ -141,7 +142,8 @@ class _Builder:
         key = str(node.target), form
         if key not in self._attributes:
             stored = self._constants[key[0]]
-            wanted = f"{key[0].removesuffix('_bf16')}_{form}".rstrip("_")
+            shown = self._names.get(key[0], key[0])
+            wanted = f"{shown.removesuffix('_bf16')}_{form}".rstrip("_")
             name = g.attribute_name(self._root, wanted)
             if is_weight:
                 self._weights[name] = lambda: _FORMS[form](stored).float().contiguous()

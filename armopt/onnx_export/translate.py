@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.fx import traceback as fx_traceback
 from armopt import capture
 from armopt.errors import InputError
 from armopt.ir import nesting
-from armopt.ir.records import Bucket
+from armopt.ir.records import Bucket, InputSpec, Signature
 from armopt.onnx_export.guard import guard
 from armopt.onnx_export.options import OPSET
 from armopt.onnx_export.standard import CALLED_IN, Standard
@@ -57,25 +57,24 @@ class _Traced(torch.nn.Module):
         return tuple(results[i] for i in self._positions)
 
 
-def translate(source: Standard, signature: Mapping[str, Any], bucket: Bucket, weights: str) -> Translated:
+def translate(source: Standard, signature: Signature, bucket: Bucket, weights: str) -> Translated:
     """Translates a program.
 
     Args:
         source: The program.
-        signature: ``specs``, ``symbols`` and ``outputs`` of its bundle.
+        signature: What the model takes and returns.
         bucket: The sizes that it was planned for.
         weights: The dtype that matrices, filters and embedding tables are stored in: one of options.WEIGHT_DTYPES.
 
     Raises:
         InputError: ONNX has no form of an operation.
     """
-    symbols = {symbol["name"]: symbol for symbol in signature["symbols"]}
-    dims = {name: torch.export.Dim(name, min=s["least"], max=s["most"]) for name, s in symbols.items()}
-    dynamic = [{d: size for d, size in enumerate(spec["shape"]) if size in dims} for spec in signature["specs"]]
-    inputs = tuple(spec["name"] for spec in signature["specs"])
-    outputs = _output_names(signature["outputs"], inputs)
-    example = tuple(_zeros(spec, symbols, bucket) for spec in signature["specs"])
-    module = _Traced(source, signature["outputs"]["positions"])
+    dims = {each.name: torch.export.Dim(each.name, min=each.least, max=each.most) for each in signature.symbols}
+    dynamic = [{d: size for d, size in enumerate(spec.shape) if size in dims} for spec in signature.specs]
+    inputs = tuple(spec.name for spec in signature.specs)
+    outputs = _output_names(signature.outputs, inputs)
+    example = tuple(_zeros(spec, dims, bucket) for spec in signature.specs)
+    module = _Traced(source, signature.outputs.positions)
     with fx_traceback.preserve_node_meta(), torch.no_grad(), capture.quiet():
         try:
             program = torch.export.export(
@@ -106,26 +105,26 @@ def translate(source: Standard, signature: Mapping[str, Any], bucket: Bucket, we
     return Translated(translated.model, inputs, outputs, kept)
 
 
-def _output_names(outputs: Mapping[str, Any], inputs: Sequence[str]) -> tuple[str, ...]:
+def _output_names(outputs: nesting.Outputs, inputs: Sequence[str]) -> tuple[str, ...]:
     """A name for each output: its path in what the model returns, unlike that of any input."""
-    positions = outputs["positions"]
+    positions = outputs.positions
     named = nesting.output_names(outputs, max(positions, default=-1) + 1)
     names = [f"output_{named[i]}" if named[i][:1].isdigit() else named[i] for i in positions]
     return tuple(f"{name}_out" if name in inputs else name for name in names)
 
 
-def _zeros(spec: Mapping[str, Any], symbols: Mapping[str, Mapping[str, Any]], bucket: Bucket) -> torch.Tensor:
+def _zeros(spec: InputSpec, symbols: Collection[str], bucket: Bucket) -> torch.Tensor:
     """An input to trace with. A dynamic dimension is at least 2: torch.export takes 1 for a constant."""
     shape = []
-    for size in spec["shape"]:
+    for size in spec.shape:
         if isinstance(size, str) and size not in symbols:
             raise InputError(
                 f"a dimension is {size}, computed from others; ONNX export takes none such",
-                where=f"input {spec['name']}",
+                where=f"input {spec.name}",
                 hint="Optimize the model with that dimension fixed",
             )
         shape.append(max(2, bucket[size]) if isinstance(size, str) else size)
-    return torch.zeros(shape, dtype=getattr(torch, spec["dtype"]))
+    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
 
 
 def _explain(error: BaseException) -> InputError:

@@ -104,7 +104,7 @@ class Binder:
             node = mapping[old]
             layer = _Layer(node, call_of(node), program.sites[old.name], program.shapes[old.name])
             kernel, weight, reasons = self._first_proven(layer, constants)
-            bound[old] = Bound(old.name, layer.call.kernel, kernel.name, "; ".join(reasons))
+            bound[old] = Bound(layer.site.node, layer.call.kernel, kernel.name, "; ".join(reasons))
             _replace(layer, kernel, weight, self._bias(layer, kernel, constants), constants)
         _pool_as_integers(source, mapping, program.shapes)
         if not self.bf16_attention:

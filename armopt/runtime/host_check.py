@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from armopt import environment, targets
+from armopt.environment import Variable
 from armopt.errors import ArmoptWarning, HostError
 from armopt.kernels.timings import Timings
 from armopt.kernels.timings import read as read_tuning
@@ -24,7 +25,7 @@ def is_portable(machine: str) -> bool:
 
 def check_host(
     target: str,
-    wanted: Mapping[str, Mapping[str, str]],
+    wanted: Mapping[str, Variable],
     required_features: Sequence[str],
     versions: Mapping[str, str],
     *,

@@ -13,7 +13,6 @@ import torch
 from torch import fx
 
 from armopt import environment
-from armopt.bundle import manifest as manifests
 from armopt.bundle import reader
 from armopt.bundle.program import Program
 from armopt.errors import ArmoptWarning, HostError
@@ -59,7 +58,7 @@ def load(
     )
     if not made.portable:
         _close_file(bundle)
-    made.origin = Origin(Path(path).absolute(), manifests.digest(bundle.manifest), model, strict, tuning)
+    made.origin = Origin(Path(path).absolute(), bundle.manifest.digest, model, strict, tuning)
     _log.info("loaded %s: %r", path, made)
     return made
 
@@ -73,7 +72,7 @@ def load_parts(
         HostError: See :func:`load`.
     """
     described = bundle.manifest
-    if not described.accuracy["passed"]:
+    if not described.accuracy.passed:
         warnings.warn(
             f"{bundle.path} is marked as not deployable: its accuracy gate failed (see its report.json)",
             ArmoptWarning,

@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import torch
 
-from armopt.bundle import manifest as manifests
 from armopt.bundle.manifest import Manifest
 from armopt.errors import BundleError, InputError
 from armopt.runtime.bind import Bound
@@ -59,10 +58,10 @@ class Loaded:
 
     def __repr__(self) -> str:
         described = self.manifest
-        sizes = [", ".join(f"{name} {size}" for name, size in each["bucket"].items()) for each in described.plan]
+        sizes = [", ".join(f"{name} {size}" for name, size in each.bucket.items()) for each in described.plan]
         buckets = f" at {'; '.join(dict.fromkeys(filter(None, sizes)))}" if any(sizes) else ""
         ran = [bound.kernel for entries in self.kernels for bound in entries]
-        planned = [node["kernel"] for each in described.plan for node in each["nodes"]]
+        planned = [node.kernel for each in described.plan for node in each.nodes]
         counts = Counter(ran or planned).most_common()
         kernels = ", ".join(f"{count} {name}" for name, count in counts) or "no layers"
         how = "portable twins" if self.portable else "native kernels"
@@ -144,7 +143,7 @@ def reload(origin: Origin) -> Loaded:
     from armopt.runtime.load import load  # which makes what this module describes
 
     made = load(origin.path, model=origin.model, strict=origin.strict, tuning=origin.tuning)
-    if manifests.digest(made.manifest) != origin.digest:
+    if made.manifest.digest != origin.digest:
         raise BundleError(
             "another bundle is in its place than the one that was pickled",
             where=str(origin.path),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from armopt.bundle.manifest import Manifest
 from armopt.errors import InputError
 from armopt.ir import buckets, nesting
+from armopt.ir.records import Bucket, Signature
 from armopt.runtime import forks
 from armopt.runtime.bind import Bound
 from armopt.runtime.forks import FORKS
@@ -25,8 +27,8 @@ class Model(Loaded):
     def __init__(
         self,
         manifest: Manifest,
-        signature: Mapping[str, Any],
-        programs: Sequence[tuple[Mapping[str, int], Forward]],
+        signature: Signature,
+        programs: Sequence[tuple[Bucket, Forward]],
         *,
         portable: bool,
         kernels: Sequence[Sequence[Bound]],
@@ -35,14 +37,15 @@ class Model(Loaded):
         self.manifest = manifest
         self.portable = portable
         self.kernels = tuple(tuple(entries) for entries in kernels)
-        self._inputs = signature["inputs"]
-        self._positional = len(self._inputs["items"]["args"]["items"])
-        self._names: list[str] = self._inputs["names"]
-        self._specs = [(s["name"], tuple(s["shape"]), getattr(torch, s["dtype"])) for s in signature["specs"]]
+        self._inputs = signature.inputs
+        self._tree = signature.inputs.tree
+        self._positional = len(self._inputs.args)
+        self._names = self._inputs.names
+        self._specs = [(spec.name, spec.shape, getattr(torch, spec.dtype)) for spec in signature.specs]
         self._plain = self._names if _is_plain(self._inputs) else None
-        self._symbols: list[str] = [symbol["name"] for symbol in signature["symbols"]]
-        self._build = nesting.builder(signature["outputs"])
-        self._positions: list[int] = signature["outputs"]["positions"]
+        symbols = {symbol.name for symbol in signature.symbols}
+        self._build = nesting.builder(signature.outputs.tree)
+        self._positions = signature.outputs.positions
         self._empty = empty
         self._forks = FORKS.count
         self._programs = [(dict(bucket), forward) for bucket, forward in programs]
@@ -51,10 +54,11 @@ class Model(Loaded):
             (size, i, d)
             for i, (_, shape, _) in enumerate(self._specs)
             for d, size in enumerate(shape)
-            if isinstance(size, str) and size in self._symbols
+            if isinstance(size, str) and size in symbols
         ]
+        names = [n for n in dict.fromkeys(self._names) if n.isidentifier() and not keyword.iskeyword(n)]
         self.__signature__ = inspect.Signature(
-            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in self._names if n.isidentifier()]
+            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +88,7 @@ class Model(Loaded):
                 self.check_inputs(tensors)
                 return tensors
         args, kwargs = self._arrange(args, kwargs)
-        tensors = nesting.flatten(self._inputs, {"args": list(args), "kwargs": kwargs}, "inputs")
+        tensors = nesting.flatten(self._tree, {"args": list(args), "kwargs": kwargs}, "inputs")
         self.check_inputs(tensors)
         return tensors
 
@@ -124,7 +128,7 @@ class Model(Loaded):
     def _arrange(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Puts arguments where they were when the model was captured, whichever way they are given now."""
         given, named = list(args), dict(kwargs)
-        expected_kwargs = self._inputs["items"]["kwargs"]["items"]
+        expected_kwargs = self._inputs.kwargs
         if len(given) == self._positional and named.keys() == expected_kwargs.keys():
             return given, named
         if len(given) > max(self._positional, len(self._names)):
@@ -137,9 +141,9 @@ class Model(Loaded):
                 named[name] = given[i]
         given = given[: self._positional]
         for name, constant in expected_kwargs.items():
-            if name not in named and constant["kind"] == "constant":
-                named[name] = constant["value"]
-        missing = [n for n in expected_kwargs if n not in named] + self._names[len(given) : self._positional]
+            if name not in named and isinstance(constant, nesting.Constant):
+                named[name] = constant.value
+        missing = [n for n in expected_kwargs if n not in named] + [*self._names[len(given) : self._positional]]
         extra = [name for name in named if name not in expected_kwargs]
         if missing or extra or len(given) != self._positional:
             raise InputError(
@@ -164,11 +168,10 @@ class Model(Loaded):
         return buckets.nearest(self._programs, values)
 
 
-def _is_plain(inputs: Mapping[str, Any]) -> bool:
+def _is_plain(inputs: nesting.Inputs) -> bool:
     """Whether the arguments are tensors and nothing else, all positional, in the order of the graph's inputs."""
-    items = inputs["items"]["args"]["items"]
-    plain = [item["kind"] == "tensor" and item["index"] == i for i, item in enumerate(items)]
-    return all(plain) and not inputs["items"]["kwargs"]["items"] and len(inputs["names"]) == len(items)
+    plain = all(isinstance(item, nesting.Tensor) for item in inputs.args)
+    return plain and not inputs.kwargs and len(inputs.names) == len(inputs.args)
 
 
 def _short(dtype: torch.dtype) -> str:

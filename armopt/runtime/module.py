@@ -35,7 +35,7 @@ def find_factory(bundle: Bundle, model: Any) -> Callable[[], torch.nn.Module] | 
         if model is not None:
             raise InputError("the bundle holds the whole model", where=where, hint="Leave out model=")
         return None
-    named = str(described.model.get("factory", ""))
+    named = described.model.factory
     if model is None:
         if not named.startswith(_BUILT_IN):
             hint = f"It was made with {named}: pass that function" if named else "Pass what builds the model"

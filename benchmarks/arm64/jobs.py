@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,11 @@ def bundle(path: str, inputs: str = "") -> BundleCall:
     if inputs:
         args, kwargs = torch.load(inputs, weights_only=True)
         return BundleCall(model, args, kwargs)
-    bucket = dict(model.manifest.plan[0]["bucket"])
+    bucket = model.manifest.plan[0].bucket
     tensors = {}
-    for spec in model.manifest.model["inputs"]:
-        shape = [bucket.get(size, size) for size in spec["shape"]]
-        tensors[spec["name"]] = torch.zeros(shape, dtype=getattr(torch, spec["dtype"]))
+    for spec in model.manifest.model.inputs:
+        shape = [bucket.get(size, size) if isinstance(size, str) else size for size in spec.shape]
+        tensors[spec.name] = torch.zeros(shape, dtype=getattr(torch, spec.dtype))
     return BundleCall(model, (), tensors)
 
 
@@ -125,7 +125,7 @@ def memory(path: str, first: str) -> dict[str, int]:
     loaded = own_memory() - resident
     del copy
     taken = {"peak": max(*seen, resident) - before, "resident": resident - before, "loaded": loaded}
-    return {**taken, **{name: int(size) for name, size in model.manifest.weights.items()}}
+    return {**taken, **asdict(model.manifest.weights)}
 
 
 def own_memory() -> int:

@@ -31,7 +31,7 @@ def run_environment(bundle, threads):
 
     file = Path(bundle) / manifest.NAME
     described = manifest.from_bytes(file.read_bytes(), file)
-    wanted = {name: environment.Variable(e["value"], e["why"]) for name, e in described.environment.items()}
+    wanted = dict(described.environment)
     wanted |= environment.wanted(
         targets.load(described.target),
         threads=threads,

@@ -31,7 +31,7 @@ def optimize_and_load(path):
     return {
         "torch": torch.__version__,
         "cosine": cosine,
-        "gate": written.accuracy["passed"],
-        "buckets": [plan["bucket"] for plan in written.plan],
+        "gate": written.accuracy.passed,
+        "buckets": [dict(plan.bucket) for plan in written.plan],
         "kernels": [[entry.kernel for entry in bound] for bound in loaded.kernels],
     }

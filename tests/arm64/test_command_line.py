@@ -34,7 +34,7 @@ def test_a_script_under_armopt_run_on_an_emulated_server(server, made, tmp_path)
         }.items()
     )
     assert said["warnings"] == []
-    assert set(said["kernels"]) == {node["kernel"] for node in bundle.manifest.plan[0]["nodes"]}
+    assert set(said["kernels"]) == {node.kernel for node in bundle.manifest.plan[0].nodes}
     found = load_file(tmp_path / "out")["y"]
     cosine = torch.nn.functional.cosine_similarity(found.flatten(), bundle.reference[0].flatten(), 0)
     assert cosine >= 0.999  # in BF16 it is above 0.9999

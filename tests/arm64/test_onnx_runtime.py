@@ -231,7 +231,7 @@ def test_an_exported_model(example, core, tmp_path, figures, monkeypatch):
     made = bundles.make(example, "graviton3", tmp_path, policy=ThresholdPolicy(1))
     done = export.export(made.path, tmp_path / "model.onnx", OnnxOptions("bf16"))
     section = read_manifest(made.path).onnxruntime
-    config = {name: entry["value"] for name, entry in section["session_config"].items()}
+    config = {name: entry.value for name, entry in section.session_config.items()}
     assert config == FLAG
     (inputs,) = made.calls
     feeds = {done.inputs[0] if name == "" else name: tensor.numpy() for name, tensor in inputs.items()}

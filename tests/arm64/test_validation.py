@@ -42,7 +42,7 @@ def test_the_verdict_is_that_of_the_twins(server, tmp_path, figures, kind, repai
 def test_a_repaired_convolution_does_not_reach_onednn(server, tmp_path, host):
     model, x = build(CancelledBiasConv)
     written = armopt.optimize(model, (x,), output=tmp_path / "bundle", policy=ThresholdPolicy()).manifest
-    changed = {change["node"]: change["after"] for change in written.accuracy["repair"]["changes"]}
+    changed = {change.node: change.after for change in written.accuracy.repair.changes}
     arguments = {"bundle": str(tmp_path / "bundle"), "inputs": {"x": x}}
     text, kernels = server(host).call(f"{JOBS}:log_of_one_call", **arguments).value
     bound = {node: kernel for node, kernel, _ in kernels}

@@ -36,7 +36,7 @@ def test_without_fast_math_the_load_says_so_and_the_bf16_kernels_run(server, mad
     )
     (said,) = [text for text in value["warnings"] if text.startswith(FPMATH)]
     assert "armopt run" in said
-    planned = Counter(node["kernel"] for node in bundle.manifest.plan[0]["nodes"])
+    planned = Counter(node.kernel for node in bundle.manifest.plan[0].nodes)
     bf16 = planned["conv_bf16"] + planned["conv1x1_bf16"]
     assert bf16 > 0
     assert _chosen(value)["conv_bf16"] + _chosen(value)["conv1x1_bf16"] == bf16

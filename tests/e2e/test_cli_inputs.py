@@ -66,7 +66,7 @@ def test_reference_without_a_file_found_in_the_current_folder(models: Models, pa
 def test_torchvision_reference_has_inputs_of_its_own(cli: Cli, tmp_path: Path) -> None:
     done = cli("optimize", "--model", "torchvision:squeezenet1_1", "-o", "b", "--json", cwd=tmp_path)
     assert done.code == 0, done.err
-    assert load(tmp_path / "b").manifest.model["inputs"][0]["shape"] == [1, 3, 224, 224]
+    assert load(tmp_path / "b").manifest.model.inputs[0].shape == (1, 3, 224, 224)
 
 
 def test_torchvision_state_dict(cli: Cli, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_one_batch_size_is_a_static_bundle(models: Models, cli: Cli, tmp_path: P
     done = cli("optimize", models["state.pt"], *NET, *X, "--batch", "4", "-o", "b", cwd=tmp_path)
     assert done.code == 0, done.err
     model = load(tmp_path / "b")
-    assert model.manifest.model["inputs"][0]["shape"] == [4, 3, 16, 16]
+    assert model.manifest.model.inputs[0].shape == (4, 3, 16, 16)
     assert cosine(model(models.x), expected(models.net, models.x)) >= 0.999
     with pytest.raises(api.ArmoptError, match="expected shape 4x3x16x16, found 1x3x16x16"):
         model(models.x[:1])

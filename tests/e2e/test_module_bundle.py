@@ -77,11 +77,11 @@ def test_nothing_to_detect(loaded: ModuleModel, bundle: Path) -> None:
 def test_its_parts_are_the_largest_that_can_be_captured(bundle: Path) -> None:
     read = reader.read(bundle)
     assert [part.path for part in read.parts] == PARTS
-    assert read.manifest.model["kind"] == "module"
-    assert read.manifest.schema_version == 2
-    left = {entry["node"]: entry["reason"] for entry in read.manifest.refused}
+    assert read.manifest.is_module
+    assert read.manifest.schema_version == 3
+    left = {skip.node: skip.reason for skip in read.manifest.refused}
     assert "ImageList" in left["rpn"]
-    assert read.manifest.weights["bytes"] < 0.6 * read.manifest.weights["fp32_bytes"]
+    assert read.manifest.weights.bytes < 0.6 * read.manifest.weights.fp32_bytes
     assert sorted(file.name for file in bundle.iterdir()) == [
         *("env.sh", "graph.json", "manifest.json", "report.json", "requirements.txt", "weights.safetensors")
     ]
@@ -199,17 +199,17 @@ def test_parts_that_break_a_gate_are_repaired(tmp_path: Path) -> None:
     written = armopt.optimize(
         model, calls, kind="module", output=output, policy="threshold=1", checks=armopt.Checks(gates=("sqnr>=80",))
     ).manifest
-    repair = written.accuracy["repair"]
-    assert written.accuracy["passed"]
-    assert repair["passed"]
-    assert repair["changes"]
-    assert all(change["node"].split(": ")[0] in {"look", "ways.0", "ways.1"} for change in repair["changes"])
+    repair = written.accuracy.repair
+    assert written.accuracy.passed
+    assert repair.passed
+    assert repair.changes
+    assert all(change.node.split(": ")[0] in {"look", "ways.0", "ways.1"} for change in repair.changes)
     checks = armopt.Checks(gates=("sqnr>=80",), repair=False)
     with pytest.raises(AccuracyError, match="sqnr is"):
         armopt.optimize(
             model, calls, kind="module", output=armopt.Output(output, force=True), policy="threshold=1", checks=checks
         ).require()
-    assert not reader.read(output).manifest.accuracy["passed"]
+    assert not reader.read(output).manifest.accuracy.passed
 
 
 def test_what_can_be_captured_whole_is_told_so(tmp_path: Path) -> None:

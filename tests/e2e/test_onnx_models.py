@@ -130,7 +130,7 @@ def test_a_model_in_onnx_runtime(name: str, tmp_path: Path) -> None:
     graph = onnx.shape_inference.infer_shapes(onnx.load(path), check_type=True, strict_mode=True).graph
     assert all(entry.type.tensor_type.HasField("shape") for entry in graph.value_info)
     section = read_manifest(path.parent).onnxruntime
-    assert section["layers"]["bf16"] > 0
+    assert section.layers.bf16 > 0
     assert {entry.domain for entry in onnx.load(path).opset_import} == {""}
     size, parameters = path.stat().st_size, sum(p.numel() for p in model.parameters())
     bytes_each = 4 if example.weights == "fp32" else 2
@@ -145,7 +145,7 @@ def test_a_model_in_onnx_runtime(name: str, tmp_path: Path) -> None:
             expected = _tensors(model(**inputs))
             own = runs.InFp32(read.programs[-1].graph_module).run(*_in_order(path.parent, inputs))
         found = opened.run(None, {entry.name: inputs[entry.name].numpy() for entry in opened.get_inputs()})
-        positions = read.signature["outputs"]["positions"]
+        positions = read.whole.signature.outputs.positions
         for whole, position, values in zip(expected, positions, found, strict=True):
             against_model = accuracy.compare("model", whole, torch.from_numpy(values))
             assert against_model.finite

@@ -75,8 +75,8 @@ def test_optimizes_loads_and_agrees(name: str, tmp_path: Path) -> None:
         other = dict(reversed(kwargs.items()))
     compare(expected, loaded(*args, **kwargs))
     compare(expected, loaded(*args, **other))  # the order of names means nothing
-    nodes = written.plan[0]["nodes"]
+    nodes = written.plan[0].nodes
     assert nodes
-    assert all(node["reason"] for node in nodes)
-    refused = {entry["node"] for entry in written.refused}
-    assert all(node["node"] in refused for node in nodes if node["kernel"].startswith("aten_"))
+    assert all(node.reason for node in nodes)
+    refused = {skip.node for skip in written.refused}
+    assert all(node.node in refused for node in nodes if node.kernel.startswith("aten_"))

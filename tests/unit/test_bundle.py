@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from armopt.bundle import codec, manifest, reader, writer
-from armopt.bundle.program import Program
+from armopt.bundle.program import Part
 from armopt.errors import BundleError, InputError
 
 FILES = ("env.sh", "graph.json", "manifest.json", "report.json", "requirements.txt", "weights.safetensors")
@@ -131,7 +131,7 @@ def test_buckets_share_their_weights(mlp_bundle: Path) -> None:
     from safetensors import safe_open
 
     read = reader.read(mlp_bundle)
-    held = [{name: t.data_ptr() for name, t in p.graph_module.named_buffers()} for p in read.programs]
+    held = [{p.weights[own]: t.data_ptr() for own, t in p.graph_module.named_buffers()} for p in read.programs]
     shared = held[0].keys() & held[1].keys()
     assert shared
     assert all(held[0][name] == held[1][name] for name in shared)
@@ -139,15 +139,14 @@ def test_buckets_share_their_weights(mlp_bundle: Path) -> None:
         assert set(file.keys()) == set(held[0]) | set(held[1])
 
 
-def _parts(path: Path) -> tuple[manifest.Manifest, tuple[Program, ...], dict[str, str], dict[str, object]]:
+def _parts(path: Path) -> tuple[manifest.Manifest, tuple[Part, ...], dict[str, str]]:
     read = reader.read(path)
     texts = {name: (path / name).read_text() for name in ("env.sh", "requirements.txt", "report.json")}
-    return read.manifest, read.programs, texts, dict(read.signature)
+    return read.manifest, read.parts, texts
 
 
 def test_writing_twice_gives_the_same_bytes(mlp_bundle: Path, tmp_path: Path) -> None:
-    described, programs, texts, signature = _parts(mlp_bundle)
-    writer.write(tmp_path / "again", described, programs, texts, signature)  # type: ignore[arg-type]
+    writer.write(tmp_path / "again", *_parts(mlp_bundle))
     for name in FILES:
         assert (tmp_path / "again" / name).read_bytes() == (mlp_bundle / name).read_bytes()
 
@@ -162,7 +161,7 @@ def test_a_failure_leaves_nothing(
     monkeypatch.setattr(writer, failing, fail)
     for name in ("new", "new.zip"):
         with pytest.raises(InputError, match="No space left"):
-            writer.write(tmp_path / name, *_parts(mlp_bundle))  # type: ignore[arg-type]
+            writer.write(tmp_path / name, *_parts(mlp_bundle))
         assert list(tmp_path.iterdir()) == []
 
 
@@ -171,14 +170,14 @@ def test_a_bundle_that_is_there_stays_unless_forced(
 ) -> None:
     parts = _parts(mlp_bundle)
     with pytest.raises(InputError, match="is there already"):
-        writer.write(bundle, *parts)  # type: ignore[arg-type]
+        writer.write(bundle, *parts)
     (bundle / "env.sh").write_text("old")
     with monkeypatch.context() as patched:
         patched.setattr(writer, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(InputError):
-            writer.write(bundle, *parts, force=True)  # type: ignore[arg-type]
+            writer.write(bundle, *parts, force=True)
     assert (bundle / "env.sh").read_text() == "old"
-    writer.write(bundle, *parts, force=True)  # type: ignore[arg-type]
+    writer.write(bundle, *parts, force=True)
     reader.read(bundle)
     assert [p.name for p in bundle.parent.iterdir()] == ["bundle"]
 

@@ -34,10 +34,10 @@ X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 def test_inputs_and_outputs_nest_as_they_do(name: str) -> None:
     model, example = zoo_models.MODELS[name](), zoo_models.EXAMPLES[name]()
     captured = capture.module(model, (), example)
-    tensors = nesting.flatten(captured.inputs, {"args": [], "kwargs": example}, "inputs")
+    tensors = nesting.flatten(captured.inputs.tree, {"args": [], "kwargs": example}, "inputs")
     assert [tuple(t.shape) for t in tensors] == [spec.shape for spec in captured.input_specs]
     results = captured.graph_module(*tensors)
-    built = nesting.builder(captured.outputs)([results[i] for i in captured.outputs["positions"]])
+    built = nesting.builder(captured.outputs.tree)([results[i] for i in captured.outputs.positions])
     with torch.no_grad():
         expected = model(**example)
     assert type(built) is type(expected)
@@ -50,7 +50,7 @@ def test_dictionaries_in_any_order() -> None:
     model, example = zoo_models.keyword_only(), zoo_models.EXAMPLES["keyword_only"]()
     example = dict(reversed(example.items()))
     captured = capture.module(model, (), example)
-    tensors = nesting.flatten(captured.inputs, {"args": [], "kwargs": example}, "inputs")
+    tensors = nesting.flatten(captured.inputs.tree, {"args": [], "kwargs": example}, "inputs")
     with torch.no_grad():
         assert torch.equal(captured.graph_module(*tensors)[0], model(**example))
 

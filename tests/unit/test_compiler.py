@@ -31,7 +31,7 @@ def test_a_model_that_counts_its_calls(tmp_path: Path) -> None:
     written = armopt.optimize(model, (x,), output=tmp_path / "bundle", target="graviton3", batch=(2,)).manifest
     assert torch.equal(model.calls, torch.ones(4))
     # weights are rounded to 8 bits, nothing else; a run with another count would give about 0.9
-    assert written.accuracy["cosine"] >= 0.9999
+    assert written.accuracy.cosine >= 0.9999
     loaded = armopt.load(tmp_path / "bundle")
     with torch.no_grad():
         for _ in range(3):  # state goes on from call to call

@@ -217,9 +217,9 @@ def test_verdicts_of_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     from armopt.bundle import files
     from armopt.runtime import load
 
-    nodes = files.read_manifest(path).plan[0]["nodes"]
-    bound = [Bound(n["node"], n["kernel"], n["kernel"]) for n in nodes]
-    bound[1] = Bound(nodes[1]["node"], nodes[1]["kernel"], "aten_linear", "conv1x1_bf16: ref:any")
+    nodes = files.read_manifest(path).plan[0].nodes
+    bound = [Bound(n.node, n.kernel, n.kernel) for n in nodes]
+    bound[1] = Bound(nodes[1].node, nodes[1].kernel, "aten_linear", "conv1x1_bf16: ref:any")
 
     class Loaded:
         portable = False
@@ -229,7 +229,7 @@ def test_verdicts_of_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     report = doctor.examine(path)
     assert sum(v.layers for v in report.verdicts) == len(nodes)
     (changed,) = (v for v in report.verdicts if v.reason)
-    assert (changed.kernel, changed.shape) == ("aten_linear", tuple(nodes[1]["shape"]))
+    assert (changed.kernel, changed.shape) == ("aten_linear", nodes[1].shape)
     assert "1 run another, e.g. aten_linear" in named(report)["kernels"].found
     assert not report.healthy
     assert json.loads(json.dumps(report.to_json()))["kernels"][0]["shape"]

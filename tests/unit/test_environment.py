@@ -47,9 +47,8 @@ def host(name: str = "graviton3") -> Target:
     return targets.this_host((CPUINFO / f"{name}.txt").read_text())
 
 
-def manifest(target: str = "graviton3") -> dict[str, dict[str, str]]:
-    chosen = env.wanted(targets.load(target))
-    return {name: {"value": v.value, "why": v.why} for name, v in chosen.items()}
+def manifest(target: str = "graviton3") -> dict[str, env.Variable]:
+    return env.wanted(targets.load(target))
 
 
 def compare(

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import fx, nn
 
-from armopt import capture, targets
+from armopt import targets
 from armopt.accuracy import compare, gates
 from armopt.accuracy.gates import Figures
-from armopt.compiler import plan_page, repair, stages
+from armopt.bundle.program import Program
+from armopt.compiler import plan_page, repair
+from armopt.compiler.recipe import Planned, Recipe
+from armopt.compiler.source import capture_model
 from armopt.errors import InputError
 from armopt.ir.records import Backend, Op, Plan, Site
 from armopt.kernels import table
@@ -67,9 +70,13 @@ def toy() -> Iterator[Kernel]:
     assert table.kernels() == before
 
 
-def planned(policy: ThresholdPolicy | CostPolicy) -> stages.Planned:
+def planned(policy: ThresholdPolicy | CostPolicy) -> Planned:
     model = nn.Sequential(nn.Linear(16, 8), nn.ReLU()).eval()
-    return stages.make_plan(capture.module(model, (X,)), GRAVITON3, policy, ({},))
+    return Recipe(GRAVITON3, policy).plan_part(capture_model(model, (X,)).parts[0])
+
+
+def lowered(whole: Planned) -> tuple[Program, ...]:
+    return Recipe(GRAVITON3, ThresholdPolicy()).lower_part(whole)
 
 
 def kernels_of(plan: Plan) -> list[str]:
@@ -104,7 +111,7 @@ def test_policies_plan_it(toy: Kernel) -> None:
 
 
 def test_a_load_binds_it(toy: Kernel) -> None:
-    (program,) = stages.lower(planned(ThresholdPolicy(rows=64)))
+    (program,) = lowered(planned(ThresholdPolicy(rows=64)))
     module, (bound,) = Binder(fast_math=False).bind(program)
     assert (bound.planned, bound.kernel, bound.reason) == ("toy", "toy", "")
     # FP32 sums of 16 terms in another order
@@ -116,7 +123,7 @@ def test_a_load_falls_back_to_it(toy: Kernel, monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr("armopt.kernels.onednn_convolution.pack_weight", fail)
-    (program,) = stages.lower(planned(ThresholdPolicy(rows=1)))
+    (program,) = lowered(planned(ThresholdPolicy(rows=1)))
     _, (bound,) = Binder(fast_math=False).bind(program)
     assert (bound.planned, bound.kernel) == ("conv1x1_bf16", "toy")
 
@@ -124,7 +131,7 @@ def test_a_load_falls_back_to_it(toy: Kernel, monkeypatch: pytest.MonkeyPatch) -
 def test_repair_takes_it(toy: Kernel) -> None:
     """As the kernel that multiplies in FP32, on weights in BF16."""
     whole = planned(ThresholdPolicy(rows=1))
-    sites = stages.lower(whole)[0].sites
+    sites = lowered(whole)[0].sites
 
     def evaluate(plan: Plan) -> Figures:
         steps = min(table.get(name).steps_out_of_bf16 for name in kernels_of(plan))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armopt.bundle import manifest
+from armopt.environment import Variable
 from armopt.errors import BundleError
+from armopt.ir.records import Decision, InputSpec, Skip, Symbol
 
 
 def example(**changes: Any) -> manifest.Manifest:
@@ -18,15 +21,44 @@ def example(**changes: Any) -> manifest.Manifest:
         "target": "graviton3",
         "machine": "aarch64",
         "required_features": ("bf16",),
-        "environment": {"OMP_NUM_THREADS": {"value": "4", "why": "größer"}},
+        "environment": {"OMP_NUM_THREADS": Variable("4", "größer")},
         "versions": {"torch": "2.13.0"},
         "files": {"graph.json": "00" * 32},
-        "model": {"source": "m.pt2", "inputs": [{"name": "x", "shape": ["batch", 3]}]},
-        "plan": ({"bucket": {"batch": 1}, "nodes": []},),
-        "refused": ({"node": "fc", "reason": "out_features=1"},),
-        "accuracy": {"cosine": 0.99975, "passed": True},
-        "weights": {"bytes": 10, "fp32_bytes": 20},
-        "onnxruntime": {"session_options": {"intra_op_num_threads": {"value": 0}}},
+        "model": manifest.Model(
+            "m.pt2",
+            "11" * 32,
+            (manifest.PartInputs("", (InputSpec("x", ("batch", 3), "float32"),), (Symbol("batch", "s0", 1, None),)),),
+        ),
+        "plan": (
+            manifest.PartPlan(
+                "",
+                {"batch": 1},
+                "cost",
+                (Decision("fc", "linear", "blas_fp32", "fp32", "plain", (1, 3), "1 M instructions"),),
+            ),
+        ),
+        "refused": (Skip("fc", "out_features=1"),),
+        "accuracy": manifest.Accuracy(
+            cosine=0.99975,
+            max_abs=0.5,
+            finite=True,
+            min_cosine=None,
+            passed=True,
+            reference="FP32",
+            gates=(manifest.GateResult("cosine>=0.99", 0.99975, "logits", True),),
+            inputs="given",
+            inputs_given=True,
+            task=manifest.TaskFigures("", "as asked", {"static": {}}),
+            repair=manifest.RepairResult(True, 3, "1 layer", (manifest.Change("fc", "a", "b", "fp32"),)),
+        ),
+        "weights": manifest.Weights(10, 20),
+        "onnxruntime": manifest.Session(
+            "1.31",
+            {"flag": manifest.SessionFlag("1", True, "why")},
+            {"intra_op_num_threads": manifest.SessionOption(0, "why")},
+            manifest.LayerCount(1, 1),
+            manifest.OnnxModel(20, "fp32", {"batch": 1}),
+        ),
     }
     return manifest.Manifest(**{**values, **changes})
 
@@ -74,17 +106,54 @@ def test_anything_else_is_an_error_of_ours(data: bytes) -> None:
 
 
 def test_a_later_schema_says_what_to_install() -> None:
-    later = json.loads(DATA) | {"schema_version": 3, "armopt_version": "9.1", "new_field": 1}
-    with pytest.raises(BundleError, match=r"schema 3.*up to 2.*armopt 9\.1"):
+    later = json.loads(DATA) | {"schema_version": 4, "armopt_version": "9.1", "new_field": 1}
+    with pytest.raises(BundleError, match=r"schema 4.*up to 3.*armopt 9\.1"):
         manifest.from_bytes(json.dumps(later).encode(), "m")
 
 
 @pytest.mark.parametrize("change", [{"extra": 1}, {"target": None}])
 def test_a_field_too_many_or_too_few_is_found_even_with_a_true_digest(change: dict[str, Any]) -> None:
-    import hashlib
-
-    content = {k: v for k, v in json.loads(DATA).items() if k != "digest"} | change
-    content = {k: v for k, v in content.items() if v is not None}
-    content["digest"] = hashlib.sha256(manifest._canonical(content)).hexdigest()
+    content = json.loads(DATA) | change
     with pytest.raises(BundleError):
-        manifest.from_bytes(manifest._canonical(content), "m")
+        manifest.from_bytes(hashed({k: v for k, v in content.items() if v is not None}), "m")
+
+
+def hashed(content: dict[str, Any]) -> bytes:
+    """With the digest that it should have: whoever can change a bundle can do that too."""
+    content = {k: v for k, v in content.items() if k != "digest"}
+    content["digest"] = hashlib.sha256(manifest._canonical(content)).hexdigest()
+    return manifest._canonical(content)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("plan", 0, "nodes", 0, "shape"), "1x3", "m: plan[0].nodes[0].shape: expected array, got str. Make"),
+        (("plan", 0, "bucket"), {"batch": -1}, "m: plan[0].bucket[...]: expected int >= 0. Make"),
+        (("environment", "OMP_NUM_THREADS"), "4", "m: environment[...]: expected object, got str. Make"),
+        (("files", "graph.json"), "../x", "m: files[...]: expected str matching regex"),
+        (("model", "parts"), [], "m: model.parts: expected array of length >= 1. Make"),
+        (("model", "parts", 0, "inputs", 0, "dtype"), "load", "m: model.parts[0].inputs[0].dtype: expected str match"),
+        (("accuracy", "cosine"), None, "m: accuracy.cosine: expected float, got null. Make"),
+        (("weights",), {"bytes": 1}, "m: weights: object missing required field fp32_bytes. Make"),
+        (("accuracy", "surplus"), 1, "m: accuracy.surplus is no field that armopt knows. Make"),
+        (("plan", 0, "nodes", 0, "surplus"), 1, "m: plan[0].nodes[0].surplus is no field that armopt knows. Make"),
+        (("schema_version",), 0, "m: does not fit its schema"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_with_its_place(path: tuple[Any, ...], value: Any, message: str) -> None:
+    content = json.loads(DATA)
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(BundleError) as found:
+        manifest.from_bytes(hashed(content), "m")
+    assert str(found.value).startswith(message)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_numbers_that_json_lacks_are_an_error_of_ours(number: str) -> None:
+    with pytest.raises(BundleError):
+        manifest.from_bytes(DATA.replace(b"0.5,", f"{number},".encode()), "m")

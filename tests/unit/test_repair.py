@@ -59,17 +59,18 @@ def test_what_bf16_breaks_is_mended(kind: type[nn.Module], seed: int, tmp_path: 
     written = armopt.optimize(
         model, (x,), policy=THRESHOLD, output=armopt.Output(path, force=True), checks=Checks(gates=GATES[kind])
     ).manifest
-    assert written.accuracy["passed"] is True
-    done = written.accuracy["repair"]
-    changed = {change["node"] for change in done["changes"]}
+    assert written.accuracy.passed is True
+    done = written.accuracy.repair
+    assert done is not None
+    changed = {change.node for change in done.changes}
     assert 1 <= len(changed) <= known_minimum(kind, seed) + 2
-    assert done["evaluations"] <= repair.EVALUATIONS + 3
-    nodes = {node["node"]: node for node in written.plan[0]["nodes"]}
-    assert {name for name, node in nodes.items() if node["reason"].startswith("repaired: ")} == changed
-    assert {table.get(nodes[name]["kernel"]).activations for name in changed} == {torch.float32}
-    assert {node["precision"] for name, node in nodes.items() if name not in changed} == {"bf16"}
+    assert done.evaluations <= repair.EVALUATIONS + 3
+    nodes = {node.node: node for node in written.plan[0].nodes}
+    assert {name for name, node in nodes.items() if node.reason.startswith("repaired: ")} == changed
+    assert {table.get(nodes[name].kernel).activations for name in changed} == {torch.float32}
+    assert {node.precision for name, node in nodes.items() if name not in changed} == {"bf16"}
     # and it is the bundle that passes, on its own
-    again = armopt.validate(path, against=model, inputs={written.model["inputs"][0]["name"]: x}, gates=GATES[kind])
+    again = armopt.validate(path, against=model, inputs={written.model.inputs[0].name: x}, gates=GATES[kind])
     assert again["passed"] is True
 
 
@@ -78,10 +79,11 @@ def test_layers_for_every_batch(tmp_path: Path) -> None:
     kind = next(iter(GATES))
     model, x = build(kind)
     written = armopt.optimize(model, (x,), policy=THRESHOLD, output=tmp_path / "bundle", batch=(2, 64, 256)).manifest
-    assert written.accuracy["passed"] is True
-    planned = [{n["node"]: n for n in each["nodes"]} for each in written.plan]
-    for change in written.accuracy["repair"]["changes"]:
-        assert {table.get(each[change["node"]]["kernel"]).activations for each in planned} == {torch.float32}
+    assert written.accuracy.passed is True
+    planned = [{n.node: n for n in each.nodes} for each in written.plan]
+    assert written.accuracy.repair is not None
+    for change in written.accuracy.repair.changes:
+        assert {table.get(each[change.node].kernel).activations for each in planned} == {torch.float32}
 
 
 def test_a_gate_that_fp32_fails_too_is_not_repaired(tmp_path: Path) -> None:

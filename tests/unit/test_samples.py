@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +14,10 @@ import armopt
 from armopt.accuracy import images, samples
 from armopt.capture import inputs
 from armopt.errors import InputError
+from armopt.ir.records import ExampleSpec, InputSpec
 
-SPECS: list[dict[str, Any]] = [
-    {"name": "x", "shape": ["batch", 16], "dtype": "float32"},
-    {"name": "scale", "shape": [8], "dtype": "float32"},
-]
-IMAGE: list[dict[str, Any]] = [{"name": "x", "shape": [2, 3, 28, 56], "dtype": "float32"}]
+SPECS = [InputSpec("x", ("batch", 16), "float32"), InputSpec("scale", (8,), "float32")]
+IMAGE = [InputSpec("x", (2, 3, 28, 56), "float32")]
 TENSORS = {"x": torch.rand(3, 16), "scale": torch.rand(8)}
 
 
@@ -58,7 +55,7 @@ def test_a_folder_of_files_is_read_one_by_one(tmp_path: Path) -> None:
 
 
 def test_more_rows_than_a_fixed_batch_are_several_samples() -> None:
-    specs = [{"name": "x", "shape": [2, 4], "dtype": "float32"}]
+    specs = [InputSpec("x", (2, 4), "float32")]
     x = torch.arange(24.0).reshape(6, 4)
     found = samples.read({"x": x}, specs, "")
     assert len(found) == 3
@@ -111,7 +108,7 @@ def test_images_are_prepared_as_torchvisions_weights_want(tmp_path: Path) -> Non
 
     generator = np.random.default_rng(0)
     Image.fromarray(generator.integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    specs = [{"name": "x", "shape": [1, 3, 224, 224], "dtype": "float32"}]
+    specs = [InputSpec("x", (1, 3, 224, 224), "float32")]
     found = samples.read(tmp_path, specs, "torchvision:resnet50")
     assert "prepared as torchvision's weights of resnet50 are" in found.said
     expected = ResNet50_Weights.IMAGENET1K_V1.transforms()(Image.open(tmp_path / "a.png"))
@@ -179,12 +176,7 @@ def test_generated_inputs_have_the_examples_statistics() -> None:
         "bias": torch.tensor([0.0, -torch.inf]).repeat(64, 32),
     }
     specs = [
-        {
-            "name": name,
-            "shape": ["batch", 64],
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "statistics": inputs.statistics(tensor),
-        }
+        ExampleSpec(name, ("batch", 64), str(tensor.dtype).removeprefix("torch."), inputs.statistics(tensor))
         for name, tensor in examples.items()
     ]
     found = samples.generated(specs, {"batch": 128})

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,10 +49,18 @@ def is_leaf(value: Any) -> bool:
     return isinstance(value, Leaf)
 
 
-def round_trip(tree: Any) -> tuple[dict[str, Any], list[Any], Any]:
+def read(content: Any) -> nesting.Structure:
+    return msgspec.convert(content, nesting.Structure)  # type: ignore[call-overload, no-any-return]
+
+
+def written(structure: nesting.Structure) -> Any:
+    return json.loads(json.dumps(msgspec.to_builtins(structure)))
+
+
+def round_trip(tree: Any) -> tuple[nesting.Structure, list[Any], Any]:
     """Through JSON, as in a bundle."""
     described, leaves = nesting.describe(tree, is_leaf, "output")
-    stored = json.loads(json.dumps(described))
+    stored = read(written(described))
     return stored, leaves, nesting.builder(stored)(leaves)
 
 
@@ -109,14 +118,15 @@ def test_a_model_output_keeps_its_class_and_leaves_out_none() -> None:
     stored, leaves, built = round_trip(ModelOutput(logits=Leaf()))
     assert type(built) is ModelOutput
     assert (built.logits, built.attentions) == (leaves[0], None)
-    assert list(stored["items"]) == ["logits"]
+    assert list(written(stored)["items"]) == ["logits"]
 
 
 def test_a_class_that_is_not_at_hand_gets_a_stand_in() -> None:
     stored, leaves, _ = round_trip({"point": Point(Leaf(), 2), "record": Output(Leaf(), None)})
-    for item in stored["items"].values():
+    content = written(stored)
+    for item in content["items"].values():
         item["class"] = "some.package.never.imported.Thing"
-    built = nesting.builder(stored)(leaves)
+    built = nesting.builder(read(content))(leaves)
     assert built["point"]._fields == ("y", "x")
     assert (built["point"].y, built["point"][1]) == (leaves[0], 2)
     record = built["record"]
@@ -132,7 +142,7 @@ def test_a_class_that_is_not_at_hand_gets_a_stand_in() -> None:
 def test_a_class_name_never_reaches_what_is_no_record(path: str, kind: str) -> None:
     """A bundle names classes: none but those made of fields is ever called."""
     stored = {"kind": kind, "class": path, "items": {"a": {"kind": "constant", "value": "touch /tmp/armopt-was-here"}}}
-    built = nesting.builder(stored)([])
+    built = nesting.builder(read(stored))([])
     assert built == ({"a": "touch /tmp/armopt-was-here"} if kind == "record" else ("touch /tmp/armopt-was-here",))
 
 
@@ -165,5 +175,33 @@ def test_what_does_not_fit_is_named(tree: Any, message: str) -> None:
 
 def test_output_names_are_paths() -> None:
     described, _ = nesting.describe({"a": (Leaf(), Output(Leaf())), "b": 1}, is_leaf, "output")
-    assert nesting.output_names(described | {"positions": [0, 2]}, 3) == ["a.0", "output1", "a.1.logits"]
-    assert nesting.output_names({"kind": "tensor", "index": 0, "positions": [0]}, 1) == ["output"]
+    assert nesting.output_names(nesting.Outputs(described, (0, 2)), 3) == ["a.0", "output1", "a.1.logits"]
+    assert nesting.output_names(nesting.Outputs(nesting.Tensor(0), (0,)), 1) == ["output"]
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["class", "x"], ("_0", "x")),
+        (["__import__('os').system('touch pwned')", "x"], ("_0", "x")),
+        (["_make", "x"], ("_0", "x")),
+    ],
+)
+def test_names_that_python_can_not_take_become_numbers(names: list[str], shown: tuple[str, ...]) -> None:
+    """Of a named tuple's fields Python makes source text."""
+    items = {name: {"kind": "tensor", "index": i} for i, name in enumerate(names)}
+    built = nesting.builder(read({"kind": "namedtuple", "class": "nowhere.lambda", "items": items}))([1, 2])
+    assert (built._fields, tuple(built)) == (shown, (1, 2))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "x; import os", "", "a b"])
+def test_a_class_that_is_no_name_is_refused(name: str) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        read({"kind": "record", "class": name, "items": {}})
+
+
+@pytest.mark.parametrize("index", [1, -1, 1 << 40])
+def test_tensors_have_to_be_numbered_in_order(index: int) -> None:
+    content = {"tree": {"kind": "tensor", "index": index}, "positions": [0]}
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(content, nesting.Outputs)

@@ -16,6 +16,7 @@ from armopt.accuracy.checker import Evidence, Validation
 from armopt.accuracy.nodes import NodeError
 from armopt.accuracy.report import pictures, plots
 from armopt.accuracy.tasks import TASKS, Outputs
+from armopt.bundle import schema
 from armopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class About:
     def of(cls, manifest: Manifest, bundle: str) -> About:
         """From a bundle's manifest."""
         versions = f"armopt {manifest.armopt_version}, torch {manifest.versions.get('torch', 'unknown')}"
-        return cls(bundle, manifest.target, str(manifest.model["source"]), versions, manifest.accuracy.get("repair"))
+        return cls(bundle, manifest.target, manifest.model.source, versions, schema.builtins(manifest.accuracy.repair))
 
 
 @dataclass(frozen=True, slots=True)

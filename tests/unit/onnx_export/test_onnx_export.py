@@ -20,6 +20,7 @@ import armopt
 from armopt.accuracy.runs import InFp32
 from armopt.bundle import reader
 from armopt.bundle.files import read_manifest
+from armopt.bundle.manifest import LayerCount, OnnxModel, SessionFlag
 from armopt.errors import BundleError, InputError
 from armopt.ir.records import Site, Target
 from armopt.kernels import table
@@ -70,7 +71,7 @@ def reference(bundle: Path, *inputs: torch.Tensor) -> list[torch.Tensor]:
     read = reader.read(bundle)
     with torch.no_grad():
         results = InFp32(read.programs[-1].graph_module).run(*inputs)
-    return [results[i] for i in read.signature["outputs"]["positions"]]
+    return [results[i] for i in read.whole.signature.outputs.positions]
 
 
 def agree(bundle: Path, path: Path, *inputs: torch.Tensor) -> None:
@@ -142,10 +143,10 @@ def layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_forms_for_the_flag(layers: Path, tmp_path: Path) -> None:
     program = reader.read(layers).programs[-1]
     made = standard.standard(program, fast_math=True)
-    assert (set(made.fast), set(program.sites) - set(made.fast)) == (FAST, EXACT)
+    assert (set(made.fast), {site.node for site in program.sites.values()} - set(made.fast)) == (FAST, EXACT)
     path = tmp_path / "model.onnx"
     done = export.export(layers, path)
-    assert done.session["layers"] == {"bf16": len(FAST), "all": len(FAST | EXACT)}
+    assert done.session.layers == LayerCount(len(FAST), len(FAST | EXACT))
     found = operations(path)
     assert (found["MatMul"], found["Sub"]) == (len(FAST), len(FAST) - 2)  # two have no bias
     assert (found["Gemm"], found["Conv"], found["ConvTranspose"], found["Add"]) == (1, 4, 1, 0)
@@ -156,8 +157,8 @@ def test_forms_for_the_flag(layers: Path, tmp_path: Path) -> None:
 def test_plain_forms(layers: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     done = export.export(layers, path, OnnxOptions(fast_math=False))
-    assert done.session["layers"]["bf16"] == 0
-    assert done.session["session_config"][session.FAST_MATH]["value"] == "0"
+    assert done.session.layers.bf16 == 0
+    assert done.session.session_config[session.FAST_MATH].value == "0"
     found = operations(path)
     assert (found["Gemm"], found["Conv"], found["ConvTranspose"], found["MatMul"]) == (4, 8, 1, 0)
     agree(layers, path, *LAYER_INPUTS)
@@ -166,7 +167,7 @@ def test_plain_forms(layers: Path, tmp_path: Path) -> None:
 def test_what_is_planned_in_fp32_has_plain_forms(tmp_path: Path) -> None:
     bundle = make(tmp_path, Layers(), LAYER_INPUTS, policy=InFp32Alone())
     assert standard.standard(reader.read(bundle).programs[-1], fast_math=True).fast == ()
-    assert read_manifest(bundle).onnxruntime["session_config"][session.FAST_MATH]["engages"] is False
+    assert read_manifest(bundle).onnxruntime.session_config[session.FAST_MATH].engages is False
 
 
 class Functions(nn.Module):
@@ -368,7 +369,7 @@ def test_a_dynamic_batch(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     done = export.export(bundle, path)
     assert (done.inputs, done.outputs) == (("x", "image"), ("output_0", "output_1.0", "output_1.1"))
-    assert done.session["model"]["bucket"] == {"batch": 4}
+    assert done.session.model.bucket == {"batch": 4}
     graph = onnx.load(path).graph
     for entry in [*graph.input, *graph.output]:
         first, *rest = entry.type.tensor_type.shape.dim
@@ -404,9 +405,9 @@ def test_metadata_and_manifest(tmp_path: Path) -> None:
     bundle = make(tmp_path, nn.Linear(16, 8), (noise(3, 16),), onnx=OnnxOptions("bf16"))
     described = read_manifest(bundle)
     section = described.onnxruntime
-    assert section["model"] == {"file": "model.onnx", "opset": 20, "weights": "bf16", "bucket": {}}
-    assert section["session_config"][session.FAST_MATH]["engages"] is True
-    assert section["layers"] == {"bf16": 1, "all": 1}
+    assert section.model == OnnxModel(20, "bf16", {}, file="model.onnx")
+    assert section.session_config[session.FAST_MATH].engages is True
+    assert section.layers == LayerCount(1, 1)
     export.export(bundle, tmp_path / "apart.onnx", OnnxOptions("bf16"))
     inside, apart = (
         {entry.key: entry.value for entry in onnx.load(path).metadata_props}
@@ -415,7 +416,7 @@ def test_metadata_and_manifest(tmp_path: Path) -> None:
     assert inside["armopt.target"] == "graviton3"
     assert inside["armopt.graph_sha256"] == described.files["graph.json"]
     assert inside["armopt.weights_sha256"] == described.files["weights.safetensors"]
-    assert inside["armopt.model_digest"] == described.model["digest"]
+    assert inside["armopt.model_digest"] == described.model.digest
     assert apart.pop("armopt.bundle_digest") == json.loads((bundle / "manifest.json").read_text())["digest"]
     assert apart == inside  # a bundle's own digest can't be in the bundle
     graphs = [onnx.load(path).graph for path in (bundle / "model.onnx", tmp_path / "apart.onnx")]
@@ -431,15 +432,15 @@ def test_metadata_and_manifest(tmp_path: Path) -> None:
 
 def test_a_bundle_without_an_onnx_model_has_the_section_too(mlp_bundle: Path) -> None:
     section = read_manifest(mlp_bundle).onnxruntime
-    assert section["model"] == {}
-    assert section["session_config"][session.FAST_MATH]["value"] == "1"
+    assert section.model is None
+    assert section.session_config[session.FAST_MATH].value == "1"
 
 
 def test_a_target_without_bf16(tmp_path: Path) -> None:
     bundle = make(tmp_path, nn.Linear(16, 8), (noise(3, 16),), target="graviton2")
     section = read_manifest(bundle).onnxruntime
-    assert section["session_config"][session.FAST_MATH] | {"why": ""} == {"value": "0", "engages": False, "why": ""}
-    assert section["layers"] == {"bf16": 0, "all": 1}
+    assert dataclasses.replace(section.session_config[session.FAST_MATH], why="") == SessionFlag("0", False, "")
+    assert section.layers == LayerCount(0, 1)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -1,0 +1,124 @@
+"""graph.json as records: for each part its signature, and one program of operations for each bucket."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from armopt.ir.records import Bucket, Count, Dtype, Signature
+
+
+class _Tagged(Struct, frozen=True, tag_field="kind", forbid_unknown_fields=True):
+    """An argument that JSON has no form of; ``kind`` says which."""
+
+
+class Ref(_Tagged, frozen=True, tag="node"):
+    """The result of a node."""
+
+    name: str
+
+
+class SpecialFloat(_Tagged, frozen=True, tag="float"):
+    """A number that is not finite."""
+
+    name: Literal["inf", "-inf", "nan"]
+
+
+class Complex(_Tagged, frozen=True, tag="complex"):
+    """A complex number."""
+
+    real: float
+    imag: float
+
+
+class Device(_Tagged, frozen=True, tag="device"):
+    """Where tensors are: bundles are for CPUs."""
+
+    name: Literal["cpu"]
+
+
+class DtypeName(_Tagged, frozen=True, tag="dtype"):
+    """A dtype."""
+
+    name: Dtype
+
+
+class MemoryFormat(_Tagged, frozen=True, tag="memory_format"):
+    """The order of a tensor's elements."""
+
+    name: Literal["contiguous_format", "preserve_format", "channels_last", "channels_last_3d"]
+
+
+class Layout(_Tagged, frozen=True, tag="layout"):
+    """How a tensor is stored: bundles hold dense ones."""
+
+    name: Literal["strided"]
+
+
+Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+#: A mode or an equation; nothing that could end a string where it is quoted.
+Word = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_ ,.>-]*\Z", max_length=200)]
+#: What is shown to people: without control characters.
+Line = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z")]
+Leaf = None | bool | Integer | float | Word | Ref | SpecialFloat | Complex | Device | DtypeName | MemoryFormat | Layout
+#: Operations take lists, and lists of lists at most.
+Argument = Leaf | list[Leaf | list[Leaf]]
+
+
+class _Node(Struct, frozen=True, tag_field="op", forbid_unknown_fields=True, omit_defaults=True):
+    """A node; ``op`` says of which kind. Its name is for people and for references."""
+
+    name: Line
+
+
+class Input(_Node, frozen=True, tag="input"):
+    """The next flat input."""
+
+
+class Weight(_Node, frozen=True, tag="weight"):
+    """A tensor of weights.safetensors, by its name there."""
+
+    target: str
+
+
+class Call(_Node, frozen=True, tag="call"):
+    """A call of an operation.
+
+    Attributes:
+        target: The operation by name.
+        args: By position.
+        kwargs: By name.
+        shape: Of a layer's input, as planned.
+        output: Shape of a layer's result; None where dynamic.
+        source: The model's line that it comes from; empty where unknown.
+    """
+
+    target: str
+    args: tuple[Argument, ...]
+    kwargs: dict[str, Argument] = {}
+    shape: tuple[Count, ...] | None = None
+    output: tuple[Count | None, ...] | None = None
+    source: Line = ""
+
+
+class Program(Struct, frozen=True, forbid_unknown_fields=True):
+    """The graph for one bucket: nodes in order, and what it returns."""
+
+    bucket: Bucket
+    nodes: tuple[Input | Weight | Call, ...]
+    output: tuple[Leaf, ...]
+
+
+class Part(Struct, frozen=True, forbid_unknown_fields=True):
+    """One graph: of the submodule at `path`, or of the whole model, which has none."""
+
+    path: str
+    signature: Signature
+    programs: Annotated[tuple[Program, ...], Meta(min_length=1)]
+
+
+class Graph(Struct, frozen=True, forbid_unknown_fields=True):
+    """All of graph.json."""
+
+    parts: Annotated[tuple[Part, ...], Meta(min_length=1)]
