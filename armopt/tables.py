@@ -60,7 +60,7 @@ class Table(Mapping[str, T]):
             InputError: No line has that name; the message says which come close, and all there are.
         """
         if name not in self._lines:
-            raise unknown(self._kind, name, [*self, *also], where=where)
+            raise unknown(self._kind, name, [*self, *also], where=where, said=self.help(*also))
         return self[name]
 
     def help(self, *also: str) -> str:
