@@ -1,4 +1,4 @@
-"""Example inputs: as ``--input x=1x3x224x224:float32`` describes them, like others, and arranged as a call."""
+"""Example inputs: described by ``--input x=1x3x224x224:float32``, like others by statistics, arranged as a call."""
 
 from __future__ import annotations
 

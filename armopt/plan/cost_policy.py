@@ -6,15 +6,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import networkx as nx
 import torch
 
 from armopt.ir.records import Site, Target
-from armopt.kernels import table, timings
+from armopt.kernels import table
 from armopt.kernels.base import Kernel
+from armopt.kernels.timings import Timings
 from armopt.plan import costs, planner, threshold_policy
 from armopt.plan.planner import Choice, Policy
 from armopt.plan.tuned_costs import TunedCosts
@@ -132,20 +132,17 @@ def read(value: str, target: Target) -> Policy:
     return default(target, value)
 
 
-def tuned(policy: Policy, target: Target, path: Path) -> CostPolicy:
+def tuned(policy: Policy, target: Target, times: Timings) -> CostPolicy:
     """The policy by a host's own times; where there are none, by the table of `policy`, if it has one.
 
     Args:
         policy: What would be without them.
         target: What it is for.
-        path: tuning.json, from ``armopt tune``.
-
-    Raises:
-        InputError: The file can't be read.
+        times: What ``armopt tune`` measured.
     """
     of_policy = policy.costs if isinstance(policy, CostPolicy) else None
     known = of_policy if isinstance(of_policy, costs.CostTable) else costs.find(target)
-    return CostPolicy(TunedCosts(timings.read(path), known))
+    return CostPolicy(TunedCosts(times, known))
 
 
 def default(target: Target, release: str = "") -> Policy:

@@ -36,7 +36,7 @@ def find_policy(
         where: What to call the option in an error.
 
     Raises:
-        InputError: There is no such policy.
+        InputError: There is no such policy, or the times can't be read.
     """
     if policy is not None and not isinstance(policy, str):
         return policy
@@ -49,6 +49,7 @@ def find_policy(
         raise InputError(f"can't read policy {text!r}", where=where, hint=f"Write {POLICIES.help()}") from None
     if tuning is None:
         return chosen
+    from armopt.kernels import timings
     from armopt.plan import cost_policy
 
-    return cost_policy.tuned(chosen, target, tuning)
+    return cost_policy.tuned(chosen, target, timings.read(tuning))

@@ -1,7 +1,7 @@
-"""Makes the cost tables in armopt/costs: counts every kernel on a grid of shapes, then fits what a call costs.
+"""Makes the cost tables in armopt/plan/costs: counts every kernel on a grid of shapes, then fits what a call costs.
 
     python -m benchmarks.arm64.costs measure --cpu graviton3 --torch 2.10.0     # adds what is missing to the samples
-    python -m benchmarks.arm64.costs fit                                        # writes armopt/costs/*.json
+    python -m benchmarks.arm64.costs fit                                        # writes armopt/plan/costs/*.json
 
 Samples are kept in benchmarks/arm64/samples, one file for each core and torch release: instructions by class for each
 kernel and shape, and the floor M * N * K / 32, the BFMMLA instructions of 256 bits that the product needs.
