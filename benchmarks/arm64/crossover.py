@@ -257,8 +257,8 @@ _HEAD = """\
 # What a call costs, and what follows
 
 `--policy cost` estimates, for every layer and kernel, the instructions that one call retires, and takes the kernels of
-the fewest over the whole graph. The estimates come from tables in `armopt/plan/costs`, fitted to counts on the emulated core
-with the real aarch64 PyTorch, and with tcmalloc, as `armopt run` starts a process where there is one. This page is
+the fewest over the whole graph. The estimates come from tables in `armopt/plan/costs`, fitted to counts on the emulated
+core with the real aarch64 PyTorch, and with tcmalloc, as `armopt run` starts a process where there is one. This page is
 written by `python -m benchmarks.arm64.crossover`.
 
 A count is not a time. It leaves out memory: where two kernels are within {near} % of one another, the one that reads
