@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from armopt.emulation.debian import Apt, find_mirror
-from armopt.emulation.folder import QEMU, Part, PreparedFolder, write_stamp
+from armopt.emulation.folder import QEMU, Component, PreparedFolder, write_stamp
 from armopt.errors import ArmoptError, HostError, InputError
 
 HERE = Path(__file__).resolve().parent
@@ -64,18 +64,18 @@ class CountingQemu:
     folder: PreparedFolder
 
     @property
-    def part(self) -> Part:
+    def part(self) -> Component:
         """QEMU itself."""
         recipe = [SOURCE_SUITE, QEMU["version"], LIBRARY_SUITE, LIBRARIES, TOOLS, FLAGS, DOT_PRODUCT]
-        return Part("qemu-plugins", json.dumps(recipe))
+        return Component("qemu-plugins", json.dumps(recipe))
 
     @property
-    def plugin_part(self) -> Part:
+    def plugin_part(self) -> Component:
         """The plugin: made again when its source changes."""
         digest = hashlib.sha256()
         for name in ("counter.c", "opcodes.def"):
             digest.update((HERE / name).read_bytes())
-        return Part("qemu-counter", json.dumps([self.part.recipe, digest.hexdigest()]))
+        return Component("qemu-counter", json.dumps([self.part.recipe, digest.hexdigest()]))
 
     @property
     def path(self) -> Path:
@@ -261,7 +261,7 @@ def _compile_plugin(qemu: CountingQemu, into: Path) -> None:
     _run(["gcc", *flags, "-o", str(into / "counter.so"), str(HERE / "counter.c")], "counter.c")
 
 
-def _install(qemu: CountingQemu, built: Path, part: Part) -> None:
+def _install(qemu: CountingQemu, built: Path, part: Component) -> None:
     write_stamp(built, part.recipe)
     place = qemu.folder.path / part.name
     shutil.rmtree(place, ignore_errors=True)

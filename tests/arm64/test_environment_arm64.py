@@ -20,6 +20,7 @@ from armopt.emulation import TORCH_VERSIONS, EmulatedWorker, PreparedFolder, emu
 from armopt.environment import build
 from armopt.runtime import onednn_log
 from armopt.targets.emulated import core_named
+from tests.library_names import variables_read
 
 HERE = Path(__file__).parent
 FAST_MATH = {"DNNL_DEFAULT_FPMATH_MODE": "BF16", "OMP_NUM_THREADS": "1"}
@@ -55,7 +56,7 @@ def test_every_variable_emitted_is_read_by_the_real_libraries(require_torch, tor
     package = require_torch(torch_version).site(torch_version) / "torch"
     facts = build._installed(package, deep=False)
     chosen = environment.wanted(targets.load("graviton3"), threads=2, build=facts)
-    readers = environment.variables_read([*chosen, "ARMOPT_NO_SUCH_VARIABLE"], package)
+    readers = variables_read([*chosen, "ARMOPT_NO_SUCH_VARIABLE"], package)
     assert readers.pop("ARMOPT_NO_SUCH_VARIABLE") == ()
     assert all(readers.values()), readers
     assert readers["DNNL_DEFAULT_FPMATH_MODE"] == ("libtorch_cpu.so",)
@@ -316,7 +317,7 @@ def tensorflow(require_torch):
 def test_tensorflows_variables_are_read_by_its_libraries(tensorflow):
     _, site = tensorflow
     chosen = environment.wanted(targets.load("graviton3"), framework="tensorflow", threads=2)
-    readers = environment.variables_read([*chosen, "TF_NO_SUCH_VARIABLE"], site / "tensorflow")
+    readers = variables_read([*chosen, "TF_NO_SUCH_VARIABLE"], site / "tensorflow")
     assert readers.pop("TF_NO_SUCH_VARIABLE") == ()
     assert all(readers.values()), readers
     assert environment.only_read(chosen, site / "tensorflow") == chosen

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Case, Contract, Forward, noise, until
+from harness import Case, Contract, Forward, by_hand, noise, until
 from torch import fx, nn
 
 from armopt import capture
@@ -94,15 +94,28 @@ def _sizes() -> list[tuple[int, int, int, int]]:
     return [(k, s, p, o) for k, s, p, o in every if o < s and 4 * s - 2 * p + k + o > 0]
 
 
-@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d])
-def test_every_filter_stride_and_padding(kind: Any) -> None:
-    for size in _sizes():
-        layer = kind(3, 4, *size).eval()
-        x = noise(2, 3, *[5] * (layer.weight.dim() - 2))
-        steps = (CanonicaliseConv(), ConvertTransposedConv())
-        graph_module = pipeline.run(capture.module(layer, (x,), source="here").graph_module, steps)[0]
+@pytest.mark.parametrize(
+    ("operation", "spatial"),
+    [(torch.ops.aten.conv_transpose1d.default, 1), (torch.ops.aten.conv_transpose2d.input, 2)],
+    ids=["1d", "2d"],
+)
+def test_every_filter_stride_and_padding(operation: Any, spatial: int) -> None:
+    """On graphs as torch.export gives them, which for so many would take a minute."""
+    steps = (CanonicaliseConv(), ConvertTransposedConv())
+    x, bias = noise(2, 3, *[5] * spatial), noise(4, seed=2)
+    for filters, stride, padding, output_padding in _sizes():
+        weight = noise(3, 4, *[filters] * spatial, seed=3)
+        size = [[stride] * spatial, [padding] * spatial, [output_padding] * spatial]
+
+        def build(call: Any, x: fx.Node, weight: fx.Node, bias: fx.Node, size: Any = size) -> fx.Node:
+            return call(operation, x, weight, bias, *size)
+
+        graph_module = by_hand(x, constants={"weight": weight, "bias": bias}, build=build)
+        graph_module = pipeline.run(graph_module, steps)[0]
         assert "phases" in graph_module.code, size
-        torch.testing.assert_close(graph_module(x)[0], layer(x), rtol=1e-4, atol=1e-5, msg=str(size))
+        torch.testing.assert_close(
+            graph_module(x)[0], operation(x, weight, bias, *size), rtol=1e-4, atol=1e-5, msg=str(size)
+        )
 
 
 def test_a_layer_used_twice_keeps_one_weight() -> None:

@@ -21,6 +21,7 @@ from armopt import files, targets
 from armopt.environment import build
 from armopt.errors import InputError
 from armopt.ir.records import Target
+from tests.library_names import variables_read
 
 CPUINFO = Path(__file__).parents[1] / "data" / "cpuinfo"
 #: What `record` gave on the emulated Graviton3 with torch 2.10.0 from PyPI.
@@ -216,7 +217,9 @@ def test_what_is_lost_where_torch_came_first(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_every_variable_is_read_by_the_installed_libraries() -> None:
     emitted = env.wanted(targets.load("graviton3"), threads=1, build=env.installed())
-    readers = env.variables_read([*emitted, "ARMOPT_NO_SUCH_VARIABLE"])
+    torch = env.package_folder()
+    assert torch
+    readers = variables_read([*emitted, "ARMOPT_NO_SUCH_VARIABLE"], torch)
     assert readers.pop("ARMOPT_NO_SUCH_VARIABLE") == ()
     assert all(readers.values()), readers
     assert "libtorch_cpu.so" in readers["DNNL_DEFAULT_FPMATH_MODE"]

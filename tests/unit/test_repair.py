@@ -22,7 +22,7 @@ from armopt.compiler.checks import Checks
 from armopt.errors import AccuracyError, ArmoptWarning
 from armopt.ir.records import Decision, Plan, Site
 from armopt.kernels import table
-from armopt.plan import planner, threshold_policy
+from armopt.plan import threshold_policy
 from armopt.targets.host import load as load_target
 
 #: At these small sizes BLAS is cheaper; the tutorial's rule takes BF16 for them all the same.
@@ -156,7 +156,7 @@ def test_the_cheapest_remedy_that_is_enough_is_taken(harm: int, kernel: str) -> 
     effect = Effect({"n2": 1.0})
 
     def evaluate(plan: Plan) -> Figures:
-        return effect.figures([d.node for d in planner.decisions if repair._level(table.get(d.kernel)) <= harm])
+        return effect.figures([d.node for d in plan.decisions if repair._level(table.get(d.kernel)) <= harm])
 
     found = repair.search([each], [sites], [gates.Gate("max_abs", "<=", 0.1)], evaluate, effect.alone)
     assert [(change.node, change.after) for change in found.changes] == [("n2", kernel)]
