@@ -76,7 +76,7 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return next((line for line in lines if line), type(error).__name__)[:most]
 
 
-def unknown(kind: str, name: str, known: Collection[str], *, where: str = "") -> InputError:
+def unknown(kind: str, name: str, known: Collection[str], *, where: str = "", said: str = "") -> InputError:
     """The error for a name that is none of those `known`: which come close, and all there are.
 
     Args:
@@ -84,7 +84,8 @@ def unknown(kind: str, name: str, known: Collection[str], *, where: str = "") ->
         name: As a user wrote it.
         known: All names.
         where: The option or file that it stands in.
+        said: How to say them all, if not as a list.
     """
     close = difflib.get_close_matches(name.lower().replace("-", "").replace(" ", ""), known, n=3)
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
-    return InputError(f"unknown {kind} {name!r}", where=where, hint=f"{meant}Known are {', '.join(known)}")
+    return InputError(f"unknown {kind} {name!r}", where=where, hint=f"{meant}Known are {said or ', '.join(known)}")

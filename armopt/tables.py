@@ -60,26 +60,38 @@ class Table(Mapping[str, T]):
             InputError: No line has that name; the message says which come close, and all there are.
         """
         if name not in self._lines:
-            raise unknown(self._kind, name, [*self, *also], where=where)
+            raise unknown(self._kind, name, [*self, *also], where=where, said=self.help(*also))
         return self[name]
+
+    def said(self, name: str) -> str:
+        """What help says of a line."""
+        return self._lines[name].said or name
 
     def help(self, *also: str) -> str:
         """What help says of all lines, and `also`: ``a, b or c``."""
-        words = [*(line.said or line.name for line in self._lines.values()), *also]
+        words = [*map(self.said, self), *also]
         return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
-    def add(self, line: Line[T]) -> None:
-        """Adds a line at the end.
+    def register(self, line: Line[T], *, before: str = "") -> None:
+        """Adds a line.
+
+        Args:
+            line: The line.
+            before: The name that it is asked before; it is the last if nothing is said.
 
         Raises:
-            InputError: There is one of that name.
+            InputError: There is one of its name, or none called `before`.
         """
         if line.name in self._lines:
             raise InputError(f"there is a {self._kind} {line.name!r} already", hint="Choose another name")
-        self._lines[line.name] = line
+        lines = list(self._lines.values())
+        if before:
+            self.find(before)
+        lines.insert(list(self).index(before) if before else len(lines), line)
+        self._lines = {each.name: each for each in lines}
 
-    def remove(self, name: str) -> None:
-        """Takes a line out that was added.
+    def unregister(self, name: str) -> None:
+        """Takes a line out again.
 
         Raises:
             KeyError: There is none of that name.

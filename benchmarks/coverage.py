@@ -200,7 +200,7 @@ Every torchvision classification and segmentation model, and the Hugging Face mo
 configurations): optimized for {TARGET}, written, loaded and compared with the original module in FP32, each on its
 smallest sensible input at batch 1. This was run on a host that is not the target, so the portable twins gave the
 target's rounding. Weights are random, as torchvision initialises them; models without batch norm get
-`armopt.zoo.randomize` on top, else heads of zero and layer scales of 1e-6 would hide errors.
+`armopt.models.random_weights.randomize` on top, else heads of zero and layer scales of 1e-6 would hide errors.
 
 {summary}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from armopt.accuracy.metrics import METRICS, MIN_COSINE, Accuracy, Metric
 from armopt.accuracy.tasks import TASKS
-from armopt.errors import InputError
+from armopt.errors import InputError, unknown
 
 _PATTERN = re.compile(
     r"\s*(?P<metric>\w+)\s*(\[(?P<output>[^\]]+)\])?\s*(?P<relation>>=|<=|>|<)\s*(?P<bound>[^\s=<>]+)\s*"
@@ -105,11 +104,7 @@ def parse(text: str) -> Gate:
         raise InputError(f"can't read {text!r}", where="--gate", hint='Write METRIC>=NUMBER, e.g. "top1>=0.995"')
     known = metrics()
     if match["metric"] not in known:
-        near = difflib.get_close_matches(match["metric"], known, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise InputError(
-            f"unknown metric {match['metric']!r}", where="--gate", hint=f"{hint}Known are {', '.join(known)}"
-        )
+        raise unknown("metric", match["metric"], known, where="--gate")
     try:
         bound = float(match["bound"])
     except ValueError:

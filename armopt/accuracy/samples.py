@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from armopt.accuracy import images
-from armopt.capture import inputs
+from armopt.capture import inputs, sample_files
+from armopt.capture.sample_files import SAMPLE_FILES
 from armopt.errors import InputError
 from armopt.ir.records import Bucket, ExampleSpec, InputSpec
 
@@ -46,7 +47,7 @@ def read(given: Given, specs: Sequence[InputSpec], model: str) -> Samples:
     """The user's inputs.
 
     Args:
-        given: A file (.safetensors, .npz, .pt), a folder of such files or of images, or tensors by name.
+        given: A file (see :mod:`armopt.capture.sample_files`), a folder of such files or of images, or tensors by name.
         specs: The model's inputs: name, shape and dtype.
         model: ``torchvision:NAME`` where known: how that model's images are prepared.
 
@@ -58,18 +59,9 @@ def read(given: Given, specs: Sequence[InputSpec], model: str) -> Samples:
     if not isinstance(given, (str, Path)):
         return _of(list(given), specs, "given as tensors")
     path = Path(given)
-    if not path.is_dir():
-        return _of([inputs.read(path)], specs, str(path))
-    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    pictures = [file for file in files if file.suffix.lower() in images.SUFFIXES]
-    tensors = [file for file in files if file.suffix in inputs.SUFFIXES]
-    if pictures and not tensors:
-        return _of_images(path, pictures, specs, model)
-    if tensors and not pictures:
-        return Samples(f"{path} ({len(tensors)} files)", True, tuple(_file_loader(file, specs) for file in tensors))
-    kinds = ", ".join(sorted({*inputs.SUFFIXES, *images.SUFFIXES}))
-    what = "holds images and tensors both" if pictures else "holds no images and no tensors"
-    raise InputError(what, where=str(path), hint=f"Give --inputs a folder of one kind of {kinds}")
+    if path.is_dir():
+        return _of_folder(path, specs, model)
+    return _of([sample_files.read(path)], specs, str(path))
 
 
 def generated(specs: Sequence[InputSpec], bucket: Bucket, seed: int = 0) -> Samples:
@@ -91,9 +83,22 @@ def _of(given: Sequence[Named], specs: Sequence[InputSpec], where: str) -> Sampl
     return Samples(f"{where}{count}", True, tuple(lambda part=part: part for part in parts))  # type: ignore[misc]
 
 
+def _of_folder(folder: Path, specs: Sequence[InputSpec], model: str) -> Samples:
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    pictures = [file for file in files if file.suffix.lower() in images.SUFFIXES]
+    tensors = [file for file in files if file.suffix in SAMPLE_FILES]
+    if pictures and not tensors:
+        return _of_images(folder, pictures, specs, model)
+    if tensors and not pictures:
+        return Samples(f"{folder} ({len(tensors)} files)", True, tuple(_file_loader(file, specs) for file in tensors))
+    kinds = ", ".join(sorted({*SAMPLE_FILES, *images.SUFFIXES}))
+    what = "holds images and tensors both" if pictures else "holds no images and no tensors"
+    raise InputError(what, where=str(folder), hint=f"Give --inputs a folder of one kind of {kinds}")
+
+
 def _file_loader(file: Path, specs: Sequence[InputSpec]) -> Callable[[], Named]:
     def load() -> Named:
-        found = _named(inputs.read(file), specs, str(file))
+        found = _named(sample_files.read(file), specs, str(file))
         _check(found, specs, str(file))
         return found
 

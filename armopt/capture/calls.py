@@ -1,4 +1,4 @@
-"""Calls of a model: how their inputs nest, and whether they fit its forward."""
+"""Calls of a model: whether inputs fit its forward, how they nest, another batch size, a first run."""
 
 from __future__ import annotations
 

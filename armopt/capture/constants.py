@@ -1,4 +1,4 @@
-"""Parameters and buffers as constants of a graph."""
+"""Parameters and buffers as constants of a graph: of an exported program, and of inputs that are to be constant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A module or an exported program -> Captured: one flat functional graph of ATen operations."""
+"""A module or an exported program -> Captured, by torch.export; which dtypes it may have; its digest."""
 
 from __future__ import annotations
 

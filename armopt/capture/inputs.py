@@ -1,12 +1,11 @@
-"""Example inputs: described on the command line (``x=1x3x224x224:float32``) or read from a file."""
+"""Example inputs: described by ``--input x=1x3x224x224:float32``, like others by statistics, arranged as a call."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,59 +59,6 @@ def generate(options: Sequence[InputOption], seed: int = 0) -> tuple[list[torch.
     generator = torch.Generator().manual_seed(seed)
     tensors = [(option.name, option.tensor(generator)) for option in options]
     return [t for name, t in tensors if not name], {name: t for name, t in tensors if name}
-
-
-def read(path: Path) -> dict[str, torch.Tensor]:
-    """Named tensors from a .safetensors, .npz or .pt file (the last without running any pickled code).
-
-    Raises:
-        InputError: The file is missing, damaged, of another kind, or holds something else.
-    """
-    where, hint = str(path), "Give --inputs a .safetensors, .npz or .pt file with one tensor for each input"
-    if not path.is_file():
-        raise InputError("there is no such file", where=where, hint=hint)
-    if path.suffix not in _READERS:
-        raise InputError(f"unknown kind of file {path.suffix!r}", where=where, hint=hint)
-    try:
-        found = _READERS[path.suffix](path)
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"can't be read: {first}", where=where, hint=hint) from error
-    if isinstance(found, torch.Tensor):
-        found = {"": found}
-    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise InputError("holds something other than named tensors", where=where, hint=hint)
-    if not found:
-        raise InputError("holds no tensors", where=where, hint=hint)
-    return dict(found)
-
-
-def _read_safetensors(path: Path) -> Any:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def _read_npz(path: Path) -> Any:
-    import numpy as np
-
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-
-
-def _read_pt(path: Path) -> Any:
-    return torch.load(path, weights_only=True, map_location="cpu")
-
-
-_READERS: dict[str, Callable[[Path], Any]] = {
-    ".safetensors": _read_safetensors,
-    ".npz": _read_npz,
-    ".pt": _read_pt,
-    ".pth": _read_pt,
-}
-
-
-SUFFIXES = tuple(_READERS)
 
 
 def statistics(tensor: torch.Tensor) -> Statistics | None:

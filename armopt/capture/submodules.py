@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from armopt import capture
-from armopt.capture import submodules
 from armopt.errors import CaptureError, InputError
 from armopt.ir import buckets
 from armopt.ir.nesting import Inputs
@@ -21,6 +20,8 @@ from armopt.ir.records import Bucket, Captured, Skip
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 #: Plans for one part: more points cost loading time, and the nearest serves between them.
 MOST_BUCKETS = 2
+#: Modules whose matrices are no Linear's or convolution's weights.
+_OTHERS = (torch.nn.Embedding, torch.nn.EmbeddingBag, torch.nn.RNNBase, torch.nn.RNNCellBase)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +99,23 @@ def find(
     return tuple(sorted(parts, key=lambda part: order[part.path])), tuple(left)
 
 
+def has_layers(module: torch.nn.Module) -> bool:
+    """Whether a module, or one inside it, holds a matrix that a kernel may multiply with."""
+    return any(
+        parameter.dim() > 1
+        for part in module.modules()
+        if not isinstance(part, _OTHERS)
+        for parameter in part.parameters(recurse=False)
+    )
+
+
 def _children(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.nn.Module]]:
     """Submodules with layers; lists and dictionaries of modules are looked through."""
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
         if isinstance(child, (torch.nn.ModuleList, torch.nn.ModuleDict)):
             yield from _children(child, inner)
-        elif submodules.has_layers(child):
+        elif has_layers(child):
             yield inner, child
 
 
@@ -141,7 +152,7 @@ def _watch(model: torch.nn.Module, calls: Sequence[Call], source: str) -> dict[s
         if entry not in entries:
             entries.append(entry)
 
-    paths = [path for path, module in model.named_modules() if submodules.has_layers(module)]
+    paths = [path for path, module in model.named_modules() if has_layers(module)]
     with _hooked(model, paths, note):
         for args, kwargs in calls:
             capture.try_once(model, args, kwargs, source)
@@ -244,17 +255,3 @@ def _sizes(captured: Captured, entry: _Seen) -> dict[str, int] | None:
             elif expected in names and sizes.setdefault(expected, size) != size:
                 return None
     return sizes
-
-
-#: Modules whose matrices are no Linear's or convolution's weights.
-_OTHERS = (torch.nn.Embedding, torch.nn.EmbeddingBag, torch.nn.RNNBase, torch.nn.RNNCellBase)
-
-
-def has_layers(module: torch.nn.Module) -> bool:
-    """Whether a module, or one inside it, holds a matrix that a kernel may multiply with."""
-    return any(
-        parameter.dim() > 1
-        for part in module.modules()
-        if not isinstance(part, _OTHERS)
-        for parameter in part.parameters(recurse=False)
-    )

@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from armopt.accuracy.tasks import NONE, TASKS
+from armopt.capture.files import FORMATS
+from armopt.capture.sample_files import SAMPLE_FILES
+from armopt.plan.policies import POLICIES
+
 if TYPE_CHECKING:
     from armopt.capture.files import Divided
     from armopt.capture.files import Options as SourceOptions
@@ -19,7 +24,7 @@ ModelPath = Annotated[
     Path | None,
     typer.Argument(
         metavar="MODEL",
-        help="A .pt2, TorchScript, a pickled module or a state dict (.pt, .safetensors). May be left out with --model.",
+        help=f"A model file: {FORMATS.help()}. May be left out with --model.",
         show_default=False,
     ),
 ]
@@ -34,7 +39,7 @@ Inputs = Annotated[
     ),
 ]
 Samples = Annotated[
-    Path | None, typer.Option("--inputs", metavar="FILE", help="Example inputs by name: .safetensors, .npz or .pt.")
+    Path | None, typer.Option("--inputs", metavar="FILE", help=f"Example inputs by name: {SAMPLE_FILES.help()}.")
 ]
 Batch = Annotated[
     str,
@@ -51,9 +56,7 @@ Kind = Annotated[
 ]
 PolicyName = Annotated[
     str,
-    typer.Option(
-        "--policy", help="How kernels are chosen: cost[=TORCH], for the server's torch, or threshold[=64] rows."
-    ),
+    typer.Option("--policy", help=f"How kernels are chosen: {POLICIES.help()}."),
 ]
 TuningFile = Annotated[
     Path | None, typer.Option("--tuning", metavar="FILE", help="Times from armopt tune, instead of the cost table.")
@@ -68,7 +71,7 @@ TaskName = Annotated[
     typer.Option(
         "--task",
         metavar="TASK",
-        help="classification, detection, segmentation, language, embedding or none; found from the outputs.",
+        help=f"{TASKS.help(NONE)}; found from the outputs.",
         show_default=False,
     ),
 ]
@@ -77,7 +80,7 @@ CheckInputs = Annotated[
     typer.Option(
         "--inputs",
         metavar="FILE|DIR",
-        help="What to compare on: .safetensors, .npz or .pt, or a folder of such files or of images.",
+        help=f"What to compare on: {SAMPLE_FILES.help()}, or a folder of such files or of images.",
     ),
 ]
 ReportPath = Annotated[
@@ -197,12 +200,12 @@ def source_options(
     Raises:
         InputError: An input can't be read.
     """
-    from armopt.capture import files, inputs
+    from armopt.capture import files, inputs, sample_files
 
     return files.Options(
         model=reference,
         inputs=tuple(inputs.parse(text) for text in described or ()),
-        samples=inputs.read(samples) if samples else None,
+        samples=sample_files.read(samples) if samples else None,
         batch=batch,
         trust_pickle=trust_pickle,
     )

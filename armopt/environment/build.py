@@ -1,16 +1,4 @@
-"""What a result depends on outside the model: recorded in a bundle, set by ``armopt run``, compared at load.
-
-True to the builds of torch 2.10 to 2.13, found in their libraries and under emulation:
-
-- ``DNNL_DEFAULT_FPMATH_MODE`` is read while torch is imported; set from Python later, it is lost silently.
-  oneDNN also takes the prefix ``ONEDNN_``, which wins where both are set.
-- ``THP_MEM_ALLOC_ENABLE`` has no effect on aarch64: mimalloc allocates there and asks for huge pages itself,
-  unless, from 2.13, ``MIMALLOC_ALLOW_THP=0`` forbids it (QEMU's log of system calls, see docs/knobs.md).
-- ``OMP_PROC_BIND`` other than ``false`` (``OMP_PLACES`` alone implies it) binds the main thread, and so every
-  thread that Python starts from it, to one core. Hence it is off; ``OMP_PLACES``, void then, isn't set.
-- oneDNN and ACL make some hundred small objects on each call of a packed layer, by glibc's malloc: nearly half of
-  what a small one costs. Allocators with a cache for each thread take a third off (docs/knobs.md).
-"""
+"""Facts about the installed torch, read from its files, and about the libraries of this process."""
 
 from __future__ import annotations
 
@@ -147,33 +135,43 @@ def needle(variable: str) -> bytes:
 
 
 def _installed(folder: Path, deep: bool) -> dict[str, str]:
+    facts = _version_facts(read_or_empty(folder / "version.py"))
+    for library in libraries(folder):
+        facts |= _library_facts(library, deep)
+    return facts
+
+
+def _version_facts(text: str) -> dict[str, str]:
+    """What torch/version.py says."""
     facts: dict[str, str] = {}
-    version = read_or_empty(folder / "version.py")
     for key, name in (("torch", "__version__"), ("torch_git", "git_version"), ("torch_build", "cuda")):
-        if found := re.search(rf"^{name}\b[^=\n]*=\s*'([^']*)'", version, re.MULTILINE):
+        if found := re.search(rf"^{name}\b[^=\n]*=\s*'([^']*)'", text, re.MULTILINE):
             facts[key] = found[1]
     if "torch" in facts:
         facts["torch_build"] = f"cuda {facts['torch_build']}" if "torch_build" in facts else "cpu"
-    for library in libraries(folder):
-        name = library.name
-        if name.startswith("libopenblas"):
-            number = _search(library, b"OpenBLAS 0.", rb"OpenBLAS (\d+\.\d+\.\d+)")
-            facts["blas"] = f"OpenBLAS {number}" if number else "OpenBLAS"
-            facts["sbgemm"] = "yes" if holds(library, b"sbgemm_") else "no"
-        elif name.startswith("libnvpl_blas"):
-            facts |= {"blas": "NVPL", "sbgemm": "no"}
-        elif name.startswith("libmkl_core"):
-            facts["blas"] = "MKL"
-        elif name.startswith("libc10.so"):
-            if _search(library, b"mimalloc_") is None:
-                facts |= {"allocator": "posix_memalign", "thp_switch": "THP_MEM_ALLOC_ENABLE"}
-            else:
-                switch = "MIMALLOC_ALLOW_THP" if holds(library, b"allow_thp") else "none"
-                facts |= {"allocator": "mimalloc", "thp_switch": switch}
-        may_hold_acl = name.startswith("libarm_compute") or (deep and name.startswith("libtorch_cpu"))
-        if may_hold_acl and (acl := _search(library, b"arm_compute_version=", rb"[^=]+=v?([\w.\-]+)")):
-            facts["acl"] = acl
     return facts
+
+
+def _library_facts(library: Path, deep: bool) -> dict[str, str]:
+    """What one of torch's libraries says of the build."""
+    name = library.name
+    if name.startswith("libopenblas"):
+        number = _search(library, b"OpenBLAS 0.", rb"OpenBLAS (\d+\.\d+\.\d+)")
+        sbgemm = "yes" if holds(library, b"sbgemm_") else "no"
+        return {"blas": f"OpenBLAS {number}" if number else "OpenBLAS", "sbgemm": sbgemm}
+    if name.startswith("libnvpl_blas"):
+        return {"blas": "NVPL", "sbgemm": "no"}
+    if name.startswith("libmkl_core"):
+        return {"blas": "MKL"}
+    if name.startswith("libc10.so"):
+        if _search(library, b"mimalloc_") is None:
+            return {"allocator": "posix_memalign", "thp_switch": "THP_MEM_ALLOC_ENABLE"}
+        switch = "MIMALLOC_ALLOW_THP" if holds(library, b"allow_thp") else "none"
+        return {"allocator": "mimalloc", "thp_switch": switch}
+    if name.startswith("libarm_compute") or (deep and name.startswith("libtorch_cpu")):
+        acl = _search(library, b"arm_compute_version=", rb"[^=]+=v?([\w.\-]+)")
+        return {"acl": acl} if acl else {}
+    return {}
 
 
 def _distribution(name: str) -> str:

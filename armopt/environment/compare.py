@@ -1,4 +1,4 @@
-"""How a host and process differ from what a bundle wants."""
+"""How a host and process differ from what a bundle wants: features, variables, threads, versions."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def render(chosen: Mapping[str, Variable], format: str) -> str:
     """The variables as text for `format`, quoted for it, each with its reason as a comment.
 
     Args:
-        chosen: See :func:`variables`.
+        chosen: See :func:`armopt.environment.wanted`.
         format: ``shell`` (to be sourced), ``docker`` (ENV lines), ``systemd`` (for [Service]), ``k8s`` (items
             of a container's ``env:``), ``json``.
 

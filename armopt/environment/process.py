@@ -1,4 +1,4 @@
-"""The environment of a process: as it is to start, as it started, and what it means."""
+"""The environment of one process: what it is to start with, what was set too late, and what a value means."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def for_process(
     win, so it goes where it says something else.
 
     Args:
-        wanted: See :func:`variables`.
+        wanted: See :func:`armopt.environment.wanted`.
         environ: Of this process.
         limit: CPUs that all workers on this host share, see :func:`threads_for_host`.
     """

@@ -1,4 +1,4 @@
-"""How many threads a worker may have on this host."""
+"""How many threads a worker may have on this host: by affinity, cores and cgroups."""
 
 from __future__ import annotations
 

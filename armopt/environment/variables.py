@@ -1,4 +1,16 @@
-"""The variables that a target wants, each with its value and why."""
+"""The variables that a target wants, each with its value and why.
+
+True to the builds of torch 2.10 to 2.13, found in their libraries and under emulation:
+
+- ``DNNL_DEFAULT_FPMATH_MODE`` is read while torch is imported; set from Python later, it is lost silently.
+  oneDNN also takes the prefix ``ONEDNN_``, which wins where both are set.
+- ``THP_MEM_ALLOC_ENABLE`` has no effect on aarch64: mimalloc allocates there and asks for huge pages itself,
+  unless, from 2.13, ``MIMALLOC_ALLOW_THP=0`` forbids it (QEMU's log of system calls, see docs/knobs.md).
+- ``OMP_PROC_BIND`` other than ``false`` (``OMP_PLACES`` alone implies it) binds the main thread, and so every
+  thread that Python starts from it, to one core. Hence it is off; ``OMP_PLACES``, void then, isn't set.
+- oneDNN and ACL make some hundred small objects on each call of a packed layer, by glibc's malloc: nearly half of
+  what a small one costs. Allocators with a cache for each thread take a third off (docs/knobs.md).
+"""
 
 from __future__ import annotations
 
@@ -162,7 +174,7 @@ def only_read(wanted: Mapping[str, Variable], folder: Path | None) -> dict[str, 
     and the dynamic loader is.
 
     Args:
-        wanted: See :func:`variables`.
+        wanted: See :func:`armopt.environment.wanted`.
         folder: Of the framework's package, see :func:`package_folder`.
     """
     if not folder or not (found := libraries(folder)):

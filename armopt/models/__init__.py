@@ -1,1 +1,1 @@
-"""Other people's models by name: references, torchvision's operations and inputs."""
+"""Other people's models: by reference, torchvision's operators and inputs, random weights."""

@@ -1,4 +1,4 @@
-"""Random weights on which a comparison of numerics means something."""
+"""Random weights for a model that has no trained ones, on which a comparison of numerics means something."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-# --- random weights that behave ---
-
-
 def randomize(model: _Model, input_shapes: Sequence[Sequence[int]] = (), *, seed: int = 0) -> _Model:
     """Give a randomly initialised model weights on which a comparison of numerics means something.
 
@@ -24,7 +21,7 @@ def randomize(model: _Model, input_shapes: Sequence[Sequence[int]] = (), *, seed
 
     Args:
         model: Changed in place, and left in eval mode.
-        input_shapes: Of its inputs, as in :class:`ZooEntry`; empty leaves the batch norms as they are.
+        input_shapes: One shape for each input; empty leaves the batch norms as they are.
         seed: Of the random numbers; equal seeds give equal weights for equal models.
 
     Returns:

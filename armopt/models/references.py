@@ -1,4 +1,4 @@
-"""Models by reference: ``torchvision:resnet50`` or ``package.module:factory``."""
+"""What builds a model, by reference: ``torchvision:resnet50`` or ``package.module:factory``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from armopt.models.torchvision_ops import ensure_torchvision, ensure_torchvision
 #: Builds a model; called without arguments.
 ModelFactory = Callable[[], nn.Module]
 
-
-# --- references ---
 
 Kind = Literal["classification", "segmentation", "detection", "video", "quantization", "optical_flow"]
 TORCHVISION = "torchvision:"

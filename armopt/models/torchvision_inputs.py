@@ -1,4 +1,4 @@
-"""torchvision's models with the shapes of their inputs."""
+"""torchvision's models: the shapes of their inputs, example inputs, and calls that show what may vary."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from armopt.models.torchvision_ops import ensure_torchvision
 #: "natural" is what the model was made for; "smallest" is quick to run and still keeps every layer at work.
 Size = Literal["natural", "smallest"]
 
-
-# --- inputs ---
 
 # The resolution each was published for, where it is not 224.
 _NATURAL = {

@@ -1,4 +1,4 @@
-"""Models by name: torchvision's, made to import beside any build of torch, and the user's own factories.
+"""torchvision's operators, so that torchvision imports beside any build of torch.
 
 torchvision from PyPI is compiled against a CUDA torch. Beside a CPU-only torch its library does not load,
 ``import torchvision`` stops at the first missing operator, and transformers stops with it.
@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 
 from armopt.errors import InputError
-
-# --- torchvision's operators ---
 
 # As torchvision's C++ declares them: a program exported here must load beside the compiled operators too.
 _SCHEMAS = {

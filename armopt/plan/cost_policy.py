@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,8 +14,10 @@ import torch
 from armopt.ir.records import Precision, Site, Target
 from armopt.kernels import table
 from armopt.kernels.base import Kernel, Use
+from armopt.kernels.timings import Timings
 from armopt.plan import costs, planner, threshold_policy
 from armopt.plan.planner import Choice, Policy
+from armopt.plan.tuned_costs import TunedCosts
 
 _BF16, _FP32 = "bf16", "fp32"
 
@@ -118,6 +121,30 @@ class CostPolicy:
         return Choice(chosen.kernel, "; ".join(parts))
 
 
+def read(value: str, target: Target) -> Policy:
+    """``cost`` or ``cost=TORCH``, the release that the server has.
+
+    Raises:
+        ValueError: TORCH is no release.
+    """
+    if not re.fullmatch(r"(\d+\.\d+(\.\d+)?)?", value):
+        raise ValueError(value)
+    return default(target, value)
+
+
+def tuned(policy: Policy, target: Target, times: Timings) -> CostPolicy:
+    """The policy by a host's own times; where there are none, by the table of `policy`, if it has one.
+
+    Args:
+        policy: What would be without them.
+        target: What it is for.
+        times: What ``armopt tune`` measured.
+    """
+    of_policy = policy.costs if isinstance(policy, CostPolicy) else None
+    known = of_policy if isinstance(of_policy, costs.CostTable) else costs.find(target)
+    return CostPolicy(TunedCosts(times, known))
+
+
 def default(target: Target, release: str = "") -> Policy:
     """The policy for a target where nobody names one: by cost, or by the tutorial's threshold without a cost table."""
     table_of_costs = costs.find(target, release)
@@ -141,13 +168,9 @@ def _weight_bytes(kernel: Kernel) -> int:
 
 
 def _cut(sites: Sequence[Site], options: Sequence[Mapping[str, _Option]], costs: Costs) -> set[str]:
-    """The sites that work in BF16, in the labelling of least cost.
-
-    The source side is BF16. A value that is made on one side and read on the other costs one cast, whoever reads it: an
-    auxiliary node for each direction stands for all readers.
-    """
+    """The sites that work in BF16, in the labelling of least cost: those on the side of BF16, the source."""
     graph = nx.DiGraph()
-    graph.add_edge("bf16", "fp32", capacity=0.0)
+    graph.add_edge(_BF16, _FP32, capacity=0.0)
     for site, choices in zip(sites, options, strict=True):
         _add_site(graph, site, choices, costs)
     by_name = {site.node: site for site in sites}
@@ -157,7 +180,7 @@ def _cut(sites: Sequence[Site], options: Sequence[Mapping[str, _Option]], costs:
             readers.setdefault(source, []).append(site)
     for source in {*readers, *by_name}:
         _add_value(graph, source, by_name.get(source), readers.get(source, []), costs)
-    _, (side, _) = nx.minimum_cut(graph, "bf16", "fp32")
+    _, (side, _) = nx.minimum_cut(graph, _BF16, _FP32)
     return {node[1] for node in side if isinstance(node, tuple) and node[0] == "site"}
 
 
@@ -167,14 +190,14 @@ def _add_site(graph: nx.DiGraph, site: Site, choices: Mapping[str, _Option], cos
         choices[label].cost + costs.attention(label, *site.attended) if label in choices else math.inf
         for label in (_BF16, _FP32)
     )
-    graph.add_edge(("site", site.node), "fp32", capacity=half)
+    graph.add_edge(("site", site.node), _FP32, capacity=half)
     # without a choice plain ATen works in FP32
-    graph.add_edge("bf16", ("site", site.node), capacity=full if choices else 0.0)
+    graph.add_edge(_BF16, ("site", site.node), capacity=full if choices else 0.0)
 
 
 def _add_value(graph: nx.DiGraph, source: str, made: Site | None, readers: Sequence[Site], costs: Costs) -> None:
     """What the casts of a value cost, which a site makes or something else in FP32."""
-    maker = ("site", source) if made is not None else "fp32"
+    maker = ("site", source) if made is not None else _FP32
     elements = made.m * made.n if made is not None else max(math.prod(r.shape) for r in readers)
     for reader in readers:
         graph.add_edge(("site", reader.node), ("narrow", source), capacity=math.inf)
@@ -185,4 +208,4 @@ def _add_value(graph: nx.DiGraph, source: str, made: Site | None, readers: Seque
     if made is not None:
         graph.add_edge(maker, ("wide", source), capacity=costs.pointwise("bf16:cast", elements))
         if made.escapes:
-            graph.add_edge(("wide", source), "fp32", capacity=math.inf)
+            graph.add_edge(("wide", source), _FP32, capacity=math.inf)

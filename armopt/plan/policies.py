@@ -1,28 +1,33 @@
-"""The policies by name, as ``--policy`` has them."""
+"""The table of policies, as ``--policy`` has them."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from armopt.errors import InputError
-from armopt.ir.records import Target
-from armopt.kernels.timings import read as read_tuning
-from armopt.plan import cost_policy, costs, planner, threshold_policy
-from armopt.plan.tuned_costs import TunedCosts
+from armopt.tables import Line, Table
 
 if TYPE_CHECKING:
-    pass
+    from armopt.ir.records import Target
+    from armopt.plan.planner import Policy
 
+#: Makes a policy for a target out of what stands behind ``=``, empty where nothing does; a ValueError says it can't.
+Reader: TypeAlias = "Callable[[str, Target], Policy]"
 
-_RELEASE = r"(\d+\.\d+(\.\d+)?)?"
+POLICIES: Table[Reader] = Table(
+    "policy",
+    Line("cost", "armopt.plan.cost_policy:read", "cost[=TORCH] (the server's torch)"),
+    Line("threshold", "armopt.plan.threshold_policy:read", "threshold[=64] (rows)"),
+)
+DEFAULT = "cost"
 
 
 def find_policy(
-    policy: planner.Policy | str | None, target: Target, tuning: Path | None = None, where: str = "policy"
-) -> planner.Policy:
-    """A policy for a target, also from ``cost``, ``cost=2.13`` (a torch release), ``threshold`` or ``threshold=64``.
+    policy: Policy | str | None, target: Target, tuning: Path | None = None, where: str = "policy"
+) -> Policy:
+    """A policy for a target, also from its text: ``cost``, ``cost=2.13``, ``threshold=64``…
 
     Args:
         policy: A policy or its text; None is the default.
@@ -31,17 +36,20 @@ def find_policy(
         where: What to call the option in an error.
 
     Raises:
-        InputError: There is no such policy.
+        InputError: There is no such policy, or the times can't be read.
     """
     if policy is not None and not isinstance(policy, str):
         return policy
-    name, _, value = (policy or "cost").partition("=")
-    release = value if name == "cost" else ""
-    if name not in ("cost", "threshold") or not re.fullmatch(_RELEASE if name == "cost" else r"\d*", value):
-        hint = "Write cost, cost=2.10 (the server's torch), threshold or threshold=ROWS"
-        raise InputError(f"unknown policy {policy!r}", where=where, hint=hint)
-    if tuning is not None:
-        return cost_policy.CostPolicy(TunedCosts(read_tuning(tuning), costs.find(target, release)))
-    if name == "cost":
-        return cost_policy.default(target, release)
-    return threshold_policy.ThresholdPolicy(int(value)) if value else threshold_policy.ThresholdPolicy()
+    text = policy or DEFAULT
+    name, _, value = text.partition("=")
+    read = POLICIES.find(name, where=where)
+    try:
+        chosen = read(value, target)
+    except ValueError:
+        raise InputError(f"can't read policy {text!r}", where=where, hint=f"Write {POLICIES.help()}") from None
+    if tuning is None:
+        return chosen
+    from armopt.kernels import timings
+    from armopt.plan import cost_policy
+
+    return cost_policy.tuned(chosen, target, timings.read(tuning))

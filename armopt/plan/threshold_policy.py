@@ -42,6 +42,17 @@ class ThresholdPolicy:
         return Choice(packed, f"{site.m} rows, at or above the threshold of {self.rows}")
 
 
+def read(value: str, target: Target) -> ThresholdPolicy:
+    """``threshold`` or ``threshold=ROWS``, for any target.
+
+    Raises:
+        ValueError: ROWS is no number.
+    """
+    if value and not value.isdecimal():
+        raise ValueError(value)
+    return ThresholdPolicy(int(value)) if value else ThresholdPolicy()
+
+
 def _conv(site: Site, target: Target) -> Choice:
     """The first kernel that takes a convolution; its reason is why the ones before it don't."""
     reasons = "; ".join(refusals(site, target))

@@ -1,4 +1,4 @@
-"""The products that armopt knows, one TOML each, and this machine as one of them."""
+"""The products that armopt plans for, one TOML each, and this machine as one of them."""
 
 from armopt.targets.host import CpuInfo, hwcap_names, load, machine, parse_cpuinfo, this_host
 from armopt.targets.products import HOST, Product, names, parse_product, product, table

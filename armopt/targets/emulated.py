@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from armopt.emulation.folder import CORES, Core
+from typing import TYPE_CHECKING
+
 from armopt.errors import InputError
 from armopt.targets.products import table
+
+if TYPE_CHECKING:
+    from armopt.emulation import Core
 
 
 def emulated() -> dict[str, str]:
@@ -18,6 +22,8 @@ def core_named(cpu: str) -> Core:
     Raises:
         InputError: QEMU has no model of it.
     """
+    from armopt.emulation import CORES  # not above: help lists the products
+
     products = emulated()
     core = CORES.get(products.get(cpu, cpu))
     if core is None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from armopt.capture import inputs
+from armopt.capture import inputs, sample_files
 from armopt.errors import InputError
 
 
@@ -67,11 +67,11 @@ def test_files(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **{name: t.numpy() for name, t in tensors.items()})
     torch.save(tensors, tmp_path / "a.pt")
     for name in ("a.safetensors", "a.npz", "a.pt"):
-        found = inputs.read(tmp_path / name)
+        found = sample_files.read(tmp_path / name)
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[key], tensors[key]) for key in tensors)
     torch.save(tensors["x"], tmp_path / "one.pt")
-    assert list(inputs.read(tmp_path / "one.pt")) == [""]
+    assert list(sample_files.read(tmp_path / "one.pt")) == [""]
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     torch.save(nn.Linear(1, 1), tmp_path / "pickle.pt")
     for name in ("cut.safetensors", "text.npz", "text.pt", "x.csv", "list.pt", "pickle.pt", "missing.pt"):
         with pytest.raises(InputError) as found:
-            inputs.read(tmp_path / name)
+            sample_files.read(tmp_path / name)
         assert found.value.where == str(tmp_path / name)
 
 

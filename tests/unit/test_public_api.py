@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import armopt
+from armopt._version import TORCH_REQUIREMENT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,6 +60,11 @@ print(all(callable(getattr(armopt, name)) for name in ("load", "optimize", "vali
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+def test_the_range_of_torch_is_the_packages() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert [each for each in declared if re.match(r"torch\b", each)] == [TORCH_REQUIREMENT]
 
 
 def test_unknown_names_are_attribute_errors() -> None:

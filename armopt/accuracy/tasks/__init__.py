@@ -1,19 +1,20 @@
-"""Task metrics: what rounding changes in what a model is for. One file for each task."""
+"""The table of tasks: what rounding changes in what a model is for. One file for each task."""
 
 from __future__ import annotations
 
-from armopt.accuracy.tasks import classification, detection, embedding, language, segmentation
 from armopt.accuracy.tasks.base import Outputs, Sample, Task
 from armopt.errors import InputError
+from armopt.tables import Line, Table
 
 #: In the order in which they are tried on a model's outputs.
-TASKS: dict[str, type[Task]] = {
-    "detection": detection.Detection,
-    "segmentation": segmentation.Segmentation,
-    "language": language.Language,
-    "embedding": embedding.Embedding,
-    "classification": classification.Classification,
-}
+TASKS: Table[type[Task]] = Table(
+    "task",
+    Line("detection", "armopt.accuracy.tasks.detection:Detection"),
+    Line("segmentation", "armopt.accuracy.tasks.segmentation:Segmentation"),
+    Line("language", "armopt.accuracy.tasks.language:Language"),
+    Line("embedding", "armopt.accuracy.tasks.embedding:Embedding"),
+    Line("classification", "armopt.accuracy.tasks.classification:Classification"),
+)
 #: ``--task none``: no task metrics.
 NONE = "none"
 
@@ -34,14 +35,11 @@ def choose(name: str, inputs: Outputs, outputs: Outputs) -> tuple[type[Task] | N
     if not name:
         found = find(inputs, outputs)
         return (None, "no output looks like a known task's") if found is None else (found, "found from the outputs")
-    if name not in TASKS:
-        raise InputError(f"unknown task {name!r}", where="--task", hint=f"Known are {', '.join([*TASKS, NONE])}")
-    if not TASKS[name].fits(inputs, outputs, asked=True):
+    task = TASKS.find(name, where="--task", also=(NONE,))
+    if not task.fits(inputs, outputs, asked=True):
         shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in outputs.items())
-        raise InputError(
-            f"the outputs don't fit {name}: {shapes}", where="--task", hint=f"It needs {TASKS[name].needs}"
-        )
-    return TASKS[name], "as asked"
+        raise InputError(f"the outputs don't fit {name}: {shapes}", where="--task", hint=f"It needs {task.needs}")
+    return task, "as asked"
 
 
 def find(inputs: Outputs, outputs: Outputs) -> type[Task] | None:

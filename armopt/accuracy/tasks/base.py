@@ -5,16 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-import torch
+if TYPE_CHECKING:  # help lists tasks without importing torch
+    import torch
 
-from armopt.accuracy.metrics import Metric
+    from armopt.accuracy.metrics import Metric
 
 #: Tensors by name: ``logits``, ``0.boxes``.
-Outputs = Mapping[str, torch.Tensor]
+Outputs: TypeAlias = "Mapping[str, torch.Tensor]"
 #: A model as a function from named inputs to named outputs.
-Run = Callable[[Outputs], Outputs]
+Run: TypeAlias = "Callable[[Outputs], Outputs]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ def images(inputs: Outputs) -> list[torch.Tensor]:
 
 def tokens(inputs: Outputs) -> dict[str, torch.Tensor]:
     """The inputs that look like tokens: [batch, length] of integers, by name."""
+    import torch
+
     return {
         name: x
         for name, x in inputs.items()

@@ -1,0 +1,157 @@
+"""What the readers share: modules with the weights of a state dict, and the inputs that options give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from armopt import capture
+from armopt.capture import inputs
+from armopt.capture.files.format import Options
+from armopt.errors import InputError
+from armopt.ir.records import Captured
+from armopt.models import references, torchvision_inputs
+
+
+def capture_state(state: Mapping[str, torch.Tensor], path: Path, options: Options) -> Captured:
+    """Captures the model that a reference builds, with the weights of a state dict.
+
+    Raises:
+        InputError: There is no reference, the state dict doesn't fit it, or inputs are missing.
+        CaptureError: torch.export can't take the model whole.
+    """
+    if not options.model:
+        raise InputError(
+            f"holds a state dict of {len(state)} tensors, which doesn't say what model it is",
+            where=str(path),
+            hint="Add --model torchvision:NAME or --model package.module:factory",
+        )
+    model = references.resolve(options.model)()
+    load_state(model, state, path, options.model)
+    return capture_module(model, options, str(path))
+
+
+def capture_module(model: torch.nn.Module, options: Options, source: str) -> Captured:
+    """Captures a module on the inputs that options give, or torchvision's own.
+
+    Raises:
+        InputError: Inputs are missing or don't fit.
+        CaptureError: torch.export can't take the model whole.
+    """
+    capture.check_dtypes(model, source)
+    args, kwargs = example_inputs(model, options, source)
+    return capture.module(model, args, kwargs, batch=options.batch, source=source)
+
+
+def checked_state(content: Any, path: Path) -> Mapping[str, torch.Tensor]:
+    """The state dict in what a file holds, also one level down as training scripts save it.
+
+    Raises:
+        InputError: There is none.
+    """
+    state = _find_state(content)
+    if state is None:
+        raise InputError(
+            f"holds a {type(content).__name__}, not a state dict", where=str(path), hint="Save model.state_dict()"
+        )
+    return state
+
+
+def _find_state(content: Any) -> Mapping[str, torch.Tensor] | None:
+    if not isinstance(content, Mapping):
+        return None
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return content
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content.get(key), Mapping):
+            return _find_state(content[key])
+    return None
+
+
+def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: Path, reference: str) -> None:
+    """Gives a model the weights of a state dict.
+
+    Raises:
+        InputError: They are not FP32, or not this model's.
+    """
+    for name, tensor in state.items():
+        other_float = tensor.is_floating_point() and tensor.dtype != torch.float32
+        if other_float or tensor.is_complex() or tensor.is_quantized:
+            raise capture.wrong_dtype(name, tensor.dtype, str(path))
+    expected = model.state_dict()
+    for name, tensor in state.items():
+        if name in expected and expected[name].shape != tensor.shape:
+            raise InputError(
+                f"{name} has shape {tuple(tensor.shape)}, {reference} has {tuple(expected[name].shape)}",
+                where=str(path),
+                hint="Check --model: it names another variant",
+            )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise InputError(
+            f"doesn't fit {reference}: {' '.join(lines)[:300]}", where=str(path), hint="Check --model"
+        ) from None
+
+
+def example_inputs(
+    model: torch.nn.Module, options: Options, source: str
+) -> tuple[tuple[Any, ...], dict[str, torch.Tensor]]:
+    """The inputs that options give, or torchvision's own.
+
+    Raises:
+        InputError: There are none, or they don't fit the model's signature.
+    """
+    by_position, by_name, open_ended = inputs.parameters(model)
+    if options.inputs or options.samples is not None:
+        args, kwargs = arrange_inputs([*by_position, *by_name], options, source, open_ended=open_ended)
+        if by_name:  # what forward takes by name only can't be given by position
+            surplus = len(args) - len(by_position)
+            if surplus > 0:
+                kwargs = dict(zip(by_name, args[-surplus:], strict=False)) | kwargs
+                args = args[:-surplus]
+    elif options.model.startswith("torchvision:"):
+        args, kwargs = torchvision_inputs.example_inputs(options.model), {}
+    else:
+        raise InputError(
+            f"needs example inputs (forward takes {', '.join([*by_position, *by_name])})",
+            where=source,
+            hint="Describe them with --input NAME=1x3x224x224:float32 or give --inputs FILE",
+        )
+    return args, kwargs
+
+
+def arrange_inputs(
+    names: Sequence[Any], options: Options, source: str, *, open_ended: bool = False
+) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """The inputs that options give as a call of what takes `names`.
+
+    Raises:
+        InputError: They don't fit.
+    """
+    positional, named = inputs.generate(options.inputs)
+    return inputs.bind(
+        [str(n) for n in names], positional, {**named, **(options.samples or {})}, source, open_ended=open_ended
+    )
+
+
+def images_of(options: Options) -> list[torch.Tensor]:
+    """Images of one list, from ``--input 3x480x640`` and ``--inputs``.
+
+    Raises:
+        InputError: One is no image.
+    """
+    positional, named = inputs.generate(options.inputs)
+    images = [*positional, *named.values(), *(options.samples or {}).values()]
+    for image in images:
+        if image.dim() != 3 or image.dtype != torch.float32:
+            raise InputError(
+                f"an image is {list(image.shape)} {image.dtype}".replace("torch.", ""),
+                where=options.model,
+                hint="Give each image of the list by itself: --input 3x480x640 --input 3x600x400",
+            )
+    return [image.abs().clamp(max=1) for image in images]
