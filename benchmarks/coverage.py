@@ -267,10 +267,8 @@ def main() -> int:
     vision, hugging_face = names()
     every = [*vision, *hugging_face]
     wanted = options.only or every
-    if unknown := set(wanted) - set(every):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    if options.write and (missing := [n for n in every if n not in wanted and not _stored(n).is_file()]):
-        parser.error(f"--write needs all models; never measured here: {', '.join(missing)}")
+    if problem := _problem(wanted, every, options.write):
+        parser.error(problem)
     run(wanted, options.limit, options.resume)
     results = {name: json.loads(_stored(name).read_text()) for name in (every if options.write else wanted)}
     if options.write:
@@ -282,6 +280,14 @@ def main() -> int:
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _problem(wanted: Sequence[str], every: Sequence[str], write: bool) -> str:
+    """Why these models can't be measured, or written; empty where they can."""
+    if unknown := set(wanted) - set(every):
+        return f"unknown: {', '.join(sorted(unknown))}"
+    missing = [name for name in every if name not in wanted and not _stored(name).is_file()]
+    return f"--write needs all models; never measured here: {', '.join(missing)}" if write and missing else ""
 
 
 def _stored(name: str) -> Path:
