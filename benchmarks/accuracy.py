@@ -18,7 +18,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from armopt.bundle.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / ".cache" / "accuracy"
@@ -132,42 +135,55 @@ def measure(name: str) -> dict[str, Any]:
     """Optimizes and validates one model; the report's figures."""
     import torch
 
-    import armopt
-    from armopt import accuracy
-    from armopt.accuracy import gates
     from armopt.bundle import schema
-    from armopt.compiler.checks import Checks
 
     torch.set_num_threads(1)
     each = MODELS[name]
+    with tempfile.TemporaryDirectory(prefix="armopt-accuracy-") as folder:
+        written, found = (_in_one_graph if each.single_graph else _in_parts)(each, Path(folder) / "bundle")
+    found["kernels"] = sorted({node.kernel for plan in written.plan for node in plan.nodes})
+    found["repair"] = schema.builtins(written.accuracy.repair)
+    return {"model": name, **{key: found[key] for key in _KEPT}}
+
+
+def _in_one_graph(each: Model, bundle: Path) -> tuple[Manifest, dict[str, Any]]:
+    """The manifest, and what `armopt validate` says of the calls."""
+    import armopt
+
     model, calls = each.build(), each.calls()
     args, kwargs = calls[0]
-    with tempfile.TemporaryDirectory(prefix="armopt-accuracy-") as folder:
-        bundle = Path(folder) / "bundle"
-        checks = Checks(min_cosine=-1.0)
-        if each.single_graph:
-            first = next(iter(inspect.signature(model.forward).parameters))
-            inputs = [kwargs or {first: args[0]} for args, kwargs in calls]
-            checks = Checks(gates=each.gates, inputs=inputs)
-        kind: Literal["graph", "module"] = "graph" if each.single_graph else "module"
-        example: Any = kwargs or args if each.single_graph else [args for args, _ in calls]
-        output = armopt.Output(bundle, keep_reference=each.single_graph)
-        written = armopt.optimize(model, example, kind=kind, output=output, target=TARGET, checks=checks).manifest
-        if each.single_graph:
-            found = armopt.validate(bundle, inputs=inputs, gates=each.gates, min_cosine=MIN_COSINE)
-            found["layers"] = len(found["nodes"])
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                loaded = armopt.load(bundle, model=each.build)
-            bounds = [gates.parse(text) for text in each.gates]
-            outcome, _ = accuracy.compare_callables(model, loaded, [args for args, _ in calls], gates=bounds)
-            found = outcome.to_json() | {"nodes": [], "layers": sum(len(plan.nodes) for plan in written.plan)}
-        found["kernels"] = sorted({node.kernel for plan in written.plan for node in plan.nodes})
-        found["repair"] = schema.builtins(written.accuracy.repair)
-        shapes = [spec.shape for spec in written.model.inputs] if each.single_graph else [args[0][0].shape]
-        found["input"] = ", ".join("x".join(map(str, shape)) for shape in shapes)
-    return {"model": name, **{key: found[key] for key in _KEPT}}
+    first = next(iter(inspect.signature(model.forward).parameters))
+    inputs = [kwargs or {first: args[0]} for args, kwargs in calls]
+    written = armopt.optimize(
+        model,
+        kwargs or args,
+        output=armopt.Output(bundle, keep_reference=True),
+        target=TARGET,
+        checks=armopt.Checks(gates=each.gates, inputs=inputs),
+    ).manifest
+    found = armopt.validate(bundle, inputs=inputs, gates=each.gates, min_cosine=MIN_COSINE)
+    shapes = ["x".join(map(str, spec.shape)) for spec in written.model.inputs]
+    return written, {**found, "layers": len(found["nodes"]), "input": ", ".join(shapes)}
+
+
+def _in_parts(each: Model, bundle: Path) -> tuple[Manifest, dict[str, Any]]:
+    """The same of a model whose parts alone are graphs: compared as it is called."""
+    import armopt
+    from armopt import accuracy
+    from armopt.accuracy import gates
+
+    model, calls = each.build(), [args for args, _ in each.calls()]
+    written = armopt.optimize(
+        model, calls, kind="module", output=bundle, target=TARGET, checks=armopt.Checks(min_cosine=-1.0)
+    ).manifest
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = armopt.load(bundle, model=each.build)
+    bounds = [gates.parse(text) for text in each.gates]
+    outcome, _ = accuracy.compare_callables(model, loaded, calls, gates=bounds)
+    layers = sum(len(plan.nodes) for plan in written.plan)
+    shape = "x".join(map(str, calls[0][0][0].shape))
+    return written, {**outcome.to_json(), "nodes": [], "layers": layers, "input": shape}
 
 
 _KEPT = (

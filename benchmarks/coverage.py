@@ -1,4 +1,4 @@
-"""Optimizes, loads and validates every model of the zoo for one target: docs/coverage.md.
+"""Optimizes, loads and validates every known model for one target: docs/coverage.md.
 
     python benchmarks/coverage.py                        # all, prints the table
     python benchmarks/coverage.py --write                # all, and writes docs/coverage.md
@@ -8,10 +8,10 @@
 Each model runs in a process of its own with a time limit: one model in memory at a time, and one that crashes fails
 its own row. The bundle goes to a temporary folder and is removed.
 
-Weights are torchvision's own random ones. Models without batch norm get zoo.randomize on top, else errors would be
-multiplied away: ViT's head starts at 0, ConvNeXt's layer scales at 1e-6. Models with batch norm do not: given the
-statistics of their input, a deep net of random weights is chaotic (FCN-ResNet50 amplifies one rounding of its input to
-a fifth of the output, and PyTorch's own BF16 autocast gets a cosine of 0.89), which no trained net is.
+Weights are torchvision's own random ones. Models without batch norm get random_weights.randomize on top, else errors
+would be multiplied away: ViT's head starts at 0, ConvNeXt's layer scales at 1e-6. Models with batch norm do not: given
+the statistics of their input, a deep net of random weights is chaotic (FCN-ResNet50 amplifies one rounding of its
+input to a fifth of the output, and PyTorch's own BF16 autocast gets a cosine of 0.89), which no trained net is.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from armopt.bundle.manifest import PartPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / ".cache" / "coverage"  # one file for each model, so that some can be measured again
@@ -68,8 +72,6 @@ def measure(name: str) -> dict[str, Any]:
     import torch
 
     import armopt
-    from armopt import accuracy
-    from armopt.kernels import table
 
     torch.set_num_threads(1)
     model, args, kwargs = build(name)
@@ -89,25 +91,14 @@ def measure(name: str) -> dict[str, Any]:
         found = loaded(*args, **kwargs)
         # The command's own comparison, on random inputs, with the bundle's graph in FP32 as the reference.
         again = armopt.validate(bundle, min_cosine=-1.0)
+    _check_alike(expected, found)
+    compared, baseline = _compared(expected, found), _compared(expected, rounded)
     notes = sorted({skip.reason for skip in written.refused})
-    if isinstance(expected, torch.Tensor) != isinstance(found, torch.Tensor):
-        raise TypeError(f"the bundle returns a {type(found).__name__}, the model a {type(expected).__name__}")
-    if not isinstance(expected, torch.Tensor) and [*expected] != [*found]:
-        raise TypeError(f"the bundle returns {[*found]}, the model {[*expected]}")
-    outputs = [f"output {i}" for i, _ in enumerate(_leaves(expected))]
-    compared = accuracy.compare_all(outputs, _leaves(expected), _leaves(found))
-    baseline = accuracy.compare_all(outputs, _leaves(expected), _leaves(rounded))
     if not all(entry.finite for entry in compared):
         notes.append("NOT FINITE")
     if again["cosine"] < MIN_COSINE:
         notes.append(f"armopt validate: cosine {again['cosine']:.6f}")
-    (plan,) = written.plan
-    counts = {"BF16": 0, "FP32": 0, "BLAS": 0, "ATen": 0}
-    for node in plan.nodes:
-        kernel = table.get(node.kernel)
-        kind = {"blas": "BLAS", "aten": "ATen"}.get(kernel.backend)
-        counts[kind or ("BF16" if kernel.precision == "bf16" else "FP32")] += 1
-    return counts | {
+    return _layers(written.plan) | {
         "model": name,
         "input": ", ".join("x".join(map(str, spec.shape)) for spec in written.model.inputs),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -118,6 +109,36 @@ def measure(name: str) -> dict[str, Any]:
         "notes": notes,
         "torch": torch.__version__,
     }
+
+
+def _check_alike(expected: Any, found: Any) -> None:
+    """Raises TypeError where the bundle's result is built otherwise than the model's."""
+    import torch
+
+    if isinstance(expected, torch.Tensor) != isinstance(found, torch.Tensor):
+        raise TypeError(f"the bundle returns a {type(found).__name__}, the model a {type(expected).__name__}")
+    if not isinstance(expected, torch.Tensor) and [*expected] != [*found]:
+        raise TypeError(f"the bundle returns {[*found]}, the model {[*expected]}")
+
+
+def _compared(expected: Any, found: Any) -> list[Any]:
+    from armopt import accuracy
+
+    outputs = [f"output {i}" for i, _ in enumerate(_leaves(expected))]
+    return accuracy.compare_all(outputs, _leaves(expected), _leaves(found))
+
+
+def _layers(plans: Sequence[PartPlan]) -> dict[str, int]:
+    """How many layers of the one plan run in which way."""
+    from armopt.kernels import table
+
+    (plan,) = plans
+    counts = {"BF16": 0, "FP32": 0, "BLAS": 0, "ATen": 0}
+    for node in plan.nodes:
+        kernel = table.get(node.kernel)
+        kind = {"blas": "BLAS", "aten": "ATen"}.get(kernel.backend)
+        counts[kind or ("BF16" if kernel.precision == "bf16" else "FP32")] += 1
+    return counts
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -235,6 +256,7 @@ def run(wanted: list[str], limit: float, resume: bool) -> None:
 
 
 def main() -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these models alone")
     parser.add_argument("--write", action="store_true", help="write docs/coverage.md")
@@ -246,17 +268,12 @@ def main() -> int:
         print(json.dumps(measure(options.worker)))
         return 0
     vision, hugging_face = names()
-    wanted = options.only or vision + hugging_face
-    if unknown := set(wanted) - {*vision, *hugging_face}:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    if options.write and (
-        missing := [n for n in vision + hugging_face if n not in wanted and not _stored(n).is_file()]
-    ):
-        parser.error(f"--write needs all models; never measured here: {', '.join(missing)}")
+    every = [*vision, *hugging_face]
+    wanted = options.only or every
+    if problem := _problem(wanted, every, options.write):
+        parser.error(problem)
     run(wanted, options.limit, options.resume)
-    results = {
-        name: json.loads(_stored(name).read_text()) for name in (vision + hugging_face if options.write else wanted)
-    }
+    results = {name: json.loads(_stored(name).read_text()) for name in (every if options.write else wanted)}
     if options.write:
         PAGE.write_text(page([results[name] for name in vision], [results[name] for name in hugging_face]))
         print(f"wrote {PAGE.relative_to(ROOT)}", file=sys.stderr)
@@ -266,6 +283,14 @@ def main() -> int:
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _problem(wanted: Sequence[str], every: Sequence[str], write: bool) -> str:
+    """Why these models can't be measured, or written; empty where they can."""
+    if unknown := set(wanted) - set(every):
+        return f"unknown: {', '.join(sorted(unknown))}"
+    missing = [name for name in every if name not in wanted and not _stored(name).is_file()]
+    return f"--write needs all models; never measured here: {', '.join(missing)}" if write and missing else ""
 
 
 def _stored(name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from armopt.accuracy import samples as samples_module
 from armopt.accuracy.checker import Checker, Run, Validation, flat_run, named
 from armopt.accuracy.gates import Figures, Gate
 from armopt.accuracy.metrics import MIN_COSINE
+from armopt.accuracy.originals import Original, TrustedFile, find_originals
 from armopt.accuracy.report import page
 from armopt.accuracy.samples import Given, Samples
 from armopt.accuracy.tasks import Outputs
@@ -25,8 +26,8 @@ from armopt.errors import ArmoptWarning, InputError
 
 if TYPE_CHECKING:
     from armopt.bundle.program import Part, Program
+    from armopt.bundle.reader import Bundle
     from armopt.runtime.model import Model
-from armopt.accuracy.originals import Original, TrustedFile, find_originals
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,51 +88,16 @@ def validate(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ArmoptWarning)
         loaded = load.load_parts(read)
-    if read.manifest.is_module:
-        _check_options(inputs, task)
-    given = None
-    if inputs is not None:
-        model_name = model or str(read.manifest.model.source)
-        given = samples_module.read(inputs, read.whole.signature.specs, model_name)
-    if model and against is None and not (given is not None and given.pictures):
-        raise InputError(
-            "says what class --against's state dict belongs to, and there is no --against",
-            where=f"--model {model}",
-            hint="Add --against FILE, or leave --model out",
-        )
+    given = _given(read, inputs, task, model, against is not None)
     progress.report("capture", 0, 1)
     originals = find_originals(read, against, model)
     figures: dict[str, Figures] = {}
     compared: dict[str, _Compared] = {}
     for part in read.parts:
-        original, running = originals[part.path], loaded[part.path]
-        order = [spec.name for spec in part.signature.specs]
-        checker = Checker(
-            reference=flat_run(original.reference, order, part.signature.outputs),
-            anchor=None if original.anchor is None else flat_run(original.anchor, order, part.signature.outputs),
-            gates=bounds,
-            task=tasks.NONE if part.path else task,
-            source=original.source,
-        )
-        found = _found(part, running, order)
-        for bucket, samples in _by_bucket(part, running, given, order).items():
-            name = f"{part.path} {bucket}".strip()
-            figures[name] = checker.figures(name, _counted(samples, name), found)
-            compared[name] = _Compared(_program_of(part, bucket), original, samples, checker, order)
-    first = next(iter(compared.values()))
+        for name, each, found in _compare(part, loaded[part.path], originals[part.path], bounds, task, given):
+            figures[name], compared[name] = found, each
     portable = any(each.portable for each in loaded.values())
-    result = Validation(
-        reference=first.original.said,
-        inputs=first.samples.said,
-        given=first.samples.given,
-        samples=len(first.samples),
-        ran="portable twins on this host" if portable else "the kernels of this host",
-        figures=figures,
-        verdicts=gates_module.judge(bounds, figures, first.checker.task_name),
-        task=first.checker.task_name,
-        task_why=first.checker.task_why,
-        no_anchor=next((each.checker.no_anchor for each in compared.values() if each.checker.no_anchor), ""),
-    )
+    result = _outcome(compared, figures, bounds, portable)
     worst = compared[result.worst_bucket]
     evidence = worst.checker.evidence[result.worst_bucket]
     errors = nodes.errors(
@@ -144,8 +110,68 @@ def validate(
     if report is not None:
         progress.report("report", 0, 1)
         about = page.About.of(read.manifest, str(bundle))
-        page.save(Path(report), outcome, about, result, errors, evidence, first.samples.pictures[:1])
+        pictures = next(iter(compared.values())).samples.pictures[:1]
+        page.save(Path(report), outcome, about, result, errors, evidence, pictures)
     return outcome
+
+
+def _given(read: Bundle, inputs: Given | None, task: str, model: str, against: bool) -> Samples | None:
+    """The user's samples; None where none were given.
+
+    Raises:
+        InputError: They don't fit the bundle, or an option has nothing to say.
+    """
+    if read.manifest.is_module:
+        _check_options(inputs, task)
+    given = None
+    if inputs is not None:
+        name = model or str(read.manifest.model.source)
+        given = samples_module.read(inputs, read.whole.signature.specs, name)
+    if model and not against and not (given is not None and given.pictures):
+        raise InputError(
+            "says what class --against's state dict belongs to, and there is no --against",
+            where=f"--model {model}",
+            hint="Add --against FILE, or leave --model out",
+        )
+    return given
+
+
+def _compare(
+    part: Part, running: Model, original: Original, bounds: Sequence[Gate], task: str, given: Samples | None
+) -> Iterator[tuple[str, _Compared, Figures]]:
+    """Runs both sides of one graph in each bucket."""
+    order = [spec.name for spec in part.signature.specs]
+    checker = Checker(
+        reference=flat_run(original.reference, order, part.signature.outputs),
+        anchor=None if original.anchor is None else flat_run(original.anchor, order, part.signature.outputs),
+        gates=tuple(bounds),
+        task=tasks.NONE if part.path else task,
+        source=original.source,
+    )
+    found = _found(part, running, order)
+    for bucket, samples in _by_bucket(part, running, given, order).items():
+        name = f"{part.path} {bucket}".strip()
+        figures = checker.figures(name, _counted(samples, name), found)
+        yield name, _Compared(_program_of(part, bucket), original, samples, checker, order), figures
+
+
+def _outcome(
+    compared: Mapping[str, _Compared], figures: Mapping[str, Figures], bounds: Sequence[Gate], portable: bool
+) -> Validation:
+    """All that was compared, and which gates hold."""
+    first = next(iter(compared.values()))
+    return Validation(
+        reference=first.original.said,
+        inputs=first.samples.said,
+        given=first.samples.given,
+        samples=len(first.samples),
+        ran="portable twins on this host" if portable else "the kernels of this host",
+        figures=figures,
+        verdicts=gates_module.judge(bounds, figures, first.checker.task_name),
+        task=first.checker.task_name,
+        task_why=first.checker.task_why,
+        no_anchor=next((each.checker.no_anchor for each in compared.values() if each.checker.no_anchor), ""),
+    )
 
 
 def _check_options(inputs: Given | None, task: str) -> None:

@@ -191,11 +191,15 @@ def check_arguments(target: Callable[..., Any], count: int, names: Collection[st
     Raises:
         UnlistedError: Naming the argument.
     """
-    if not isinstance(target, torch._ops.OpOverload):
-        _, wanted = FUNCTIONS[_NAMES[target]]
-        if count != wanted or names:
-            raise UnlistedError(f"{_NAMES[target]} with other than {wanted} arguments")
+    if isinstance(target, torch._ops.OpOverload):
+        _check_schema(target, count, names)
         return
+    _, wanted = FUNCTIONS[_NAMES[target]]
+    if count != wanted or names:
+        raise UnlistedError(f"{_NAMES[target]} with other than {wanted} arguments")
+
+
+def _check_schema(target: torch._ops.OpOverload, count: int, names: Collection[str]) -> None:
     known = target._schema.arguments
     by_position = [each.name for each in known if not each.kwarg_only]
     if count > len(by_position):

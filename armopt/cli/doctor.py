@@ -11,7 +11,10 @@ from armopt.cli import options
 from armopt.cli.output import Output, text_table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from armopt.deploy.doctor import Report
+    from armopt.environment import Difference
 
 
 def doctor(
@@ -32,18 +35,11 @@ def doctor(
 
 def _text(report: Report) -> str:
     host, facts = report.host, report.facts
-    known = {"openmp": "OpenMP", "blas_core": "kernels for", "allocator": "memory from", "malloc": "malloc of"}
-    build = [
-        f"torch {facts.get('torch', 'none')} ({facts.get('torch_build', '?')})",
-        *(f"{label} {facts[name]}" for name, label in (("onednn", "oneDNN"), ("acl", "ACL")) if name in facts),
-        *(f"{facts[name]}" for name in ("blas",) if name in facts),
-        *(f"{label} {facts[name]}" for name, label in known.items() if name in facts),
-    ]
     threads = f"{facts.get('threads', '?')} of torch, {facts.get('threads_for_host', '?')} CPUs for this process"
     lines = [
         f"CPU       {host['core']}{f' ({products})' if (products := host['products']) else ''}, {host['cpus']} CPUs",
         f"features  {' '.join(host['features']) or host['machine']}; {host['vector_bits']}-bit vectors",
-        f"build     {', '.join(build)}",
+        f"build     {', '.join(_build(facts))}",
         f"threads   {threads}",
         f"THP       {facts.get('thp', 'unknown')}; decided for tensors by {facts.get('thp_switch', 'unknown')}",
         "",
@@ -57,12 +53,27 @@ def _text(report: Report) -> str:
         ]
         lines += [text_table(("planned", "input", "layers", "runs", "why"), rows), ""]
     for finding in report.findings:
-        lines.append(f"{finding.severity.upper():5} {finding.what}: {finding.found} (wanted: {finding.expected})")
-        lines.append(f"      {finding.cost}")
-        lines += [f"      -> {finding.remedy}"] if finding.remedy else []
+        lines += _finding(finding)
     verdict = "healthy" if report.healthy else "NOT healthy"
     what = f"this {report.bundle} bundle" if report.bundle else "bundles made for it"
     lines += [*([""] if report.findings else []), f"This host is {verdict} for {what}."]
     if "asimd" not in host["features"]:
         lines[-1] += " It is no Arm server: portable twins run, with the target's rounding but not its speed."
     return "\n".join(lines)
+
+
+def _build(facts: Mapping[str, str]) -> list[str]:
+    """The libraries of this process, in words."""
+    labels = {"onednn": "oneDNN ", "acl": "ACL ", "blas": "", "openmp": "OpenMP ", "blas_core": "kernels for "}
+    labels |= {"allocator": "memory from ", "malloc": "malloc of "}
+    torch = f"torch {facts.get('torch', 'none')} ({facts.get('torch_build', '?')})"
+    return [torch, *(f"{label}{facts[name]}" for name, label in labels.items() if name in facts)]
+
+
+def _finding(found: Difference) -> list[str]:
+    """One difference: what it is, what it costs, and what mends it."""
+    lines = [
+        f"{found.severity.upper():5} {found.what}: {found.found} (wanted: {found.expected})",
+        f"      {found.cost}",
+    ]
+    return [*lines, f"      -> {found.remedy}"] if found.remedy else lines

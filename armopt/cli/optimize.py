@@ -12,7 +12,7 @@ from armopt.cli import options
 from armopt.cli.output import Output, human_size
 
 if TYPE_CHECKING:
-    from armopt.bundle.manifest import Manifest, PartPlan
+    from armopt.bundle.manifest import Accuracy, Manifest, PartPlan
 
 
 def optimize(
@@ -121,24 +121,10 @@ def kernels(plan: PartPlan) -> dict[str, int]:
 def summary(written: Manifest, path: Path) -> str:
     """The result for people."""
     half, full = written.weights.bytes, written.weights.fp32_bytes
-    lines = [f"Wrote {path} for {written.target}.", ""]
-    for each in written.plan:
-        sizes = ", ".join(f"{name} {value}" for name, value in each.bucket.items())
-        where = ": ".join(filter(None, (each.part, sizes)))
-        chosen = ", ".join(f"{count} {name}" for name, count in kernels(each).items()) or "no layers"
-        lines.append(f"  kernels   {f'at {where}: ' if where else ''}{chosen}")
+    lines = [f"Wrote {path} for {written.target}.", "", *map(_planned, written.plan)]
     ratio = f" ({half / full:.2f} of FP32's {human_size(full)})" if full else ""
     lines.append(f"  weights   {human_size(half)}{ratio}")
-    accuracy = written.accuracy
-    verdict = "passed" if accuracy.passed else "FAILED"
-    lines.append(
-        f"  accuracy  cosine similarity to FP32 {accuracy.cosine:.6f}, "
-        f"largest error {accuracy.max_abs:.3g}: {verdict} ({', '.join(each.gate for each in accuracy.gates)})"
-    )
-    lines.append(f"  inputs    {'yours: ' if accuracy.inputs_given else ''}{accuracy.inputs}")
-    if accuracy.repair is not None:
-        lines.append(f"  repair    {accuracy.repair.said}")
-        lines += [f"            {each.node}: {each.before} -> {each.after}" for each in accuracy.repair.changes]
+    lines += _measured(written.accuracy)
     if written.onnxruntime and (onnx := written.onnxruntime.model):
         lines.append(f"  onnx      {path / onnx.file}, weights in {onnx.weights}")
     if written.refused:
@@ -147,3 +133,25 @@ def summary(written: Manifest, path: Path) -> str:
     given = ", model=factory" if written.is_module and not written.model.factory.startswith("torchvision:") else ""
     lines.append(f"In serve.py:          model = armopt.load({str(path)!r}{given})")
     return "\n".join(lines)
+
+
+def _planned(plan: PartPlan) -> str:
+    """How many layers each kernel has in one bucket."""
+    sizes = ", ".join(f"{name} {value}" for name, value in plan.bucket.items())
+    where = ": ".join(filter(None, (plan.part, sizes)))
+    chosen = ", ".join(f"{count} {name}" for name, count in kernels(plan).items()) or "no layers"
+    return f"  kernels   {f'at {where}: ' if where else ''}{chosen}"
+
+
+def _measured(accuracy: Accuracy) -> list[str]:
+    """How far the bundle is from FP32, on what, and what was repaired."""
+    verdict = "passed" if accuracy.passed else "FAILED"
+    lines = [
+        f"  accuracy  cosine similarity to FP32 {accuracy.cosine:.6f}, "
+        f"largest error {accuracy.max_abs:.3g}: {verdict} ({', '.join(each.gate for each in accuracy.gates)})",
+        f"  inputs    {'yours: ' if accuracy.inputs_given else ''}{accuracy.inputs}",
+    ]
+    if accuracy.repair is not None:
+        lines.append(f"  repair    {accuracy.repair.said}")
+        lines += [f"            {each.node}: {each.before} -> {each.after}" for each in accuracy.repair.changes]
+    return lines

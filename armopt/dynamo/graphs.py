@@ -237,28 +237,23 @@ def release(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     with PROCESS.lock, torch.inference_mode(False), torch.no_grad():
         held = [weights for graph in graphs() for weights in graph.held]
         owners = [weights for weights in held if any(id(tensor) in wanted for tensor in weights.tensors)]
-        kept = {
-            tensor.untyped_storage().data_ptr()
-            for weights in owners
-            for programmed in weights.programs
-            for tensor in programmed.constants
-            if tensor.layout is torch.strided
-        }
-        seen = {id(tensor): tensor for weights in owners for tensor in weights.tensors if id(tensor) in wanted}
-        halves = {id(t) for weights in owners for t in weights.halved}
-        freed = []
-        for tensor in seen.values():
-            if (
-                id(tensor) in halves
-                and tensor.untyped_storage().data_ptr() not in kept
-                and tensor not in PROCESS.released
-            ):
-                PROCESS.released[tensor] = PROCESS.pool.share(tensor.detach().bfloat16())
-                tensor.data = torch.full((1,) * tensor.dim(), math.nan).expand(tensor.shape)
-                freed.append(tensor)
+        kept = _kept_storages(owners)
+        halved = {id(tensor): tensor for weights in owners for tensor in weights.halved if id(tensor) in wanted}
+        still = [tensor for tensor in halved.values() if tensor not in PROCESS.released]
+        freed = tuple(tensor for tensor in still if tensor.untyped_storage().data_ptr() not in kept)
+        for tensor in freed:
+            PROCESS.released[tensor] = PROCESS.pool.share(tensor.detach().bfloat16())
+            tensor.data = torch.full((1,) * tensor.dim(), math.nan).expand(tensor.shape)
         for weights in owners:
             weights.watch()
-        return tuple(freed)
+        return freed
+
+
+def _kept_storages(owners: Iterable[Weights]) -> set[int]:
+    """Addresses of the memory that programs hold as it is: releasing a tensor there would free nothing."""
+    programs = (programmed for weights in owners for programmed in weights.programs)
+    constants = (tensor for programmed in programs for tensor in programmed.constants)
+    return {tensor.untyped_storage().data_ptr() for tensor in constants if tensor.layout is torch.strided}
 
 
 def is_released(tensor: torch.Tensor) -> bool:

@@ -134,24 +134,38 @@ class Model(Loaded):
         if len(given) > max(self._positional, len(self._names)):
             known = ", ".join(name for name, _, _ in self._specs)
             raise InputError(f"too many inputs: {len(given)}", where="inputs", hint=f"The model takes: {known}")
-        wanted = [name for name in self._names[len(given) : self._positional] if name not in expected_kwargs]
-        given += [named.pop(name) for name in wanted if name in named]
-        for i, name in enumerate(self._names[self._positional : len(given)], start=self._positional):
-            if name in expected_kwargs and name not in named:
-                named[name] = given[i]
-        given = given[: self._positional]
+        self._by_place(given, named)
         for name, constant in expected_kwargs.items():
-            if name not in named and isinstance(constant, nesting.Constant):
-                named[name] = constant.value
-        missing = [n for n in expected_kwargs if n not in named] + [*self._names[len(given) : self._positional]]
-        extra = [name for name in named if name not in expected_kwargs]
+            if isinstance(constant, nesting.Constant):
+                named.setdefault(name, constant.value)
+        self._check_complete(given, named)
+        return given, named
+
+    def _by_place(self, given: list[Any], named: dict[str, Any]) -> None:
+        """Moves arguments between the positional and the named ones to where they were captured."""
+        expected = self._inputs.kwargs
+        wanted = [name for name in self._names[len(given) : self._positional] if name not in expected]
+        given += [named.pop(name) for name in wanted if name in named]
+        for name, value in zip(self._names[self._positional :], given[self._positional :], strict=False):
+            if name in expected:
+                named.setdefault(name, value)
+        del given[self._positional :]
+
+    def _check_complete(self, given: Sequence[Any], named: Mapping[str, Any]) -> None:
+        """Refuses a call that lacks an argument, or has one that the model was not captured with.
+
+        Raises:
+            InputError: Naming them.
+        """
+        expected = self._inputs.kwargs
+        missing = [*(name for name in expected if name not in named), *self._names[len(given) : self._positional]]
+        extra = [name for name in named if name not in expected]
         if missing or extra or len(given) != self._positional:
             raise InputError(
                 f"missing {', '.join(missing) or 'nothing'}; unexpected {', '.join(extra) or 'nothing'}",
                 where="inputs",
                 hint=f"The model was captured with: {', '.join(name for name, _, _ in self._specs)}",
             )
-        return given, named
 
     def bucket(self, tensors: Sequence[torch.Tensor]) -> Mapping[str, int]:
         """The bucket whose program runs for these flat inputs."""

@@ -81,6 +81,11 @@ _NVPL = [
 _FP32_VARIANTS = [Variant("few rows", 1, 4, _NONE, most_rows=4), Variant("large", 4, 8, _NONE)]
 
 
+def _blas_variants(torch_version: str) -> list[Variant]:
+    """What answers in the BLAS of PyPI's wheel of a release."""
+    return _OPENBLAS if Version(torch_version) < Version("2.11") else _NVPL
+
+
 def search_sve_cycles(samples: Samples, vector_bits: int) -> tuple[float, float, float]:
     """The figures with which the library's estimates choose what the samples show to have answered."""
     seen = [(site_of(sample), answered(sample, vector_bits)) for sample in samples]
@@ -151,10 +156,7 @@ def fit(path: Path) -> None:
     samples = sampling.read(path)
     target = next(t for t in map(targets.load, targets.names()) if t.core == core)
     bits = target.vector_bits if "sve" in target.isa_features else 0
-    by_kernel: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for sample in samples:
-        if sample["name"] not in (POINTWISE, ATTENTION):
-            by_kernel[sample["kernel"]].append(sample)
+    by_kernel = _by_kernel(samples)
     in_fast_math = fast_math_variants(bits, _sve_cycles(by_kernel, bits))
     kernels, errors = {}, {}
     left_out = []
@@ -164,7 +166,7 @@ def fit(path: Path) -> None:
             left_out.append(name)  # a reference kernel in FP32 answers
             continue
         if name.startswith("blas"):
-            variants = _OPENBLAS if Version(version) < Version("2.11") else _NVPL
+            variants = _blas_variants(version)
         elif not multiplied:
             variants = _FP32_VARIANTS
         else:
@@ -185,12 +187,21 @@ def fit(path: Path) -> None:
             "error of samples left out of the fit": errors,
         },
         "kernels": kernels,
-        "pointwise": _pointwise([s for s in samples if s["name"] == POINTWISE]),
-        "attention": _attention([s for s in samples if s["name"] == ATTENTION]),
+        "pointwise": _pointwise(samples),
+        "attention": _attention(samples),
     }
     place = Path(costs.__file__).parent / path.name
     place.write_text(json.dumps(found, indent=1) + "\n")
     print(place)
+
+
+def _by_kernel(samples: Samples) -> dict[str, list[Mapping[str, Any]]]:
+    """The samples of kernels, by the kernel's name."""
+    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for sample in samples:
+        if sample["name"] not in (POINTWISE, ATTENTION):
+            found[sample["kernel"]].append(sample)
+    return found
 
 
 def _bfmmla(sample: Mapping[str, Any]) -> int:
@@ -217,9 +228,12 @@ def _to_json(variant: Variant) -> dict[str, Any]:
 
 def _attention(samples: Samples) -> dict[str, list[float]]:
     """By dtype what a head, a score and a multiply-add take: all errors weigh alike, as shares of what was counted."""
+    by_dtype: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for sample in samples:
+        if sample["name"] == ATTENTION:
+            by_dtype[sample["dtype"]].append(sample)
     found = {}
-    for dtype in sorted({sample["dtype"] for sample in samples}):
-        held = [sample for sample in samples if sample["dtype"] == dtype]
+    for dtype, held in sorted(by_dtype.items()):
         heads = np.array([s["batch"] * s["heads"] for s in held], dtype=float)
         scores = heads * [s["tokens"] ** 2 for s in held]
         products = scores * [2 * s["size"] for s in held]
@@ -236,7 +250,8 @@ def _pointwise(samples: Samples) -> dict[str, list[float]]:
     """A line through the two sizes that were counted."""
     by_name: dict[str, dict[int, int]] = defaultdict(dict)
     for sample in samples:
-        by_name[f"{sample['dtype']}:{sample['operation']}"][sample["elements"]] = sum(sample["counts"])
+        if sample["name"] == POINTWISE:
+            by_name[f"{sample['dtype']}:{sample['operation']}"][sample["elements"]] = sum(sample["counts"])
     lines = {}
     for name, totals in sorted(by_name.items()):
         (few, least), (many, most) = sorted(totals.items())

@@ -107,7 +107,7 @@ def _of_model(name: str, size: int) -> list[dict[str, Any]]:
 
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(note)  # type: ignore[arg-type]
+            module.register_forward_hook(note)
     with torch.no_grad():
         model(torch.zeros(1, 3, size, size))
     return found
