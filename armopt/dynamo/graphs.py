@@ -235,8 +235,7 @@ def release(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """
     wanted = {id(tensor) for tensor in tensors}
     with PROCESS.lock, torch.inference_mode(False), torch.no_grad():
-        held = [weights for graph in graphs() for weights in graph.held]
-        owners = [weights for weights in held if any(id(tensor) in wanted for tensor in weights.tensors)]
+        owners = _owners(wanted)
         kept = _kept_storages(owners)
         halved = {id(tensor): tensor for weights in owners for tensor in weights.halved if id(tensor) in wanted}
         still = [tensor for tensor in halved.values() if tensor not in PROCESS.released]
@@ -247,6 +246,12 @@ def release(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         for weights in owners:
             weights.watch()
         return freed
+
+
+def _owners(wanted: set[int]) -> list[Weights]:
+    """The sets of weights that hold one of these tensors, by identity."""
+    held = (weights for graph in graphs() for weights in graph.held)
+    return [weights for weights in held if any(id(tensor) in wanted for tensor in weights.tensors)]
 
 
 def _kept_storages(owners: Iterable[Weights]) -> set[int]:
