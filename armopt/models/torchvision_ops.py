@@ -14,6 +14,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,10 +35,22 @@ _NMS_BLOCK = 256  # boxes decided together
 _NMS_COLUMNS = 4096  # boxes compared with a block at once: 256 x 4096 floats are 4 MiB
 _ROI_CHUNK = 1 << 21  # elements of one temporary of roi_align: 8 MiB in float32
 
-_lock = threading.RLock()
-_ready = False
-# A Library takes its registrations with it when it is collected, so it lives as long as this module.
-_library: Any = None
+
+@dataclass
+class _Operators:
+    """What this process has of torchvision's operators.
+
+    Attributes:
+        ready: Whether they are all there.
+        library: Where those of this module are registered; it takes them with it when it is collected.
+    """
+
+    ready: bool = False
+    library: Any = None
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+_OPERATORS = _Operators()
 
 
 def ensure_torchvision() -> None:
@@ -51,11 +64,10 @@ def ensure_torchvision() -> None:
     Raises:
         InputError: torchvision is not installed, or fails to import for another reason.
     """
-    global _ready
-    if _ready:
+    if _OPERATORS.ready:
         return
-    with _lock:
-        if _ready:
+    with _OPERATORS.lock:
+        if _OPERATORS.ready:
             return
         # The real library gets its chance first: it aborts the process where an operator is defined already.
         try:
@@ -73,7 +85,7 @@ def ensure_torchvision() -> None:
         if not sys.modules["torchvision.extension"]._has_ops():
             _define_missing()
             _lift_guards()
-        _ready = True
+        _OPERATORS.ready = True
 
 
 def ensure_torchvision_if_installed() -> None:
@@ -113,22 +125,22 @@ def _has_kernel(name: str, key: str) -> bool:
 
 def _define_missing() -> None:
     """Define each schema, CPU kernel and fake kernel that does not exist yet."""
-    global _library
-    if _library is None:
+    if _OPERATORS.library is None:
         untyped: Any = torch.library
-        _library = untyped.Library("torchvision", "FRAGMENT")
+        _OPERATORS.library = untyped.Library("torchvision", "FRAGMENT")
+    library = _OPERATORS.library
     kernels: dict[str, Callable[..., Tensor]] = {"nms": _nms, "qnms": _qnms, "roi_align": _roi_align}
     for name, schema in _SCHEMAS.items():
         if not _schema_exists(name):
-            _library.define(schema)
+            library.define(schema)
         if not _has_kernel(name, "CPU"):
-            _library.impl(name, kernels[name], "CPU")
+            library.impl(name, kernels[name], "CPU")
     # In 0.25 quantized boxes reach the same operator by dispatch; later releases call qnms on their integers.
     if not _has_kernel("nms", "QuantizedCPU"):
-        _library.impl("nms", _quantized_nms, "QuantizedCPU")
+        library.impl("nms", _quantized_nms, "QuantizedCPU")
     # The fake kernels of nms and qnms are torchvision's to register, in Python; roi_align's it leaves out.
     if not _has_kernel("roi_align", "Meta"):
-        _library.impl("roi_align", _fake_roi_align, "Meta")
+        library.impl("roi_align", _fake_roi_align, "Meta")
 
 
 def _lift_guards() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from armopt.runtime import probe, probe_cache
 from armopt.runtime.python_calls import rebind
 
 _aten = torch.ops.aten
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,10 @@ class Binder:
             layer = _Layer(node, call_of(node), program.sites[old.name], program.shapes[old.name])
             kernel, weight, reasons = self._first_proven(layer, constants)
             bound[old] = Bound(layer.site.node, layer.call.kernel, kernel.name, "; ".join(reasons))
+            if kernel.name != layer.call.kernel:
+                _log.info(
+                    "%s runs %s, planned %s: %s", layer.site.node, kernel.name, layer.call.kernel, bound[old].reason
+                )
             _replace(layer, kernel, weight, self._bias(layer, kernel, constants), constants)
         _pool_as_integers(source, mapping, program.shapes)
         if not self.bf16_attention:
@@ -171,7 +177,8 @@ class Binder:
         key = probe_cache.key(kernel.name, layer.site, packed_for)
         if key not in self.verdicts:
             run = single(kernel, layer.site, weight, self._bias(layer, kernel, constants))
-            self.verdicts[key] = probe.refusal(kernel, layer.site, run)
+            self.verdicts[key] = refusal = probe.refusal(kernel, layer.site, run)
+            _log.debug("probe of %s for %s: %s", kernel.name, layer.site.node, refusal or "proven")
             del run.graph_module.weight  # a graph is a cycle: a refused kernel's weight would stay in memory
         return self.verdicts[key]
 
