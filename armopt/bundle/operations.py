@@ -197,11 +197,13 @@ def check_arguments(target: Callable[..., Any], args: Sequence[Any], kwargs: Map
     Raises:
         UnlistedError: Naming the argument.
     """
-    if not isinstance(target, torch._ops.OpOverload):
-        _, wanted = FUNCTIONS[_NAMES[target]]
-        if len(args) != wanted or kwargs:
-            raise UnlistedError(f"{_NAMES[target]} with other than {wanted} arguments")
-        return
+    if isinstance(target, torch._ops.OpOverload):
+        _check_schema(target, args, kwargs)
+    elif len(args) != FUNCTIONS[_NAMES[target]][1] or kwargs:
+        raise UnlistedError(f"{_NAMES[target]} with other than {FUNCTIONS[_NAMES[target]][1]} arguments")
+
+
+def _check_schema(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     known = {each.name: each for each in target._schema.arguments}
     by_position = [name for name, each in known.items() if not each.kwarg_only]
     if len(args) > len(by_position):
@@ -213,9 +215,14 @@ def check_arguments(target: Callable[..., Any], args: Sequence[Any], kwargs: Map
     if missing := [name for name, each in known.items() if name not in given and not each.has_default_value()]:
         raise UnlistedError(f"{target} without its argument {missing[0]!r}")
     if torch.Tag.nondeterministic_seeded in target.tags:
-        name = "train" if "train" in known else "dropout_p"
-        if given.get(name, known[name].default_value):
-            raise UnlistedError(f"{target} with {name}, which makes it random")
+        _check_certain(target, known, given)
+
+
+def _check_certain(target: torch._ops.OpOverload, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuses the dropout in attention and recurrent layers."""
+    name = "train" if "train" in known else "dropout_p"
+    if given.get(name, known[name].default_value):
+        raise UnlistedError(f"{target} with {name}, which makes it random")
 
 
 class Numbers:

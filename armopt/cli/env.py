@@ -46,37 +46,47 @@ def wanted(bundle: Path | None, framework: str, target: str, threads: int | None
     Raises:
         InputError: Neither is given, or both are.
     """
+    from armopt.errors import InputError
+
+    if bundle is not None:
+        if framework or target:
+            raise InputError("a bundle has its own framework and target", hint="Leave out --framework and --target")
+        return _of_bundle(bundle, threads)
+    if not framework and not target:
+        raise InputError("no bundle given", hint="Give a BUNDLE, or e.g. --framework tensorflow --target graviton3")
+    return _of_framework(framework, target, threads)
+
+
+def _of_framework(framework: str, target: str, threads: int | None) -> dict[str, Variable]:
+    import platform
+
+    from armopt import environment, targets
+
+    here = platform.machine() == "aarch64" or target == targets.HOST
+    chosen = environment.wanted(
+        targets.load(target or "graviton3"),
+        threads=threads,
+        build=environment.installed() if here else None,
+        framework=framework or "pytorch",
+        allocator=environment.allocator_library() if here else "",
+    )
+    return environment.only_read(chosen, environment.package_folder(framework)) if here else chosen
+
+
+def _of_bundle(bundle: Path, threads: int | None) -> dict[str, Variable]:
     import platform
 
     from armopt import environment, targets
     from armopt.bundle import files
-    from armopt.errors import InputError
 
-    if bundle is None:
-        if not framework and not target:
-            raise InputError("no bundle given", hint="Give a BUNDLE, or e.g. --framework tensorflow --target graviton3")
-        product = targets.load(target or "graviton3")
-        here = platform.machine() == "aarch64" or target == targets.HOST
-        chosen = environment.wanted(
-            product,
-            threads=threads,
-            build=environment.installed() if here else None,
-            framework=framework or "pytorch",
-            allocator=environment.allocator_library() if here else "",
-        )
-        return environment.only_read(chosen, environment.package_folder(framework)) if here else chosen
-    if framework or target:
-        raise InputError("a bundle has its own framework and target", hint="Leave out --framework and --target")
     manifest = files.read_manifest(bundle)
-    left = bool(manifest.refused) or any(
-        node.kernel.startswith("aten") for plan in manifest.plan for node in plan.nodes
-    )
+    kernels = {node.kernel for plan in manifest.plan for node in plan.nodes}
     here = manifest.machine == platform.machine()
     chosen = dict(manifest.environment) | environment.wanted(
         targets.load(manifest.target),
         threads=threads,
         build=environment.installed() if here else None,
-        left_to_aten=left,
+        left_to_aten=bool(manifest.refused) or any(kernel.startswith("aten") for kernel in kernels),
         allocator=environment.allocator_library() if here else "",
     )
     return environment.only_read(chosen, environment.package_folder()) if here else chosen

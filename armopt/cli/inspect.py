@@ -9,7 +9,7 @@ from armopt.cli import options
 from armopt.cli.output import Output, human_size, text_table
 
 if TYPE_CHECKING:
-    from armopt.bundle.manifest import GateResult, Manifest
+    from armopt.bundle.manifest import GateResult, Manifest, PartPlan
     from armopt.ir.records import InputSpec
 
 
@@ -82,12 +82,7 @@ def _text(manifest: Manifest) -> str:
         lines.append(f"repair    {accuracy.repair.said}")
     lines += [*(f"part      {part.path}: {_inputs(part.inputs)}" for part in model.parts if part.path), ""]
     for each in manifest.plan:
-        if each.part:
-            lines += ["", f"{each.part}:"]
-        if each.bucket:
-            lines.append(", ".join(f"{name}={value}" for name, value in each.bucket.items()) + ":")
-        rows = [(n.node, n.op, "x".join(map(str, n.shape)), n.kernel, n.precision, n.reason) for n in each.nodes]
-        lines += [text_table(("node", "op", "input", "kernel", "precision", "reason"), rows), ""]
+        lines += _plan(each)
     if manifest.refused:
         rows_refused = [(skip.node, skip.reason) for skip in manifest.refused]
         lines += [
@@ -97,6 +92,14 @@ def _text(manifest: Manifest) -> str:
         ]
     lines += ["environment:", *(f"  {name}={each.value}" for name, each in manifest.environment.items())]
     return "\n".join(lines)
+
+
+def _plan(plan: PartPlan) -> list[str]:
+    lines = ["", f"{plan.part}:"] if plan.part else []
+    if plan.bucket:
+        lines.append(", ".join(f"{name}={value}" for name, value in plan.bucket.items()) + ":")
+    rows = [(n.node, n.op, "x".join(map(str, n.shape)), n.kernel, n.precision, n.reason) for n in plan.nodes]
+    return [*lines, text_table(("node", "op", "input", "kernel", "precision", "reason"), rows), ""]
 
 
 def _inputs(described: Sequence[InputSpec]) -> str:

@@ -12,7 +12,7 @@ from armopt.cli import options
 from armopt.cli.output import Output, human_size
 
 if TYPE_CHECKING:
-    from armopt.bundle.manifest import Manifest, PartPlan
+    from armopt.bundle.manifest import Accuracy, Manifest, PartPlan
 
 
 def optimize(
@@ -143,16 +143,7 @@ def summary(written: Manifest, path: Path) -> str:
         lines.append(f"  kernels   {f'at {where}: ' if where else ''}{chosen}")
     ratio = f" ({half / full:.2f} of FP32's {human_size(full)})" if full else ""
     lines.append(f"  weights   {human_size(half)}{ratio}")
-    accuracy = written.accuracy
-    verdict = "passed" if accuracy.passed else "FAILED"
-    lines.append(
-        f"  accuracy  cosine similarity to FP32 {accuracy.cosine:.6f}, "
-        f"largest error {accuracy.max_abs:.3g}: {verdict} ({', '.join(each.gate for each in accuracy.gates)})"
-    )
-    lines.append(f"  inputs    {'yours: ' if accuracy.inputs_given else ''}{accuracy.inputs}")
-    if accuracy.repair is not None:
-        lines.append(f"  repair    {accuracy.repair.said}")
-        lines += [f"            {each.node}: {each.before} -> {each.after}" for each in accuracy.repair.changes]
+    lines += _accuracy(written.accuracy)
     if written.onnxruntime and (onnx := written.onnxruntime.model):
         lines.append(f"  onnx      {path / onnx.file}, weights in {onnx.weights}")
     if written.refused:
@@ -161,3 +152,16 @@ def summary(written: Manifest, path: Path) -> str:
     given = ", model=factory" if written.is_module and not written.model.factory.startswith("torchvision:") else ""
     lines.append(f"In serve.py:          model = armopt.load({str(path)!r}{given})")
     return "\n".join(lines)
+
+
+def _accuracy(accuracy: Accuracy) -> list[str]:
+    verdict = "passed" if accuracy.passed else "FAILED"
+    lines = [
+        f"  accuracy  cosine similarity to FP32 {accuracy.cosine:.6f}, "
+        f"largest error {accuracy.max_abs:.3g}: {verdict} ({', '.join(each.gate for each in accuracy.gates)})",
+        f"  inputs    {'yours: ' if accuracy.inputs_given else ''}{accuracy.inputs}",
+    ]
+    if accuracy.repair is not None:
+        lines.append(f"  repair    {accuracy.repair.said}")
+        lines += [f"            {each.node}: {each.before} -> {each.after}" for each in accuracy.repair.changes]
+    return lines

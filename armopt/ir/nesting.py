@@ -177,8 +177,7 @@ def _describe(node: Any, is_tensor: Callable[[Any], bool], path: str, found: lis
         named = {name: _describe(item, is_tensor, f"{path}.{name}", found) for name, item in fields.items()}
         return kind(named, f"{type(node).__module__}.{type(node).__qualname__}")
     if isinstance(node, Mapping):
-        if bad := [key for key in node if not isinstance(key, str)]:
-            raise InputError(f"a dictionary key is {bad[0]!r}, not a string", where=path)
+        _check_keys(node, path)
         named = {key: _describe(item, is_tensor, f"{path}[{key!r}]", found) for key, item in node.items()}
         return OrderedDict(named) if isinstance(node, collections.OrderedDict) else Dict(named)
     if isinstance(node, (list, tuple)):
@@ -189,6 +188,12 @@ def _describe(node: Any, is_tensor: Callable[[Any], bool], path: str, found: lis
         where=path,
         hint="Use tensors, numbers, strings, lists, tuples, dictionaries, named tuples or dataclasses",
     )
+
+
+def _check_keys(node: Mapping[Any, Any], path: str) -> None:
+    for key in node:
+        if not isinstance(key, str):
+            raise InputError(f"a dictionary key is {key!r}, not a string", where=path)
 
 
 def tensors(structure: Structure) -> Iterator[Tensor]:

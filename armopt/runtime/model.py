@@ -127,31 +127,35 @@ class Model:
 
     def _arrange(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Puts arguments where they were when the model was captured, whichever way they are given now."""
-        given, named = list(args), dict(kwargs)
         expected_kwargs = self._inputs.kwargs
-        if len(given) == self._positional and named.keys() == expected_kwargs.keys():
-            return given, named
-        if len(given) > max(self._positional, len(self._names)):
-            known = ", ".join(name for name, _, _ in self._specs)
-            raise InputError(f"too many inputs: {len(given)}", where="inputs", hint=f"The model takes: {known}")
-        wanted = [name for name in self._names[len(given) : self._positional] if name not in expected_kwargs]
-        given += [named.pop(name) for name in wanted if name in named]
-        for i, name in enumerate(self._names[self._positional : len(given)], start=self._positional):
-            if name in expected_kwargs and name not in named:
-                named[name] = given[i]
-        given = given[: self._positional]
-        for name, constant in expected_kwargs.items():
-            if name not in named and isinstance(constant, nesting.Constant):
-                named[name] = constant.value
+        if len(args) == self._positional and kwargs.keys() == expected_kwargs.keys():
+            return list(args), dict(kwargs)
+        known = ", ".join(name for name, _, _ in self._specs)
+        if len(args) > max(self._positional, len(self._names)):
+            raise InputError(f"too many inputs: {len(args)}", where="inputs", hint=f"The model takes: {known}")
+        given, named = self._moved(args, kwargs)
         missing = [n for n in expected_kwargs if n not in named] + [*self._names[len(given) : self._positional]]
         extra = [name for name in named if name not in expected_kwargs]
         if missing or extra or len(given) != self._positional:
             raise InputError(
                 f"missing {', '.join(missing) or 'nothing'}; unexpected {', '.join(extra) or 'nothing'}",
                 where="inputs",
-                hint=f"The model was captured with: {', '.join(name for name, _, _ in self._specs)}",
+                hint=f"The model was captured with: {known}",
             )
         return given, named
+
+    def _moved(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments by position or by name as they were captured, and the constants that are left out."""
+        given, named, expected_kwargs = list(args), dict(kwargs), self._inputs.kwargs
+        wanted = [name for name in self._names[len(given) : self._positional] if name not in expected_kwargs]
+        given += [named.pop(name) for name in wanted if name in named]
+        for i, name in enumerate(self._names[self._positional : len(given)], start=self._positional):
+            if name in expected_kwargs and name not in named:
+                named[name] = given[i]
+        for name, constant in expected_kwargs.items():
+            if name not in named and isinstance(constant, nesting.Constant):
+                named[name] = constant.value
+        return given[: self._positional], named
 
     def bucket(self, tensors: Sequence[torch.Tensor]) -> Mapping[str, int]:
         """The bucket whose program runs for these flat inputs."""
