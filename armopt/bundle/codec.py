@@ -6,6 +6,7 @@ making (n0, n1… and w0, w1…), and those of the bundle are kept beside them f
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -62,11 +63,18 @@ def encode(source: Program, prefix: str = "") -> graph_file.Program:
 
 def _encode_call(node: fx.Node, name: str, source: Program) -> graph_file.Call:
     site = source.sites.get(node.name)
+    target = target_name(node.target)
+    args = tuple(_encode(arg, node) for arg in node.args)
+    kwargs = {key: _encode(value, node) for key, value in node.kwargs.items()}
+    try:
+        operations.check_arguments(node.target, args, kwargs)  # type: ignore[arg-type]
+    except operations.UnlistedError as error:
+        raise _unlisted(error) from None
     return graph_file.Call(
         name,
-        target_name(node.target),
-        tuple(_encode(arg, node) for arg in node.args),
-        {key: _encode(value, node) for key, value in node.kwargs.items()},
+        target,
+        args,
+        kwargs,
         shape=None if site is None else tuple(site.shape),
         output=None if site is None else tuple(source.shapes[node.name]),
         source=g.source_line(node),
@@ -82,20 +90,24 @@ def target_name(target: Any) -> str:
     try:
         return operations.name_of(target)
     except operations.UnlistedError as error:
-        raise CaptureError(
-            f"the model calls {error}",
-            hint="Bundles hold operations of torch and torchvision alone; see docs/capture.md",
-        ) from None
+        raise _unlisted(error) from None
+
+
+def _unlisted(error: operations.UnlistedError) -> CaptureError:
+    hint = "Bundles hold operations of torch and torchvision alone; see docs/capture.md"
+    return CaptureError(f"the model calls {error}", hint=hint)
 
 
 def _encode(value: Any, node: fx.Node) -> Any:
     if isinstance(value, fx.Node):
         return graph_file.Ref(g.shown_name(value))
-    if value is None or isinstance(value, (bool, int, str)):
+    if value is None or isinstance(value, (bool, int)):
         return value
+    if isinstance(value, str):
+        return graph_file.quotable(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else graph_file.SpecialFloat(str(value))  # type: ignore[arg-type]
-    if isinstance(value, complex):
+    if isinstance(value, complex) and cmath.isfinite(value):
         return graph_file.Complex(value.real, value.imag)
     if isinstance(value, (list, tuple)):
         return [_encode(item, node) for item in value]
@@ -187,7 +199,7 @@ class _Reader:
 
     def _call(self, stored: graph_file.Call, own: str) -> fx.Node:
         target = operations.find(stored.target)
-        operations.check_arguments(target, len(stored.args), stored.kwargs)
+        operations.check_arguments(target, stored.args, stored.kwargs)
         args = tuple(self._decode(arg) for arg in stored.args)
         kwargs = {name: self._decode(value) for name, value in stored.kwargs.items()}
         self._numbers.note(stored.name, target, stored.args)

@@ -57,11 +57,19 @@ class Layout(_Tagged, frozen=True, tag="layout"):
 
 
 Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-#: A mode or an equation; nothing that could end a string where it is quoted.
-Word = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_ ,.>-]*\Z", max_length=200)]
+#: A mode, an equation or a message; nothing that could end a string where it is quoted.
+Text = Annotated[str, Meta(pattern=r"\A[ !#-&(-\[\]-~]*\Z", max_length=1000)]
+_NOT_QUOTABLE = str.maketrans({"'": "`", '"': "`", "\\": "/", "\n": " "})
+
+
+def quotable(text: str) -> str:
+    """A message of an assertion as :data:`Text` takes it; modes and equations stay as they are."""
+    return text.translate(_NOT_QUOTABLE)[:1000]
+
+
 #: What is shown to people: without control characters.
 Line = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z")]
-Leaf = None | bool | Integer | float | Word | Ref | SpecialFloat | Complex | Device | DtypeName | MemoryFormat | Layout
+Leaf = None | bool | Integer | float | Text | Ref | SpecialFloat | Complex | Device | DtypeName | MemoryFormat | Layout
 #: Operations take lists, and lists of lists at most.
 Argument = Leaf | list[Leaf | list[Leaf]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from armopt.bundle.graph_file import quotable
 from armopt.errors import BundleError
 
 
@@ -113,6 +114,8 @@ def _program(content: dict[str, Any]) -> dict[str, Any]:
 def _argument(value: Any) -> Any:
     if isinstance(value, list):
         return [_argument(item) for item in value]
+    if isinstance(value, str):
+        return quotable(value)
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,6 +121,10 @@ FUNCTIONS: Mapping[str, tuple[Callable[..., Any], int]] = {
     **{f"torch.{name}": (getattr(torch, name), 2) for name in ("sym_max", "sym_min")},
     "torch.sym_ite": (torch.sym_ite, 3),
 }
+#: TorchScript has forms of many operations for numbers, lists and strings; of those these checks alone are taken.
+_ON_NUMBERS = frozenset(
+    {"aten._assert_scalar.default", "aten.sym_constrain_range.default", "aten.sym_constrain_range_for_size.default"}
+)
 _NAMES = {function: name for name, (function, _) in FUNCTIONS.items()}
 _NAME = re.compile(r"(aten|armopt|torchvision)\.(\w+)\.(\w+)", re.ASCII)
 _NUMBER_TYPES = ("int", "float", "bool", "number")
@@ -181,34 +185,44 @@ def _check_listed(found: torch._ops.OpOverload) -> None:
         raise UnlistedError(f"{found}, an operation of another package")
     if found._schema.is_mutable:
         raise UnlistedError(f"{found}, which writes to its arguments")
-    if found._schema.name.removeprefix("aten::") not in ATEN:
+    types = [str(each.type) for each in (*found._schema.arguments, *found._schema.returns)]
+    on_tensors = any("Tensor" in each for each in types) or str(found) in _ON_NUMBERS
+    if found._schema.name.removeprefix("aten::") not in ATEN or not on_tensors:
         raise UnlistedError(f"{found}, which is not on the list of what a bundle may call")
 
 
-def check_arguments(target: Callable[..., Any], count: int, names: Collection[str]) -> None:
-    """Refuses `count` arguments by position and `names` by name where an operation does not take them so.
+def check_arguments(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuses arguments by position and by name where an operation does not take them so, and what makes it random.
 
     Raises:
         UnlistedError: Naming the argument.
     """
     if isinstance(target, torch._ops.OpOverload):
-        _check_schema(target, count, names)
-        return
-    _, wanted = FUNCTIONS[_NAMES[target]]
-    if count != wanted or names:
-        raise UnlistedError(f"{_NAMES[target]} with other than {wanted} arguments")
+        _check_schema(target, args, kwargs)
+    elif len(args) != FUNCTIONS[_NAMES[target]][1] or kwargs:
+        raise UnlistedError(f"{_NAMES[target]} with other than {FUNCTIONS[_NAMES[target]][1]} arguments")
 
 
-def _check_schema(target: torch._ops.OpOverload, count: int, names: Collection[str]) -> None:
-    known = target._schema.arguments
-    by_position = [each.name for each in known if not each.kwarg_only]
-    if count > len(by_position):
-        raise UnlistedError(f"{target} with {count} arguments; it takes {len(by_position)}")
-    given = {*by_position[:count], *names}
-    if surplus := [name for name in names if name in by_position[:count] or all(name != a.name for a in known)]:
+def _check_schema(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    known = {each.name: each for each in target._schema.arguments}
+    by_position = [name for name, each in known.items() if not each.kwarg_only]
+    if len(args) > len(by_position):
+        raise UnlistedError(f"{target} with {len(args)} arguments; it takes {len(by_position)}")
+    given = dict(zip(by_position, args, strict=False))
+    if surplus := [name for name in kwargs if name in given or name not in known]:
         raise UnlistedError(f"{target} with an argument {surplus[0]!r}")
-    if missing := [each.name for each in known if each.name not in given and not each.has_default_value()]:
+    given |= kwargs
+    if missing := [name for name, each in known.items() if name not in given and not each.has_default_value()]:
         raise UnlistedError(f"{target} without its argument {missing[0]!r}")
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        _check_certain(target, known, given)
+
+
+def _check_certain(target: torch._ops.OpOverload, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuses the dropout in attention and recurrent layers."""
+    name = "train" if "train" in known else "dropout_p"
+    if given.get(name, known[name].default_value):
+        raise UnlistedError(f"{target} with {name}, which makes it random")
 
 
 class Numbers:

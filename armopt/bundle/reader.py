@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,15 +76,7 @@ def read(path: Path | str, *, reference: bool = False) -> Bundle:
     present = source.names() - {manifest.NAME}
     with_reference = reference and bool(KEPT & present)
     wanted = {name: digest for name, digest in described.files.items() if with_reference or name not in KEPT}
-    for name in sorted(set(wanted) - present):
-        raise BundleError("is missing", where=str(path / name), hint="Copy the bundle again")
-    for name in sorted(present - set(described.files)):
-        raise BundleError(
-            "does not belong to the bundle", where=str(path / name), hint="Remove it, or copy the bundle again"
-        )
-    for name, digest in wanted.items():
-        if source.hash(name) != digest:
-            raise damaged(path / name)
+    _check_files(source, path, described, wanted, present)
     weights, release = _tensors(source, WEIGHTS)
     where = str(path / GRAPH)
     graph = _graph(source.read(GRAPH), described, where)
@@ -97,6 +89,25 @@ def read(path: Path | str, *, reference: bool = False) -> Bundle:
         place = str(path / REFERENCE_GRAPH)
         kept = codec.decode(_reference(source.read(REFERENCE_GRAPH), described, place), exact, place)
     return Bundle(path, described, parts, rest, release, kept)
+
+
+def _check_files(
+    source: Source, path: Path, described: manifest.Manifest, wanted: Mapping[str, str], present: Set[str]
+) -> None:
+    """Refuses a bundle whose files are not those that were written.
+
+    Raises:
+        BundleError: Naming the file.
+    """
+    for name in sorted(set(wanted) - present):
+        raise BundleError("is missing", where=str(path / name), hint="Copy the bundle again")
+    for name in sorted(present - set(described.files)):
+        raise BundleError(
+            "does not belong to the bundle", where=str(path / name), hint="Remove it, or copy the bundle again"
+        )
+    for name, digest in wanted.items():
+        if source.hash(name) != digest:
+            raise damaged(path / name)
 
 
 def _graph(data: bytes, described: manifest.Manifest, where: str) -> graph_file.Graph:

@@ -80,14 +80,14 @@ def _of_bundle(bundle: Path, threads: int | None) -> dict[str, Variable]:
     from armopt.bundle import files
 
     manifest = files.read_manifest(bundle)
-    nodes = [node for plan in manifest.plan for node in plan.nodes]
+    kernels = {node.kernel for plan in manifest.plan for node in plan.nodes}
     here = manifest.machine == platform.machine()
     chosen = environment.recorded(manifest.environment, str(bundle))
     chosen |= environment.wanted(
         targets.load(manifest.target),
         threads=threads,
         build=environment.installed() if here else None,
-        left_to_aten=bool(manifest.refused) or any(node.kernel.startswith("aten") for node in nodes),
+        left_to_aten=bool(manifest.refused) or any(kernel.startswith("aten") for kernel in kernels),
         allocator=environment.allocator_library() if here else "",
     )
     return environment.only_read(chosen, environment.package_folder()) if here else chosen

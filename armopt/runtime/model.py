@@ -127,8 +127,7 @@ class Model(Loaded):
 
     def _arrange(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Puts arguments where they were when the model was captured, whichever way they are given now."""
-        given, named = list(args), dict(kwargs)
-        expected_kwargs = self._inputs.kwargs
+        given, named, expected_kwargs = list(args), dict(kwargs), self._inputs.kwargs
         if len(given) == self._positional and named.keys() == expected_kwargs.keys():
             return given, named
         if len(given) > max(self._positional, len(self._names)):

@@ -115,7 +115,7 @@ def test_images_are_prepared_as_torchvisions_weights_want(tmp_path: Path) -> Non
     (only,) = found
     assert torch.equal(only["x"][0], expected)
     # another size than those weights': ImageNet's way at the model's size
-    other = samples.read(tmp_path, [{"name": "x", "shape": [1, 3, 64, 64], "dtype": "float32"}], "torchvision:resnet50")
+    other = samples.read(tmp_path, [InputSpec("x", (1, 3, 64, 64), "float32")], "torchvision:resnet50")
     assert "cut to 64x64" in other.said
 
 
@@ -128,7 +128,7 @@ def test_imagenets_way_is_torchvisions(tmp_path: Path) -> None:
 
     gradient = np.linspace(0, 255, 300 * 400 * 3).reshape(300, 400, 3).astype(np.uint8)
     Image.fromarray(gradient).save(tmp_path / "a.png")
-    spec = {"name": "x", "shape": [1, 3, 224, 224], "dtype": "float32"}
+    spec = InputSpec("x", (1, 3, 224, 224), "float32")
     found = images.preparation(spec, "").read(tmp_path / "a.png")
     way = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     expected = way(Image.open(tmp_path / "a.png"))

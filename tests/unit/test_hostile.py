@@ -1,0 +1,260 @@
+"""Bundles made to do harm, with all hashes right: whoever can change a bundle can hash it again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import armopt
+from armopt.bundle import files, manifest, reader
+from armopt.cli import app
+from armopt.errors import BundleError
+from tests.unit.test_manifest import hashed
+
+pytestmark = pytest.mark.filterwarnings("ignore::armopt.errors.ArmoptWarning")
+Graph = dict[str, Any]
+
+
+@pytest.fixture
+def bundle(mlp_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(mlp_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What an attack leaves where it succeeds."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "pwned"
+
+
+CODE = "__import__('os').system('touch pwned')"
+
+
+def rewrite(bundle: Path, change: Callable[[Graph], Any] | None = None) -> None:
+    """Changes graph.json and makes the hashes right."""
+    if change is not None:
+        graph = json.loads((bundle / "graph.json").read_text())
+        change(graph)
+        (bundle / "graph.json").write_text(json.dumps(graph))
+    content = json.loads((bundle / "manifest.json").read_text())
+    for name in content["files"]:
+        content["files"][name] = files.hash_file(bundle / name)
+    (bundle / "manifest.json").write_bytes(hashed(content))
+
+
+def programs(graph: Graph) -> list[Graph]:
+    return [program for part in graph["parts"] for program in part["programs"]]
+
+
+def rename(graph: Graph, old: str, new: str) -> None:
+    """Another name for a node, wherever it stands."""
+    for program in programs(graph):
+        for node in program["nodes"]:
+            node["name"] = new if node["name"] == old else node["name"]
+            for arg in node.get("args", ()):
+                if isinstance(arg, dict) and arg["name"] == old:
+                    arg["name"] = new
+        for value in program["output"]:
+            value["name"] = new if value["name"] == old else value["name"]
+
+
+def insert(call: str, args: list[Any], **more: Any) -> Callable[[Graph], None]:
+    """A call at the end of every program; ``"x"`` is the input."""
+    args = [{"kind": "node", "name": "x"} if arg == "x" else arg for arg in args]
+
+    def change(graph: Graph) -> None:
+        for program in programs(graph):
+            program["nodes"].append({"name": "more", "op": "call", "target": call, "args": args, **more})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "name", [f"q={CODE}", f"q={CODE}, *", "self", "def", "n0", "w0", "output", "a b", f'"+{CODE}+"', "#", "None", ""]
+)
+@pytest.mark.parametrize("old", ["x", "first"])
+def test_a_nodes_name_is_a_name_alone(
+    bundle: Path, marker: Path, mlp_inputs: tuple[torch.Tensor, ...], name: str, old: str
+) -> None:
+    expected = armopt.load(bundle)(*mlp_inputs)
+    rewrite(bundle, lambda graph: rename(graph, old, name))
+    found = armopt.load(bundle)(*mlp_inputs)
+    assert torch.equal(found["logits"], expected["logits"])
+    assert not marker.exists()
+    sources = [program.graph_module.code for program in reader.read(bundle).programs]
+    assert all("__import__" not in source for source in sources)
+
+
+@pytest.mark.parametrize("name", [f'w"), {CODE}, ("', f"{CODE}", "forward", "graph", "a.b", "_modules", "training"])
+def test_a_weights_name_is_a_name_alone(
+    bundle: Path, marker: Path, mlp_inputs: tuple[torch.Tensor, ...], name: str
+) -> None:
+    expected = armopt.load(bundle)(*mlp_inputs)
+    weights = load_file(bundle / "weights.safetensors")
+    old = next(iter(weights))
+    weights[name] = weights.pop(old)
+    save_file(weights, bundle / "weights.safetensors", metadata={"format": "pt"})
+
+    def change(graph: Graph) -> None:
+        for program in programs(graph):
+            for node in program["nodes"]:
+                if node["op"] == "weight" and node["target"] == old:
+                    node["target"] = name
+
+    rewrite(bundle, change)
+    found = armopt.load(bundle)(*mlp_inputs)
+    assert torch.equal(found["logits"], expected["logits"])
+    assert not marker.exists()
+
+
+SPLAT = f"**{{}} if {CODE} else {{}}, **{{}}) or dict(a"
+REFUSED: dict[str, tuple[Callable[[Graph], None], str]] = {
+    "code for the name of an argument": (
+        insert("aten.relu.default", ["x"], kwargs={SPLAT: 1}),
+        "node more: the graph calls aten.relu.default with an argument",
+    ),
+    "an argument too many": (insert("aten.relu.default", ["x", 1]), "aten.relu.default with 2 arguments; it takes 1"),
+    "an argument twice": (insert("aten.relu.default", ["x"], kwargs={"self": 1}), "with an argument 'self'"),
+    "an argument too few": (insert("aten.mul.Tensor", ["x"]), "without its argument 'other'"),
+    "a string that ends a string": (
+        insert("aten.gelu.default", ["x"], kwargs={"approximate": f"'+{CODE}+'"}),
+        "kwargs[...]: expected str matching regex",
+    ),
+    "a line break in a source line": (
+        insert("aten.relu.default", ["x"], source=f"a\n{CODE}"),
+        "source: expected str matching regex",
+    ),
+    "another device": (
+        insert("aten.zeros.default", [[1]], kwargs={"device": {"kind": "device", "name": "cuda"}}),
+        "kwargs[...].name: invalid enum value 'cuda'",
+    ),
+    "unsafe sparse tensors": (
+        insert("aten._sparse_csr_tensor_unsafe.default", ["x", "x", "x", [1, 1]]),
+        "aten._sparse_csr_tensor_unsafe.default, which is not on the list",
+    ),
+    "a backward of sparse tensors": (
+        insert("aten._sparse_softmax_backward_data.default", ["x", "x", 0, "x"]),
+        "_sparse_softmax_backward_data.default, which is not on the list",
+    ),
+    "quantile divides by zero": (insert("aten.quantile.scalar", ["x", 0.5, 1 << 62]), "aten.quantile.scalar, which"),
+    "a rank that is never found": (insert("aten.linalg_matrix_rank.default", ["x"]), "aten.linalg_matrix_rank"),
+    "a power that never ends": (insert("operator.pow", [9, 9**9]), "operator.pow with an exponent of 387420489"),
+    "a power of a tensor's": (insert("operator.pow", [2, "x"]), "arithmetic on something other than numbers"),
+    "a negative power": (insert("operator.pow", [0, -1]), "operator.pow with an exponent of -1"),
+    "a file": (insert("aten.from_file.default", ["/etc/passwd"]), "aten.from_file.default, which is not on the list"),
+    "a seed": (insert("torch.manual_seed", [0]), "'torch.manual_seed', which is no operation on tensors"),
+    "a mode of all of torch": (insert("torch._C._set_grad_enabled", [True]), "which is no operation on tensors"),
+    "random numbers": (insert("aten.rand_like.default", ["x"]), "aten.rand_like.default, which is not on the list"),
+    "uninitialised memory": (insert("aten.empty_like.default", ["x"]), "aten.empty_like.default, which is not on"),
+    "dropout in attention": (
+        insert("aten.scaled_dot_product_attention.default", ["x", "x", "x", None, 0.5]),
+        "with dropout_p, which makes it random",
+    ),
+    "a list a million times": (insert("aten.mul.left_t", [[1], 10**9]), "aten.mul.left_t, which is not on the list"),
+    "a string for a number": (insert("aten.add.str", ["a", "b"]), "aten.add.str, which is not on the list"),
+    "it writes to an input": (insert("aten.add_.Tensor", ["x", 1]), "aten.add_.Tensor, which writes to its arguments"),
+    "it writes to an output": (
+        insert("aten.add.out", ["x", 1], kwargs={"out": {"kind": "node", "name": "x"}}),
+        "aten.add.out, which writes to its arguments",
+    ),
+    "a copy into an input": (insert("aten.copy_.default", ["x", "x"]), "aten.copy_.default on something other than a"),
+    "an item of something": (insert("operator.getitem", [[1, 2], 0]), "operator.getitem of something other than"),
+    "a sequence by a slice": (insert("operator.getitem", ["x", 0.5]), "operator.getitem of something other than"),
+    "a tensor times a list": (insert("operator.mul", ["x", 10**9]), "arithmetic on something other than numbers"),
+    "another package's": (
+        insert("quantized.linear.default", ["x"]),
+        "'quantized.linear.default', which is no operation",
+    ),
+    "a layer without a shape": (
+        insert("armopt.linear.default", ["x", "x", None, None, "none", "blas_fp32", 0]),
+        "a layer has a shape and an output, and nothing else has",
+    ),
+    "a layer whose weight is an input": (
+        insert(
+            "armopt.linear.default", ["x", "x", None, None, "none", "blas_fp32", 0], shape=[1, 16], output=[None, 16]
+        ),
+        "the weight or bias of a layer is no weight of the bundle",
+    ),
+    "a shape that is none": (insert("aten.relu.default", ["x"], shape=[1], output=[1]), "and nothing else has"),
+    "a number beyond 64 bits": (insert("aten.mul.Tensor", ["x", 1 << 70]), "args[1]"),
+    "a node twice": (
+        lambda graph: [program["nodes"].append({"name": "x", "op": "input"}) for program in programs(graph)] and None,
+        "node x: its name is there twice",
+    ),
+    "no parts": (lambda graph: graph.update(parts=[]), "parts: expected array of length >= 1"),
+    "another bucket": (lambda graph: programs(graph)[0].update(bucket={"batch": 3}), "other graphs than the manifest"),
+    "an input less": (
+        lambda graph: programs(graph)[0].update(
+            nodes=[{"name": "y", "op": "weight", "target": "second_bias"}],
+            output=[{"kind": "node", "name": "y"}, {"kind": "node", "name": "y"}],
+        ),
+        "takes or returns another number of tensors",
+    ),
+    "an output less": (lambda graph: programs(graph)[0]["output"].pop(), "takes or returns another number of tensors"),
+    "an input of another dtype": (
+        lambda graph: graph["parts"][0]["signature"]["specs"][0].update(dtype="int64"),
+        "takes other inputs than the manifest says",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_do_harm_is_refused_by_name(bundle: Path, marker: Path, name: str) -> None:
+    change, said = REFUSED[name]
+    rewrite(bundle, change)
+    with pytest.raises(BundleError) as found:
+        reader.read(bundle)
+    assert said in str(found.value)
+    assert found.value.where.startswith(str(bundle / "graph.json"))
+    assert not marker.exists()
+
+
+def test_numbers_that_grow_without_bound_are_refused(bundle: Path) -> None:
+    """x*x, then its square, and so on: thirty calls make a number of 10^9 digits."""
+
+    def change(graph: Graph) -> None:
+        nodes = programs(graph)[0]["nodes"]
+        x = {"kind": "node", "name": "x"}
+        nodes.append({"name": "size", "op": "call", "target": "aten.sym_size.int", "args": [x, 0]})
+        for i in range(30):
+            before = {"kind": "node", "name": f"p{i - 1}" if i else "size"}
+            nodes.append({"name": f"p{i}", "op": "call", "target": "operator.mul", "args": [before, before]})
+
+    rewrite(bundle, change)
+    with pytest.raises(BundleError, match=r"node p6: the graph calls operator\.mul of numbers that may take 8192 bits"):
+        reader.read(bundle)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"parts": [{}]}', b"null"], ids=repr)
+def test_anything_for_a_graph_is_an_error_of_ours(bundle: Path, data: bytes) -> None:
+    (bundle / "graph.json").write_bytes(data)
+    rewrite(bundle)
+    with pytest.raises(BundleError):
+        reader.read(bundle)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("inspect",), ("validate",), ("doctor",), ("tune", "-o", "t.json"), ("export-onnx", "-o", "m.onnx"), ("package",)],
+    ids=lambda command: command[0],
+)
+def test_every_command_that_reads_a_graph(bundle: Path, marker: Path, command: tuple[str, ...]) -> None:
+    rewrite(bundle, REFUSED["code for the name of an argument"][0])
+    rest = ("-o", "image", "--no-hashes") if command[0] == "package" else command[1:]
+    done = CliRunner().invoke(app.app, [command[0], str(bundle), *rest])
+    assert isinstance(done.exception, BundleError)
+    assert not marker.exists()
+
+
+def test_hashing_again_is_no_attack(bundle: Path) -> None:
+    """What the attacks above are made with leaves a good bundle good."""
+    rewrite(bundle, lambda graph: None)
+    assert reader.read(bundle).manifest.schema_version == manifest.SCHEMA_VERSION

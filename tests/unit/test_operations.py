@@ -1,0 +1,70 @@
+"""The closed list of operations against what torch has and what captured models call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from armopt import capture
+from armopt.bundle import codec, operations
+from armopt.bundle.program import describe_program
+from armopt.compiler import stages
+from armopt.models import torchvision_ops
+from armopt.plan.policies import find_policy
+from tests import zoo_models
+
+#: What the captured, prepared and lowered graphs of the zoo call: docs/coverage.md's models, detection, video and flow.
+ZOO = (Path(__file__).parents[1] / "data" / "zoo_operations.txt").read_text().split()
+#: Core ATen that a bundle does without: gradients, random numbers, and memory as it is found.
+NOT_FOR_BUNDLES = {"rand", "randn", "randperm", "native_dropout", "empty", "empty_strided"}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_what_the_zoo_calls_is_on_it(name: str) -> None:
+    torchvision_ops.ensure_torchvision()
+    assert operations.name_of(operations.find(name)) == name
+
+
+@pytest.mark.parametrize("name", ["residual", "matmul_forms", "conv_transpose2d", "linear_norm", "llama", "t5_encoder"])
+def test_what_is_captured_now_is_on_it(name: str) -> None:
+    """And the arguments are what the operations take."""
+    model = zoo_models.MODELS[name]()
+    captured = capture.module(model, (), zoo_models.EXAMPLES[name](), source=name)
+    target = stages.find_target("graviton3")
+    planned = stages.make_plan(captured, target, find_policy(None, target), [{}])
+    for program in (*stages.lower(planned), describe_program(planned.prepared, {}, {})):
+        stored = codec.encode(program)
+        again = codec.decode(stored, dict(program.graph_module.named_buffers()), name)
+        assert codec.encode(again) == stored
+        assert {call.target for call in stored.nodes if hasattr(call, "args")} <= {*ZOO}
+
+
+def _core() -> Iterator[Any]:
+    for full in torch._C._dispatch_get_all_op_names():  # type: ignore[attr-defined]
+        namespace, _, rest = full.partition("::")
+        packet, _, overload = rest.partition(".")
+        if namespace == "aten":
+            found = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+            if found is not None and torch.Tag.core in found.tags and not found._schema.is_mutable:
+                yield found
+
+
+def test_all_of_core_aten_for_inference_is_on_it() -> None:
+    found = {op._schema.name.removeprefix("aten::") for op in _core()}
+    assert len(found) > 100
+    unlisted = {name for name in found - operations.ATEN if not name.endswith("_backward")}
+    assert unlisted <= NOT_FOR_BUNDLES
+
+
+def test_nothing_on_it_is_random_or_writes() -> None:
+    for packet in (getattr(torch.ops.aten, name) for name in operations.ATEN if hasattr(torch.ops.aten, name)):
+        for operation in (getattr(packet, overload) for overload in packet.overloads()):
+            if operation._schema.is_mutable:
+                with pytest.raises(operations.UnlistedError):
+                    operations.find(str(operation))
+            elif torch.Tag.nondeterministic_seeded in operation.tags:  # unless it is told to be none
+                assert {"train", "dropout_p"} & {each.name for each in operation._schema.arguments}, operation
