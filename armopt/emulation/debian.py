@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from armopt.emulation.commands import run_command
+from armopt.emulation.folder import digest
 from armopt.errors import HostError
 
 MIRROR_VARIABLE = "ARMOPT_DEBIAN_MIRROR"
 _DEBIAN_SUITES = {"bullseye", "bookworm", "trixie", "forky", "sid", "oldstable", "stable", "testing"}
 _KEYRINGS = Path("/usr/share/keyrings")
+#: A line of --print-uris: the address, the file's name, its size, its hash.
+_LISTED = re.compile(r"^'[^']+' (\S+) \d+ SHA256:([0-9a-f]{64})$", re.M)
 
 
 # --- Debian ---------------------------------------------------------------------------------------
@@ -80,13 +84,28 @@ class Apt:
     """apt with folders of its own: it reads this machine's proxy settings, and changes nothing on it."""
 
     folder: Path
+    archives: Path
     environment: dict[str, str]
 
     @classmethod
-    def create(cls, folder: Path, mirror: Mirror, suite: str, architecture: str) -> Apt:
-        """Makes the folders and fetches the suite's list of packages."""
-        for name in ("lists/partial", "cache/archives/partial", "dpkg"):
-            (folder / name).mkdir(parents=True)
+    def create(cls, folder: Path, mirror: Mirror, suite: str, architecture: str, archives: Path | None = None) -> Apt:
+        """Makes the folders and fetches the suite's list of packages.
+
+        Args:
+            folder: A new one, for apt's own files.
+            mirror: Where packages come from.
+            suite: Of Debian.
+            architecture: Of the packages.
+            archives: Where packages are kept; in `folder` by default.
+        """
+        archives = archives or folder / "archives"
+        for path in (
+            folder / "lists" / "partial",
+            folder / "nothing" / "partial",
+            archives / "partial",
+            folder / "dpkg",
+        ):
+            path.mkdir(parents=True, exist_ok=True)
         (folder / "dpkg" / "status").touch()
         (folder / "sources.list").write_text(mirror.line(suite))
         config = folder / "apt.conf"
@@ -98,26 +117,36 @@ class Apt:
             f'Dir::State::Lists "{folder}/lists";\n'
             f'Dir::State::status "{folder}/dpkg/status";\n'
             f'Dir::Cache "{folder}/cache";\n'
+            f'Dir::Cache::Archives "{archives}";\n'
             f'APT::Architecture "{architecture}";\n'
             f'#clear APT::Architectures;\nAPT::Architectures {{ "{architecture}"; }};\n'
             'APT::Install-Recommends "false";\n'
             'APT::Sandbox::User "root";\n'
             'Acquire::Languages "none";\n'
+            'Acquire::ForceHash "SHA256";\n'
             "Acquire::Retries 3;\n"
             # Hooks of the host, such as the one that empties the archives folder in containers.
             "#clear APT::Update::Post-Invoke;\n"
             "#clear APT::Update::Post-Invoke-Success;\n"
             "#clear DPkg::Post-Invoke;\n"
         )
-        apt = cls(folder, {**os.environ, "APT_CONFIG": str(config), "LC_ALL": "C"})
+        apt = cls(folder, archives, {**os.environ, "APT_CONFIG": str(config), "LC_ALL": "C"})
         run_command(["apt-get", "update", "-q", "--error-on=any"], f"Debian {suite}", env=apt.environment)
         return apt
 
     def fetch(self, packages: Sequence[str], *, dependencies: bool) -> list[Path]:
-        """Downloads packages, with all they depend on if asked for; returns the .deb files."""
-        archives = self.folder / "cache" / "archives"
-        command = (
-            ["apt-get", "install", "-y", "-q", "--download-only"] if dependencies else ["apt-get", "download", "-q"]
-        )
-        run_command([*command, *packages], " ".join(packages), cwd=archives, env=self.environment)
-        return sorted(archives.glob("*.deb"))
+        """Downloads packages, with all they depend on if asked for; returns the .deb files.
+
+        One that was downloaded before is taken again if its hash is the one in the suite's signed list.
+        """
+        kind = ("install", "-y", "--download-only") if dependencies else ("download",)
+        command, what = ["apt-get", *kind, "-q", *packages], " ".join(packages)
+        # Of what is in the folder of archives apt would list nothing, so it is shown an empty one.
+        listing = [*command, "--print-uris", "-o", f"Dir::Cache::Archives={self.folder}/nothing"]
+        listed = run_command(listing, what, cwd=self.folder, env=self.environment)
+        wanted = {self.archives / name: known for name, known in _LISTED.findall(listed)}
+        for package, known in wanted.items():
+            if package.exists() and digest(package) != known:  # apt itself looks at the size alone
+                package.unlink()
+        run_command(command, what, cwd=self.archives, env=self.environment)
+        return sorted(wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -168,6 +169,21 @@ class PreparedFolder:
         except (OSError, ValueError, KeyError):
             return False
 
+    def is_intact(self, part: Component) -> bool:
+        """Whether the part is complete and its libraries and programs are those that were made, byte by byte."""
+        folder = self.path / part.name
+        try:
+            return self.is_complete(part) and all(
+                digest(folder / name) == known
+                for name, known in json.loads(_stamp(folder).read_text())["sha256"].items()
+            )
+        except (OSError, KeyError):
+            return False
+
+    def downloads(self, part: Component) -> Path:
+        """The folder of what was downloaded for the part; another recipe has another."""
+        return self.path / "downloads" / part.name / hashlib.sha256(part.recipe.encode()).hexdigest()[:12]
+
     def missing(self, torch_version: str) -> list[str]:
         """Returns the names of the parts that have to be prepared first."""
         return [part.name for part in self.parts(torch_version) if not self.is_complete(part)]
@@ -188,8 +204,19 @@ class PreparedFolder:
 
 def write_stamp(folder: Path, recipe: str) -> None:
     """Marks a part as finished. Python files are left out of it: what breaks there says so by itself."""
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(_binaries(folder))}
-    _stamp(folder).write_text(json.dumps({"recipe": recipe, "sizes": sizes}, indent=1, sort_keys=True))
+    files = {str(file.relative_to(folder)): file for file in sorted(_binaries(folder))}
+    stamp = {
+        "recipe": recipe,
+        "sizes": {name: file.stat().st_size for name, file in files.items()},
+        "sha256": {name: digest(file) for name, file in files.items()},
+    }
+    _stamp(folder).write_text(json.dumps(stamp, indent=1, sort_keys=True))
+
+
+def digest(file: Path) -> str:
+    """The SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _binaries(folder: Path) -> Iterator[Path]:

@@ -1,8 +1,10 @@
 """Prepares the emulated Arm machine: ``python -m armopt.emulation.prepare [--torch 2.10.0] [--cache DIR]``.
 
 Everything comes from the registries this machine already uses: Debian's archive through its own apt settings
-(in private apt folders: nothing is installed, no privilege is needed) and PyPI through pip. Each part is
-built beside its place, stamped, and renamed into it, so an interrupted run goes on where it stopped.
+(in private apt folders: nothing is installed, no privilege is needed) and PyPI through pip. Downloads are kept, and
+checked against their registry's hashes before each use. Each part is built beside its place, stamped with the hashes
+of its libraries and programs, and renamed into it, so an interrupted run goes on where it stopped, and a part that is
+not as it was made is made again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from armopt.emulation.folder import (
     torch_requirements,
     write_stamp,
 )
+from armopt.emulation.wheels import install_wheels
 from armopt.errors import ArmoptError, HostError
 
 Report = Callable[[str], None]
@@ -66,7 +68,7 @@ def prepare(
         wanted[folder.tensorflow_part.name] = folder.tensorflow_part
     with _exclusive(folder.path / ".lock", report):
         for part in wanted.values():
-            if not folder.is_complete(part):
+            if not folder.is_intact(part):
                 report(f"preparing {part.name}")
                 _make(part, folder)
     report(f"ready: {folder.path}")
@@ -74,7 +76,7 @@ def prepare(
 
 
 def _make(part: Component, folder: PreparedFolder) -> None:
-    work = folder.path / ".work"
+    work, downloads = folder.path / ".work", folder.downloads(part)
     shutil.rmtree(work, ignore_errors=True)  # what a killed run left; the lock is ours
     try:
         built = work / "built"
@@ -84,14 +86,18 @@ def _make(part: Component, folder: PreparedFolder) -> None:
         _replace(folder.path / part.name, built)
     finally:
         shutil.rmtree(work)
+    for older in downloads.parent.glob("*"):
+        if older != downloads:
+            shutil.rmtree(older)
 
 
 def _build(part: Component, into: Path, folder: PreparedFolder, work: Path) -> None:
     kind, _, torch_version = part.name.partition("-")
+    downloads = folder.downloads(part)
     if kind == "qemu":
-        _build_qemu(into, work)
+        _build_qemu(into, work, downloads)
     elif kind == "root":
-        _build_root(into, work)
+        _build_root(into, work, downloads)
     elif kind == "cores":
         for core in CORES.values():
             _build_sysroot(into / core.name, core)
@@ -100,21 +106,21 @@ def _build(part: Component, into: Path, folder: PreparedFolder, work: Path) -> N
             (into / name).write_text(text)
             (into / name).chmod(0o755)
     elif kind == "site/base":
-        _pip_install(BASE_REQUIREMENTS, into)
+        install_wheels(BASE_REQUIREMENTS, into, downloads)
         _compile(into, folder.base_site)
     elif kind == "site/tensorflow":
-        _pip_install(TENSORFLOW_REQUIREMENTS, into)
+        install_wheels(TENSORFLOW_REQUIREMENTS, into, downloads)
         shutil.rmtree(into / "tensorflow" / "include", ignore_errors=True)  # for compilers; there is none
         _compile(into, folder.tensorflow_site)
     else:
-        _pip_install(torch_requirements(torch_version), into, "--no-deps")
+        install_wheels(torch_requirements(torch_version), into, downloads, "--no-deps")
         shutil.rmtree(into / "torch" / "include", ignore_errors=True)  # for compilers; there is none
         _stub_cuda(into, folder.root)
         _compile(into, folder.site(torch_version))
 
 
-def _build_qemu(into: Path, work: Path) -> None:
-    apt = Apt.create(work / "apt", find_mirror(), QEMU["suite"], "amd64")
+def _build_qemu(into: Path, work: Path, downloads: Path) -> None:
+    apt = Apt.create(work / "apt", find_mirror(), QEMU["suite"], "amd64", downloads)
     (package,) = apt.fetch([QEMU["package"]], dependencies=False)
     _unpack(package, work / "unpacked")
     binary = into / "qemu-aarch64"
@@ -128,8 +134,8 @@ def _build_qemu(into: Path, work: Path) -> None:
         )
 
 
-def _build_root(into: Path, work: Path) -> None:
-    apt = Apt.create(work / "apt", find_mirror(), str(ROOT["suite"]), "arm64")
+def _build_root(into: Path, work: Path, downloads: Path) -> None:
+    apt = Apt.create(work / "apt", find_mirror(), str(ROOT["suite"]), "arm64", downloads)
     for package in apt.fetch(ROOT["packages"], dependencies=True):
         _unpack(package, into)
     # Absolute links would lead to the host's files.
@@ -141,7 +147,6 @@ def _build_root(into: Path, work: Path) -> None:
 
 def _unpack(package: Path, into: Path) -> None:
     run_command(["dpkg", "-x", str(package), str(into)], package.name)
-    package.unlink()
 
 
 def _build_sysroot(into: Path, core: Core) -> None:
@@ -174,41 +179,7 @@ def _build_sysroot(into: Path, core: Core) -> None:
         (cpus / f"cpu{other}").symlink_to("cpu0")
 
 
-# --- PyPI -----------------------------------------------------------------------------------------
-
-
-def _pip_install(requirements: Sequence[str], into: Path, *options: str) -> None:
-    """Unpacks aarch64 wheels, with all they need unless told otherwise; pip checks their hashes."""
-    platforms = [f"--platform={name}_aarch64" for name in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17")]
-    run_command(
-        [
-            *_pip(),
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-warn-conflicts",  # with the host's packages, which are not ours
-            "--no-cache-dir",
-            "--no-compile",
-            "--only-binary=:all:",
-            "--python-version=3.11",
-            "--implementation=cp",
-            *platforms,
-            "--platform=manylinux2014_aarch64",
-            f"--target={into}",
-            *options,
-            *requirements,
-        ],
-        " ".join(requirements),
-    )
-
-
-def _pip() -> list[str]:
-    own = [sys.executable, "-m", "pip"]
-    if subprocess.run([*own, "--version"], capture_output=True, check=False).returncode == 0:
-        return own
-    if other := shutil.which("pip3") or shutil.which("pip"):  # a virtual environment made without pip
-        return [other]
-    raise HostError("pip is missing", where=sys.executable, hint=f"Run `{sys.executable} -m ensurepip`")
+# --- Python ---------------------------------------------------------------------------------------
 
 
 def _compile(built: Path, final: Path) -> None:

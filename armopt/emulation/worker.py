@@ -1,7 +1,8 @@
-"""A long-lived process on an emulated core, to which tests send work: importing PyTorch there costs 20 s."""
+"""A long-lived process on an emulated core, from which jobs are forked: importing PyTorch there costs 25 s."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import operator
@@ -12,12 +13,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from armopt.emulation.folder import DEFAULT_TORCH, PreparedFolder
 from armopt.emulation.runner import emulated_command
@@ -40,7 +42,8 @@ _TUNING_PREFIXES = (
     "LD_PRELOAD",
 )
 _CHECKOUT = Path(__file__).resolve().parents[2]
-_STARTED = b"started"
+_START_SECONDS = 300
+_STARTED, _JOB = b"started", b"j"
 
 
 class EmulatedError(ArmoptError):
@@ -75,30 +78,19 @@ class _Reply:
     failure: str
 
 
-class _Output:
-    """A file that is the process's file descriptor 1 or 2, so that what it wrote outlives even its crash.
+@dataclass(frozen=True)
+class _Ended:
+    """The job's process ended without a reply, perhaps because it took too long."""
 
-    Nothing in Python's sys.stdout is replaced: oneDNN writes its log with C's printf.
-    """
-
-    def __init__(self) -> None:
-        self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the worker
-        self._start = 0
-
-    def mark(self) -> None:
-        """Forgets what was written until now."""
-        self._start = os.fstat(self.file.fileno()).st_size
-
-    def read(self) -> str:
-        """Returns what was written since the mark; pread, because the process shares the file's position."""
-        size = os.fstat(self.file.fileno()).st_size - self._start
-        return os.pread(self.file.fileno(), size, self._start).decode(errors="replace")
+    code: int
+    timed_out: bool = False
 
 
 class EmulatedWorker:
-    """A process on an emulated core that has imported PyTorch and runs functions sent to it, one by one.
+    """A process on an emulated core that has imported PyTorch; each call runs a function in a fork of it.
 
-    It starts with the first call. A crash or a time-out costs that call only: the next one starts it anew.
+    It starts with the first call. Jobs see nothing of each other, may run at the same time, called from several
+    threads, and a crash or a time-out costs that job only.
 
     Args:
         cpu: A core by QEMU's name (``neoverse-v1``).
@@ -124,8 +116,10 @@ class EmulatedWorker:
         self._folder = folder
         self._preload = preload
         self._process: subprocess.Popen[bytes] | None = None
-        self._channel: Connection[bytes, bytes] | None = None
-        self._stdout, self._stderr = _Output(), _Output()
+        self._control: socket.socket | None = None
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the worker
+        self._lock = threading.Lock()
+        self._jobs: set[int] = set()
 
     def __enter__(self) -> EmulatedWorker:
         return self
@@ -138,7 +132,7 @@ class EmulatedWorker:
 
         Args:
             job: ``"tests.arm64.jobs:function"``, or a function of a module that can be imported there.
-            timeout: Seconds until the worker is killed.
+            timeout: Seconds until the job is killed, with all that it started.
             arguments: Its keyword arguments; they and the result are pickled (paths for anything large).
 
         Raises:
@@ -146,37 +140,66 @@ class EmulatedWorker:
             HostError: The folder is not prepared.
         """
         name = job if isinstance(job, str) else f"{job.__module__}:{job.__qualname__}"
-        request = pickle.dumps(_Request(name, pickle.dumps(arguments)))
-        channel = self._running()
-        self._mark()
-        try:
-            channel.send_bytes(request)
-            reply = pickle.loads(self._receive(channel, timeout, name))
-        except (EOFError, OSError):
-            raise self._lost(name) from None
-        assert isinstance(reply, _Reply)
-        if reply.failure:
-            raise self._error(reply.failure.rstrip(), name)
-        return EmulatedResult(pickle.loads(reply.value), self._stdout.read(), self._stderr.read())
+        request = _Request(name, pickle.dumps(arguments))
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            reply = self._run(request, timeout, out, err)
+            stdout, stderr = _text(out), _text(err)
+        if isinstance(reply, _Reply) and not reply.failure:
+            return EmulatedResult(pickle.loads(reply.value), stdout, stderr)
+        failure, hint = "", ""
+        if isinstance(reply, _Reply):
+            failure = reply.failure.rstrip()
+        elif reply.timed_out:
+            failure = f"took longer than {timeout:g} s on the emulated {self.cpu} and was killed"
+            hint = "Give it smaller sizes or a longer timeout: FP32 runs at about 250 M multiply-adds/s"
+        else:
+            failure = "\n".join([f"the emulated {self.cpu} {_ending(reply.code)}", *stderr.splitlines()[-20:]])
+        raise EmulatedError(failure, where=name, hint=hint, stdout=stdout, stderr=stderr)
 
     def close(self) -> None:
-        """Ends the process, if there is one."""
-        if self._channel:
-            self._channel.close()  # it ends when its channel does
-            self._channel = None
+        """Ends the process and its jobs, if there are any."""
+        for pid in list(self._jobs):
+            _kill(pid)
+        if self._control:
+            self._control.close()  # the process ends when this does
+            self._control = None
         if self._process:
             try:
                 self._process.wait(timeout=5)
             except subprocess.TimeoutExpired:
-                self._kill()
+                _kill(self._process.pid)
+                self._process.wait()
             self._process = None
 
-    def _running(self) -> Connection[bytes, bytes]:
-        if self._channel and self._process and self._process.poll() is None:
-            return self._channel
+    def _run(self, request: _Request, timeout: float, out: IO[bytes], err: IO[bytes]) -> _Reply | _Ended:
+        """What a fork of the process answers, or how it ended; all it writes goes to `out` and `err`."""
+        ours, theirs = socket.socketpair()
+        with Connection(ours.detach()) as channel, theirs:
+            with self._lock:
+                socket.send_fds(self._running(), [_JOB], [theirs.fileno(), out.fileno(), err.fileno()])
+            theirs.close()
+            pid = 0
+            try:
+                pid = channel.recv()
+                self._jobs.add(pid)
+                channel.send(request)
+                late = not channel.poll(timeout)
+                if late:
+                    _kill(pid)
+                reply: _Reply | _Ended = channel.recv()
+            except (EOFError, ConnectionError):
+                raise self._lost(request.job) from None
+            finally:
+                self._jobs.discard(pid)
+        return replace(reply, timed_out=late) if isinstance(reply, _Ended) else reply
+
+    def _running(self) -> socket.socket:
+        """The socket on which the process takes jobs."""
+        if self._control and self._process and self._process.poll() is None:
+            return self._control
         self.close()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(_TUNING_PREFIXES)}
-        ours, theirs = socket.socketpair()
+        self._control, theirs = socket.socketpair()
         with theirs:
             serve = f"from armopt.emulation import worker; worker.serve({theirs.fileno()}, {self._preload!r})"
             command, env = emulated_command(
@@ -186,77 +209,98 @@ class EmulatedWorker:
                 env={**inherited, **self.env},
                 folder=self._folder,
             )
-            self._mark()
             self._process = subprocess.Popen(
                 command,
                 env=env,
                 cwd=_CHECKOUT,
                 stdin=subprocess.DEVNULL,
-                stdout=self._stdout.file,
-                stderr=self._stderr.file,
+                stdout=self._said,
+                stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # so that all it started can be killed with it
             )
-        self._channel = Connection(ours.detach())
+        self._control.settimeout(_START_SECONDS)
+        what = f"import {self._preload}"
         try:
-            assert self._receive(self._channel, 300, f"import {self._preload}") == _STARTED
-        except (EOFError, OSError):
-            raise self._lost(f"import {self._preload}") from None
-        return self._channel
-
-    def _receive(self, channel: Connection[bytes, bytes], timeout: float, job: str) -> bytes:
-        if channel.poll(timeout):
-            return channel.recv_bytes()
-        self._kill()
-        raise self._error(
-            f"took longer than {timeout:g} s on the emulated {self.cpu} and was killed",
-            job,
-            hint="Give it smaller sizes or a longer timeout: FP32 runs at about 250 M multiply-adds/s",
-        )
+            started = self._control.recv(len(_STARTED))
+        except TimeoutError:
+            _kill(self._process.pid)
+            raise EmulatedError(f"took longer than {_START_SECONDS} s on the emulated {self.cpu}", where=what) from None
+        if started != _STARTED:
+            raise self._lost(what)
+        self._control.settimeout(None)
+        return self._control
 
     def _lost(self, job: str) -> EmulatedError:
-        """The process is gone: says how, with the last lines it wrote."""
+        """The process itself is gone: says how, with the last lines it wrote."""
         assert self._process
         try:
             code = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            self._kill()
+            _kill(self._process.pid)
             code = -signal.SIGKILL
-        ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        tail = "\n".join(self._stderr.read().splitlines()[-20:])
-        return self._error(f"the emulated {self.cpu} {ended}\n{tail}".rstrip(), job)
+        said = _text(self._said)
+        what = "\n".join([f"the emulated {self.cpu} {_ending(code)}", *said.splitlines()[-20:]])
+        return EmulatedError(what, where=job, stderr=said)
 
-    def _error(self, what: str, job: str, hint: str = "") -> EmulatedError:
-        return EmulatedError(what, where=job, hint=hint, stdout=self._stdout.read(), stderr=self._stderr.read())
 
-    def _mark(self) -> None:
-        for output in (self._stdout, self._stderr):
-            output.mark()
+def _text(file: IO[bytes]) -> str:
+    """All that was written; pread, because processes share the file's position."""
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
 
-    def _kill(self) -> None:
-        if self._process:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+
+def _ending(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+
+
+def _kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 # --- the emulated side ----------------------------------------------------------------------------
 
 
 def serve(descriptor: int, preload: str) -> None:
-    """Runs jobs until the channel closes. This is what the emulated process executes."""
+    """Forks a process for each job until the socket closes. This is what the emulated process executes."""
     importlib.import_module(preload)
-    channel: Connection[bytes, bytes] = Connection(descriptor)
-    os.set_inheritable(descriptor, False)  # a program that a job starts must not hold the channel open
-    channel.send_bytes(_STARTED)
+    control = socket.socket(fileno=descriptor)
+    control.set_inheritable(False)  # a program that a job starts must not hold it open
+    control.sendall(_STARTED)
     while True:
-        try:
-            request = pickle.loads(channel.recv_bytes())
-        except EOFError:
+        asked, descriptors, _, _ = socket.recv_fds(control, len(_JOB), 3)
+        if not asked:
             os._exit(0)  # PyTorch's own end takes seconds under emulation, and there is nothing left to save
-        channel.send_bytes(pickle.dumps(_run(request)))
+        if os.fork() == 0:
+            control.close()
+            _watch(*descriptors)
+        for each in descriptors:
+            os.close(each)
+        with contextlib.suppress(ChildProcessError):  # of those before, so that none stays a zombie
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
 
-def _run(request: _Request) -> _Reply:
+def _watch(descriptor: int, out: int, err: int) -> NoReturn:
+    """Forks the job's own process, and says how it ended where it can't say so itself."""
+    channel: Connection[Any, Any] = Connection(descriptor)
+    os.set_inheritable(descriptor, False)
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()  # so that all it starts can be killed with it
+        # Nothing in Python's sys.stdout is replaced: oneDNN writes its log with C's printf.
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        channel.send(os.getpid())
+        channel.send(_answer(channel.recv()))
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    if status:
+        channel.send(_Ended(os.waitstatus_to_exitcode(status)))
+    os._exit(0)
+
+
+def _answer(request: _Request) -> _Reply:
     value, failure = b"", ""
     try:
         arguments = pickle.loads(request.arguments)

@@ -1,11 +1,10 @@
 """Workers on emulated cores, one per (core, PyTorch, environment) for the whole session."""
 
 import os
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tests.arm64 import bundles
 REQUIRE_VARIABLE = "ARMOPT_REQUIRE_ARM64"  # "1": an unprepared folder fails these tests, it does not skip them
 HERE = Path(__file__).parent
 JOBS = "tests.arm64.jobs_bundles"
+PRELOAD = "tests.arm64.preload"
 
 RequireTorch = Callable[[str], PreparedFolder]
 #: What is worth knowing of a run that no assertion tells; printed at the end.
@@ -68,17 +68,21 @@ def require_torch() -> RequireTorch:
 
 
 @pytest.fixture(scope="session")
-def arm64(require_torch: RequireTorch) -> Iterator[Callable[..., EmulatedWorker]]:
-    """arm64(cpu, torch_version, env): the session's worker on that core, started by its first call."""
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Where probes keep what they find: what an earlier session found is no proof."""
+    return {"ARMOPT_CACHE": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture(scope="session")
+def arm64(require_torch: RequireTorch, verdicts: dict[str, str]) -> Iterator[Callable[..., EmulatedWorker]]:
+    """arm64(env): the session's Graviton3 with that environment, for what no server has; started by its first call."""
     workers: dict[object, EmulatedWorker] = {}
 
-    def worker(
-        cpu: str = "graviton3", torch_version: str = "2.10.0", env: Mapping[str, str] | None = None
-    ) -> EmulatedWorker:
-        require_torch(torch_version)
-        key = (cpu, torch_version, tuple(sorted((env or {}).items())))
+    def worker(env: dict[str, str]) -> EmulatedWorker:
+        folder = require_torch("2.10.0")
+        key = tuple(sorted(env.items()))
         if key not in workers:
-            workers[key] = EmulatedWorker(core_named(cpu).name, torch_version, env)
+            workers[key] = EmulatedWorker("neoverse-v1", "2.10.0", env | verdicts, folder=folder, preload=PRELOAD)
         return workers[key]
 
     yield worker
@@ -107,31 +111,21 @@ HOSTS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Server:
-    """A worker in the environment of a bundle, with a queue of jobs: at most two servers work at a time."""
+    """A worker in the environment of a bundle, and the queue that it shares with the other servers."""
 
     host: Host
     worker: EmulatedWorker
-    turn: threading.Semaphore
-    queue: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    queue: ThreadPoolExecutor
 
     def submit(self, job: str, **arguments: Any) -> "Future[EmulatedResult]":
         """Queues a job."""
-
-        def run() -> EmulatedResult:
-            with self.turn:
-                return self.worker.call(job, **arguments)
-
-        return self.queue.submit(run)
+        return self.queue.submit(self.worker.call, job, **arguments)
 
     def call(self, job: str, **arguments: Any) -> EmulatedResult:
-        """Runs a job, after those that are queued."""
-        return self.submit(job, **arguments).result()
-
-    def close(self) -> None:
-        self.queue.shutdown(cancel_futures=True)
-        self.worker.close()
+        """Runs a job at once, beside those that are queued."""
+        return self.worker.call(job, **arguments)
 
 
 @pytest.fixture(scope="session")
@@ -152,13 +146,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], bundl
 def server(
     require_torch: RequireTorch,
     made: Callable[[str, str], bundles.Made],
-    tmp_path_factory: pytest.TempPathFactory,
+    verdicts: dict[str, str],
 ) -> Iterator[Callable[[str], Server]]:
     """server(name): one of HOSTS, with the environment that `armopt run` gives on it."""
     started: dict[str, Server] = {}
     asked: dict[str, EmulatedWorker] = {}  # to know that environment, no torch is needed
-    turn = threading.Semaphore(2)
-    cache = str(tmp_path_factory.mktemp("cache"))  # what probes found in an earlier session is no proof
+    queue = ThreadPoolExecutor(2)
 
     def start(name: str) -> Server:
         if name not in started:
@@ -170,14 +163,12 @@ def server(
                 )
             bundle = made("convnet", host.cpu).path
             env = asked[host.torch_version].call(f"{JOBS}:run_environment", bundle=bundle, threads=1).value
-            env = {name: value for name, value in env.items() if name not in host.lacks} | {"ARMOPT_CACHE": cache}
-            started[name] = Server(
-                host, EmulatedWorker(core_named(host.cpu).name, host.torch_version, env, folder=folder), turn
-            )
+            env = {name: value for name, value in env.items() if name not in host.lacks} | verdicts
+            worker = EmulatedWorker(core_named(host.cpu).name, host.torch_version, env, folder=folder, preload=PRELOAD)
+            started[name] = Server(host, worker, queue)
         return started[name]
 
     yield start
-    for worker in asked.values():
+    queue.shutdown(wait=False, cancel_futures=True)
+    for worker in (*asked.values(), *(server.worker for server in started.values())):
         worker.close()
-    for each in started.values():
-        each.close()

@@ -98,6 +98,14 @@ def load_error(bundle, strict=False):
     return None
 
 
+def examine(environ):
+    """What `armopt doctor` finds where variables are set too late: torch is imported."""
+    from armopt.deploy import doctor
+
+    os.environ.update(environ)
+    return doctor.examine()
+
+
 def command(*, arguments):
     """`python -m armopt ARGUMENTS`, in this process, where torch is imported already; returns its exit code."""
     before = sys.argv

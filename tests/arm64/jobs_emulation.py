@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 MIDR = "/sys/devices/system/cpu/cpu1/regs/identification/midr_el1"
 
@@ -51,6 +53,25 @@ def unpicklable():
 
 def sleep(seconds):
     time.sleep(seconds)
+
+
+def process():
+    """The process that jobs are forked from: it leads the group of the one that watches this job."""
+    return os.getpgid(os.getppid())
+
+
+def meet(folder, name, other):
+    """Whether the job of the other name runs at the same time."""
+    (Path(folder) / name).touch()
+    deadline = time.monotonic() + 60
+    while not (found := (Path(folder) / other).exists()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return found
+
+
+def start_and_sleep(path):
+    Path(path).write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
+    time.sleep(1000)
 
 
 def crash():

@@ -19,7 +19,6 @@ from armopt.ir.bf16_flow import ATTENTION
 from armopt.ir.records import Site
 from armopt.kernels import table
 from armopt.runtime import onednn_log
-from benchmarks.arm64 import counting, models
 from tests.arm64 import bundles
 
 JOBS = "tests.arm64.jobs_bundles"
@@ -255,12 +254,11 @@ def _sizes(execution: onednn_log.Execution) -> dict[str, int]:
     return {name: int(size) for name, size in re.findall(r"([a-z]+)(\d+)", execution.problem)}
 
 
-def test_half_the_bytes_of_fp32_and_little_more_while_loading(arm64, made, tmp_path, figures):
+def test_half_the_bytes_of_fp32_and_little_more_while_loading(arm64, made, figures):
     """As the page tables have it: all of the process's data, with what probes take, and not the emulator's own."""
     small, large = made("convnet", "graviton3"), made("resnet50", "graviton3")
-    env = counting.FAST_MATH | models.FREED_AT_ONCE | {"ARMOPT_CACHE": str(tmp_path)}
     job = "benchmarks.arm64.jobs:memory"
-    taken = arm64("graviton3", "2.10.0", env).call(job, path=str(large.path), first=str(small.path)).value
+    taken = arm64(bundles.BARE).call(job, path=str(large.path), first=str(small.path)).value
     loaded, peak = taken["loaded"] / taken["fp32_bytes"], taken["peak"] / taken["bytes"]
     figures.append(f"ResNet-50 in memory: {loaded:.2f} of FP32's bytes, {peak:.2f} of the bundle's while it loads")
     assert 0.45 < loaded <= 0.55

@@ -20,7 +20,7 @@ from armopt.emulation import (
 from armopt.targets.emulated import core_named
 
 JOBS = "tests.arm64.jobs_emulation"
-BF16 = {"DNNL_DEFAULT_FPMATH_MODE": "BF16", "OMP_NUM_THREADS": "1"}
+SERVERS = {"2.10.0": "graviton3", "2.13.0": "graviton3-torch2.13"}
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +180,8 @@ def test_closing_ends_the_process(require_torch):
 
 
 @pytest.mark.parametrize("torch_version", TORCH_VERSIONS)
-def test_pytorch_and_torchvision_work(arm64, torch_version):
-    facts = arm64("graviton3", torch_version, BF16).call(f"{JOBS}:torch_facts").value
+def test_pytorch_and_torchvision_work(server, torch_version):
+    facts = server(SERVERS[torch_version]).call(f"{JOBS}:torch_facts").value
     assert facts == {
         "version": torch_version,
         "vision": {"2.10.0": "0.25.0", "2.13.0": "0.28.0"}[torch_version],
@@ -193,16 +193,16 @@ def test_pytorch_and_torchvision_work(arm64, torch_version):
     }
 
 
-def test_tensors_cross_the_boundary(arm64):
+def test_tensors_cross_the_boundary(server):
     left, right = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
-    product = arm64("graviton3", "2.10.0", BF16).call(f"{JOBS}:tensor_product", left=left, right=right).value
+    product = server("graviton3").call(f"{JOBS}:tensor_product", left=left, right=right).value
     # float64 sums of 4 products, in another order at most: a few units in the last place
     torch.testing.assert_close(product, left @ right, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize(("torch_version", "linear"), [("2.10.0", ",acl,"), ("2.13.0", ",gemm:ref,")])
-def test_onednns_log_can_be_switched_on_for_one_call(arm64, torch_version, linear):
-    result = arm64("graviton3", torch_version, BF16).call(f"{JOBS}:packed_calls")
+def test_onednns_log_can_be_switched_on_for_one_call(server, torch_version, linear):
+    result = server(SERVERS[torch_version]).call(f"{JOBS}:packed_calls")
     _, convolution_log, linear_log = result.stdout.split("# ")
     runs = {
         name: [line for line in log.splitlines() if ",exec," in line]

@@ -20,12 +20,13 @@ from armopt.emulation import TORCH_VERSIONS, EmulatedWorker, PreparedFolder, emu
 from armopt.environment import build
 from armopt.runtime import onednn_log
 from armopt.targets.emulated import core_named
+from tests.arm64 import bundles
 from tests.library_names import variables_read
 from tests.packing import is_packing
 
 HERE = Path(__file__).parent
-FAST_MATH = {"DNNL_DEFAULT_FPMATH_MODE": "BF16", "OMP_NUM_THREADS": "1"}
 EXAMINE = "armopt.deploy.doctor:examine"
+JOBS = "tests.arm64.jobs_bundles"
 
 
 def checks(report):
@@ -144,31 +145,29 @@ def test_armopt_run_preloads_the_hosts_allocator(require_torch, bundle, given, s
 
 
 def test_a_good_build_answers_and_a_missing_variable_is_found(arm64, bundle):
-    report = arm64("graviton3", "2.10.0", FAST_MATH).call(EXAMINE, bundle=str(bundle)).value
+    report = arm64(bundles.BARE).call(EXAMINE, bundle=str(bundle)).value
     assert set(checks(report).values()) == {"ok"}, report.checks
     assert "acl on bf16 weights" in report.checks[0].found
     assert report.host["products"] == "graviton3"
     assert report.facts["blas_core"] == "neoversev1"
     assert report.verdicts
     assert {verdict.reason for verdict in report.verdicts} == {""}
-    # the session's workers are started without them
+    # it is started without them
     severities = {name: f.severity for name, f in findings(report).items()}
     assert severities == {"LRU_CACHE_CAPACITY": "soft", "malloc": "info"}
     assert "armopt run BUNDLE" in report.findings[0].remedy
     assert not report.healthy
 
 
-def test_a_preloaded_allocator_is_seen(require_torch):
-    require_torch("2.10.0")
-    with EmulatedWorker("neoverse-v1", "2.10.0", {**FAST_MATH, "LD_PRELOAD": TCMALLOC}) as worker:
-        report = worker.call(EXAMINE).value
+def test_a_preloaded_allocator_is_seen(server):
+    report = server("graviton3").call(EXAMINE).value  # `armopt run` preloads it
     assert report.facts["malloc"].startswith("libtcmalloc_minimal.so.4")
     assert "malloc" not in findings(report)
     assert set(checks(report).values()) == {"ok"}, report.checks
 
 
-def test_a_core_without_bf16(arm64, bundle):
-    worker = arm64("graviton2", "2.10.0", FAST_MATH)
+def test_a_core_without_bf16(server, bundle):
+    worker = server("graviton2")
     alone = worker.call(EXAMINE).value
     assert checks(alone) == {
         **dict.fromkeys(("ACL BF16", "fast math", "BLAS BF16", "BLAS BF16, one row"), "skipped"),
@@ -182,15 +181,11 @@ def test_a_core_without_bf16(arm64, bundle):
     assert refused.findings[0].found == "neoverse-n1 with no bf16"
 
 
-def test_a_variable_set_too_late(arm64):
-    worker = arm64("graviton3", "2.10.0", {"OMP_NUM_THREADS": "1"})
+def test_a_variable_set_too_late(server):
+    worker = server("graviton3-no-fpmath")
     unset = findings(worker.call(EXAMINE).value)["DNNL_DEFAULT_FPMATH_MODE"]
     assert (unset.severity, unset.found) == ("soft", "unset")
-    worker.call("os:environ.setdefault", key="DNNL_DEFAULT_FPMATH_MODE", value="BF16")
-    try:
-        report = worker.call(EXAMINE).value
-    finally:
-        worker.call("os:environ.pop", key="DNNL_DEFAULT_FPMATH_MODE")
+    report = worker.call(f"{JOBS}:examine", environ={"DNNL_DEFAULT_FPMATH_MODE": "BF16"}).value
     assert checks(report)["fast math"] == "failed"
     assert checks(report)["ACL BF16"] == "ok"
     late = findings(report)["fast math"]
@@ -199,8 +194,8 @@ def test_a_variable_set_too_late(arm64):
     assert "DNNL_DEFAULT_FPMATH_MODE" not in findings(report)
 
 
-def test_a_blas_without_sbgemm(arm64):
-    report = arm64("graviton3", "2.13.0", FAST_MATH).call(EXAMINE).value
+def test_a_blas_without_sbgemm(server):
+    report = server("graviton3-torch2.13").call(EXAMINE).value
     assert {name for name, status in checks(report).items() if status != "ok"} == {"BLAS BF16"}
     found = findings(report)["BF16 in BLAS"]
     assert (found.severity, found.found) == ("info", "NVPL has no sbgemm")
@@ -263,7 +258,7 @@ def test_a_wheel_without_acl(require_torch, bundle, tmp_path):
     library.unlink()
     library.write_bytes(content)
     folder = OtherSite(prepared.path, site)
-    with EmulatedWorker("neoverse-v1", "2.10.0", FAST_MATH, folder=folder) as worker:
+    with EmulatedWorker("neoverse-v1", "2.10.0", bundles.BARE, folder=folder) as worker:
         report = worker.call(EXAMINE, bundle=str(bundle)).value
     assert "acl" not in report.facts
     failed = {name for name, status in checks(report).items() if status == "failed"}

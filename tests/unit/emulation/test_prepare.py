@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -74,6 +75,27 @@ def test_a_damaged_part_is_noticed_and_only_it_is_rebuilt(tmp_path, built, damag
     prepare(["2.10.0"], folder)
     assert built == ["root"]
     folder.require("2.10.0")
+
+
+def test_a_library_of_other_bytes_is_rebuilt_though_its_size_is_right(tmp_path, built):
+    folder = PreparedFolder(tmp_path)
+    prepare(["2.10.0"], folder)
+    built.clear()
+    (folder.root / "libpart.so").write_bytes(b"CONTENT")
+    folder.require("2.10.0")  # what starts a process looks at sizes alone, for it has no time
+    prepare(["2.10.0"], folder)
+    assert built == ["root"]
+    assert (folder.root / "libpart.so").read_bytes() == b"content"
+
+
+def test_downloads_of_another_recipe_go_once_the_part_is_made(tmp_path, built):
+    folder = PreparedFolder(tmp_path)
+    part = folder.parts("2.10.0")[1]
+    older, kept = folder.downloads(replace(part, recipe="older")), folder.downloads(part)
+    for path in (older, kept):
+        path.mkdir(parents=True)
+    prepare(["2.10.0"], folder)
+    assert list(older.parent.iterdir()) == [kept]
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, built, monkeypatch):
