@@ -12,9 +12,9 @@ import torch
 from armopt import capture
 from armopt.bundle import codec, operations
 from armopt.bundle.program import describe_program
-from armopt.compiler import stages
+from armopt.compiler.recipe import Recipe
+from armopt.compiler.source import capture_model
 from armopt.models import torchvision_ops
-from armopt.plan.policies import find_policy
 from tests import zoo_models
 
 #: What the captured, prepared and lowered graphs of the zoo call: docs/coverage.md's models, detection, video and flow.
@@ -34,9 +34,9 @@ def test_what_is_captured_now_is_on_it(name: str) -> None:
     """And the arguments are what the operations take."""
     model = zoo_models.MODELS[name]()
     captured = capture.module(model, (), zoo_models.EXAMPLES[name](), source=name)
-    target = stages.find_target("graviton3")
-    planned = stages.make_plan(captured, target, find_policy(None, target), [{}])
-    for program in (*stages.lower(planned), describe_program(planned.prepared, {}, {})):
+    recipe = Recipe.of("graviton3")
+    planned = recipe.plan_part(capture_model(captured).parts[0])
+    for program in (*recipe.lower_part(planned), describe_program(planned.prepared.graph_module, {}, {})):
         stored = codec.encode(program)
         again = codec.decode(stored, dict(program.graph_module.named_buffers()), name)
         assert codec.encode(again) == stored
