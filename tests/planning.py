@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from armopt.bundle.program import Program
+from armopt.compiler.captured_model import capture_model
 from armopt.compiler.recipe import Planned, Recipe
-from armopt.compiler.source import capture_model
 from armopt.ir.records import Captured
 from armopt.plan.planner import Policy
 from armopt.plan.threshold_policy import ThresholdPolicy

@@ -35,7 +35,7 @@ def read_manifest(path: Path | str) -> manifest.Manifest:
         BundleError: There is no bundle, or its manifest is damaged.
     """
     path = Path(path)
-    return manifest.from_bytes(Source(path).read(manifest.NAME), path / manifest.NAME)
+    return manifest.from_bytes(BundleFiles(path).read(manifest.NAME), path / manifest.NAME)
 
 
 def damaged(path: Path) -> BundleError:
@@ -43,7 +43,7 @@ def damaged(path: Path) -> BundleError:
     return BundleError("was changed or damaged after it was written", where=str(path), hint="Copy the bundle again")
 
 
-class Source:
+class BundleFiles:
     """A folder or a zip file, by name."""
 
     def __init__(self, path: Path) -> None:

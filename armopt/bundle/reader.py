@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load
 
 from armopt.bundle import codec, graph_file, legacy, manifest, schema
-from armopt.bundle.files import GRAPH, KEPT, REFERENCE_GRAPH, REFERENCE_WEIGHTS, WEIGHTS, Source, damaged
+from armopt.bundle.files import GRAPH, KEPT, REFERENCE_GRAPH, REFERENCE_WEIGHTS, WEIGHTS, BundleFiles, damaged
 from armopt.bundle.mapped_weights import MappedTensors
 from armopt.bundle.program import Part, Program
 from armopt.errors import BundleError
@@ -71,28 +71,28 @@ def read(path: Path | str, *, reference: bool = False) -> Bundle:
         BundleError: A file is missing, extra or changed; the message names it.
     """
     path = Path(path)
-    source = Source(path)
-    described = manifest.from_bytes(source.read(manifest.NAME), path / manifest.NAME)
-    present = source.names() - {manifest.NAME}
+    stored = BundleFiles(path)
+    described = manifest.from_bytes(stored.read(manifest.NAME), path / manifest.NAME)
+    present = stored.names() - {manifest.NAME}
     with_reference = reference and bool(KEPT & present)
     wanted = {name: digest for name, digest in described.files.items() if with_reference or name not in KEPT}
-    _check_files(source, path, described, wanted, present)
-    weights, release = _tensors(source, WEIGHTS)
+    _check_files(stored, path, described, wanted, present)
+    weights, release = _tensors(stored, WEIGHTS)
     where = str(path / GRAPH)
-    graph = _graph(source.read(GRAPH), described, where)
+    graph = _graph(stored.read(GRAPH), described, where)
     parts = tuple(_part(part, weights, where) for part in graph.parts)
     _check_parts(described, parts, where)
     rest = {name.removeprefix("/"): tensor for name, tensor in weights.items() if name.startswith("/")}
     kept = None
     if REFERENCE_GRAPH in wanted:
-        exact = weights | _tensors(source, REFERENCE_WEIGHTS)[0]
+        exact = weights | _tensors(stored, REFERENCE_WEIGHTS)[0]
         place = str(path / REFERENCE_GRAPH)
-        kept = codec.decode(_reference(source.read(REFERENCE_GRAPH), described, place), exact, place)
+        kept = codec.decode(_reference(stored.read(REFERENCE_GRAPH), described, place), exact, place)
     return Bundle(path, described, parts, rest, release, kept)
 
 
 def _check_files(
-    source: Source, path: Path, described: manifest.Manifest, wanted: Mapping[str, str], present: Set[str]
+    stored: BundleFiles, path: Path, described: manifest.Manifest, wanted: Mapping[str, str], present: Set[str]
 ) -> None:
     """Refuses a bundle whose files are not those that were written.
 
@@ -106,7 +106,7 @@ def _check_files(
             "does not belong to the bundle", where=str(path / name), hint="Remove it, or copy the bundle again"
         )
     for name, digest in wanted.items():
-        if source.hash(name) != digest:
+        if stored.hash(name) != digest:
             raise damaged(path / name)
 
 
@@ -158,9 +158,9 @@ def _check_parts(described: manifest.Manifest, parts: Sequence[Part], where: str
                 raise BundleError(what, where=f"{where}: {part.path}", hint="Make the bundle again")
 
 
-def _tensors(source: Source, name: str) -> tuple[dict[str, torch.Tensor], Callable[[torch.Tensor], None]]:
+def _tensors(stored: BundleFiles, name: str) -> tuple[dict[str, torch.Tensor], Callable[[torch.Tensor], None]]:
     """The tensors of a file, and what releases one; those of a folder are mapped, not copied into memory."""
-    if source.folder is None:
-        return load(source.read(name)), lambda tensor: None
-    mapped = MappedTensors(source.folder / name)
+    if stored.folder is None:
+        return load(stored.read(name)), lambda tensor: None
+    mapped = MappedTensors(stored.folder / name)
     return mapped.tensors, mapped.release

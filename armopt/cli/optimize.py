@@ -56,9 +56,9 @@ def optimize(
 
     from armopt import progress
     from armopt.compiler import optimize
+    from armopt.compiler.captured_model import capture_model
     from armopt.compiler.checks import Checks
     from armopt.compiler.output import Output as Place
-    from armopt.compiler.source import capture_model
     from armopt.onnx_export.options import OnnxOptions
 
     out = Output(as_json)

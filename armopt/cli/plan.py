@@ -37,7 +37,7 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show which kernel each layer would get, and why. Writes nothing but what --html asks for."""
-    from armopt.compiler import source
+    from armopt.compiler import captured_model
 
     if until and not text:
         raise InputError("stops between passes, where there is no plan", where="--until", hint="Add --text")
@@ -51,7 +51,7 @@ def plan(
         progress("capture", 0, 2)
         captured = options.open_model(model, reference, described, samples, sizes, trust_pickle)
         progress("plan", 1, 2)
-        (part,) = source.capture_model(captured, batch=sizes).parts
+        (part,) = captured_model.capture_model(captured, batch=sizes).parts
         if text:
             out.text(_graphs(recipe, part))
             return

@@ -14,8 +14,8 @@ from armopt.bundle import files, schema, writer
 from armopt.bundle import manifest as manifests
 from armopt.bundle.program import Part
 from armopt.capture import inputs
+from armopt.compiler.captured_model import CapturedModel
 from armopt.compiler.checks import Judged
-from armopt.compiler.source import Source
 from armopt.ir.records import Captured, ExampleSpec, Signature, Target
 from armopt.passes._pipeline import Record
 
@@ -25,13 +25,13 @@ class Optimized:
     """A model before it is written.
 
     Attributes:
-        source: What was captured.
+        model: What was captured.
         target: What it is for.
         judged: By path of the part, what is written of it.
         accuracy: The report.
     """
 
-    source: Source
+    model: CapturedModel
     target: Target
     judged: Mapping[str, Judged]
     accuracy: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Optimized:
     @property
     def rest(self) -> Mapping[str, torch.Tensor]:
         """Parameters and buffers of all that is in no part, by name."""
-        return self.source.shell.state if self.source.shell is not None else {}
+        return self.model.shell.state if self.model.shell is not None else {}
 
     def parts(self) -> list[Part]:
         """What the bundle holds of each part."""
@@ -75,9 +75,9 @@ class Optimized:
             accuracy=schema.convert(self.accuracy, manifests.Accuracy, "accuracy"),
             onnxruntime=onnxruntime,
             weights=manifests.Weights(
-                _bytes(writer.collect_weights(self.parts(), self.rest).values()), _bytes(self.source.tensors)
+                _bytes(writer.collect_weights(self.parts(), self.rest).values()), _bytes(self.model.tensors)
             ),
-            refused=(*refused, *self.source.left),
+            refused=(*refused, *self.model.left),
         )
 
     def texts(self, variables: Mapping[str, environment.Variable]) -> dict[str, str]:
@@ -93,10 +93,10 @@ class Optimized:
         """What the manifest says of the model."""
         parts = tuple(
             manifests.PartInputs(part.path, part.captured.input_specs, part.captured.symbols)
-            for part in self.source.parts
+            for part in self.model.parts
         )
-        factory = self.source.shell.factory if self.source.shell is not None else ""
-        return manifests.Model(self.source.name, self.source.digest, parts, factory)
+        factory = self.model.shell.factory if self.model.shell is not None else ""
+        return manifests.Model(self.model.name, self.model.digest, parts, factory)
 
 
 def describe_part(judged: Judged) -> Part:

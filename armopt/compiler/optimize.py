@@ -16,10 +16,10 @@ from armopt.accuracy.report import page
 from armopt.bundle import manifest, writer
 from armopt.bundle.program import describe_program
 from armopt.compiler import describe
+from armopt.compiler.captured_model import CapturedModel, Inputs, Kind, Model, capture_model
 from armopt.compiler.checks import Checks, Judge, Judged, merge_repairs, merge_validations
 from armopt.compiler.output import Output
 from armopt.compiler.recipe import Recipe
-from armopt.compiler.source import Inputs, Kind, Model, Source, capture_model
 from armopt.errors import AccuracyError, ArmoptWarning, InputError
 from armopt.ir.records import Target
 from armopt.onnx_export import session
@@ -112,7 +112,7 @@ def optimize(
     return result
 
 
-def carry_out(opened: Callable[[], Source], recipe: Recipe, checks: Checks, output: Output) -> Result:
+def carry_out(opened: Callable[[], CapturedModel], recipe: Recipe, checks: Checks, output: Output) -> Result:
     """What :func:`optimize` does, whoever gives the model.
 
     Args:
@@ -129,14 +129,14 @@ def carry_out(opened: Callable[[], Source], recipe: Recipe, checks: Checks, outp
     bounds = checks.bounds()
     steps = Steps("capture", "prepare", "plan", "lower", "validate", *(("onnx",) if output.onnx else ()), "write")
     steps("capture")
-    source = opened()
-    if source.shell is not None:
+    model = opened()
+    if model.shell is not None:
         _refuse_what_needs_one_graph(checks, output)
         checks = replace(checks, task=tasks.NONE, examples="what each part gets from the example calls")
     steps("prepare")
-    prepared = [recipe.prepare(part.captured.graph_module) for part in source.parts]
+    prepared = [recipe.prepare(part.captured.graph_module) for part in model.parts]
     steps("plan")
-    planned = [recipe.plan_part(part, graph) for part, graph in zip(source.parts, prepared, strict=True)]
+    planned = [recipe.plan_part(part, graph) for part, graph in zip(model.parts, prepared, strict=True)]
     steps("lower")
     programs = [recipe.lower_part(each) for each in planned]
     steps("validate")
@@ -151,7 +151,7 @@ def carry_out(opened: Callable[[], Source], recipe: Recipe, checks: Checks, outp
         steps("onnx")
         exported = _translate(judged[""], output)
     steps("write")
-    written = _write(describe.Optimized(source, recipe.target, judged, accuracy), output, exported)
+    written = _write(describe.Optimized(model, recipe.target, judged, accuracy), output, exported)
     if output.report is not None:
         _report(judged[""], written, output, accuracy)
     steps.done()
@@ -192,7 +192,7 @@ def _write(optimized: describe.Optimized, output: Output, exported: Prepared | N
     if whole is not None:
         onnxruntime = session.describe(whole.programs, output.onnx, inside=True)
     if whole is not None and output.keep_reference:
-        (part,), prepared = optimized.source.parts, whole.planned.prepared.graph_module
+        (part,), prepared = optimized.model.parts, whole.planned.prepared.graph_module
         reference = describe_program(prepared, part.buckets[0], part.captured.values(part.buckets[0]))
     described = optimized.manifest(variables, onnxruntime)
     return writer.write(

@@ -17,9 +17,9 @@ def make_bundle(workload: str, cpu: str, torch_version: str, without: str = "") 
     `without` names a pass to leave out.
     """
     import armopt
+    from armopt.compiler.captured_model import capture_model
     from armopt.compiler.optimize import carry_out
     from armopt.compiler.recipe import Recipe
-    from armopt.compiler.source import capture_model
     from benchmarks.arm64.workloads import WORKLOADS
 
     model, inputs = WORKLOADS[workload].build()

@@ -13,8 +13,8 @@ from armopt.accuracy import compare, gates
 from armopt.accuracy.gates import Figures
 from armopt.bundle.program import Program
 from armopt.compiler import plan_page, repair
+from armopt.compiler.captured_model import capture_model
 from armopt.compiler.recipe import Planned, Recipe
-from armopt.compiler.source import capture_model
 from armopt.errors import InputError
 from armopt.ir.records import Backend, Op, Plan, Site
 from armopt.kernels import table

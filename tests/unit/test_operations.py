@@ -12,8 +12,8 @@ import torch
 from armopt import capture
 from armopt.bundle import codec, operations
 from armopt.bundle.program import describe_program
+from armopt.compiler.captured_model import capture_model
 from armopt.compiler.recipe import Recipe
-from armopt.compiler.source import capture_model
 from armopt.models import torchvision_ops
 from tests import zoo_models
 

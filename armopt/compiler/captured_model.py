@@ -39,7 +39,7 @@ class Shell:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CapturedModel:
     """A model, captured.
 
     Attributes:
@@ -77,7 +77,7 @@ class Source:
 
 def capture_model(
     model: Model, example_inputs: Inputs | None = None, *, kind: Kind = "graph", batch: Sequence[int] = ()
-) -> Source:
+) -> CapturedModel:
     """Captures a model whole, or part by part.
 
     Args:
@@ -98,10 +98,10 @@ def capture_model(
     if isinstance(model, files.Divided):
         return _divided(model)
     captured = _captured(model, example_inputs, batch)
-    return Source(captured.source, (CapturedPart("", captured, find_buckets(captured, batch)),))
+    return CapturedModel(captured.source, (CapturedPart("", captured, find_buckets(captured, batch)),))
 
 
-def _divided(model: files.Divided) -> Source:
+def _divided(model: files.Divided) -> CapturedModel:
     name = model.factory or type(model.module).__name__
     if not model.calls:
         raise InputError("the model needs example calls", where=name, hint="Pass example_inputs=[(images,), (others,)]")
@@ -112,7 +112,7 @@ def _divided(model: files.Divided) -> Source:
         for key, tensor in model.module.state_dict().items()
         if isinstance(tensor, torch.Tensor) and not key.startswith(inside)
     }
-    return Source(name, parts, left, Shell(model.module, model.factory, state))
+    return CapturedModel(name, parts, left, Shell(model.module, model.factory, state))
 
 
 def _captured(
