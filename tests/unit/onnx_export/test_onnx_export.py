@@ -504,8 +504,7 @@ def test_an_unknown_dtype() -> None:
 def translated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, translate.Translated]:
     folder = tmp_path_factory.mktemp("translated")
     bundle = make(folder, nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), (noise(3, 64),))
-    read = reader.read(bundle)
-    return bundle, export.prepare(read.programs, read.signature, OnnxOptions("bf16")).translated
+    return bundle, export.prepare(reader.read(bundle).whole, OnnxOptions("bf16")).translated
 
 
 def test_weights_beside_the_model(translated: tuple[Path, translate.Translated], tmp_path: Path) -> None:
