@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from armopt import environment as env
-from armopt import files, targets
+from armopt import targets
 from armopt.environment import build
 from armopt.errors import InputError
 from armopt.ir.records import Target
@@ -159,7 +159,7 @@ def test_a_link_to_nowhere_is_no_allocator(tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_which_allocator_is_loaded(maps: str, malloc: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "read_or_empty", lambda path: f"7f00-7f01 r-xp 00000000 08:01 42 {maps}\n")
+    monkeypatch.setattr(build, "read_or_empty", lambda path: f"7f00-7f01 r-xp 00000000 08:01 42 {maps}\n")
     assert build._malloc() == malloc
 
 

@@ -27,10 +27,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import armopt
+from armopt import environment
 from armopt.bundle import files, reader
 from armopt.cli import app
 from armopt.deploy import package, server
-from armopt.environment import variables
 from armopt.errors import BundleError, HostError, InputError
 from armopt.runtime import onednn_log
 
@@ -397,7 +397,7 @@ def test_env_of_a_bundle_and_of_a_framework(bundle: Path, form: str) -> None:
 def test_env_names_this_hosts_allocator_where_this_host_runs_the_command(
     bundle: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(variables, "allocator_library", lambda: "/usr/lib/liballocator.so.4")
+    monkeypatch.setattr(environment, "allocator_library", lambda: "/usr/lib/liballocator.so.4")
     assert "LD_PRELOAD" not in invoke("env", str(bundle), "--format", form).stdout  # the bundle is for another machine
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     # an image has files of its own
