@@ -21,7 +21,7 @@ NET = ("--model", "mynets.nets:net")
 TWO = ("--model", "mynets.nets:two_inputs")
 X = ("--input", "x=1x3x16x16")
 
-pytestmark = pytest.mark.filterwarnings("ignore::armopt.runtime.ArmoptWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::armopt.errors.ArmoptWarning")
 
 
 def load(bundle: Path) -> api.load:

@@ -31,7 +31,7 @@ TORCHVISION = (
 #: PyTorch's own BF16 autocast is no closer, see docs/coverage.md.
 LEAST_COSINE = 0.999
 
-pytestmark = pytest.mark.filterwarnings("ignore::armopt.runtime.ArmoptWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::armopt.errors.ArmoptWarning")
 
 
 def compare(expected: Any, found: Any, path: str = "") -> None:
