@@ -17,7 +17,7 @@ from armopt.compiler.recipe import Recipe
 from armopt.models import torchvision_ops
 from tests import zoo_models
 
-#: What the captured, prepared and lowered graphs of the zoo call: docs/coverage.md's models, detection, video and flow.
+#: What the captured, prepared and lowered graphs of tests.zoo_models and of torchvision's classification models call.
 ZOO = (Path(__file__).parents[1] / "data" / "zoo_operations.txt").read_text().split()
 #: Core ATen that a bundle does without: gradients, random numbers, and memory as it is found.
 NOT_FOR_BUNDLES = {"rand", "randn", "randperm", "native_dropout", "empty", "empty_strided"}
