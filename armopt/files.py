@@ -1,13 +1,15 @@
-"""Files and folders written beside their place, synced and renamed: whole or not at all. Reading where one may miss."""
+"""Files and folders made beside their place, synced and put there: whole or not at all. Reading where one may miss."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from armopt.errors import InputError
 
@@ -32,47 +34,94 @@ def write(path: Path, text: str, option: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file as UTF-8, readable for all; where that fails nothing is left, and an old one stays."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    """Writes a file as UTF-8; where that fails nothing is left, and an old one stays."""
+    with folder_beside(path) as folder:
+        ready = folder / path.name
+        ready.write_text(text, encoding="utf-8")
+        sync(ready)
+        os.replace(ready, path)
+        sync(path.absolute().parent)
 
 
 @contextlib.contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, in which what goes there is made; what is left of it at the end goes."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    """An empty folder beside `path`, in which what goes there is made; what is left of it at the end goes.
+
+    What runs that were killed have left there goes first: a folder that nobody holds locked.
+    """
+    clear_leftovers(path)
+    folder, lock = _locked_folder(path)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Removes the folders beside `path` that runs which were killed have left."""
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        beside = [each for each in path.absolute().parent.iterdir() if each.name.startswith(_prefix(path))]
+        for left in beside:
+            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            os.close(handle)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.armopt-"
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A new folder beside `path`, and the handle that holds it locked until it is closed."""
+    import fcntl
+
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.absolute().parent))
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if folder.exists():  # nobody took it for a leftover before it was locked
+                return folder, handle
+            os.close(handle)
 
 
 def put(ready: Path, path: Path) -> None:
-    """Moves a finished file or folder from beside its place to it; what is there is only dropped afterwards."""
-    old = None
-    if path.exists():
-        old = path.with_name(f".{path.name}.old-{os.getpid()}")
-        path.rename(old)
-    try:
+    """Moves a finished file or folder to its place; what is there goes to the place of the finished one.
+
+    Where the system can exchange the two at once, whoever looks sees the old one or the new one and never nothing.
+    """
+    if not path.exists():
         ready.rename(path)
-    except OSError:
-        if old is not None:
+    elif not _exchange(ready, path):
+        old = ready.with_name(f"{ready.name}.old")
+        path.rename(old)
+        try:
+            ready.rename(path)
+        except OSError:
             old.rename(path)
-        raise
-    if old is not None:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+            raise
+        old.rename(ready)
     sync(path)
     sync(path.absolute().parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two places at once; False where the system or the file system can't (Linux's renameat2)."""
+    renameat2: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def follow_umask(path: Path, mode: int = 0o666) -> None:
+    """Gives a file the mode that one made by open() would have; some libraries make theirs for the owner alone."""
+    mask = os.umask(0)  # there is no other way to ask
+    os.umask(mask)
+    path.chmod(mode & ~mask)
 
 
 def sync(path: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import stat
 import zipfile
+from io import BufferedIOBase
 from pathlib import Path
+from typing import Self, cast
 
 from armopt.bundle import manifest
 from armopt.errors import BundleError, InputError
@@ -21,11 +26,15 @@ REFERENCE_GRAPH, REFERENCE_WEIGHTS = "reference.json", "reference.safetensors"
 KEPT = frozenset({REFERENCE_GRAPH, REFERENCE_WEIGHTS})
 
 
+#: Bytes that a file of JSON may have: a graph of a hundred thousand nodes has some twenty million.
+MOST_JSON = 1 << 28
+
+
 def looks_like_bundle(path: Path) -> bool:
     """Whether there is a manifest at `path`."""
     if path.is_dir():
         return (path / manifest.NAME).is_file()
-    return zipfile.is_zipfile(path) and manifest.NAME in zipfile.ZipFile(path).namelist()
+    return path.is_file() and zipfile.is_zipfile(path) and manifest.NAME in zipfile.ZipFile(path).namelist()
 
 
 def read_manifest(path: Path | str) -> manifest.Manifest:
@@ -35,7 +44,8 @@ def read_manifest(path: Path | str) -> manifest.Manifest:
         BundleError: There is no bundle, or its manifest is damaged.
     """
     path = Path(path)
-    return manifest.from_bytes(BundleFiles(path).read(manifest.NAME), path / manifest.NAME)
+    with BundleFiles(path) as stored:
+        return manifest.from_bytes(stored.read(manifest.NAME), path / manifest.NAME)
 
 
 def damaged(path: Path) -> BundleError:
@@ -44,53 +54,141 @@ def damaged(path: Path) -> BundleError:
 
 
 class BundleFiles:
-    """A folder or a zip file, by name."""
+    """A folder or a zip file, by name.
+
+    The folder is opened once and so is each file: what was checked is what is used, also where another bundle takes
+    this one's place meanwhile.
+
+    Args:
+        path: The bundle.
+
+    Raises:
+        BundleError: There is none, or it holds something other than files.
+    """
 
     def __init__(self, path: Path) -> None:
-        if not path.exists():
-            raise BundleError("there is no such bundle", where=str(path), hint="Make one with armopt optimize")
         self._path = path
         self._archive: zipfile.ZipFile | None = None
+        self._opened: dict[str, BufferedIOBase] = {}
+        self._folder: int | None = None
+        if not path.exists():
+            raise BundleError("there is no such bundle", where=str(path), hint="Make one with armopt optimize")
         if path.is_file():
-            try:
-                self._archive = zipfile.ZipFile(path)
-            except zipfile.BadZipFile:
-                raise BundleError(
-                    "is neither a bundle folder nor a bundle zip", where=str(path), hint="Make one with armopt optimize"
-                ) from None
+            self._archive = self._open_archive()
+        elif not path.is_dir():
+            raise self._no_bundle("is neither a bundle folder nor a bundle zip")
+        elif os.open in os.supports_dir_fd:
+            self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         if manifest.NAME not in self.names():
-            raise BundleError(
-                "is not a bundle: it has no manifest.json", where=str(path), hint="Make one with armopt optimize"
-            )
+            raise self._no_bundle("is not a bundle: it has no manifest.json")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in (*self._opened.values(), self._archive):
+            if file is not None:
+                file.close()
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
 
     def names(self) -> set[str]:
         """All files."""
         if self._archive is not None:
             return set(self._archive.namelist())
-        return {entry.name for entry in self._path.iterdir()}
+        return set(os.listdir(self._path if self._folder is None else self._folder))
 
     def read(self, name: str) -> bytes:
-        """One file."""
+        """A file of JSON.
+
+        Raises:
+            BundleError: It is larger than any that armopt writes, or damaged.
+            InputError: The system can't read it.
+        """
+        file = self.open(name)
         try:
-            if self._archive is not None:
-                return self._archive.read(name)
-            return (self._path / name).read_bytes()
-        except zipfile.BadZipFile:
+            content = file.read(MOST_JSON + 1)
+        except (zipfile.BadZipFile, EOFError):
             raise damaged(self._path / name) from None
-        except OSError as error:
-            hint = "Check the path and its permissions"
-            raise InputError(f"can't be read: {error.strerror}", where=str(self._path / name), hint=hint) from error
+        if len(content) > MOST_JSON:
+            raise BundleError(f"has more than {MOST_JSON} bytes", where=str(self._path / name), hint="Make it again")
+        return content
+
+    def open(self, name: str) -> BufferedIOBase:
+        """A file, from its beginning.
+
+        Raises:
+            BundleError: It is missing, or no regular file.
+            InputError: The system can't read it.
+        """
+        if name not in self._opened:
+            try:
+                opened = self._archive.open(name) if self._archive else self._open_regular(name)
+                self._opened[name] = cast("BufferedIOBase", opened)
+            except (KeyError, FileNotFoundError):
+                raise BundleError("is missing", where=str(self._path / name), hint="Copy the bundle again") from None
+            except (zipfile.BadZipFile, NotImplementedError, RuntimeError):
+                raise damaged(self._path / name) from None
+            except OSError as error:
+                hint = "Check the path and its permissions"
+                raise InputError(f"can't be read: {error.strerror}", where=str(self._path / name), hint=hint) from error
+        file = self._opened[name]
+        file.seek(0)
+        return file
 
     def hash(self, name: str) -> str:
-        """Its sha256; of a folder's file without reading it into memory."""
-        if self._archive is None and (self._path / name).is_file():
-            return hash_file(self._path / name)
-        return hashlib.sha256(self.read(name)).hexdigest()
+        """Its sha256, read piece by piece."""
+        try:
+            return hashlib.file_digest(self.open(name), "sha256").hexdigest()
+        except (zipfile.BadZipFile, EOFError):
+            raise damaged(self._path / name) from None
+
+    def is_still_there(self) -> bool:
+        """Whether this bundle is the one at its place, and not another that took it meanwhile."""
+        if self._folder is None:
+            return True
+        try:
+            return os.path.samestat(os.fstat(self._folder), self._path.stat())
+        except OSError:
+            return False
 
     @property
     def folder(self) -> Path | None:
         """The folder, where it is one."""
         return self._path if self._archive is None else None
+
+    def _open_archive(self) -> zipfile.ZipFile:
+        try:
+            archive = zipfile.ZipFile(self._path)
+        except zipfile.BadZipFile:
+            raise self._no_bundle("is neither a bundle folder nor a bundle zip") from None
+        if packed := [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]:
+            # armopt stores; what is compressed may be a thousand times as large as it looks
+            raise BundleError(f"{packed[0]} in it is compressed", where=str(self._path), hint="zip -0 the bundle again")
+        return archive
+
+    def _open_regular(self, name: str) -> BufferedIOBase:
+        """A file of the folder itself: no link, and nothing that may have no end or keep a reader waiting."""
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            place = self._path / name if self._folder is None else name
+            handle = os.open(place, flags, dir_fd=self._folder)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):
+                raise self._no_file(name) from None
+            raise
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise self._no_file(name)
+        return os.fdopen(handle, "rb")
+
+    def _no_file(self, name: str) -> BundleError:
+        where = str(self._path / name)
+        return BundleError("is no regular file", where=where, hint="Copy the bundle with its files, not with links")
+
+    def _no_bundle(self, what: str) -> BundleError:
+        return BundleError(what, where=str(self._path), hint="Make one with armopt optimize")
 
 
 def hash_file(path: Path) -> str:

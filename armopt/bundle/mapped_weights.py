@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
+from io import BufferedIOBase
 from pathlib import Path
 
 import torch
@@ -43,15 +45,15 @@ class MappedTensors:
         tensors: By name.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Maps a file.
+    def __init__(self, path: Path, file: BufferedIOBase | None = None) -> None:
+        """Maps a file; `file`, where it is open already.
 
         Raises:
             BundleError: It is not in that format.
         """
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            with contextlib.nullcontext(file) if file is not None else path.open("rb") as opened:
+                self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
             self._address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
             self.tensors = self._read()
         except OSError:

@@ -15,7 +15,7 @@ from armopt.bundle import codec, graph_file, legacy, manifest, schema
 from armopt.bundle.files import GRAPH, KEPT, REFERENCE_GRAPH, REFERENCE_WEIGHTS, WEIGHTS, BundleFiles, damaged
 from armopt.bundle.mapped_weights import MappedTensors
 from armopt.bundle.program import Part, Program
-from armopt.errors import BundleError
+from armopt.errors import BundleError, InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,17 @@ def read(path: Path | str, *, reference: bool = False) -> Bundle:
         BundleError: A file is missing, extra or changed; the message names it.
     """
     path = Path(path)
-    stored = BundleFiles(path)
+    while True:
+        with BundleFiles(path) as stored:
+            try:
+                return _read(path, stored, reference=reference)
+            except InputError:
+                if stored.is_still_there():
+                    raise
+                # another bundle took its place, and this one is being removed: that one is read
+
+
+def _read(path: Path, stored: BundleFiles, *, reference: bool) -> Bundle:
     described = manifest.from_bytes(stored.read(manifest.NAME), path / manifest.NAME)
     present = stored.names() - {manifest.NAME}
     with_reference = reference and bool(KEPT & present)
@@ -158,9 +168,17 @@ def _check_parts(described: manifest.Manifest, parts: Sequence[Part], where: str
                 raise BundleError(what, where=f"{where}: {part.path}", hint="Make the bundle again")
 
 
+def _loaded(data: bytes, where: str) -> dict[str, torch.Tensor]:
+    try:
+        tensors: dict[str, torch.Tensor] = load(data)
+        return tensors
+    except Exception as error:  # whatever a wrong file makes safetensors say
+        raise BundleError(f"is no file of tensors: {error!r}", where=where, hint="Make the bundle again") from error
+
+
 def _tensors(stored: BundleFiles, name: str) -> tuple[dict[str, torch.Tensor], Callable[[torch.Tensor], None]]:
     """The tensors of a file, and what releases one; those of a folder are mapped, not copied into memory."""
     if stored.folder is None:
-        return load(stored.read(name)), lambda tensor: None
-    mapped = MappedTensors(stored.folder / name)
+        return _loaded(stored.open(name).read(), name), lambda tensor: None
+    mapped = MappedTensors(stored.folder / name, stored.open(name))
     return mapped.tensors, mapped.release

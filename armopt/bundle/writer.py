@@ -17,7 +17,7 @@ from armopt.bundle import codec, graph_file, manifest, schema
 from armopt.bundle.files import GRAPH, REFERENCE_GRAPH, REFERENCE_WEIGHTS, WEIGHTS, hash_file, looks_like_bundle
 from armopt.bundle.program import Part, Program
 from armopt.errors import InputError
-from armopt.files import check_parent, folder_beside, put, sync
+from armopt.files import check_parent, folder_beside, follow_umask, put, sync
 
 
 def check_place(path: Path, *, force: bool = False) -> None:
@@ -107,6 +107,7 @@ def _stored(part: Part) -> graph_file.Part:
 
 def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file(dict(tensors), path, metadata={"format": "pt"})
+    follow_umask(path)
     sync(path)
 
 
@@ -141,20 +142,17 @@ def _shares(tensor: torch.Tensor) -> bool:
 
 
 def _put(folder: Path, path: Path) -> None:
-    """Moves the finished folder to its place; a bundle that is there is only dropped afterwards."""
-    folder.chmod(0o755)
+    """Moves the finished folder to its place, or one file that holds all of it."""
     if path.suffix != ".zip":
+        follow_umask(folder, 0o777)
         put(folder, path)
         return
-    ready = folder.with_name(folder.name + ".zip")
-    try:
-        with zipfile.ZipFile(ready, "w", zipfile.ZIP_STORED) as archive:
-            for file in sorted(folder.iterdir()):
-                archive.write(file, file.name)
-        sync(ready)
-        put(ready, path)
-    finally:
-        ready.unlink(missing_ok=True)
+    files, ready = sorted(folder.iterdir()), folder / path.name
+    with zipfile.ZipFile(ready, "w", zipfile.ZIP_STORED) as archive:
+        for file in files:
+            archive.write(file, file.name)
+    sync(ready)
+    put(ready, path)
 
 
 def _write(path: Path, content: bytes) -> None:

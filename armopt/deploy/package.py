@@ -28,7 +28,7 @@ from armopt._version import __version__
 from armopt.bundle import manifest, reader
 from armopt.bundle.files import KEPT
 from armopt.errors import BundleError, HostError, InputError
-from armopt.files import folder_beside, put
+from armopt.files import folder_beside, follow_umask, put
 
 DOCKERFILE, REQUIREMENTS, SERVE, BUNDLE, LIBRARY = "Dockerfile", "requirements.txt", "serve.py", "bundle", "lib"
 PYTHON = "3.11"
@@ -119,7 +119,7 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
             shutil.copyfile(Path(__file__).with_name("server.py"), folder / SERVE)
             _copy_bundle(bundle, folder / BUNDLE)
             _copy_armopt(folder / LIBRARY / "armopt")
-            folder.chmod(0o755)
+            follow_umask(folder, 0o777)
             put(folder, output)
     except OSError as error:
         raise InputError(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import armopt
 from armopt.bundle import files, manifest, reader
 from armopt.cli import app
 from armopt.errors import BundleError
+from armopt.files import put
 from tests.unit.test_manifest import hashed
 
 pytestmark = pytest.mark.filterwarnings("ignore::armopt.errors.ArmoptWarning")
@@ -258,3 +262,119 @@ def test_hashing_again_is_no_attack(bundle: Path) -> None:
     """What the attacks above are made with leaves a good bundle good."""
     rewrite(bundle, lambda graph: None)
     assert reader.read(bundle).manifest.schema_version == manifest.SCHEMA_VERSION
+
+
+def describe(bundle: Path, change: Callable[[Graph], Any]) -> None:
+    """Changes manifest.json and makes its hash right."""
+    content = json.loads((bundle / "manifest.json").read_text())
+    change(content)
+    (bundle / "manifest.json").write_bytes(hashed(content))
+
+
+VARIABLES = {
+    "a library in the bundle": ("LD_PRELOAD", "bundle/evil.so", "why not"),
+    "a folder with a sitecustomize": ("PYTHONPATH", "bundle", "why not"),
+    "another PATH": ("PATH", "bundle:/usr/bin", "why not"),
+    "a command as a value": ("LRU_CACHE_CAPACITY", "$(touch pwned)", "why not"),
+    "a line more": ("OMP_NUM_THREADS", "1\nLD_PRELOAD=evil.so", "why not"),
+    "a line more in the reason": ("OMP_NUM_THREADS", "1", "so\ntouch pwned"),
+}
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.parametrize("command", [("run",), ("env",), ("env", "--format", "docker"), ("env", "--format", "systemd")])
+def test_a_variable_that_armopt_never_sets_is_refused(
+    bundle: Path, marker: Path, name: str, command: tuple[str, ...]
+) -> None:
+    variable, value, why = VARIABLES[name]
+    describe(bundle, lambda content: content["environment"].update({variable: {"value": value, "why": why}}))
+    words = [command[0], str(bundle), *command[1:], *(["--", "true"] if command[0] == "run" else [])]
+    done = CliRunner().invoke(app.app, words)
+    assert isinstance(done.exception, BundleError), done.output
+    assert variable in str(done.exception)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "version", ["2.10.0\n--index-url=https://evil", "2.10.0 --pre", "evil @ https://evil", "newest"]
+)
+def test_a_version_that_is_none_reaches_no_requirements(bundle: Path, tmp_path: Path, version: str) -> None:
+    def change(content: Graph) -> None:
+        content["versions"] |= {"torch": version, "torch_build": "cpu", "machine": "aarch64"}
+
+    describe(bundle, change)
+    done = CliRunner().invoke(app.app, ["package", str(bundle), "-o", str(tmp_path / "image"), "--no-hashes"])
+    assert isinstance(done.exception, BundleError), done.output
+    assert "which is no version" in str(done.exception)
+    assert not (tmp_path / "image").exists()
+
+
+def test_everyone_may_read_what_the_umask_allows(mlp_bundle: Path) -> None:
+    """An image's server runs as another user than who made the bundle."""
+    assert {oct(file.stat().st_mode & 0o777) for file in mlp_bundle.iterdir()} == {"0o644"}
+    assert oct(mlp_bundle.stat().st_mode & 0o777) == "0o755"
+
+
+@pytest.mark.parametrize("name", ["graph.json", "weights.safetensors", "manifest.json"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "device", "folder"])
+def test_what_is_no_file_is_not_opened(bundle: Path, name: str, kind: str) -> None:
+    kept = bundle.with_name("kept")
+    (bundle / name).rename(kept)
+    if kind == "pipe":
+        os.mkfifo(bundle / name)
+    elif kind == "link":
+        (bundle / name).symlink_to(kept)
+    elif kind == "device":
+        (bundle / name).symlink_to("/dev/zero")
+    else:
+        (bundle / name).mkdir()
+    with pytest.raises(BundleError, match="is no regular file"):
+        reader.read(bundle)
+
+
+def test_a_bundle_that_is_a_pipe_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "b")
+    with pytest.raises(BundleError, match="neither a bundle folder nor a bundle zip"):
+        reader.read(tmp_path / "b")
+
+
+def test_a_zip_is_as_large_as_it_looks(bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "b.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("manifest.json", b" " * (64 << 20))
+    assert path.stat().st_size < 1 << 17
+    with pytest.raises(BundleError, match=r"manifest\.json in it is compressed"):
+        reader.read(path)
+
+
+def test_a_file_of_json_is_bounded(bundle: Path) -> None:
+    with (bundle / "manifest.json").open("r+b") as file:
+        file.truncate(files.MOST_JSON + 1)
+    with pytest.raises(BundleError, match="has more than"):
+        reader.read(bundle)
+
+
+def test_whoever_reads_while_a_bundle_is_replaced_sees_one_of_them(bundle: Path, tmp_path: Path) -> None:
+    """Twice a second copy takes the first one's place, and back, while four threads read."""
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    rewrite(other, insert("aten.relu.default", ["x"]))
+    known = {reader.read(path).manifest.digest for path in (bundle, other)}
+    stop, found, failed = threading.Event(), set[str](), list[Exception]()
+
+    def look() -> None:
+        while not stop.is_set():
+            try:
+                found.add(reader.read(bundle).manifest.digest)
+            except Exception as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(200):
+        put(other, bundle)  # what was there is at `other` now
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert found <= known
