@@ -18,7 +18,6 @@ import armopt
 from armopt import environment, targets
 from armopt.cli import app
 from armopt.deploy import doctor, smoke_tests
-from armopt.environment import process
 from armopt.environment.compare import Difference
 from armopt.errors import BundleError
 from armopt.runtime.bind import Bound
@@ -68,7 +67,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Backends:
     stand_in = Backends()
     monkeypatch.setattr(smoke_tests, "_kernel", stand_in.kernel)
     monkeypatch.setattr(smoke_tests, "_blas_bf16", stand_in.bf16)
-    monkeypatch.setattr(process, "late_variables", lambda names, environ: ())
+    monkeypatch.setattr(environment, "late_variables", lambda names, environ: ())
     return stand_in
 
 
@@ -122,7 +121,7 @@ def test_each_trouble_has_its_own_message(backends: Backends) -> None:
 
 def test_what_was_set_late(backends: Backends, monkeypatch: pytest.MonkeyPatch) -> None:
     late = (environment.FPMATH,)
-    monkeypatch.setattr(process, "late_variables", lambda names, environ: late)
+    monkeypatch.setattr(environment, "late_variables", lambda names, environ: late)
     assert examine().findings == ()  # late, but before torch was imported: it works, so nothing is wrong
     backends.wrong = {"conv1x1_fastmath": "gemm:acl runs on f32 weights"}
     found = named(examine())
