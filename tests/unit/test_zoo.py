@@ -351,10 +351,10 @@ print(failed)
         (package / "__init__.py").write_text("from . import extension\n")
         (package / "extension.py").write_text("def _has_ops(): return True\n")
         code = """
-from armopt import zoo
-zoo.ensure_torchvision()
+from armopt.models import torchvision_ops
+torchvision_ops.ensure_torchvision()
 import torch
-print(zoo._library, hasattr(torch.ops.torchvision, "nms"))
+print(torchvision_ops._library, hasattr(torch.ops.torchvision, "nms"))
 """
         assert run_python(code, path=f"{tmp_path}:{ROOT}") == "None False"
 
@@ -382,7 +382,7 @@ except InputError as error:
         code = """
 import sys
 sys.modules["torchvision"] = None
-from armopt.models.torchvision_ops import resolve
+from armopt.models.references import resolve
 from armopt.errors import InputError
 try:
     resolve("torchvision:resnet18")
