@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+ARM64 = Path(__file__).parent / "arm64"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write tests/passes/golden/ anew instead of comparing with it"
+    )
+    parser.addoption("--full", action="store_true", help="also what is marked `full`, see CONTRIBUTING.md")
+    parser.addoption(
+        "--arm64", action="store_true", help="prepare the emulated Arm cores first; without, their tests may be skipped"
     )
 
 
@@ -20,6 +28,37 @@ def pytest_configure(config: pytest.Config) -> None:
     # In the background of a shell Ctrl-C is ignored, and would be by every program that a test starts.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked `full`, and puts the longest first, so that at the end no core waits for the other."""
+    if not config.getoption("--full"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (not item.path.is_relative_to(ARM64), item.path not in slow))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives a process whole files, in their order, and one process all tests on emulated cores, to start them once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/arm64" if nodeid.startswith("tests/arm64/") else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How to run alone what failed."""
+    failed = [report.nodeid for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, ())]
+    if failed:
+        terminalreporter.section("to run them alone")
+        for nodeid in dict.fromkeys(failed):
+            terminalreporter.line(f".venv/bin/python -m pytest {shlex.quote(nodeid)}")
 
 
 class Mlp(torch.nn.Module):

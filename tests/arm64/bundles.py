@@ -23,7 +23,7 @@ from armopt.models.torchvision_ops import ensure_torchvision
 from armopt.plan import cost_policy, planner, threshold_policy
 from benchmarks.arm64 import counts, models
 
-#: Fast math and nothing else of what `armopt run` sets; what is freed goes back at once, so that memory can be counted.
+#: What `armopt run` sets but for the allocator; what is freed goes back at once, so that memory can be counted.
 BARE = {**counts.FAST_MATH, **models.FREED_AT_ONCE}
 
 

@@ -1,32 +1,27 @@
 """Workers on emulated cores, one per (core, PyTorch, environment) for the whole session."""
 
-import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from armopt.emulation import EmulatedResult, EmulatedWorker, PreparedFolder
+from armopt.emulation.prepare import prepare
 from armopt.errors import HostError
 from armopt.targets.emulated import core_named
 from tests.arm64 import bundles
 
-REQUIRE_VARIABLE = "ARMOPT_REQUIRE_ARM64"  # "1": an unprepared folder fails these tests, it does not skip them
 HERE = Path(__file__).parent
 JOBS = "tests.arm64.jobs_bundles"
 PRELOAD = "tests.arm64.preload"
 
 RequireTorch = Callable[[str], PreparedFolder]
-#: What is worth knowing of a run that no assertion tells; printed at the end.
-FIGURES = pytest.StashKey[list[str]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[FIGURES] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,30 +31,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if lines := config.stash[FIGURES]:
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, ())]
+    lines = [value for report in reports for name, value in report.user_properties if name == "figure"]
+    if lines and config.option.verbose > 0:
         terminalreporter.section("on the emulated cores")
         for line in lines:
             terminalreporter.line(line)
-        terminalreporter.line(f"CPU time of the emulated processes: {os.times().children_user:.0f} s")
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """figure(line): what is worth knowing of a run that no assertion tells; shown at the end with ``-v``."""
+    return partial(record_property, "figure")
 
 
 @pytest.fixture(scope="session")
-def figures(request: pytest.FixtureRequest) -> list[str]:
-    """Lines for the end of the session."""
-    return request.config.stash[FIGURES]
-
-
-@pytest.fixture(scope="session")
-def require_torch() -> RequireTorch:
-    """require_torch("2.10.0"): the prepared folder, or a loud skip."""
+def require_torch(pytestconfig: pytest.Config) -> RequireTorch:
+    """require_torch("2.10.0"): the prepared folder, or a loud skip. With ``--arm64`` it is prepared here."""
+    is_required = pytestconfig.getoption("--arm64")
+    if is_required:
+        with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            prepare(report=lambda line: print(line, file=sys.stderr, flush=True), tensorflow=True)
 
     def require(torch_version: str) -> PreparedFolder:
         folder = PreparedFolder.default()
         try:
             folder.require(torch_version)
         except HostError as error:
-            if os.environ.get(REQUIRE_VARIABLE) == "1":
-                pytest.fail(str(error), pytrace=False)
+            if is_required:
+                raise
             warnings.warn(f"NOT TESTED on Arm: {error}", stacklevel=2)
             pytest.skip(str(error))
         return folder

@@ -98,12 +98,14 @@ def load_error(bundle, strict=False):
     return None
 
 
-def examine(environ):
-    """What `armopt doctor` finds where variables are set too late: torch is imported."""
+def examine(bundle=None, environ=None, without=()):
+    """What `armopt doctor` finds. `environ` is set first, too late, since torch is imported; `without` is unset."""
     from armopt.deploy import doctor
 
-    os.environ.update(environ)
-    return doctor.examine()
+    os.environ.update(environ or {})
+    for name in without:
+        del os.environ[name]
+    return doctor.examine(bundle)
 
 
 def command(*, arguments):

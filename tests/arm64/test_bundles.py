@@ -168,11 +168,11 @@ def test_no_reference_implementation_ran(run):
 
 
 @every_run
-def test_no_weight_was_reordered_after_the_first_call(run, figures):
+def test_no_weight_was_reordered_after_the_first_call(run, figure):
     assert not [e for log in run.logs for e in onednn_log.weight_reorders(log, run.shapes)]
     others = Counter(e.problem for log in run.logs for e in log if e.primitive == "reorder")
     if others:
-        figures.append(f"{run.name}: reorders of activations in {run.captured} calls: {dict(others)}")
+        figure(f"{run.name}: reorders of activations in {run.captured} calls: {dict(others)}")
 
 
 @every_run
@@ -185,7 +185,7 @@ def test_what_was_planned_for_blas_is_not_in_the_log(run):
 
 
 @every_run
-def test_outputs_are_those_of_fp32_and_the_twin_predicts_their_error(run, figures):
+def test_outputs_are_those_of_fp32_and_the_twin_predicts_their_error(run, figure):
     for call, (inputs, reference, twin, there) in enumerate(
         zip(run.made.calls, run.made.reference, run.made.twin, run.value["runs"], strict=True)
     ):
@@ -195,7 +195,7 @@ def test_outputs_are_those_of_fp32_and_the_twin_predicts_their_error(run, figure
         assert found.shape == reference.shape
         cosine = torch.nn.functional.cosine_similarity(found.double().flatten(), reference.double().flatten(), 0)
         real, predicted = _error(found, reference), _error(twin, reference)
-        figures.append(
+        figure(
             f"{run.name} batch {rows}: cosine to FP32 {cosine:.7f}, error {real:.3e}, twin's {predicted:.3e}, "
             f"difference between them {_error(found, twin):.1e}"
         )
@@ -254,12 +254,12 @@ def _sizes(execution: onednn_log.Execution) -> dict[str, int]:
     return {name: int(size) for name, size in re.findall(r"([a-z]+)(\d+)", execution.problem)}
 
 
-def test_half_the_bytes_of_fp32_and_little_more_while_loading(arm64, made, figures):
+def test_half_the_bytes_of_fp32_and_little_more_while_loading(arm64, made, figure):
     """As the page tables have it: all of the process's data, with what probes take, and not the emulator's own."""
     small, large = made("convnet", "graviton3"), made("resnet50", "graviton3")
     job = "benchmarks.arm64.jobs:memory"
     taken = arm64(bundles.BARE).call(job, path=str(large.path), first=str(small.path)).value
     loaded, peak = taken["loaded"] / taken["fp32_bytes"], taken["peak"] / taken["bytes"]
-    figures.append(f"ResNet-50 in memory: {loaded:.2f} of FP32's bytes, {peak:.2f} of the bundle's while it loads")
+    figure(f"ResNet-50 in memory: {loaded:.2f} of FP32's bytes, {peak:.2f} of the bundle's while it loads")
     assert 0.45 < loaded <= 0.55
     assert 1 < peak <= 1.25

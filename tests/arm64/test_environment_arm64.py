@@ -145,14 +145,14 @@ def test_armopt_run_preloads_the_hosts_allocator(require_torch, bundle, given, s
 
 
 def test_a_good_build_answers_and_a_missing_variable_is_found(arm64, bundle):
-    report = arm64(bundles.BARE).call(EXAMINE, bundle=str(bundle)).value
+    without = ["LRU_CACHE_CAPACITY"]  # oneDNN reads it when it makes the first primitive, which is later
+    report = arm64(bundles.BARE).call(f"{JOBS}:examine", bundle=str(bundle), without=without).value
     assert set(checks(report).values()) == {"ok"}, report.checks
     assert "acl on bf16 weights" in report.checks[0].found
     assert report.host["products"] == "graviton3"
     assert report.facts["blas_core"] == "neoversev1"
     assert report.verdicts
     assert {verdict.reason for verdict in report.verdicts} == {""}
-    # it is started without them
     severities = {name: f.severity for name, f in findings(report).items()}
     assert severities == {"LRU_CACHE_CAPACITY": "soft", "malloc": "info"}
     assert "armopt run BUNDLE" in report.findings[0].remedy
@@ -300,11 +300,9 @@ model(x)
 def tensorflow(require_torch):
     """The site folder of TensorFlow, or a loud skip."""
     prepared = require_torch("2.10.0")
-    site = prepared.path / "site" / "tensorflow"
-    if not (site / ".armopt-complete.json").is_file():
+    site = prepared.tensorflow_site
+    if not prepared.is_complete(prepared.tensorflow_part):
         said = "TensorFlow is not prepared: python -m armopt.emulation.prepare --tensorflow (1.3 GB, about a minute)"
-        if os.environ.get("ARMOPT_REQUIRE_TENSORFLOW") == "1":
-            pytest.fail(said, pytrace=False)
         warnings.warn(f"NOT TESTED on Arm: {said}", stacklevel=2)
         pytest.skip(said)
     return prepared, site

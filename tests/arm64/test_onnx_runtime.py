@@ -225,7 +225,7 @@ _LONG = bundles.Example(_attention, ({"": torch.randn(1, 300, 64, generator=torc
 
 
 @pytest.mark.parametrize("example", ["convnet", "bert", "gpt2", "mobilenet", "long attention"])
-def test_an_exported_model(example, core, tmp_path, figures, monkeypatch):
+def test_an_exported_model(example, core, tmp_path, figure, monkeypatch):
     """In FP32 it gives what it gives here, and with the session options of its manifest it multiplies in BF16."""
     monkeypatch.setitem(bundles.EXAMPLES, "long attention", _LONG)
     made = bundles.make(example, "graviton3", tmp_path, policy=ThresholdPolicy(1))
@@ -245,5 +245,5 @@ def test_an_exported_model(example, core, tmp_path, figures, monkeypatch):
         cosine = torch.nn.functional.cosine_similarity(values.flatten().double(), reference.flatten().double(), 0)
         assert cosine >= 0.999
         errors[bool(flag)] = float((values - reference).norm() / reference.norm())
-    figures.append(f"onnx {example}: relative error {errors[False]:.5f} in FP32, {errors[True]:.5f} with the flag")
+    figure(f"onnx {example}: relative error {errors[False]:.5f} in FP32, {errors[True]:.5f} with the flag")
     assert errors[True] > errors[False]

@@ -75,7 +75,7 @@ def _of(cases):
 
 
 @_of(CASES)
-def test_the_twin_rounds_as_the_kernel(results, figures, target, case):
+def test_the_twin_rounds_as_the_kernel(results, figure, target, case):
     found, kernel, reason = results(case, target)
     assert kernel == case.kernel, reason
     exact, twin = kernel_cases.exact(case), kernel_cases.twin(case, target)
@@ -84,7 +84,7 @@ def test_the_twin_rounds_as_the_kernel(results, figures, target, case):
     real = _norm(found.double() - exact) / _norm(exact)
     apart = _norm(found.double() - twin.double()) / _norm(exact)
     if table.get(case.kernel).rounding.weights == torch.bfloat16:
-        figures.append(f"{target}: {case}: error {real:.2e}, twin apart by {apart / real:.4f} of it")
+        figure(f"{target}: {case}: error {real:.2e}, twin apart by {apart / real:.4f} of it")
         assert apart <= real / 10
     else:
         assert max(real, apart) <= FP32_ERROR

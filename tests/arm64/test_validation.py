@@ -17,7 +17,7 @@ JOBS = "tests.arm64.jobs_validation"
 
 @pytest.mark.parametrize("repaired", [True, False], ids=["repaired", "as it was"])
 @pytest.mark.parametrize("kind", [CancelledBias, Exponential, CancelledBiasConv])
-def test_the_verdict_is_that_of_the_twins(server, tmp_path, figures, kind, repaired):
+def test_the_verdict_is_that_of_the_twins(server, tmp_path, figure, kind, repaired):
     model, x = build(kind)
     checks = Checks(gates=GATES[kind], repair=repaired)
     output = armopt.Output(tmp_path / "bundle", keep_reference=True)
@@ -30,7 +30,7 @@ def test_the_verdict_is_that_of_the_twins(server, tmp_path, figures, kind, repai
         f"{JOBS}:validate", bundle=str(tmp_path / "bundle"), inputs={"x": x}, gates=GATES[kind]
     )
     real = real.value
-    figures.append(f"{kind.__name__}, {'repaired' if repaired else 'as it was'}: cosine {real['cosine']:.6f}")
+    figure(f"{kind.__name__}, {'repaired' if repaired else 'as it was'}: cosine {real['cosine']:.6f}")
     assert real["ran"] == "the kernels of this host"
     assert twin["passed"] is real["passed"] is repaired
     # sums in another order: what is left of the error is the same, a tenth of it may not be
