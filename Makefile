@@ -4,7 +4,7 @@ MODEL ?= torchvision:resnet50
 TARGET ?= graviton3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-x86 test-arm64 bench-arm64 arm64 lint coverage clean
+.PHONY: help demo test test-quick test-full bench-arm64 arm64 lint coverage clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,19 +23,21 @@ demo: $(BIN)/.ready  ## install into .venv and optimize ResNet-50 for Graviton3
 	$(BIN)/armopt optimize --model $(MODEL) --target $(TARGET) --batch 1,8 --keep-reference -o build/demo/model
 	$(BIN)/armopt validate build/demo/model --report build/demo/report.html
 
-test: $(BIN)/.ready-dev  ## install what tests need and run them all, on this machine and the emulated one side by side
-	$(MAKE) --no-print-directory --jobs=2 --output-sync test-x86 test-arm64
+# Two processes: one has all tests on emulated cores, each takes whole files of the others. One thread each, and output
+# as tests end.
+PYTEST := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest --numprocesses=2 --durations=10
 
-test-x86: export OMP_WAIT_POLICY = passive  # threads that wait leave the cores to the emulator
-test-x86: $(BIN)/.ready-dev  ## the tests that need no Arm core
-	$(BIN)/python -m pytest --ignore=tests/arm64
+test: $(BIN)/.ready-dev  ## install what tests need and run them, on this machine and on emulated Arm cores
+	$(PYTEST) --arm64
+
+test-quick: $(BIN)/.ready-dev  ## what to run at every save: no emulated core, nothing slow
+	$(PYTEST) --ignore=tests/arm64 -m "not slow"
+
+test-full: $(BIN)/.ready-dev  ## all there is, before a release: the whole zoo, all families
+	$(PYTEST) --arm64 --full
 
 arm64: $(BIN)/.ready  ## prepare the emulated Arm core in ~/.cache/armopt/arm64
 	$(BIN)/python -m armopt.emulation.prepare
-
-test-arm64: $(BIN)/.ready-dev  ## the tests on the emulated Arm core, with the real TensorFlow too
-	$(BIN)/python -m armopt.emulation.prepare --tensorflow
-	ARMOPT_REQUIRE_ARM64=1 ARMOPT_REQUIRE_TENSORFLOW=1 $(BIN)/python -m pytest tests/arm64
 
 bench-arm64: arm64 $(BIN)/.ready-dev  ## count the instructions of whole models on the emulated core
 	$(BIN)/python -m benchmarks.arm64.build_qemu
