@@ -149,13 +149,13 @@ def test_the_bundle_is_read_once(mlp_bundle: Path, monkeypatch: pytest.MonkeyPat
     from armopt.bundle import files
 
     hashed: list[str] = []
-    original = files.Source.hash
+    original = files.BundleFiles.hash
 
-    def counting(self: files.Source, name: str) -> str:
+    def counting(self: files.BundleFiles, name: str) -> str:
         hashed.append(name)
         return original(self, name)
 
-    monkeypatch.setattr(files.Source, "hash", counting)
+    monkeypatch.setattr(files.BundleFiles, "hash", counting)
     accuracy.validate(mlp_bundle)
     assert len(hashed) == len(set(hashed)) > 3
 

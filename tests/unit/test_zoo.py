@@ -354,7 +354,7 @@ print(failed)
 from armopt.models import torchvision_ops
 torchvision_ops.ensure_torchvision()
 import torch
-print(torchvision_ops._library, hasattr(torch.ops.torchvision, "nms"))
+print(torchvision_ops._OPERATORS.library, hasattr(torch.ops.torchvision, "nms"))
 """
         assert run_python(code, path=f"{tmp_path}:{ROOT}") == "None False"
 
@@ -637,7 +637,7 @@ class TestModelsOfTheTests:
 def test_ready_flag_is_shared_between_threads() -> None:
     seen: list[bool] = []
     thread = threading.Thread(
-        target=lambda: (torchvision_ops.ensure_torchvision(), seen.append(torchvision_ops._ready))
+        target=lambda: (torchvision_ops.ensure_torchvision(), seen.append(torchvision_ops._OPERATORS.ready))
     )
     thread.start()
     thread.join()

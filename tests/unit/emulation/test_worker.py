@@ -81,7 +81,7 @@ def test_jobs_run_side_by_side(worker: EmulatedWorker, tmp_path: Path) -> None:
 
 
 def test_a_crash_costs_one_job(worker: EmulatedWorker) -> None:
-    with pytest.raises(EmulatedError, match="graviton3 was ended by SIGABRT\nlast words") as caught:
+    with pytest.raises(EmulatedError, match="neoverse-v1 was ended by SIGABRT\nlast words") as caught:
         worker.call(f"{JOBS}:crash")
     assert caught.value.stderr == "last words\n"
     with pytest.raises(EmulatedError, match="graviton3 exited with 3"):
@@ -90,7 +90,7 @@ def test_a_crash_costs_one_job(worker: EmulatedWorker) -> None:
 
 
 def test_a_job_that_takes_too_long_is_killed_with_all_it_started(worker: EmulatedWorker, tmp_path: Path) -> None:
-    with pytest.raises(EmulatedError, match=r"longer than 0\.5 s on the emulated graviton3"):
+    with pytest.raises(EmulatedError, match=r"longer than 0\.5 s on the emulated neoverse-v1"):
         worker.call(f"{JOBS}:start_and_sleep", timeout=0.5, path=str(tmp_path / "pid"))
     started = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 10

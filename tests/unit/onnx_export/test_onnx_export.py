@@ -46,14 +46,21 @@ class InFp32Alone:
 
 
 def make(
-    folder: Path, model: nn.Module, inputs: Any, *, batch: Sequence[int] = (), policy: Any = BF16, onnx: Any = None
+    folder: Path,
+    model: nn.Module,
+    inputs: Any,
+    *,
+    batch: Sequence[int] = (),
+    policy: Any = BF16,
+    onnx: Any = None,
+    target: str = "graviton3",
 ) -> Path:
     torch.manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     output = armopt.Output(folder / "bundle", force=True, onnx=onnx)
     checks = armopt.Checks(min_cosine=0.9)
-    armopt.optimize(model.eval(), inputs, output=output, batch=batch, policy=policy, checks=checks)
+    armopt.optimize(model.eval(), inputs, output=output, target=target, batch=batch, policy=policy, checks=checks)
     return folder / "bundle"
 
 
