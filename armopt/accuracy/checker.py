@@ -106,7 +106,7 @@ class Checker:
 
     def _choose(self, inputs: Outputs, outputs: Outputs) -> None:
         if not self.task_why:
-            self._task, self.task_why = tasks.choose(self.task, inputs, outputs)
+            self._task, self.task_why = tasks.task_for(self.task, inputs, outputs)
 
     def _references(self, bucket: str, samples: Iterable[Outputs]) -> Iterable[tuple[Outputs, Outputs, Outputs | None]]:
         if bucket in self._kept:

@@ -35,7 +35,7 @@ _CONSTANTS: Mapping[type, Any] = {
 }
 
 
-def encode(source: Program, prefix: str = "") -> graph_file.Program:
+def encode(source: Program, prefix: str = "") -> graph_file.StoredProgram:
     """A program as a record; the names of its weights begin with `prefix`.
 
     Raises:
@@ -54,9 +54,9 @@ def encode(source: Program, prefix: str = "") -> graph_file.Program:
             nodes.append(graph_file.Weight(name, f"{prefix}{source.weights.get(target, target)}"))
         else:
             nodes.append(_encode_call(node, name, source))
-    made = graph_file.Program(dict(source.bucket), tuple(nodes), output)
+    made = graph_file.StoredProgram(dict(source.bucket), tuple(nodes), output)
     try:
-        return msgspec.convert(schema.builtins(made), graph_file.Program)
+        return msgspec.convert(schema.builtins(made), graph_file.StoredProgram)
     except msgspec.ValidationError as error:
         raise CaptureError(f"the graph can't be held in a bundle: {error}") from error
 
@@ -119,7 +119,9 @@ def _encode(value: Any, node: fx.Node) -> Any:
     raise CaptureError(f"node {node.name} has an argument of type {type(value).__name__}, which a bundle can't hold")
 
 
-def decode(stored: graph_file.Program, weights: Mapping[str, torch.Tensor], where: str, prefix: str = "") -> Program:
+def decode(
+    stored: graph_file.StoredProgram, weights: Mapping[str, torch.Tensor], where: str, prefix: str = ""
+) -> Program:
     """A program from a record; `prefix` as it was encoded.
 
     Raises:
@@ -155,7 +157,7 @@ class _UnfitError(Exception):
 class _Reader:
     """Makes a graph of what a bundle says, node by node."""
 
-    def __init__(self, stored: graph_file.Program, weights: Mapping[str, torch.Tensor], prefix: str) -> None:
+    def __init__(self, stored: graph_file.StoredProgram, weights: Mapping[str, torch.Tensor], prefix: str) -> None:
         self._stored, self._weights, self._prefix = stored, weights, prefix
         # the same name for a weight in all programs, as they share what is packed of it
         self._own = {name: f"w{i}" for i, name in enumerate(sorted(weights))}

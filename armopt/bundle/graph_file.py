@@ -110,7 +110,7 @@ class Call(_Node, frozen=True, tag="call"):
     source: Line = ""
 
 
-class Program(Struct, frozen=True, forbid_unknown_fields=True):
+class StoredProgram(Struct, frozen=True, forbid_unknown_fields=True):
     """The graph for one bucket: nodes in order, and what it returns."""
 
     bucket: Bucket
@@ -118,15 +118,15 @@ class Program(Struct, frozen=True, forbid_unknown_fields=True):
     output: tuple[Leaf, ...]
 
 
-class Part(Struct, frozen=True, forbid_unknown_fields=True):
+class StoredPart(Struct, frozen=True, forbid_unknown_fields=True):
     """One graph: of the submodule at `path`, or of the whole model, which has none."""
 
     path: str
     signature: Signature
-    programs: Annotated[tuple[Program, ...], Meta(min_length=1)]
+    programs: Annotated[tuple[StoredProgram, ...], Meta(min_length=1)]
 
 
 class Graph(Struct, frozen=True, forbid_unknown_fields=True):
     """All of graph.json."""
 
-    parts: Annotated[tuple[Part, ...], Meta(min_length=1)]
+    parts: Annotated[tuple[StoredPart, ...], Meta(min_length=1)]

@@ -32,7 +32,7 @@ class PartInputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class SourceModel:
     """What the bundle was made from.
 
     Attributes:
@@ -234,7 +234,7 @@ class Manifest:
     environment: Mapping[str, Variable]
     versions: Mapping[str, str]
     files: Mapping[str, Digest]
-    model: Model
+    model: SourceModel
     plan: tuple[PartPlan, ...]
     refused: tuple[Skip, ...]
     accuracy: Accuracy

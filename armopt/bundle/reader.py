@@ -126,10 +126,10 @@ def _graph(data: bytes, described: manifest.Manifest, where: str) -> graph_file.
     return schema.convert(legacy.graph(_loads(data, where), where), graph_file.Graph, where)
 
 
-def _reference(data: bytes, described: manifest.Manifest, where: str) -> graph_file.Program:
+def _reference(data: bytes, described: manifest.Manifest, where: str) -> graph_file.StoredProgram:
     if described.schema_version == manifest.SCHEMA_VERSION:
-        return schema.decode(data, graph_file.Program, where)
-    return schema.convert(legacy.program(_loads(data, where), where), graph_file.Program, where)
+        return schema.decode(data, graph_file.StoredProgram, where)
+    return schema.convert(legacy.program(_loads(data, where), where), graph_file.StoredProgram, where)
 
 
 def _loads(data: bytes, where: str) -> Any:
@@ -139,7 +139,7 @@ def _loads(data: bytes, where: str) -> Any:
         raise BundleError(f"is no JSON: {error}", where=where, hint="Copy the bundle again") from None
 
 
-def _part(stored: graph_file.Part, weights: Mapping[str, torch.Tensor], where: str) -> Part:
+def _part(stored: graph_file.StoredPart, weights: Mapping[str, torch.Tensor], where: str) -> Part:
     part = Part(stored.path, (), stored.signature)
     programs = tuple(codec.decode(program, weights, where, part.prefix) for program in stored.programs)
     return replace(part, programs=programs)

@@ -100,9 +100,9 @@ def write(
     return complete
 
 
-def _stored(part: Part) -> graph_file.Part:
+def _stored(part: Part) -> graph_file.StoredPart:
     programs = tuple(codec.encode(program, part.prefix) for program in part.programs)
-    return graph_file.Part(part.path, part.signature, programs)
+    return graph_file.StoredPart(part.path, part.signature, programs)
 
 
 def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -64,7 +64,7 @@ def optimize(
     out = Output(as_json)
     exported = OnnxOptions(onnx_weights, fast_math=not onnx_plain)  # refuses an unknown dtype now
     place = Place(output, force, keep_reference, exported if onnx else None, report)
-    place.check()
+    place.check_places()
     recipe, sizes = options.recipe_for(target, policy, tuning), options.parse_batch(batch)
     checks = Checks(
         gates=tuple(gates or ()),

@@ -89,14 +89,14 @@ class Optimized:
             files.REQUIREMENTS: _requirements(),
         }
 
-    def _model(self) -> manifests.Model:
+    def _model(self) -> manifests.SourceModel:
         """What the manifest says of the model."""
         parts = tuple(
             manifests.PartInputs(part.path, part.captured.input_specs, part.captured.symbols)
             for part in self.model.parts
         )
         factory = self.model.shell.factory if self.model.shell is not None else ""
-        return manifests.Model(self.model.name, self.model.digest, parts, factory)
+        return manifests.SourceModel(self.model.name, self.model.digest, parts, factory)
 
 
 def describe_part(judged: Judged) -> Part:

@@ -125,7 +125,7 @@ def carry_out(opened: Callable[[], CapturedModel], recipe: Recipe, checks: Check
         InputError: See :func:`optimize`.
         CaptureError: See :func:`optimize`.
     """
-    output.check()
+    output.check_places()
     bounds = checks.bounds()
     steps = Steps("capture", "prepare", "plan", "lower", "validate", *(("onnx",) if output.onnx else ()), "write")
     steps("capture")

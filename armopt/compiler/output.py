@@ -28,7 +28,7 @@ class Output:
     onnx: OnnxOptions | None = None
     report: Path | None = None
 
-    def check(self) -> None:
+    def check_places(self) -> None:
         """Refuses places that can't be written, before any work is done.
 
         Raises:

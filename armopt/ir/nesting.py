@@ -90,7 +90,7 @@ class Inputs(Struct, frozen=True, forbid_unknown_fields=True):
         """Both as one nested value, in whose order the tensors are numbered."""
         return Dict({"args": List(self.args), "kwargs": Dict(self.kwargs)})
 
-    def check(self, count: int) -> None:
+    def check_numbers(self, count: int) -> None:
         """Refuses numbers other than those of `count` tensors.
 
         Raises:

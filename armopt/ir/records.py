@@ -145,7 +145,7 @@ class Signature:
     symbols: tuple[Symbol, ...]
 
     def __post_init__(self) -> None:
-        self.inputs.check(len(self.specs))
+        self.inputs.check_numbers(len(self.specs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ def program(build: Any, **weights: torch.Tensor) -> Program:
 
 
 def decode(content: Any, weights: Mapping[str, torch.Tensor]) -> Program:
-    return codec.decode(schema.convert(content, graph_file.Program, "graph.json"), weights, "graph.json")
+    return codec.decode(schema.convert(content, graph_file.StoredProgram, "graph.json"), weights, "graph.json")
 
 
 def round_trip(source: Program) -> Program:

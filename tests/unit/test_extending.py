@@ -92,7 +92,7 @@ def test_a_policy_is_found_and_plans(examples: Path) -> None:
 def test_a_task_is_found_from_outputs_measured_and_gated(examples: Path) -> None:
     wanted = {"y": torch.tensor([[1.0], [2.0]])}
     found = {"y": torch.tensor([[1.001], [2.5]])}
-    task, why = tasks.choose("", {}, wanted)
+    task, why = tasks.task_for("", {}, wanted)
     assert task is TASKS["regression"]
     assert why == "found from the outputs"
     measured = task()
@@ -102,7 +102,7 @@ def test_a_task_is_found_from_outputs_measured_and_gated(examples: Path) -> None
     )
     assert (verdict.value, verdict.passed) == (0.5, False)
     with pytest.raises(InputError, match="It needs an output"):
-        tasks.choose("regression", {}, {"y": torch.zeros(2, 3)})
+        tasks.task_for("regression", {}, {"y": torch.zeros(2, 3)})
     with pytest.raises(InputError, match="belongs to --task regression"):
         gates.judge([gates.parse("within>=0.9")], {"": gates.Figures((), {})}, task="language")
 
@@ -172,7 +172,7 @@ def test_without_them_they_are_unknown() -> None:
     for name, find in (
         ("toychip", targets.load),
         ("blas", lambda name: find_policy(name, targets.load("graviton3"))),
-        ("regression", lambda name: tasks.choose(name, {}, {})),
+        ("regression", lambda name: tasks.task_for(name, {}, {})),
         ("within>=1", gates.parse),
     ):
         with pytest.raises(InputError, match="unknown"):

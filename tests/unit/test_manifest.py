@@ -24,7 +24,7 @@ def example(**changes: Any) -> manifest.Manifest:
         "environment": {"OMP_NUM_THREADS": Variable("4", "größer")},
         "versions": {"torch": "2.13.0"},
         "files": {"graph.json": "00" * 32},
-        "model": manifest.Model(
+        "model": manifest.SourceModel(
             "m.pt2",
             "11" * 32,
             (manifest.PartInputs("", (InputSpec("x", ("batch", 3), "float32"),), (Symbol("batch", "s0", 1, None),)),),

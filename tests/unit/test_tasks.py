@@ -42,18 +42,18 @@ BOXES = {"0.boxes": torch.zeros(0, 4), "0.labels": torch.zeros(0, dtype=torch.in
     ],
 )
 def test_a_task_is_found(inputs: Outputs, outputs: Outputs, task: str | None) -> None:
-    found, _ = tasks.choose("", inputs, outputs)
+    found, _ = tasks.task_for("", inputs, outputs)
     assert found is (None if task is None else tasks.TASKS[task])
 
 
 def test_a_task_is_asked_for() -> None:
     outputs = {"output": torch.zeros(2, 64)}
-    assert tasks.choose("embedding", IMAGE, outputs)[0] is tasks.TASKS["embedding"]
-    assert tasks.choose("none", IMAGE, outputs)[0] is None
+    assert tasks.task_for("embedding", IMAGE, outputs)[0] is tasks.TASKS["embedding"]
+    assert tasks.task_for("none", IMAGE, outputs)[0] is None
     with pytest.raises(InputError, match=r"unknown task 'clasification'.*classification"):
-        tasks.choose("clasification", IMAGE, outputs)
+        tasks.task_for("clasification", IMAGE, outputs)
     with pytest.raises(InputError, match=r"don't fit segmentation: output \(2, 64\).*needs an output \[batch, classes"):
-        tasks.choose("segmentation", IMAGE, outputs)
+        tasks.task_for("segmentation", IMAGE, outputs)
 
 
 def test_classification_by_hand() -> None:

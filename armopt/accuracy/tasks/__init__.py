@@ -18,10 +18,10 @@ TASKS: Table[type[Task]] = Table(
 #: ``--task none``: no task metrics.
 NONE = "none"
 
-__all__ = ["NONE", "TASKS", "Outputs", "Sample", "Task", "choose", "find"]
+__all__ = ["NONE", "TASKS", "Outputs", "Sample", "Task", "find", "task_for"]
 
 
-def choose(name: str, inputs: Outputs, outputs: Outputs) -> tuple[type[Task] | None, str]:
+def task_for(name: str, inputs: Outputs, outputs: Outputs) -> tuple[type[Task] | None, str]:
     """The task of that name, or the one that the outputs' names, shapes and dtypes speak for.
 
     Returns:
