@@ -65,7 +65,8 @@ def _images() -> list[Call]:
 
 
 def _gpt2() -> Any:
-    from armopt.models import random_weights, torchvision_ops
+    from armopt.models import torchvision_ops
+    from benchmarks import random_weights
 
     torchvision_ops.ensure_torchvision()
     import torch
@@ -76,7 +77,8 @@ def _gpt2() -> Any:
 
 
 def _bert() -> Any:
-    from armopt.models import random_weights, torchvision_ops
+    from armopt.models import torchvision_ops
+    from benchmarks import random_weights
 
     torchvision_ops.ensure_torchvision()
     import torch

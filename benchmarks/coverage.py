@@ -17,6 +17,7 @@ input to a fifth of the output, and PyTorch's own BF16 autocast gets a cosine of
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -42,19 +43,29 @@ COLUMNS = (
 )
 
 
+def torchvision_names() -> list[str]:
+    """Every torchvision classification and segmentation model, in that order, each sorted by name."""
+    from armopt.models import torchvision_ops
+
+    torchvision_ops.ensure_torchvision()
+    models = importlib.import_module("torchvision.models")
+    modules = (models, importlib.import_module("torchvision.models.segmentation"))
+    return [name for module in modules for name in models.list_models(module=module)]
+
+
 def names() -> tuple[list[str], list[str]]:
     """Torchvision's classification and segmentation models, and the Hugging Face ones of the tests."""
-    from armopt.models import torchvision_inputs
     from tests import zoo_models
 
-    return [entry.name for entry in torchvision_inputs.classification_and_segmentation()], list(zoo_models.HUGGING_FACE)
+    return torchvision_names(), list(zoo_models.HUGGING_FACE)
 
 
 def build(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """A model with seeded random weights, and the smallest sensible inputs: module, args, kwargs."""
     import torch
 
-    from armopt.models import random_weights, references, torchvision_inputs
+    from armopt.models import references, torchvision_inputs
+    from benchmarks import random_weights
     from tests import zoo_models
 
     if name in zoo_models.HUGGING_FACE:
@@ -221,7 +232,7 @@ Every torchvision classification and segmentation model, and the Hugging Face mo
 configurations): optimized for {TARGET}, written, loaded and compared with the original module in FP32, each on its
 smallest sensible input at batch 1. This was run on a host that is not the target, so the portable twins gave the
 target's rounding. Weights are random, as torchvision initialises them; models without batch norm get
-`armopt.models.random_weights.randomize` on top, else heads of zero and layer scales of 1e-6 would hide errors.
+`benchmarks.random_weights.randomize` on top, else heads of zero and layer scales of 1e-6 would hide errors.
 
 {summary}
 

@@ -24,10 +24,10 @@ from torch import nn
 
 import armopt
 from armopt import accuracy
-from armopt.models.random_weights import randomize
 from armopt.models.torchvision_ops import ensure_torchvision
 from armopt.onnx_export import export
 from armopt.onnx_export.options import OnnxOptions
+from benchmarks.random_weights import randomize
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "onnx.md"
 BEGIN, END = "<!-- models -->\n", "<!-- end of models -->\n"

@@ -14,8 +14,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from armopt.models.random_weights import randomize
 from armopt.models.torchvision_ops import ensure_torchvision
+from benchmarks.random_weights import randomize
 
 VOCABULARY = 1000
 

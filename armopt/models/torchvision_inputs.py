@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +11,6 @@ from torch import Tensor
 
 from armopt.errors import InputError
 from armopt.models.references import TORCHVISION, Kind, kind_of, resolve
-from armopt.models.torchvision_ops import ensure_torchvision
 
 #: "natural" is what the model was made for; "smallest" is quick to run and still keeps every layer at work.
 Size = Literal["natural", "smallest"]
@@ -60,14 +57,6 @@ class ZooEntry:
     def reference(self) -> str:
         """What :func:`resolve` takes."""
         return TORCHVISION + self.name
-
-
-def classification_and_segmentation(size: Size = "smallest") -> tuple[ZooEntry, ...]:
-    """Every torchvision classification and segmentation model, in that order, each sorted by name."""
-    ensure_torchvision()
-    models = importlib.import_module("torchvision.models")
-    modules = (models, importlib.import_module("torchvision.models.segmentation"))
-    return tuple(entry(name, size) for module in modules for name in models.list_models(module=module))
 
 
 def entry(name: str, size: Size = "natural") -> ZooEntry:

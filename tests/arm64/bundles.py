@@ -18,10 +18,10 @@ from armopt.bundle import reader
 from armopt.bundle.manifest import Manifest
 from armopt.ir.records import Site, Target
 from armopt.kernels import table
-from armopt.models.random_weights import randomize
 from armopt.models.torchvision_ops import ensure_torchvision
 from armopt.plan import cost_policy, planner, threshold_policy
 from benchmarks.arm64 import counts, models
+from benchmarks.random_weights import randomize
 
 #: What `armopt run` sets but for the allocator; what is freed goes back at once, so that memory can be counted.
 BARE = {**counts.FAST_MATH, **models.FREED_AT_ONCE}

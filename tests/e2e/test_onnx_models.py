@@ -18,11 +18,11 @@ from armopt import accuracy
 from armopt.accuracy import runs
 from armopt.bundle import reader
 from armopt.bundle.files import read_manifest
-from armopt.models.random_weights import randomize
 from armopt.models.torchvision_ops import ensure_torchvision
 from armopt.onnx_export.options import OnnxOptions
 from armopt.plan import threshold_policy
 from armopt.runtime import load
+from benchmarks.random_weights import randomize
 
 #: Against the FP32 model: the rounding of weights to BF16 (2^-9 each) is the only difference but the order of sums.
 LEAST_COSINE = 0.9995

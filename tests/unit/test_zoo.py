@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from armopt.errors import InputError
-from armopt.models import random_weights, references, torchvision_inputs, torchvision_ops
+from armopt.models import references, torchvision_inputs, torchvision_ops
+from benchmarks import coverage, random_weights
 
 torchvision_ops.ensure_torchvision()
 
@@ -486,7 +487,7 @@ class TestResolve:
 
 class TestEntries:
     def test_every_classification_and_segmentation_model_is_listed(self) -> None:
-        listed = [found.name for found in torchvision_inputs.classification_and_segmentation()]
+        listed = coverage.torchvision_names()
         models = torchvision.models
         assert listed == models.list_models(models) + models.list_models(models.segmentation)
         assert len(listed) >= 86
