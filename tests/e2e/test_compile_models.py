@@ -16,7 +16,11 @@ from tests import detection
 torchvision_ops.ensure_torchvision_if_installed()
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
+OTHER_DETECTORS = (
+    *("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"),
+    *("ssd300_vgg16", "keypointrcnn_resnet50_fpn"),
+)
 
 
 def louder(model: torch.nn.Module) -> Any:
@@ -79,7 +83,7 @@ def check_tokens(model: Any, made: Any, prompt: torch.Tensor, **options: Any) ->
         assert gap < 0.02 * float(logits.abs().max()), f"row {row} diverges at token {first}, by {gap:.3f}"
 
 
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("make", [pytest.param(gpt2, marks=pytest.mark.full), llama])
 def test_generate_gives_the_tokens_of_fp32(make: Any) -> None:
     model = make()
     made = armopt.compile(model, target="graviton3")
@@ -206,9 +210,8 @@ def test_control_flow_on_data_is_followed() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn", "maskrcnn_resnet50_fpn_v2"),
-        *("retinanet_resnet50_fpn", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large", "ssd300_vgg16"),
-        "keypointrcnn_resnet50_fpn",
+        *("fasterrcnn_mobilenet_v3_large_fpn", "retinanet_resnet50_fpn"),
+        *(pytest.param(name, marks=pytest.mark.full) for name in OTHER_DETECTORS),
     ],
 )
 def test_detections_of_fp32_are_found_again(name: str) -> None:

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from e2e_helpers import ROOT
 from torch import Tensor
 
 import armopt
 from armopt import accuracy
-
-sys.path.insert(0, str(ROOT))  # the models live with the tests, how they are built with the benchmark
-from benchmarks import coverage
+from benchmarks import coverage  # how models are built
 from tests import zoo_models
 
-sys.path.remove(str(ROOT))
-
-TORCHVISION = (
-    *("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "efficientnet_b0", "squeezenet1_1", "densenet121"),
-    *("regnet_y_400mf", "swin_t", "vit_b_16", "convnext_tiny"),
-    *("lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"),
+TORCHVISION = ("resnet18", "mobilenet_v3_small", "squeezenet1_1", "convnext_tiny", "lraspp_mobilenet_v3_large")
+#: Long, and each with a smaller relative above or among the models of the tests.
+LONG = (
+    *("shufflenet_v2_x0_5", "efficientnet_b0", "densenet121", "regnet_y_400mf", "swin_t", "vit_b_16"),
+    "deeplabv3_mobilenet_v3_large",
 )
 #: BF16 against FP32 on random weights. Most reach 0.9999; each of a net's many roundings is a relative error of 2^-9.
 #: PyTorch's own BF16 autocast is no closer, see docs/coverage.md.
 LEAST_COSINE = 0.999
 
-pytestmark = pytest.mark.filterwarnings("ignore::armopt.errors.ArmoptWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::armopt.errors.ArmoptWarning")]
 
 
 def compare(expected: Any, found: Any, path: str = "") -> None:
@@ -62,7 +57,9 @@ def compare(expected: Any, found: Any, path: str = "") -> None:
         assert found == expected, path
 
 
-@pytest.mark.parametrize("name", [*TORCHVISION, *zoo_models.MODELS])
+@pytest.mark.parametrize(
+    "name", [*TORCHVISION, *zoo_models.MODELS, *(pytest.param(name, marks=pytest.mark.full) for name in LONG)]
+)
 def test_optimizes_loads_and_agrees(name: str, tmp_path: Path) -> None:
     if name in zoo_models.NETS:
         model, args, kwargs = zoo_models.NETS[name](), (), zoo_models.EXAMPLES[name]()
