@@ -35,6 +35,7 @@ test-quick: $(BIN)/.ready-dev  ## what to run at every save: no emulated core, n
 
 test-full: $(BIN)/.ready-dev  ## all there is, before a release: the whole zoo, all families
 	$(PYTEST) --arm64 --full
+	$(BIN)/python benchmarks/coverage.py
 
 arm64: $(BIN)/.ready  ## prepare the emulated Arm core in ~/.cache/armopt/arm64
 	$(BIN)/python -m armopt.emulation.prepare

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch.overrides import TorchFunctionMode
 
 
-def query_dtypes(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> tuple[Any, list[str]]:
+def query_dtypes(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
     """The result of a call, and the dtype of each query of attention in it."""
     found: list[str] = []
 
-    class Watching(fx.Interpreter):
-        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            if target is torch._C._nn.scaled_dot_product_attention:
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.nn.functional.scaled_dot_product_attention:
                 found.append(str(args[0].dtype).removeprefix("torch."))
-            return super().call_function(target, args, kwargs)
+            return function(*args, **kwargs or {})
 
-    with torch.no_grad():
-        return Watching(module).run(*inputs), found
+    with torch.no_grad(), Watching():
+        return call(*args, **kwargs), found

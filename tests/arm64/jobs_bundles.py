@@ -156,5 +156,4 @@ def _attention_dtypes(model, inputs):
     """The dtype of each query of attention, seen in a call."""
     from tests.attention import query_dtypes
 
-    tensors = list(inputs.values())
-    return query_dtypes(model._select(tensors).__self__, tensors)[1]
+    return query_dtypes(_call, model, inputs)[1]

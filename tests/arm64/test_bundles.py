@@ -43,6 +43,7 @@ RUNS = (
     "windows@graviton3",
     "windows@graviton3-torch2.13",
 )
+LONG = ("mlp-full-size@graviton3",)
 #: Where a second PyTorch may answer otherwise than the plan expects: then the load says so, and nothing is `ref`.
 OTHER_BUILD = "graviton3-torch2.13"
 #: Least cosine similarity to FP32 of any model on the core.
@@ -107,7 +108,9 @@ def run(runs, name):
     return runs(name)
 
 
-every_run = pytest.mark.parametrize("name", RUNS)
+every_run = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in LONG else name for name in RUNS]
+)
 
 
 @every_run

@@ -132,18 +132,6 @@ def test_output_of_python_and_of_c_is_captured_per_call(light):
         assert result.stderr == "error\n"
 
 
-def test_a_worker_has_its_own_settings_and_not_the_shells(require_torch, monkeypatch):
-    monkeypatch.setenv("DNNL_DEFAULT_FPMATH_MODE", "BF16")
-    monkeypatch.setenv("LRU_CACHE_CAPACITY", "1024")
-    monkeypatch.setenv("LD_PRELOAD", "")
-    names = ["DNNL_DEFAULT_FPMATH_MODE", "LRU_CACHE_CAPACITY", "LD_PRELOAD", "OMP_NUM_THREADS"]
-    with EmulatedWorker(
-        "neoverse-v1", env={"OMP_NUM_THREADS": "1"}, preload="json", folder=require_torch("2.10.0")
-    ) as worker:
-        seen = worker.call(f"{JOBS}:read_environment", names=names).value
-    assert seen == dict(zip(names, [None, None, None, "1"], strict=True))
-
-
 def test_an_exception_there_is_an_error_here_with_its_traceback(light):
     with pytest.raises(EmulatedError, match="on purpose") as caught:
         light.call(f"{JOBS}:fail")
@@ -166,14 +154,6 @@ def test_a_crash_says_which_signal_and_the_last_words(light):
         light.call(f"{JOBS}:crash")
     assert "last words" in caught.value.stderr
     assert light.call(f"{JOBS}:echo", value=3).value == 3
-
-
-def test_closing_ends_the_process(require_torch):
-    worker = EmulatedWorker("neoverse-v1", preload="json", folder=require_torch("2.10.0"))
-    pid = worker.call("os:getpid").value
-    worker.close()
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
 
 
 # --- PyTorch on it --------------------------------------------------------------------------------

@@ -54,10 +54,10 @@ def bundle(tmp_path_factory):
 
 
 @pytest.mark.parametrize("torch_version", TORCH_VERSIONS)
-def test_every_variable_emitted_is_read_by_the_real_libraries(require_torch, torch_version):
+def test_every_variable_emitted_is_read_by_the_real_libraries(require_torch, monkeypatch, torch_version):
     package = require_torch(torch_version).site(torch_version) / "torch"
-    facts = build._installed(package, deep=False)
-    chosen = environment.wanted(targets.load("graviton3"), threads=2, build=facts)
+    monkeypatch.setattr(build, "package_folder", lambda: package)
+    chosen = environment.wanted(targets.load("graviton3"), threads=2, build=environment.installed())
     readers = variables_read([*chosen, "ARMOPT_NO_SUCH_VARIABLE"], package)
     assert readers.pop("ARMOPT_NO_SUCH_VARIABLE") == ()
     assert all(readers.values()), readers
@@ -74,9 +74,10 @@ def test_every_variable_emitted_is_read_by_the_real_libraries(require_torch, tor
         ("2.13.0", {"torch_build": "cuda 13.0", "blas": "NVPL", "sbgemm": "no", "thp_switch": "MIMALLOC_ALLOW_THP"}),
     ],
 )
-def test_facts_of_the_real_wheels(require_torch, torch_version, facts):
-    found = build._installed(require_torch(torch_version).site(torch_version) / "torch", deep=False)
-    assert found.items() >= {**facts, "acl": "52.6.0", "allocator": "mimalloc"}.items()
+def test_facts_of_the_real_wheels(require_torch, monkeypatch, torch_version, facts):
+    package = require_torch(torch_version).site(torch_version) / "torch"
+    monkeypatch.setattr(build, "package_folder", lambda: package)
+    assert environment.installed().items() >= {**facts, "acl": "52.6.0", "allocator": "mimalloc"}.items()
 
 
 # --- huge pages, by QEMU's log of system calls ----------------------------------------------------

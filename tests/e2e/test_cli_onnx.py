@@ -7,8 +7,11 @@ import zipfile
 from pathlib import Path
 
 import onnxruntime
+import pytest
 import torch
 from e2e_helpers import Cli, Models, Result, armopt, cosine, listing
+
+pytestmark = pytest.mark.slow
 
 
 def run(path: Path, x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from armopt.errors import AccuracyError, ArmoptWarning, BundleError, InputError
 from armopt.runtime.module import ModuleModel
 from tests import detection
 
-pytestmark = pytest.mark.filterwarnings("ignore::armopt.errors.ArmoptWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::armopt.errors.ArmoptWarning")]
 PARTS = [
     *("backbone", "rpn.head", "roi_heads.box_head", "roi_heads.box_predictor"),
     *("roi_heads.mask_head", "roi_heads.mask_predictor"),

@@ -201,7 +201,7 @@ def test_attention_works_in_bf16_where_blas_does(bf16: bool) -> None:
     program = lowered(_Attention(), X[None])
     trusted = Refuse() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {}
     module, _ = bind.Binder(False, verdicts=trusted, bf16_attention=bf16).bind(program)
-    (found,), seen = query_dtypes(module, (X[None],))
+    (found,), seen = query_dtypes(module, X[None])
     assert seen == ["bfloat16" if bf16 else "float32"]
     expected = program.graph_module(X[None])[0]
     # probabilities and results rounded to 8 bits, or not

@@ -198,6 +198,7 @@ def test_load_state_dict_counts_at_once(model: Classifier) -> None:
     assert_close(logits(made, tokens()), logits(other, tokens()))
 
 
+@pytest.mark.slow
 def test_more_models_of_one_class_than_dynamo_compiles_for_one_function() -> None:
     limit = torch._dynamo.config.recompile_limit
     for i in range(limit + 2):
@@ -221,6 +222,7 @@ class Ranks(torch.nn.Module):
         return self.fc(x)
 
 
+@pytest.mark.slow
 def test_past_dynamos_limit_it_still_compiles() -> None:
     torch.manual_seed(0)
     layer = Ranks().eval()
@@ -359,6 +361,7 @@ def test_constants_of_equal_values() -> None:
         assert_close(armopt.compile(model, (x,), target="host")(x), model(x))
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_a_thousand_shapes(model: Classifier) -> None:
     made = armopt.compile(model, target="graviton3", policy="cost=2.10")
     shapes = [(batch, length) for batch in range(2, 42) for length in range(2, 27)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from armopt import targets
 from armopt.ir.records import Site
 from armopt.kernels import table
-from armopt.plan import cost_policy, planner
+from armopt.plan import planner
 from armopt.plan.cost_policy import CostPolicy
 from armopt.plan.costs import TERMS, CostTable, Variant
 
@@ -46,9 +46,9 @@ def _table(per_call: dict[str, float], cast: float) -> CostTable:
     return CostTable("neoverse-v1", "2.10.0", fixed, _pointwise(cast), {})
 
 
-def _cost_of(labels: dict[str, bool], sites: list[Site], options: list[dict], cast: float) -> float:
+def _cost_of(labels: dict[str, bool], sites: list[Site], least: dict[bool, int], cast: float) -> float:
     """What a labelling costs, from the definition: the kernels, and one cast of each value in each direction needed."""
-    total = sum(options[i]["bf16" if labels[s.node] else "fp32"].cost for i, s in enumerate(sites))
+    total = float(sum(least[labels[s.node]] for s in sites))
     by_name = {s.node: s for s in sites}
     for value in {s.source for s in sites} | {s.residual for s in sites} | set(by_name):
         if not value:
@@ -82,11 +82,13 @@ def _chains(draw: st.DrawFn) -> list[Site]:
 def test_the_cut_is_the_best_labelling(sites: list[Site], costs: list[int], cast: float) -> None:
     names = ("conv1x1_bf16", "conv1x1_fastmath", "blas_fp32_w16")
     policy = CostPolicy(_table(dict(zip(names, map(float, costs), strict=True)), cast), near=1.0)
-    options = [policy._options(site, GRAVITON3) for site in sites]
-    chosen = cost_policy._cut(sites, options, policy.costs)
-    found = _cost_of({s.node: s.node in chosen for s in sites}, sites, options, cast)
+    kernels = [choice.kernel.name for choice in policy.choose(sites, GRAVITON3) if choice.kernel]
+    least = {True: costs[0], False: min(costs[1:])}  # of the kernels on BF16 and on FP32 activations
+    assert all(dict(zip(names, costs, strict=True))[name] == least[name == names[0]] for name in kernels)
+    chosen = {site.node: name == names[0] for site, name in zip(sites, kernels, strict=True)}
+    found = _cost_of(chosen, sites, least, cast)
     best = min(
-        _cost_of(dict(zip([s.node for s in sites], labels, strict=True)), sites, options, cast)
+        _cost_of(dict(zip([s.node for s in sites], labels, strict=True)), sites, least, cast)
         for labels in itertools.product((False, True), repeat=len(sites))
     )
     assert math.isclose(found, best, rel_tol=1e-9)

@@ -94,6 +94,7 @@ def test_it_computes_bit_for_bit_what_a_bundle_does(
         assert not torch.equal(found[name], plain[name])
 
 
+@pytest.mark.slow
 def test_a_thousand_shapes_make_few_graphs_and_plans(block: torch.nn.Module) -> None:
     run = compiled(block, plans=4)
     with torch.no_grad():

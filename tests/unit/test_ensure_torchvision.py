@@ -16,6 +16,7 @@ torchvision_ops.ensure_torchvision()
 
 import torchvision  # noqa: E402
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 

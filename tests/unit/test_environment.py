@@ -159,7 +159,7 @@ def test_a_link_to_nowhere_is_no_allocator(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_which_allocator_is_loaded(maps: str, malloc: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "read_or_empty", lambda path: f"7f00-7f01 r-xp 00000000 08:01 42 {maps}\n")
-    assert build._malloc() == malloc
+    assert env.record()["malloc"] == malloc
 
 
 def test_glibcs_malloc_costs_each_call_of_a_packed_layer() -> None:
@@ -435,7 +435,9 @@ def test_installed_does_not_import_torch() -> None:
         ({"libarm_compute.so": b""}, {}),
     ],
 )
-def test_libraries_of_each_build(libraries: Mapping[str, bytes], facts: Mapping[str, str], tmp_path: Path) -> None:
+def test_libraries_of_each_build(
+    libraries: Mapping[str, bytes], facts: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Strings as found in the wheels of torch 2.10.0 and 2.13.0 for aarch64."""
     torch = tmp_path / "torch"
     (torch / "lib").mkdir(parents=True)
@@ -445,7 +447,8 @@ def test_libraries_of_each_build(libraries: Mapping[str, bytes], facts: Mapping[
     for name, content in libraries.items():
         (torch / "lib" / name).write_bytes(content)
     expected = {"torch": "2.10.0+cpu", "torch_git": "abc", "torch_build": "cpu", **facts}
-    assert build._installed(torch, deep=False) == expected
+    monkeypatch.setattr(build, "package_folder", lambda: torch)
+    assert env.installed() == expected
 
 
 AWKWARD = {

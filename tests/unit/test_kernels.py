@@ -179,7 +179,8 @@ def test_conv_calls_agree_with_their_twin(kernel: Any, name: str, post_op: str) 
     site = conv_site(name, post_op)
     geometry = (site.stride, site.padding, site.dilation, site.transposed, site.output_padding, site.groups)
     x, weight, bias = noise(*site.shape), noise(*site.weight, seed=1) / 4, noise(site.n, seed=2)
-    other = noise(*bind._output_shape(site), seed=3) if post_op.startswith("add") else None
+    shape = (site.shape[0], site.n, *output_size(site.shape[2:], site.weight[2:], *geometry[:-1]))
+    other = noise(*shape, seed=3) if post_op.startswith("add") else None
 
     def twin(x: Tensor, w: Tensor, b: Tensor, o: Tensor | None) -> Tensor:
         return CONV(x, w, b, o, *[list(g) if isinstance(g, tuple) else g for g in geometry], post_op, kernel.name, 0)

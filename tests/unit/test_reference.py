@@ -85,8 +85,7 @@ def test_validate_checks_its_hash(kept: Path, tmp_path: Path, name: str) -> None
 def test_an_image_does_without_it(kept: Path, tmp_path: Path) -> None:
     zipped = Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", kept))
     for number, bundle in enumerate((kept, zipped)):
-        place = tmp_path / str(number)
-        package._copy_bundle(bundle, place)
+        place = package.write(bundle, tmp_path / str(number), hashes=False).path / package.BUNDLE
         assert {file.name for file in place.iterdir()} == {file.name for file in kept.iterdir()} - KEPT
         armopt.load(place)
 
@@ -123,6 +122,7 @@ print(most - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_two_copies_of_the_weights_are_never_held(tmp_path: Path) -> None:
     """Weights stay in their mapped files; of eight equal layers no more than a few are in memory at a time."""
     layers, width = 8, 1024

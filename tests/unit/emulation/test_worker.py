@@ -128,10 +128,11 @@ def test_settings_are_the_workers_own_and_not_the_shells(
 ) -> None:
     monkeypatch.setenv("DNNL_DEFAULT_FPMATH_MODE", "BF16")
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "1024")
-    names = ["DNNL_DEFAULT_FPMATH_MODE", "LRU_CACHE_CAPACITY", "OMP_NUM_THREADS"]
+    monkeypatch.setenv("LD_PRELOAD", "")
+    names = ["DNNL_DEFAULT_FPMATH_MODE", "LRU_CACHE_CAPACITY", "LD_PRELOAD", "OMP_NUM_THREADS"]
     with EmulatedWorker("neoverse-v1", env={"OMP_NUM_THREADS": "1"}, folder=folder, preload="json") as worker:
         assert worker.call(f"{JOBS}:read_environment", names=names).value == dict(
-            zip(names, [None, None, "1"], strict=True)
+            zip(names, [None, None, None, "1"], strict=True)
         )
 
 
