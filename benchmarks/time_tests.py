@@ -1,6 +1,6 @@
 """Times `.ci/run` from a clean checkout, on an otherwise idle machine, and writes the table in CONTRIBUTING.md.
 
-    python -m benchmarks.time_tests              # three runs with the emulated machine's cache warm, three with an empty one
+    python -m benchmarks.time_tests              # three runs with a warm cache of the emulated machine, three with none
     python -m benchmarks.time_tests --runs 1     # one of each
     python -m benchmarks.time_tests --write      # and writes the table
 
