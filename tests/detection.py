@@ -23,12 +23,12 @@ def images(*sizes: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
     ]
 
 
-def mask_rcnn() -> torch.nn.Module:
-    """Mask R-CNN as torchvision builds it, on a ResNet-18 with a narrow FPN and narrow heads."""
-    return spread(bare_mask_rcnn())
+def mask_rcnn(size: int = 128) -> torch.nn.Module:
+    """Mask R-CNN as torchvision builds it, on a ResNet-18 with a narrow FPN and narrow heads; images become `size`."""
+    return spread(bare_mask_rcnn(size))
 
 
-def bare_mask_rcnn() -> torch.nn.Module:
+def bare_mask_rcnn(size: int = 128) -> torch.nn.Module:
     """The same with weights as they are initialised: for its Python."""
     torchvision_ops.ensure_torchvision()
     import torchvision
@@ -49,8 +49,8 @@ def bare_mask_rcnn() -> torch.nn.Module:
             rpn_anchor_generator=anchors,
             box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], output_size=7, sampling_ratio=2),
             mask_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], output_size=14, sampling_ratio=2),
-            min_size=128,
-            max_size=160,
+            min_size=size,
+            max_size=size * 5 // 4,
             box_head=faster_rcnn.TwoMLPHead(width * 7**2, 128),
             box_predictor=faster_rcnn.FastRCNNPredictor(128, classes),
             mask_head=mask_rcnn.MaskRCNNHeads(width, (width, width), 1),

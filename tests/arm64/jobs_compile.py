@@ -3,7 +3,7 @@
 import warnings
 
 
-def detect(bundle, images):
+def detect(bundle, images, size):
     """Loads a bundle of kind "module" with this checkout's own Mask R-CNN around it; runs it once, with the log on."""
     import armopt
     from armopt.runtime import onednn_log
@@ -11,7 +11,7 @@ def detect(bundle, images):
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        model = armopt.load(bundle, model=detection.bare_mask_rcnn)
+        model = armopt.load(bundle, model=lambda: detection.bare_mask_rcnn(size))
     with onednn_log.capture_verbose() as log:
         found = model(images)
     kernels = [[(b.node, b.planned, b.kernel, b.reason) for b in bucket] for bucket in model.kernels]
