@@ -225,7 +225,7 @@ def make(name: str, target: str, folder: Path, policy: planner.Policy | None = N
     with torch.no_grad():
         reference = tuple(first(_call(model, inputs)) for inputs in example.inputs)
     twin = tuple(first(_call(portable, inputs)) for inputs in example.inputs)
-    sites = tuple(dict(program.sites) for program in reader.read(path).programs)
+    sites = tuple({site.node: site for site in each.sites.values()} for each in reader.read(path).programs)
     return Made(path, manifest, sites, example.inputs, reference, twin)
 
 
