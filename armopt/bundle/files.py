@@ -28,6 +28,8 @@ KEPT = frozenset({REFERENCE_GRAPH, REFERENCE_WEIGHTS})
 
 #: Bytes that a file of JSON may have: a graph of a hundred thousand nodes has some twenty million.
 MOST_JSON = 1 << 28
+#: By how much a file larger than that may be compressed in a zip.
+MOST_RATIO = 20
 
 
 def looks_like_bundle(path: Path) -> bool:
@@ -163,9 +165,11 @@ class BundleFiles:
             archive = zipfile.ZipFile(self._path)
         except zipfile.BadZipFile:
             raise self._no_bundle("is neither a bundle folder nor a bundle zip") from None
-        if packed := [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]:
-            # armopt stores; what is compressed may be a thousand times as large as it looks
-            raise BundleError(f"{packed[0]} in it is compressed", where=str(self._path), hint="zip -0 the bundle again")
+        for entry in archive.infolist():
+            # armopt stores; who zips a bundle again compresses weights a little, and only a bomb by a lot
+            if entry.file_size > MOST_JSON and entry.file_size > MOST_RATIO * entry.compress_size:
+                what = f"{entry.filename} in it would have {entry.file_size} bytes, and has {entry.compress_size}"
+                raise BundleError(what, where=str(self._path), hint="Zip the bundle again, without compression")
         return archive
 
     def _open_regular(self, name: str) -> BufferedIOBase:

@@ -94,8 +94,8 @@ if sys.argv[1:]:
 
 def test_the_exit_code_is_the_commands(require_torch):
     require_torch("2.10.0")
-    assert emulate("graviton3", ["python", "-c", "raise SystemExit(7)"]) == 7
-    assert emulate("graviton3", ["python", "-c", "import os; os.abort()"]) == 128 + signal.SIGABRT
+    assert emulate("neoverse-v1", ["python", "-c", "raise SystemExit(7)"]) == 7
+    assert emulate("neoverse-v1", ["python", "-c", "import os; os.abort()"]) == 128 + signal.SIGABRT
 
 
 def test_signals_reach_the_command(require_torch):

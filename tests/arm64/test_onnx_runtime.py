@@ -171,7 +171,8 @@ def test_where_the_flag_is_wrong(rows, columns, threads, is_right, core, tmp_pat
     if is_right:
         assert off < 0.01 * np.abs(in_fp32 - in_bf16).max()
     else:
-        assert off > 10 * np.abs(in_fp32 - in_bf16).max()
+        # NaN is wrong too: what it reads beyond an operand is whatever lies there
+        assert not off <= 10 * np.abs(in_fp32 - in_bf16).max()
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -338,13 +338,24 @@ def test_a_bundle_that_is_a_pipe_is_not_read(tmp_path: Path) -> None:
         reader.read(tmp_path / "b")
 
 
-def test_a_zip_is_as_large_as_it_looks(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors"])
+def test_a_zip_is_about_as_large_as_it_looks(bundle: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / "b.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("manifest.json", b" " * (64 << 20))
-    assert path.stat().st_size < 1 << 17
-    with pytest.raises(BundleError, match=r"manifest\.json in it is compressed"):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open(name, "w") as entry:
+            for _ in range(257):
+                entry.write(bytes(1 << 20))
+        for file in bundle.iterdir():
+            if file.name != name:
+                archive.write(file, file.name)
+    assert path.stat().st_size < 1 << 22
+    with pytest.raises(BundleError, match=f"{name} in it would have 269484032 bytes"):
         reader.read(path)
+
+
+def test_a_bundle_that_was_zipped_again_is_read(bundle: Path, tmp_path: Path) -> None:
+    shutil.make_archive(str(tmp_path / "again"), "zip", bundle)
+    assert reader.read(tmp_path / "again.zip").manifest == reader.read(bundle).manifest
 
 
 def test_a_file_of_json_is_bounded(bundle: Path) -> None:
