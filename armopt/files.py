@@ -54,7 +54,10 @@ def folder_beside(path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:  # what was put in its place took it, or it was a file that gave its place
+            folder.unlink(missing_ok=True)
         os.close(lock)
 
 
@@ -63,8 +66,10 @@ def clear_leftovers(path: Path) -> None:
     import fcntl
 
     with contextlib.suppress(OSError):
-        beside = [each for each in path.absolute().parent.iterdir() if each.name.startswith(_prefix(path))]
-        for left in beside:
+        for left in [each for each in path.absolute().parent.iterdir() if each.name.startswith(_prefix(path))]:
+            if not left.is_dir() or left.is_symlink():  # what gave its place to a folder
+                left.unlink(missing_ok=True)
+                continue
             handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

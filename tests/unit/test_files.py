@@ -77,3 +77,16 @@ def test_what_can_not_be_put_leaves_what_is_there(tmp_path: Path) -> None:
         files.put(tmp_path / "missing", path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_run_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    """A run that is under way holds its folder locked, and keeps it."""
+    place = tmp_path / "bundle"
+    with files.folder_beside(place) as under_way:
+        left = tmp_path / f"{under_way.name[:-3]}xyz"
+        left.mkdir()
+        (left / "weights").write_bytes(b"half")
+        (tmp_path / f"{under_way.name[:-3]}abc").write_bytes(b"old.zip")
+        with files.folder_beside(place) as second:
+            assert sorted(tmp_path.iterdir()) == sorted([under_way, second])
+    assert list(tmp_path.iterdir()) == []

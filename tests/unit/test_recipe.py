@@ -81,8 +81,8 @@ def test_the_graph_is_printed_as_golden_files_have_it(tmp_path: Path, monkeypatc
         "_0_weight: f32[8,16] = weight",
         "_0_bias: f32[8] = weight",
         "input_1: f32[2,16] = input",
-        "linear: f32[2,8] = armopt.linear.default(input_1, _0_weight, _0_bias, None, none, aten_linear, 0)",
-        "relu: f32[2,8] = aten.relu.default(linear)",
+        "_0: f32[2,8] = armopt.linear.default(input_1, _0_weight, _0_bias, None, none, aten_linear, 0)",
+        "relu: f32[2,8] = aten.relu.default(_0)",
         "return [relu]",
     ]
     lowered = CliRunner().invoke(app.app, [*words, "--batch", "2,64"])
