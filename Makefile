@@ -9,14 +9,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
+# Python compiles what is imported, when it is: of what torch brings that is a small part.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --editable
+
 $(BIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable .
+	$(INSTALL) .
 	touch $@
 
-$(BIN)/.ready-dev: $(BIN)/.ready
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+$(BIN)/.ready-dev: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(INSTALL) '.[dev]'
+	touch $(BIN)/.ready $@
 
 demo: $(BIN)/.ready  ## install into .venv and optimize ResNet-50 for Graviton3
 	rm -rf build/demo && mkdir -p build/demo

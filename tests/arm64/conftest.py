@@ -48,10 +48,10 @@ def figure(record_property: Callable[[str, object], None]) -> Callable[[str], No
 @pytest.fixture(scope="session")
 def require_torch(pytestconfig: pytest.Config) -> RequireTorch:
     """require_torch("2.10.0"): the prepared folder, or a loud skip. With ``--arm64`` it is prepared here."""
-    is_required = pytestconfig.getoption("--arm64")
+    is_required, is_full = pytestconfig.getoption("--arm64"), pytestconfig.getoption("--full")
     if is_required:
         with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            prepare(report=lambda line: print(line, file=sys.stderr, flush=True), tensorflow=True)
+            prepare(report=lambda line: print(line, file=sys.stderr, flush=True), tensorflow=is_full)
 
     def require(torch_version: str) -> PreparedFolder:
         folder = PreparedFolder.default()

@@ -2,6 +2,42 @@
 
 import warnings
 
+import torch
+from torch import nn
+
+
+class Branches(nn.Module):
+    """A convolutional trunk, then the one head or the other, by what the trunk finds."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1))
+        self.left, self.right = nn.Linear(32, 64), nn.Linear(32, 64)
+
+    def way(self, x):
+        return "left" if float(x.mean()) > 0 else "right"
+
+    def forward(self, x):
+        return getattr(self, self.way(x))(self.trunk(x).mean((2, 3)))
+
+
+def branches(bundle, state, images):
+    """Loads a bundle of kind "module" with the Python of Branches around it; runs each image, with the log on."""
+    import armopt
+    from armopt.runtime import onednn_log
+
+    model = armopt.load(bundle, model=lambda: with_state(Branches(), state))
+    with onednn_log.capture_verbose() as log:
+        found = [model(image) for image in images]
+    kernels = [[(b.node, b.planned, b.kernel, b.reason) for b in bucket] for bucket in model.kernels]
+    return {"found": found, "log": log.text, "kernels": kernels}
+
+
+def with_state(model, state):
+    """The module with that state, as a server has it."""
+    model.load_state_dict(state)
+    return model.eval()
+
 
 def detect(bundle, images, size):
     """Loads a bundle of kind "module" with this checkout's own Mask R-CNN around it; runs it once, with the log on."""
@@ -23,7 +59,6 @@ def generate(config, state, prompt, tokens):
     from armopt.models import torchvision_ops
 
     torchvision_ops.ensure_torchvision_if_installed()
-    import torch
     import transformers
 
     import armopt

@@ -1,8 +1,9 @@
-"""Mask R-CNN and a generate loop on the emulated Graviton3, judged by oneDNN's log."""
+"""Models that can't be captured whole, and a generate loop, on the emulated Graviton3, judged by oneDNN's log."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import armopt
 from armopt.models import torchvision_ops
 from armopt.runtime import onednn_log
 from tests import detection
+from tests.arm64.jobs_compile import Branches
 
 JOBS = "tests.arm64.jobs_compile"
 _COMPUTE = ("convolution", "deconvolution", "matmul", "inner_product")
@@ -19,6 +21,36 @@ _COMPUTE = ("convolution", "deconvolution", "matmul", "inner_product")
 
 def computed(text: str) -> list[onednn_log.Execution]:
     return [e for e in onednn_log.parse(text).executions if e.primitive in _COMPUTE]
+
+
+def test_parts_of_a_module_run_acl_in_bf16_whichever_way_it_goes(server: Any, tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Branches().eval()
+    images = [torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) - shift for seed, shift in WAYS]
+    with torch.no_grad():
+        expected = [model(image) for image in images]
+    armopt.optimize(model, [(image,) for image in images], kind="module", output=tmp_path / "b", target="graviton3")
+    arguments = {"bundle": str(tmp_path / "b"), "state": model.state_dict(), "images": images}
+    value = server("graviton3").call(f"{JOBS}:branches", **arguments).value
+    executions = computed(value["log"])
+    assert not onednn_log.references(executions)
+    convolutions = [e for e in executions if e.primitive == "convolution" and e.weight_dtype == "bf16"]
+    assert len(convolutions) >= 4  # the trunk's two, for each image
+    assert all(e.is_acl for e in convolutions)
+    for bucket in value["kernels"]:
+        assert [(node, kernel) for node, _, kernel, _ in bucket] == [(node, kernel) for node, kernel, _, _ in bucket]
+    for one, other in zip(value["found"], expected, strict=True):
+        assert cosine(one, other) > 0.999
+    assert [model.way(image) for image in images] == ["left", "right"]
+
+
+#: Seeds of images and what is taken from each: the model goes one way with the first, the other with the second.
+WAYS = ((1, 0.0), (2, 1.0))
+
+
+def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), 0))
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +71,7 @@ SEED = 4
 SIZE = 64
 
 
+@pytest.mark.full
 def test_mask_rcnn_runs_acl_in_bf16_and_nothing_by_reference(mask_rcnn_on_graviton3: dict[str, Any]) -> None:
     executions = computed(mask_rcnn_on_graviton3["log"])
     assert not onednn_log.references(executions)
@@ -51,6 +84,7 @@ def test_mask_rcnn_runs_acl_in_bf16_and_nothing_by_reference(mask_rcnn_on_gravit
         assert [(node, kernel) for node, _, kernel, _ in bucket] == [(node, kernel) for node, kernel, _, _ in bucket]
 
 
+@pytest.mark.full
 def test_mask_rcnn_finds_there_what_fp32_finds_here(mask_rcnn_on_graviton3: dict[str, Any]) -> None:
     above, alike = detection.found_again(mask_rcnn_on_graviton3["expected"], mask_rcnn_on_graviton3["found"])
     assert above > 0

@@ -309,6 +309,7 @@ def tensorflow(require_torch):
     return prepared, site
 
 
+@pytest.mark.full
 def test_tensorflows_variables_are_read_by_its_libraries(tensorflow):
     _, site = tensorflow
     chosen = environment.wanted(targets.load("graviton3"), framework="tensorflow", threads=2)
@@ -318,6 +319,7 @@ def test_tensorflows_variables_are_read_by_its_libraries(tensorflow):
     assert environment.only_read(chosen, site / "tensorflow") == chosen
 
 
+@pytest.mark.full
 def test_tensorflow_runs_on_acl_in_bf16(tensorflow, tmp_path):
     """`armopt run --framework tensorflow --target graviton3 -- python script.py`, on the emulated core."""
     prepared, site = tensorflow

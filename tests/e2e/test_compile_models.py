@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
 OTHER_DETECTORS = (
     *("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"),
-    *("ssd300_vgg16", "keypointrcnn_resnet50_fpn"),
+    *("ssd300_vgg16", "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn"),
 )
 
 
@@ -210,7 +210,7 @@ def test_control_flow_on_data_is_followed() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("fasterrcnn_mobilenet_v3_large_fpn", "retinanet_resnet50_fpn"),
+        "fasterrcnn_mobilenet_v3_large_fpn",
         *(pytest.param(name, marks=pytest.mark.full) for name in OTHER_DETECTORS),
     ],
 )
