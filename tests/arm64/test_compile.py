@@ -102,7 +102,7 @@ def gpt2_on_graviton3(server: Any) -> dict[str, Any]:
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
     state = {name: 4 * tensor if tensor.dim() > 1 else tensor for name, tensor in model.state_dict().items()}
     prompt = torch.randint(1, 200, (1, 24), generator=torch.Generator().manual_seed(0))
-    call = {"config": config, "state": state, "prompt": prompt, "tokens": 4}
+    call = {"config": config, "state": state, "prompt": prompt, "tokens": 2}
     found: dict[str, Any] = server("graviton3").call(f"{JOBS}:generate", **call).value
     return found
 
@@ -120,6 +120,6 @@ def test_generate_runs_acl_in_bf16_and_nothing_by_reference(gpt2_on_graviton3: d
 
 
 def test_generate_gives_the_tokens_of_fp32(gpt2_on_graviton3: dict[str, Any]) -> None:
-    assert gpt2_on_graviton3["expected"].shape == (1, 28)
+    assert gpt2_on_graviton3["expected"].shape == (1, 26)
     assert torch.equal(gpt2_on_graviton3["found"], gpt2_on_graviton3["expected"])
     assert torch.equal(gpt2_on_graviton3["again"], gpt2_on_graviton3["expected"])
