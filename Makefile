@@ -34,8 +34,8 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest --numproc
 test: $(BIN)/.ready-dev  ## install what tests need and run them, on this machine and on emulated Arm cores
 	$(PYTEST) --arm64
 
-test-quick: $(BIN)/.ready-dev  ## what to run at every save: no emulated core, nothing slow
-	$(PYTEST) --ignore=tests/arm64 -m "not slow"
+test-quick: $(BIN)/.ready-dev  ## what to run at every save: no emulated core, no command in a process, nothing slow
+	$(PYTEST) --ignore=tests/arm64 --ignore=tests/e2e -m "not slow"
 
 test-full: $(BIN)/.ready-dev  ## all there is, before a release: the whole zoo, all families
 	$(PYTEST) --arm64 --full

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-ARM64 = Path(__file__).parent / "arm64"
+ARM64, E2E = (Path(__file__).parent / name for name in ("arm64", "e2e"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,7 +36,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
         items[:] = [item for item in items if not item.get_closest_marker("full")]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (not item.path.is_relative_to(ARM64), item.path not in slow))
+    items.sort(
+        key=lambda item: (not item.path.is_relative_to(ARM64), not item.path.is_relative_to(E2E), item.path not in slow)
+    )
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -75,6 +75,7 @@ def test_it_is_the_module_that_it_was(model: Classifier) -> None:
     assert not any("forward" in part.__dict__ for part in model.modules())
 
 
+@pytest.mark.slow
 def test_it_computes_in_bf16_what_the_model_does(model: Classifier) -> None:
     made = armopt.compile(model, target="graviton3")
     for args in ((tokens(),), (tokens(5, 9),), (tokens(1, 4), 2.0)):
@@ -260,6 +261,7 @@ def test_errors_are_clear(model: Classifier, call: Any, says: str) -> None:
 # --- memory ---
 
 
+@pytest.mark.slow
 def test_released_weights_are_gone_and_the_model_still_runs(model: Classifier) -> None:
     plain = copy.deepcopy(model)
     kept = armopt.compile(copy.deepcopy(model), (tokens(),), target="graviton3").forward.explain()

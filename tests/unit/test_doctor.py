@@ -289,6 +289,7 @@ def test_the_exit_code_and_the_text(healthy: bool, backends: Backends, monkeypat
     assert {c["name"] for c in found["checks"]} >= {"ACL BF16", "BLAS BF16", "BLAS BF16, one row", "fast math"}
 
 
+@pytest.mark.slow
 def test_the_command_on_this_machine() -> None:
     done = subprocess.run([sys.executable, "-m", "armopt", "doctor", "--json"], capture_output=True, text=True)
     found = json.loads(done.stdout)

@@ -133,6 +133,7 @@ def test_a_format_of_inputs_is_read(examples: Path) -> None:
         sample_files.read(examples / "missing.npy")
 
 
+@pytest.mark.slow
 def test_help_lists_them(examples: Path) -> None:
     script = f"import {', '.join(TABLES)}\nfrom armopt.cli.app import app\n"
     script += "".join(f"app([{name!r}, '--help'], standalone_mode=False)\n" for name in ("optimize", "emulate"))

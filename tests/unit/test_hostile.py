@@ -365,6 +365,7 @@ def test_a_file_of_json_is_bounded(bundle: Path) -> None:
         reader.read(bundle)
 
 
+@pytest.mark.slow
 def test_whoever_reads_while_a_bundle_is_replaced_sees_one_of_them(bundle: Path, tmp_path: Path) -> None:
     """Twice a second copy takes the first one's place, and back, while four threads read."""
     other = Path(shutil.copytree(bundle, tmp_path / "other"))

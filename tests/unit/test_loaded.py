@@ -84,6 +84,7 @@ def run(model: Any, inputs: Pair) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_takes_it(model: Any, mlp_inputs: Pair) -> None:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
@@ -148,6 +149,7 @@ os.waitpid(child, 0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "said"),
     [("two threads", "loaded before this process was forked.*Load the bundle in each worker"), ("one thread", "right")],

@@ -40,6 +40,7 @@ def photographs() -> list[torch.Tensor]:
     return list(torch.nn.functional.interpolate(coarse, (96, 128), mode="bicubic").clamp(0, 1))
 
 
+@pytest.mark.slow
 def test_rounded_weights_find_the_same_objects(detector: torch.nn.Module, photographs: list[torch.Tensor]) -> None:
     rounded = copy.deepcopy(detector)
     with torch.no_grad():

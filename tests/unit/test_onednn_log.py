@@ -183,6 +183,7 @@ def test_captures_wait_for_each_other() -> None:
     assert counts == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("close", [False, True])
 def test_capture_with_the_users_own_log_and_with_stdout_closed(close: bool) -> None:
     code = (

@@ -102,6 +102,7 @@ def written(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> package.P
 # --- the folder -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_written(written: package.Package, bundle: Path) -> None:
     assert written.files == (".dockerignore", "Dockerfile", "bundle", "lib", "requirements.txt", "serve.py")
     assert (written.torch, written.hashes, written.remarks) == ("2.10.0", True, ())
@@ -302,6 +303,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.05)
 
 
+@pytest.mark.slow
 def test_predict_with_json(image_server: tuple[Any, int], model: nn.Module) -> None:
     x = torch.randn(4, 8)
     body = json.dumps({"inputs": {"x": x.tolist(), "scale": [2.0]}}).encode()

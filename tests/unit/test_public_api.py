@@ -52,6 +52,7 @@ def test_each_public_name_is_there_and_documented(name: str) -> None:
     assert name in dir(armopt)
 
 
+@pytest.mark.slow
 def test_public_names_stay_after_the_submodules_are_imported() -> None:
     """A submodule of the same name would hide the function."""
     code = """

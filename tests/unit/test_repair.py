@@ -44,6 +44,7 @@ def known_minimum(kind: type[nn.Module], seed: int) -> int:
     raise AssertionError("no set of layers passes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", GATES)
 def test_what_bf16_breaks_is_mended(kind: type[nn.Module], seed: int, tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from armopt.onnx_export.options import OnnxOptions
 from armopt.plan.planner import Choice
 from armopt.plan.threshold_policy import ThresholdPolicy
 
+pytestmark = pytest.mark.slow
+
 BF16 = ThresholdPolicy(1)
 #: FP32 in another order of summation.
 SAME = {"rtol": 1e-5, "atol": 1e-5}
