@@ -27,7 +27,10 @@ _SOME = ("none", "relu", "add_relu", "sigmoid")
 #: Large enough for relu on the bits. A kernel behind which a post-op is an operation of its own needs few.
 CASES = (
     *(
-        Case(kernel.name, replace(_OF_KERNEL.get(kernel.name, _LINEAR if kernel.op == Op.LINEAR else _CONV), post_op=post))
+        Case(
+            kernel.name,
+            replace(_OF_KERNEL.get(kernel.name, _LINEAR if kernel.op == Op.LINEAR else _CONV), post_op=post),
+        )
         for kernel in table.kernels()
         if kernel.name != "conv_transpose_fp32"
         for post in ((*_SOME[:3], "add", *post_ops.UNARY) if kernel.name in ("conv1x1_bf16", "blas_fp32") else _SOME)
