@@ -8,6 +8,7 @@ import torch
 from armopt.bundle.program import Program
 from armopt.ir.records import Op
 from armopt.kernels import post_ops, table
+from armopt.kernels.base import Kernel
 from armopt.kernels.examples import Example
 from tests.arm64 import kernel_cases
 from tests.arm64.kernel_cases import Case
@@ -23,8 +24,18 @@ _DEPTHWISE = Example((len(SPECIAL), 32, 5, 5), 32, (3, 3), padding=1, groups=32)
 _GROUPED = replace(_DEPTHWISE, groups=2)
 _VOLUME = Example((len(SPECIAL), 16, 4, 4, 4), 16, (3, 3, 3), padding=1)
 _OF_KERNEL = {"conv_fp32": _DEPTHWISE, "conv_merged_fp32": replace(_DEPTHWISE, outputs=64, groups=4)}
-_SOME = ("none", "relu", "add_relu", "sigmoid")
-#: Large enough for relu on the bits. A kernel behind which a post-op is an operation of its own needs few.
+
+
+def _post_ops(kernel: Kernel) -> tuple[str, ...]:
+    """What is behind a kernel: all behind one in BF16 and one in FP32, else what is fused or works on bits."""
+    if kernel.name in ("conv1x1_bf16", "blas_fp32"):
+        return ("none", "add", "add_relu", *post_ops.UNARY)
+    if kernel.activations == torch.bfloat16:
+        return "relu", "add_relu"
+    return ("relu", "sigmoid") if kernel.is_onednns else ("relu",)
+
+
+#: Large enough for relu on the bits, but the last two.
 CASES = (
     *(
         Case(
@@ -33,7 +44,7 @@ CASES = (
         )
         for kernel in table.kernels()
         if kernel.name != "conv_transpose_fp32"
-        for post in ((*_SOME[:3], "add", *post_ops.UNARY) if kernel.name in ("conv1x1_bf16", "blas_fp32") else _SOME)
+        for post in _post_ops(kernel)
     ),
     *(Case("conv_fp32", replace(layer, post_op=post)) for layer in (_GROUPED, _VOLUME) for post in ("relu", "sigmoid")),
     *(Case("conv1x1_bf16", replace(_LINEAR, shape=(16, 400), post_op=post)) for post in ("relu", "add_relu")),

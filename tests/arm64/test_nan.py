@@ -42,9 +42,12 @@ class _Masked(nn.Module):
 
 @pytest.mark.parametrize("host", ["graviton3", "graviton3-torch2.13"])
 def test_kernels_lose_no_nan(server, host):
-    found = server(host).call(f"{JOBS}:kernels", cases=nan_cases.CASES, target="graviton3").value
+    cases = nan_cases.CASES
+    if host != "graviton3":  # of another build the relu
+        cases = [case for case in cases if "relu" in case.layer.post_op]
+    found = server(host).call(f"{JOBS}:kernels", cases=cases, target="graviton3").value
     wrong = []
-    for case, (kernel, reason, lost, made) in zip(nan_cases.CASES, found, strict=True):
+    for case, (kernel, reason, lost, made) in zip(cases, found, strict=True):
         refused = kernel != case.kernel and "gemm:ref" not in reason  # linear_fastmath on 2.13
         merged = case.kernel == "conv_merged_fp32"  # its zeros are multiplied too
         if lost or (made and not merged) or refused:
