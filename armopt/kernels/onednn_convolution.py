@@ -29,7 +29,7 @@ def fuses(site: Site) -> bool:
 
     Dense products of up to two dimensions are the Compute Library's; groups and volumes oneDNN's own.
     """
-    own = site.groups > 1 or len(site.shape) > 4
+    own = site.op == Op.CONV and (site.groups > 1 or len(site.shape) > 4)
     return site.post_op == "sigmoid" or (site.post_op == "relu" and not own)
 
 

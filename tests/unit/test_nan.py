@@ -9,9 +9,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from armopt.ir.records import Site
+from armopt.kernels import table
 from tests import nan_cases
 from tests.arm64.kernel_cases import Case
 from tests.planning import programs
+
+
+def test_a_linear_on_many_dimensions_fuses_its_relu() -> None:
+    """It is no convolution on volumes."""
+    kernel = table.get("conv1x1_fastmath")
+    assert kernel.fuses(Site("layer", "linear", 16, 4, 8, (2, 2, 2, 2, 4), (8, 4), post_op="relu"))
 
 
 @pytest.mark.parametrize("case", nan_cases.CASES, ids=str)
