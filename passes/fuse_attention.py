@@ -21,8 +21,10 @@ class FuseAttention:
     """softmax(s q @ k^T + mask, -1) @ v -> scaled_dot_product_attention(q, k, v, mask, scale=s).
 
     The scores never lie in memory, and all of it can work in BF16. A mask may be several, added one after another, also
-    where the scores have an extra dimension meanwhile, as windows of an image have. Refuses products of other than four
-    dimensions, scores or probabilities that are used elsewhere, and whatever else stands between product and softmax.
+    where the scores have an extra dimension meanwhile, as windows of an image have. A row of the mask that hides every
+    key becomes NaN, which is the softmax of such a row and would be 0 otherwise; not where constant masks have none.
+    Refuses products of other than four dimensions, scores or probabilities that are used elsewhere, and whatever else
+    stands between product and softmax.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -175,5 +177,17 @@ def _rewrite(graph_module: fx.GraphModule, product: fx.Node, found: _Attention) 
         mask = call(_aten.expand.default, each.node, list(each.expanded)) if each.expanded else each.node
         mask = call(_aten.reshape.default, mask, list(each.joined)) if each.joined else mask
         total = mask if total is None else call(_aten.add.Tensor, total, mask)
+    if total is not None and _may_hide_a_row(graph_module, found.masks):
+        # 0, and NaN where the largest value of a row is infinite
+        top = call(_aten.amax.default, total, [-1], True)
+        total = call(_aten.add.Tensor, total, call(_aten.sub.Tensor, top, top))
     arguments = (found.query, key, product.args[1], total, 0.0, False)
     g.replace_and_erase(product, call(_ATTENTION, *arguments, scale=found.scale))
+
+
+def _may_hide_a_row(graph_module: fx.GraphModule, masks: tuple[_Mask, ...]) -> bool:
+    """Whether the sum of some masks may be minus infinity along a whole row."""
+    values = [g.find_constant(graph_module, mask.node) for mask in masks]
+    if len(values) == 1 and values[0] is not None and values[0].numel():
+        return not bool(values[0].amax(-1).isfinite().all())
+    return not all(value is not None and bool(value.isfinite().all()) for value in values)

@@ -247,7 +247,7 @@ class Validation:
             if not verdict.passed
         ]
         if not self.finite:
-            said.append("values that are finite in FP32 are not in BF16")
+            said.append("values are finite in one of FP32 and BF16 alone, or infinite with another sign")
         return "; ".join(said)
 
     def to_json(self) -> dict[str, Any]:

@@ -46,6 +46,11 @@ def whole_sum(site: Site, target: Target) -> int:
     return 0
 
 
+def fuses_nothing(site: Site) -> bool:
+    """A call without a post-op."""
+    return False
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
     """One way to call a backend, and all that is said of it elsewhere.
@@ -64,7 +69,7 @@ class Kernel:
         layout: Of the activations it works on.
         uses: Who chooses it.
         fast_math: Whether it needs DNNL_DEFAULT_FPMATH_MODE=BF16, read when oneDNN is first used.
-        fuses: Post-ops that are part of the call.
+        fuses: Whether a site's post-op is part of the call. Pure.
         block: Terms after which the sum is rounded to BF16 on a target; 0 where it stays in FP32. Pure.
         colour: Of its boxes where a plan is drawn: blue for BF16 in the Compute Library, orange for products in BF16 on
             FP32 activations, green for BLAS, grey for plain ATen, purple for all else.
@@ -84,7 +89,7 @@ class Kernel:
     layout: Layout = Layout.PLAIN
     uses: frozenset[Use] = frozenset({Use.PLAN, Use.FALLBACK})
     fast_math: bool = False
-    fuses: frozenset[str] = frozenset()
+    fuses: Callable[[Site], bool] = fuses_nothing
     block: Callable[[Site, Target], int] = whole_sum
     colour: str = "#7c3aed"
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
@@ -119,7 +124,7 @@ class Kernel:
 
     def scale(self, site: Site) -> float:
         """By what a site's weight and bias are multiplied as they are packed."""
-        if site.post_op in self.fuses or self.activations != torch.float32:
+        if self.fuses(site) or self.activations != torch.float32:
             return 1.0
         return post_ops.UNARY[site.post_op].scale if site.post_op in post_ops.UNARY else 1.0
 
@@ -160,7 +165,7 @@ class KernelCall:
     def with_post_op(self, y: fx.Node) -> fx.Node:
         """Inserts the post-op as in-place operations on the fresh tensor `y`, unless it is part of the call."""
         name = self.site.post_op
-        if name == post_ops.NONE or name in self.kernel.fuses:
+        if name == post_ops.NONE or self.kernel.fuses(self.site):
             return y
         if name in (post_ops.ADD, post_ops.ADD_RELU):
             y = self.call(_aten.add_.Tensor, y, self.other)
@@ -177,5 +182,6 @@ class KernelCall:
         few = self.site.m * self.site.n < post_ops.RELU_AS_INTEGERS
         if self.kernel.activations != torch.bfloat16 or few:
             return self.call(_aten.relu_.default, y)
-        self.call(_aten.clamp_min_.default, self.call(_aten.view.dtype, y, torch.int16), 0)
+        bits = self.call(_aten.view.dtype, y, torch.int16)
+        self.call(_aten.threshold_.default, bits, post_ops.MINUS_INFINITY, 0)
         return y

@@ -30,7 +30,7 @@ KERNEL = Kernel(
     emit=onednn.emit_linear,
     uses=frozenset(Use),
     fast_math=True,
-    fuses=onednn.FUSED,
+    fuses=onednn.fuses,
     colour="#d97706",
     examples={"graviton3": FAST_LINEAR, "yitian710": FAST_LINEAR[1:4:2]},
 )

@@ -21,6 +21,6 @@ KERNEL = Kernel(
     pack=onednn.pack_linear_as_convolution,
     emit=onednn.emit_linear,
     uses=frozenset({Use.PLAN}),
-    fuses=onednn.FUSED,
+    fuses=onednn.fuses,
     examples={"graviton2": linear((64, 64, 64), (8, 2048, 33), (64, 100, 3))},
 )

@@ -33,7 +33,7 @@ KERNEL = Kernel(
     layout=Layout.CHANNELS_LAST,
     uses=frozenset(Use),
     fast_math=True,
-    fuses=onednn.FUSED,
+    fuses=onednn.fuses,
     colour="#c2410c",
     examples={"graviton3": (*_LAYERS, *_WITH_POST_OPS), "yitian710": _LAYERS[::2]},
 )

@@ -47,7 +47,7 @@ KERNEL = Kernel(
     pack=onednn.pack_convolution,
     emit=onednn.emit_conv,
     layout=Layout.CHANNELS_LAST,
-    fuses=onednn.FUSED,
+    fuses=onednn.fuses,
     examples={
         "graviton3": (examples.DEPTHWISE, _GROUPED, replace(examples.DEPTHWISE, post_op="silu")),
         "yitian710": (examples.DEPTHWISE,),

@@ -67,7 +67,7 @@ KERNEL = Kernel(
     pack=_pack,
     emit=_emit,
     layout=Layout.CHANNELS_LAST,
-    fuses=onednn.FUSED,
+    fuses=onednn.fuses,
     # without SVE of 256 bits all groups are `gemm:ref`, unless depthwise
     examples={
         "graviton3": (

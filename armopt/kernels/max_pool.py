@@ -1,7 +1,8 @@
 """Max pooling of BF16 values that are not negative: they compare as the integers of their bits do.
 
-ATen's max_pool2d widens each value of each window to FP32 and keeps the index of the largest: 27 instructions an output
-of 3x3 on the emulated Graviton3. Rows, then columns, with the integer maximum take 5.
+NaN is the largest of all once its sign is gone. ATen's max_pool2d widens each value of each window to FP32 and keeps
+the index of the largest: 27 instructions an output of 3x3 on the emulated Graviton3. Rows, then columns, with the
+integer maximum take 7.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def emit(node: fx.Node, window: tuple[list[int], list[int], list[int]], image: S
         with node.graph.inserting_before(node):
             return node.graph.call_function(target, args)
 
-    x = call(_aten.view.dtype, node.args[0], torch.int16)
+    x = call(_aten.bitwise_and.Scalar, call(_aten.view.dtype, node.args[0], torch.int16), 0x7FFF)
     if max(padding):
         x = call(_aten.constant_pad_nd.default, x, [padding[1], padding[1], padding[0], padding[0]], 0)
     for i, length in enumerate(image):

@@ -2,8 +2,9 @@
 
 Source of what fuses: oneDNN's log on the aarch64 builds 2.10.0 and 2.13.0, and counts on the emulated Graviton3. On
 FP32 activations the Compute Library takes relu (almost free) and sigmoid; a residual add it takes too, for 9
-instructions an element where an in-place add retires 0.8; the others fall to ``gemm:ref`` or to FP32. On BF16
-activations any post-op gives ``ref:any`` on 2.10.0. What isn't fused runs as a separate in-place operation.
+instructions an element where an in-place add retires 0.8; the others fall to ``gemm:ref`` or to FP32. oneDNN's own SVE
+kernels take relu as well, but give 0 for the relu of NaN (FMAXNM). On BF16 activations any post-op gives ``ref:any`` on
+2.10.0. What isn't fused runs as a separate in-place operation.
 """
 
 from __future__ import annotations
@@ -21,8 +22,15 @@ from armopt.kernels.base import KernelCall
 from armopt.kernels.geometry import output_size
 
 _mkldnn = torch.ops.mkldnn
-#: Post-ops that the call takes on FP32 activations.
-FUSED = frozenset({"relu", "sigmoid"})
+
+
+def fuses(site: Site) -> bool:
+    """Whether a call on FP32 activations takes the site's post-op, and keeps NaN in it.
+
+    Dense products of up to two dimensions are the Compute Library's; groups and volumes oneDNN's own.
+    """
+    own = site.op == Op.CONV and (site.groups > 1 or len(site.shape) > 4)
+    return site.post_op == "sigmoid" or (site.post_op == "relu" and not own)
 
 
 def pack_weight(
@@ -48,8 +56,7 @@ def emit_convolution(call: KernelCall, x: fx.Node, geometry: tuple[Any, ...]) ->
         x: Its input, with the dimensions of a convolution.
         geometry: padding, stride, dilation and groups.
     """
-    name = call.site.post_op
-    post = post_ops.UNARY[name] if name in call.kernel.fuses else None
+    post = post_ops.UNARY[call.site.post_op] if call.kernel.fuses(call.site) else None
     tail = (post.attribute, list(post.scalars), post.algorithm or "") if post else ("none", [], "")
     return call.call(_mkldnn._convolution_pointwise.default, x, call.weight, call.bias, *geometry, *tail)
 

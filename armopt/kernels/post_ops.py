@@ -72,9 +72,12 @@ UNARY = {
         _unary("relu6", _aten.hardtanh.default, _aten.hardtanh_.default, "hardtanh", 0.0, 6.0, scalars=(0.0, 6.0)),
     )
 }
-#: From this many elements on, relu in BF16 is the integer maximum of the bits and 0: a third of the instructions, after
-#: two calls instead of one. A NaN stays one if its sign is plus, which is the only kind that Arm's arithmetic makes.
+#: From this many elements on, relu in BF16 is a threshold on the bits: six tenths of the instructions, after two calls
+#: instead of one. As integers, numbers of minus sign end at minus infinity; above it are NaN of minus sign, then 0, all
+#: numbers of plus sign and their NaN.
 RELU_AS_INTEGERS = 1 << 14
+#: The bits of minus infinity in BF16.
+MINUS_INFINITY = -128
 NONE = "none"
 ADD = "add"
 ADD_RELU = "add_relu"

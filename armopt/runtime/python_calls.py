@@ -19,14 +19,14 @@ _methods: Any = torch._C.TensorBase
 
 #: Operations with a binding that takes the operation's own arguments, by where the binding is.
 _IN_TORCH = (
-    *("add.Tensor", "addmm.default", "bmm.default", "cat.default", "clamp_min_.default", "clone.default"),
+    *("add.Tensor", "addmm.default", "bitwise_and.Scalar", "bmm.default", "cat.default", "clone.default"),
     *("constant_pad_nd.default", "maximum.default"),
     *("convolution.default", "div.Tensor", "embedding.default", "flatten.using_ints", "layer_norm.default"),
     *("matmul.default", "max_pool2d.default", "mean.dim", "mm.default", "mul.Tensor", "narrow.default"),
     *("permute.default", "relu.default", "relu_.default", "reshape.default", "rsqrt.default", "select.int"),
     *("sigmoid.default", "sigmoid_.default", "softmax.int", "split.Tensor", "split_with_sizes.default"),
     *("squeeze.dim", "squeeze.dims", "stack.default", "sub.Tensor", "tanh.default", "tanh_.default"),
-    *("transpose.int", "unbind.int", "unflatten.int", "unsqueeze.default"),
+    *("threshold_.default", "transpose.int", "unbind.int", "unflatten.int", "unsqueeze.default"),
 )
 _IN_NN = (
     *("adaptive_avg_pool2d.default", "avg_pool2d.default", "gelu.default", "gelu_.default", "hardsigmoid.default"),

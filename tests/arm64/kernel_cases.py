@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from armopt import targets
 from armopt.bundle.program import Program
 from armopt.ir.calls import ConvCall, LinearCall
 from armopt.ir.records import Op
-from armopt.kernels import sites, table
+from armopt.kernels import post_ops, sites, table
 from armopt.kernels.examples import Example
 
 
@@ -117,7 +118,9 @@ def program(case: Case, target: str, tensors: dict[str, torch.Tensor]) -> Progra
     if layer.bias:
         root.register_buffer("bias", tensors["bias"])
         bias = graph.get_attr("bias")
-    operands = {"x": x, "weight": weight, "bias": bias, "post_op": layer.post_op, "kernel": kernel.name}
+    other = graph.placeholder("other") if layer.post_op.startswith("add") else None
+    names = {"post_op": layer.post_op, "kernel": kernel.name}
+    operands = {"x": x, "weight": weight, "bias": bias, "other": other, **names}
     if kernel.op == Op.LINEAR:
         call = LinearCall(**operands)
     else:
@@ -133,6 +136,16 @@ def program(case: Case, target: str, tensors: dict[str, torch.Tensor]) -> Progra
     ]
     shape = (layer.shape[0], layer.outputs, *size)
     return Program({}, fx.GraphModule(root, graph), {node.name: site}, {node.name: shape})
+
+
+def eager(case: Case, tensors: dict[str, torch.Tensor], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The layer and its post-op as two operations of eager PyTorch; `inputs` are its input and the residual."""
+    x, weight, bias = inputs[0], tensors["weight"], tensors.get("bias")
+    if not case.layer.filters:
+        y = torch.nn.functional.linear(x, weight, bias)
+    else:
+        y = torch.convolution(x, weight, bias, *_geometry(case.layer))
+    return post_ops.apply(case.layer.post_op, y, *inputs[1:] or [None])
 
 
 def activations(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
-from harness import Case, Contract, Forward, noise, until
+import pytest
+import torch
+from harness import Case, Contract, Forward, Forward2, noise, seeded, until
 from torch import Tensor, fx, nn
 
+from armopt import capture
 from armopt.passes import Pass
 from armopt.passes import _pipeline as pipeline
 from armopt.passes.fuse_attention import FuseAttention
@@ -23,6 +27,14 @@ def _attention(scores: Scores, dim: int = -1, also: bool = False, **parts: Tenso
         return (y, probabilities) if also else y
 
     return lambda: Forward(forward, **{name: nn.Linear(8, 8) for name in "qkv"}, **parts)
+
+
+def _masked_by_an_input() -> Forward2:
+    def forward(s: Forward2, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (s.q, s.k, s.v))
+        return ((q @ k.transpose(-2, -1) + mask).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    return Forward2(forward, **{name: nn.Linear(8, 8) for name in "qkv"})
 
 
 def _windows(s: Forward, q: Tensor, k: Tensor) -> Tensor:
@@ -63,6 +75,20 @@ class TestFuseAttention(Contract):
             _attention(_windows, bias=noise(1, 2, 5, 5), mask=noise(2, 5, 5)),
             (noise(2, 5, 8),),
             ops={ATTENTION: 1, "aten.mul.Tensor": 0},
+            rewritten=1,
+        ),
+        Case(
+            "masked_by_an_input",
+            _masked_by_an_input,
+            (noise(2, 5, 8), noise(2, 1, 5, 5)),
+            ops={ATTENTION: 1, "aten.amax.default": 1},
+            rewritten=1,
+        ),
+        Case(
+            "causal",
+            _attention(lambda s, q, k: q @ k.transpose(-2, -1) + s.mask, mask=torch.full((5, 5), -math.inf).triu(1)),
+            (noise(2, 5, 8),),
+            ops={ATTENTION: 1, "aten.amax.default": 0},
             rewritten=1,
         ),
         Case(
@@ -122,3 +148,15 @@ class TestFuseAttention(Contract):
             skips=("query, key and value are not FP32, or of other images or heads",),
         ),
     )
+
+
+@pytest.mark.parametrize("hidden", [-math.inf, math.nan, math.inf])
+def test_a_row_without_a_key_is_nan(hidden: float) -> None:
+    """As its softmax is; a mask that hides nothing, or some keys, changes nothing."""
+    model, x, mask = seeded(_masked_by_an_input), noise(2, 5, 8), torch.zeros(2, 1, 5, 5)
+    captured = capture.module(model, (x, mask), batch=(), source="masked")
+    fused = pipeline.run(captured.graph_module, (*until(FuseAttention), FuseAttention()))[0]
+    mask[0, 0, 3], mask[1, 0, :, 2] = hidden, -math.inf
+    (found,), expected = fused(x, mask), model(x, mask)
+    assert expected.isnan().flatten(2).any(2).sum() == 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)

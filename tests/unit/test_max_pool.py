@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -51,10 +52,30 @@ def test_dilated_windows_and_ceil_stay(args: Any) -> None:
     assert max_pool.window(graph.call_function(_aten.max_pool2d.default, (graph.placeholder("x"), *args))) is None
 
 
+def every_number() -> torch.Tensor:
+    """All BF16 values: both signs of infinity, and of each NaN."""
+    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("sign", [0x7FFF, 0xFFFF], ids=["plus", "minus"])
+@pytest.mark.parametrize("args", [([3, 3], [2, 2], [1, 1]), ([2, 2],)])
+def test_nan_of_either_sign_is_the_largest(args: Any, sign: int) -> None:
+    numbers = every_number()
+    x = torch.randn(1 << 10, 1, 6, 6).relu().bfloat16()
+    wanted = numbers[numbers.isnan() | numbers.isinf()]
+    places = torch.randint(36, (len(wanted),), generator=torch.Generator().manual_seed(0))
+    x.flatten(1)[torch.arange(len(wanted)), places] = wanted.abs() if sign == 0x7FFF else -wanted.abs()
+    x = torch.where(x == -math.inf, math.inf, x)  # what is in front gives nothing negative
+    found, _ = pooled(x, *args)
+    expected = torch.nn.functional.max_pool2d(x.float(), *args)
+    assert expected.isnan().any()
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("post_op", ["relu", "add_relu"])
-@pytest.mark.parametrize("rows", [2, 4096])
+@pytest.mark.parametrize("rows", [2, 1 << 13])
 def test_relu_of_bf16(post_op: str, rows: int) -> None:
-    """From some size on as integers; the values are the same, NaN of plus sign and infinities included."""
+    """From some size on as integers; all values are the same, NaN of both signs and infinities included."""
     site = Site("layer", "linear", rows, 4, 8, (rows, 4), (8, 4), post_op=post_op)
     graph = fx.Graph()
     y, other = graph.placeholder("y"), graph.placeholder("other")
@@ -63,15 +84,10 @@ def test_relu_of_bf16(post_op: str, rows: int) -> None:
     graph.output(call.with_post_op(y))
     graph.erase_node(place)
     module = fx.GraphModule(torch.nn.Module(), graph)
-    assert (_aten.clamp_min_.default in {node.target for node in graph.nodes}) == (
+    assert (_aten.threshold_.default in {node.target for node in graph.nodes}) == (
         rows * 8 >= post_ops.RELU_AS_INTEGERS
     )
-    y = torch.randn(rows, 8).bfloat16()
-    y[0] = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-40, -3e38])
-    y.view(torch.int16)[0, 4] = 0x7FC0  # the NaN that Arm's arithmetic makes; x86's converts to one of minus sign
-    other = torch.randn(rows, 8).bfloat16()
-    other[0] = 0
-    if post_op == "add_relu":
-        y[0, 4] = 1  # x86's sum of a NaN has a minus sign as well
+    y = every_number()[:: (1 << 13) // rows].reshape(rows, 8)
+    other = every_number().flip(0)[: rows * 8].reshape(rows, 8)
     total = y if post_op == "relu" else y + other
     torch.testing.assert_close(module(y.clone(), other), total.relu(), rtol=0, atol=0, equal_nan=True)

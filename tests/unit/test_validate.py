@@ -57,12 +57,22 @@ def test_a_value_that_is_finite_in_fp32_alone_is_found(bad: float) -> None:
     outcome = Validation("r", "i", True, 1, "ran", figures, gates.judge(gates.standard(), figures, ""))
     assert outcome.verdicts[0].passed
     assert not outcome.passed
-    assert "not in BF16" in outcome.failures()
+    assert "finite in one of FP32 and BF16 alone" in outcome.failures()
 
 
-def test_infinities_at_the_same_places_are_no_error() -> None:
-    masked = torch.tensor([1.0, -math.inf])
-    assert accuracy.compare("y", masked, masked).finite
+@pytest.mark.parametrize("special", [-math.inf, math.nan])
+def test_infinities_and_nan_at_the_same_places_are_no_error(special: float) -> None:
+    masked = torch.tensor([1.0, special, 2.0])
+    found = accuracy.compare("y", masked, masked.clone())
+    assert found.finite
+    assert found.cosine == pytest.approx(1.0)
+    assert (found.nan, found.inf, found.max_abs) == (0, 0, 0.0)
+
+
+@pytest.mark.parametrize("special", [-math.inf, math.nan])
+def test_a_value_that_is_finite_in_bf16_alone_is_an_error(special: float) -> None:
+    """What swallows a NaN gives a number."""
+    assert not accuracy.compare("y", torch.tensor([1.0, special]), torch.tensor([1.0, 0.0])).finite
 
 
 @pytest.mark.parametrize("found", [-math.inf, math.nan])

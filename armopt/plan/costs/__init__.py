@@ -123,7 +123,7 @@ class CostTable:
 
     def _post_op(self, kernel: Kernel, site: Site) -> float:
         """Next to nothing for a fused relu; a fused sigmoid saves a pass over memory, but little of the work."""
-        if site.post_op == post_ops.NONE or (site.post_op == "relu" and "relu" in kernel.fuses):
+        if site.post_op == post_ops.NONE or (site.post_op == "relu" and kernel.fuses(site)):
             return 0.0
         dtype = "bf16" if kernel.activations == torch.bfloat16 else "fp32"
         parts = ("add", "relu") if site.post_op == post_ops.ADD_RELU else (site.post_op,)
