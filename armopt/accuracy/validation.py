@@ -147,6 +147,7 @@ def _compare(
         gates=tuple(bounds),
         task=tasks.NONE if part.path else task,
         source=original.source,
+        no_anchor="" if original.anchor is not None else "the original is run as it is, in FP32",
     )
     found = _found(part, running, order)
     for bucket, samples in _by_bucket(part, running, given, order).items():
