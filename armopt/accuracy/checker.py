@@ -260,7 +260,7 @@ class Validation:
     @property
     def worst_bucket(self) -> str:
         """The bucket with the least cosine similarity, or the fewest equal values."""
-        return min(self.figures, key=lambda b: min(map(_similarity, self.figures[b].outputs), default=1.0))
+        return min(self.figures, key=lambda b: min((e.similarity for e in self.figures[b].outputs), default=1.0))
 
     @property
     def min_cosine(self) -> float | None:
@@ -271,7 +271,7 @@ class Validation:
     def remarks(self) -> tuple[str, ...]:
         """What the gates do not see, in sentences: errors under a large common value, integers that differ."""
         said: dict[str, str] = {}
-        for entry in sorted(self.entries, key=_similarity):
+        for entry in sorted(self.entries, key=lambda entry: entry.similarity):
             name, column = entry.output, entry.column
             if entry.equal is not None and entry.equal < 1:
                 share = f"{100 * entry.equal:.4g} % of the values of {name} equal FP32's"
@@ -305,7 +305,7 @@ class Validation:
         """As report.json has it."""
         numbers = [entry for entry in self.entries if not entry.discrete]
         return {
-            "cosine": min(map(_similarity, numbers or self.entries), default=1.0),
+            "cosine": min((entry.similarity for entry in numbers or self.entries), default=1.0),
             "max_abs": max((entry.max_abs for entry in numbers), default=0.0),
             "finite": self.finite,
             "min_cosine": self.min_cosine,
@@ -327,12 +327,6 @@ class Validation:
             "remarks": list(self.remarks),
             "outputs": {bucket: [_entry(entry) for entry in each.outputs] for bucket, each in self.figures.items()},
         }
-
-
-def _similarity(entry: Accuracy) -> float:
-    """The cosine, or the share of equal values."""
-    figure = entry.equal if entry.cosine is None else entry.cosine
-    return 1.0 if figure is None else figure
 
 
 def _entry(entry: Accuracy) -> dict[str, Any]:

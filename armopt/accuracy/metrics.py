@@ -89,6 +89,12 @@ class Accuracy:
         """Whether it holds integers or booleans: indices, classes, flags."""
         return self.equal is not None
 
+    @property
+    def similarity(self) -> float:
+        """The cosine, or of integers and booleans the share of equal values."""
+        figure = self.equal if self.cosine is None else self.cosine
+        return 1.0 if figure is None else figure
+
     def value(self, metric: str) -> float | None:
         """The figure that gates call `metric`; None where there is none."""
         lost = math.inf if self.max_abs else 0.0  # an error where FP32 has nothing but zeros

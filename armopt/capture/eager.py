@@ -11,7 +11,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
-from armopt.capture.calls import eval_mode
+from armopt.capture.calls import eval_mode, unchanged
 from armopt.errors import AccuracyError, ArmoptError, InputError, first_line
 from armopt.ir import nesting
 
@@ -128,39 +128,6 @@ class Eager:
 
 
 @contextlib.contextmanager
-def unchanged(module: torch.nn.Module) -> Iterator[Callable[[], bool]]:
-    """Undoes what calls change of a module: values of buffers, and which attributes its parts have, but for `forward`.
-
-    Yields:
-        Whether something is changed by now.
-    """
-    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
-    attributes = [(part, dict(part.__dict__)) for part in parts]
-    registered = [(part._buffers, dict(part._buffers)) for part in parts]
-    values = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
-
-    def changed() -> bool:
-        return (
-            any(_other(part.__dict__, held) for part, held in attributes)
-            or any(_other(now, held) for now, held in registered)
-            or any(not _same(buffer, value) for buffer, value in values)
-        )
-
-    try:
-        yield changed
-    finally:
-        for now, held in (*((part.__dict__, held) for part, held in attributes), *registered):
-            if _other(now, held):
-                forward = {name: now[name] for name in ("forward",) if name in now}
-                now.clear()
-                now.update(held | forward)
-        with torch.no_grad():
-            for buffer, value in values:
-                if not _same(buffer, value):
-                    buffer.copy_(value)
-
-
-@contextlib.contextmanager
 def _widened(module: torch.nn.Module, source: str) -> Iterator[None]:
     """A module whose FP32 parameters and buffers are FP64; afterwards they are as they were."""
     parts = list(module.modules())
@@ -179,12 +146,3 @@ def _widened(module: torch.nn.Module, source: str) -> Iterator[None]:
         for table, before in zip(tables, held, strict=True):
             table.clear()
             table.update(before)
-
-
-def _same(buffer: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a buffer holds what it held: batch norm in training mode writes without counting a version."""
-    return bool(torch.equal(buffer, value))
-
-
-def _other(now: dict[str, Any], held: dict[str, Any]) -> bool:
-    return now.keys() != held.keys() or any(now[name] is not value for name, value in held.items())

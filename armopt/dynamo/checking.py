@@ -17,8 +17,7 @@ from armopt.accuracy.checker import named_leaves
 from armopt.accuracy.fidelity import suspects
 from armopt.accuracy.gates import Figures
 from armopt.accuracy.tasks import Outputs
-from armopt.capture.calls import is_tensor
-from armopt.capture.eager import unchanged
+from armopt.capture.calls import is_tensor, unchanged
 from armopt.compiler import repair
 from armopt.compiler.checks import Checks
 from armopt.compiler.repair import Repair
