@@ -213,10 +213,11 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         for i, entry in enumerate(entries):
             lead = (MODELS[name].title, f"{found['samples']} of {found['input']}", str(found["layers"]))
             sqnr = "-" if entry["sqnr_db"] is None else f"{entry['sqnr_db']:.1f} dB"
+            alike = f"{entry['cosine']:.6f}" if entry["equal"] is None else f"{100 * entry['equal']:.4g} % equal"
             ratio = "-" if entry["rmse_ratio"] is None else f"{entry['rmse_ratio']:.3g}"
             row = (
                 *(lead if i == 0 else ("", "", "")),
-                *(entry["output"], f"{entry['cosine']:.6f}", sqnr, f"{entry['max_rel']:.2g}", ratio),
+                *(entry["output"], alike, sqnr, f"{entry['max_rel']:.2g}", ratio),
                 "" if i else ("yes" if found["passed"] else "NO"),
             )
             lines.append(f"| {' | '.join(row)} |")

@@ -93,7 +93,7 @@ def row(name: str, folder: Path) -> list[str]:
     counted = collections.Counter(node.op_type for node in graph.node)
     most = ", ".join(f"{counted[kind]} {kind}" for kind in ("Conv", "MatMul", "Gemm", "Einsum") if counted[kind])
     layers = done.session.layers
-    return [name, f"{layers.bf16} of {layers.all}", most, *sizes, f"{found.cosine:.6f}", f"{found.max_rel:.2g}"]
+    return [name, f"{layers.bf16} of {layers.all}", most, *sizes, f"{found.similarity:.6f}", f"{found.max_rel:.2g}"]
 
 
 def _first(result: Any) -> torch.Tensor:

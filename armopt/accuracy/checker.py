@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from armopt.accuracy import gates as gates_module
-from armopt.accuracy import tasks
+from armopt.accuracy import runs, tasks
+from armopt.accuracy.fidelity import Difference, Fidelity
 from armopt.accuracy.gates import Figures, Gate, Verdict
 from armopt.accuracy.metrics import Accuracy, compare
 from armopt.accuracy.tasks import Outputs, Sample, Task
@@ -42,6 +43,8 @@ class Checker:
         gates: What has to hold.
         task: Name of the task; found from the outputs where empty.
         source: What to call the original in messages.
+        fidelity: Compares the original's capture with it; None where there is none to compare.
+        difference: The first difference that was found so.
         keep: Whether to keep what the reference gives for each bucket: candidates are then compared without running it
             again.
     """
@@ -52,6 +55,8 @@ class Checker:
     task: str = ""
     source: str = "the original"
     keep: bool = False
+    fidelity: Fidelity | None = None
+    difference: Difference | None = None
     no_anchor: str = ""
     task_why: str = ""
     evidence: dict[str, Evidence] = field(default_factory=dict)
@@ -116,7 +121,12 @@ class Checker:
         for number, inputs in enumerate(samples):
             reference = self.reference(inputs)
             self._check_nan(reference)
-            entry = (inputs, reference, self._anchor_of(inputs) if number < ANCHORED else None)
+            anchor = self._anchor_of(inputs) if number < ANCHORED else None
+            if self.fidelity is not None and self.difference is None and number < ANCHORED:
+                self.difference = self.fidelity.check(inputs, reference, anchor)
+            if self.difference is not None:
+                self.anchor, anchor, self.no_anchor = None, None, "the capture is not the model"
+            entry = (inputs, reference, anchor)
             if self.keep:
                 kept.append(entry)
             yield entry
@@ -147,10 +157,11 @@ class Checker:
 def worse(a: Accuracy, b: Accuracy) -> Accuracy:
     """The worse of each figure."""
     noises = [x for x in (a.sqnr_db, b.sqnr_db) if x is not None]
+    column = min((x for x in (a, b) if x.column is not None), key=lambda x: x.column or 0.0, default=a)
     ratios = [x for x in (a.rmse_ratio, b.rmse_ratio) if x is not None]
     return replace(
         a,
-        cosine=min(a.cosine, b.cosine),
+        cosine=None if a.cosine is None or b.cosine is None else min(a.cosine, b.cosine),
         sqnr_db=min(noises, default=None),
         max_abs=max(a.max_abs, b.max_abs),
         mean_abs=max(a.mean_abs, b.mean_abs),
@@ -160,6 +171,9 @@ def worse(a: Accuracy, b: Accuracy) -> Accuracy:
         nan=a.nan + b.nan,
         inf=a.inf + b.inf,
         rmse_ratio=max(ratios, default=None),
+        column=column.column,
+        column_at=column.column_at,
+        equal=None if a.equal is None or b.equal is None else min(a.equal, b.equal),
     )
 
 
@@ -170,10 +184,20 @@ def named(tree: Any) -> Outputs:
     return dict(zip(names, tensors, strict=True))
 
 
+def named_leaves(tree: Any) -> Outputs:
+    """The same for any result: what a bundle can't describe is looked through as far as torch knows it."""
+    try:
+        return named(tree)
+    except InputError:
+        leaves, _ = torch.utils._pytree.tree_flatten_with_path(tree)
+        paths = ((torch.utils._pytree.keystr(path).lstrip(".") or "output", leaf) for path, leaf in leaves)
+        return {path: leaf for path, leaf in paths if isinstance(leaf, torch.Tensor)}
+
+
 def flat_run(
     run: Callable[[Sequence[torch.Tensor]], Sequence[Any]], inputs: Sequence[str], outputs: nesting.Outputs
 ) -> Run:
-    """A run over flat tensors as a run over names.
+    """A run over flat tensors as a run over names, from one seed.
 
     Args:
         run: From flat inputs to flat outputs.
@@ -182,9 +206,8 @@ def flat_run(
     """
 
     def call(given: Outputs) -> Outputs:
-        results = run([given[name] for name in inputs])
-        names = nesting.output_names(outputs, len(results))
-        return {names[i]: results[i] for i in outputs.positions if isinstance(results[i], torch.Tensor)}
+        with runs.seeded():
+            return runs.name_outputs(outputs, run([given[name] for name in inputs]))
 
     return call
 
@@ -204,6 +227,7 @@ class Validation:
         task: Name of the task; empty where there is none.
         task_why: Why that one.
         no_anchor: Why there are no errors against FP64; empty where there are.
+        difference: In what the capture is not the model, and why; empty where it is, or was not compared with it.
     """
 
     reference: str
@@ -216,6 +240,7 @@ class Validation:
     task: str = ""
     task_why: str = ""
     no_anchor: str = ""
+    difference: str = ""
 
     @property
     def entries(self) -> list[Accuracy]:
@@ -229,13 +254,37 @@ class Validation:
 
     @property
     def passed(self) -> bool:
-        """Whether all gates hold and nothing is NaN or infinite that is not in FP32."""
-        return self.finite and all(verdict.passed for verdict in self.verdicts)
+        """Whether the capture is the model, all gates hold, and nothing is NaN or infinite that is not in FP32."""
+        return not self.difference and self.finite and all(verdict.passed for verdict in self.verdicts)
 
     @property
     def worst_bucket(self) -> str:
-        """The bucket with the least cosine similarity."""
-        return min(self.figures, key=lambda b: min((e.cosine for e in self.figures[b].outputs), default=1.0))
+        """The bucket with the least cosine similarity, or the fewest equal values."""
+        return min(self.figures, key=lambda b: min((e.similarity for e in self.figures[b].outputs), default=1.0))
+
+    @property
+    def min_cosine(self) -> float | None:
+        """What every output's cosine similarity has to reach."""
+        return next((v.gate.bound for v in self.verdicts if v.gate.metric == "cosine" and not v.gate.output), None)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the gates do not see, in sentences: errors under a large common value, integers that differ."""
+        said: dict[str, str] = {}
+        for entry in sorted(self.entries, key=lambda entry: entry.similarity):
+            name, column = entry.output, entry.column
+            if entry.equal is not None and entry.equal < 1:
+                share = f"{100 * entry.equal:.4g} % of the values of {name} equal FP32's"
+                said.setdefault(name, f'{share}; --gate "equal[{name}]>=0.99" asks for more')
+            elif column is not None and entry.cosine is not None and column < (self.min_cosine or 0) <= entry.cosine:
+                where = (
+                    f"in {name}{entry.column_at} is {column:.6f}" if entry.column_at else f"of {name} is {column:.6f}"
+                )
+                said.setdefault(
+                    name,
+                    f'less its mean, the cosine {where}; --gate "column[{name}]>={self.min_cosine:g}" asks for more',
+                )
+        return tuple(said.values())
 
     def failures(self) -> str:
         """What failed, in one sentence; empty where nothing did."""
@@ -246,19 +295,20 @@ class Validation:
             for verdict in self.verdicts
             if not verdict.passed
         ]
+        if self.difference:
+            said.insert(0, self.difference)
         if not self.finite:
             said.append("values are finite in one of FP32 and BF16 alone, or infinite with another sign")
         return "; ".join(said)
 
     def to_json(self) -> dict[str, Any]:
         """As report.json has it."""
-        entries = self.entries
-        bound = next((v.gate.bound for v in self.verdicts if v.gate.metric == "cosine" and not v.gate.output), None)
+        numbers = [entry for entry in self.entries if not entry.discrete]
         return {
-            "cosine": min((entry.cosine for entry in entries), default=1.0),
-            "max_abs": max((entry.max_abs for entry in entries), default=0.0),
+            "cosine": min((entry.similarity for entry in numbers or self.entries), default=1.0),
+            "max_abs": max((entry.max_abs for entry in numbers), default=0.0),
             "finite": self.finite,
-            "min_cosine": bound,
+            "min_cosine": self.min_cosine,
             "passed": self.passed,
             "failed": self.failures(),
             "gates": [verdict.to_json() for verdict in self.verdicts],
@@ -273,6 +323,8 @@ class Validation:
                 "metrics": {bucket: dict(each.task) for bucket, each in self.figures.items()},
             },
             "no_anchor": self.no_anchor,
+            "difference": self.difference,
+            "remarks": list(self.remarks),
             "outputs": {bucket: [_entry(entry) for entry in each.outputs] for bucket, each in self.figures.items()},
         }
 

@@ -57,7 +57,10 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a gate: the worst value, in which bucket and output, and whether it holds."""
+    """What became of a gate: the worst value, in which bucket and output, and whether it holds.
+
+    The value is NaN where a gate that is always there has nothing to look at.
+    """
 
     gate: Gate
     value: float
@@ -78,11 +81,16 @@ class Figures:
     task: Mapping[str, float]
 
     def values(self, gate: Gate) -> Iterator[tuple[str, float]]:
-        """The values that a gate looks at, each with the output it belongs to."""
+        """The values that a gate looks at, each with the output it belongs to.
+
+        Integers and booleans count where their share of equal values is asked for, or the output is named.
+        """
         if gate.metric in METRICS:
             for entry in self.outputs:
                 value = entry.value(gate.metric)
-                if value is not None and gate.output in ("", entry.output):
+                asked = gate.output == entry.output
+                counts = gate.output == "" and (gate.metric == "equal" or not entry.discrete)
+                if value is not None and (asked or counts):
                     yield entry.output, value
         elif gate.metric in self.task:
             yield "", self.task[gate.metric]
@@ -149,8 +157,8 @@ def _verdict(gate: Gate, figures: Mapping[str, Figures], task: str) -> Verdict:
         for output, value in each.values(gate)
     ]
     if not found:
-        if gate.metric == "cosine" and not gate.output:  # no output is a tensor of numbers
-            return Verdict(gate, 1.0, "", True)
+        if gate.metric == "cosine" and not gate.output:
+            return Verdict(gate, math.nan, "no output of floating point numbers", True)
         raise InputError(_unmeasured(gate, task), where="--gate", hint=_hint(gate, figures, task))
     short, _, value, bucket, output = max(found, key=lambda entry: entry[:2])
     where = ", ".join(part for part in (bucket if len(figures) > 1 else "", output) if part)
@@ -173,6 +181,10 @@ def _owners(gate: Gate) -> list[str]:
 def _hint(gate: Gate, figures: Mapping[str, Figures], task: str) -> str:
     if gate.metric == "rmse_ratio" and not gate.output:
         return "The original can't be run in FP64, or FP32 is exact"
+    if gate.metric == "equal" and not gate.output:
+        return "No output holds integers or booleans"
+    if gate.metric == "column" and not gate.output:
+        return "No output varies"
     if gate.metric in METRICS:
         names = dict.fromkeys(entry.output for each in figures.values() for entry in each.outputs)
         return f"Outputs are {', '.join(names)}"

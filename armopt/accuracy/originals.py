@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from armopt import capture
 from armopt.accuracy import runs
-from armopt.accuracy import samples as samples_module
-from armopt.accuracy.metrics import relative_error
-from armopt.capture import inputs
+from armopt.capture import files
+from armopt.capture.eager import Eager
 from armopt.errors import InputError
-from armopt.ir import nesting
-from armopt.ir.calls import call_of, layers
-from armopt.ir.records import Captured
 
 if TYPE_CHECKING:
     from armopt.bundle.program import Part, Program
     from armopt.bundle.reader import Bundle
 
 
-#: What BF16 makes of a weight is off by 2^-9 at most; more is another weight.
-_OTHER_WEIGHTS = 2.0**-6
+#: Cosine similarity of the rows of a weight: what BF16 makes of one is off by 2^-9 at most.
+_SAME_WEIGHTS = 1 - 2.0**-12
+#: From flat inputs to flat outputs.
+FlatRun = Callable[[Sequence[torch.Tensor]], Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,14 @@ class Original:
         said: In words.
         source: Shorter, for messages.
         reference: Runs it in FP32, flat.
-        anchor: Runs it in FP64, flat; None where it is no graph.
-        prepared: Its graph with the layers' names of the bundle; None for the bundle's own graph.
+        anchor: Runs it in FP64, flat; None where it can't.
+        prepared: Its graph with the layers' names of the bundle; None for the bundle's own graph, by layers.
     """
 
     said: str
     source: str
-    reference: Callable[[Sequence[torch.Tensor]], Sequence[Any]]
-    anchor: Callable[[Sequence[torch.Tensor]], Sequence[Any]] | None
+    reference: FlatRun
+    anchor: FlatRun | None
     prepared: fx.GraphModule | None
 
 
@@ -63,11 +63,7 @@ def find_originals(read: Bundle, against: Against | None, model: str) -> dict[st
         return {part.path: _own(read, part) for part in read.parts}
     if read.manifest.is_module:
         return _submodules(read, against, model)
-    captured = _capture(read, against, model)
-    original = _of_graph(captured.graph_module, f"the original in FP32 ({captured.source})", captured.source)
-    assert original.prepared is not None
-    _check_weights(read.programs[0], original.prepared, original.source)
-    return {"": original}
+    return {"": _whole(read, against, model)}
 
 
 def _path(against: str | Path | TrustedFile) -> Path:
@@ -91,48 +87,70 @@ def _own(read: Bundle, part: Part) -> Original:
 
 
 def _submodules(read: Bundle, against: Against, model: str) -> dict[str, Original]:
-    """The parts of the original, which are modules and not graphs."""
+    """The parts of the original."""
     if isinstance(against, torch.nn.Module):
         whole, source = against, type(against).__name__
     else:
-        from armopt.capture import files
-
         path = _path(against)
         whole = files.build(path, files.Options(model=model or str(read.manifest.model.factory)))
         source = str(path)
-    said = f"the original in FP32 ({source})"
-    return {part.path: Original(said, source, _flat(whole, part), None, None) for part in read.parts}
+    return {part.path: _of_module(read, part, _submodule(whole, part.path), source) for part in read.parts}
 
 
-def _flat(whole: torch.nn.Module, part: Part) -> Callable[[Sequence[torch.Tensor]], Sequence[Any]]:
-    """A submodule as a function of flat tensors, whose result stands as a graph's does."""
+def _submodule(whole: torch.nn.Module, path: str) -> torch.nn.Module:
     try:
-        module = whole.get_submodule(part.path)
+        return whole.get_submodule(path)
     except AttributeError:
-        raise InputError(f"has no part {part.path}", where=type(whole).__name__, hint="Is it the original?") from None
-    outputs = part.signature.outputs
-    arrange = nesting.builder(part.signature.inputs.tree)
-
-    def call(tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
-        nested = arrange(list(tensors))
-        with torch.no_grad(), runs.true_fp32():
-            found = nesting.flatten(outputs.tree, module(*nested["args"], **nested["kwargs"]), "outputs")
-        flat: list[Any] = [None] * (max(outputs.positions) + 1)
-        for position, tensor in zip(outputs.positions, found, strict=True):
-            flat[position] = tensor
-        return flat
-
-    module.eval()
-    return call
+        raise InputError(f"has no part {path}", where=type(whole).__name__, hint="Is it the original?") from None
 
 
-def _of_graph(graph_module: fx.GraphModule, said: str, source: str) -> Original:
-    from armopt import passes
-    from armopt.ir import graph as g
-    from armopt.passes import _pipeline as pipeline
+def _whole(read: Bundle, against: Against, model: str) -> Original:
+    """The original of a bundle of one graph, which is run as it is and never exported."""
+    if isinstance(against, torch.nn.Module):
+        return _of_module(read, read.whole, against, type(against).__name__)
+    path = _path(against)
+    loaded = files.load(path, files.Options(model=model, trust_pickle=isinstance(against, TrustedFile)))
+    if isinstance(loaded, torch.export.ExportedProgram):
+        return _of_program(read, loaded, str(path))
+    return _of_module(read, read.whole, loaded, str(path))
 
-    prepared, _ = pipeline.run(g.copy(graph_module), passes.PREPARE)
-    return Original(said, source, *_runs(graph_module), prepared=prepared)
+
+def _of_module(read: Bundle, part: Part, module: torch.nn.Module, source: str) -> Original:
+    signature = part.signature
+    capture.check_dtypes(module, source)
+    _check_weights(part.programs[0], {**dict(module.named_parameters()), **dict(module.named_buffers())}, source)
+    eager = Eager.of_module(module, signature.inputs, signature.outputs, source)
+    drawn = runs.random_nodes(part.programs[0].graph_module)
+    anchor = None if drawn else functools.partial(runs.run_eager, eager.in_fp64)
+    return _eager(read, eager, anchor)
+
+
+def _of_program(read: Bundle, program: torch.export.ExportedProgram, source: str) -> Original:
+    """An exported program, which takes the bundle's inputs by name."""
+    names = [spec.name for spec in read.whole.signature.specs]
+    taken = [str(name) for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    if sorted(names) != sorted(taken):
+        other = next((name for name in names if name not in taken), "")
+        what = f"takes no input {other!r}" if other else f"takes {len(taken)} inputs, the bundle {len(names)}"
+        raise InputError(what, where=source, hint=f"Its inputs are: {', '.join(taken)}. Is the bundle made from it?")
+    _check_weights(read.programs[0], program.state_dict, source)
+    eager = Eager.of_program(program, read.whole.signature.outputs, source)
+    places = [names.index(name) for name in taken]
+
+    def ordered(tensors: Sequence[torch.Tensor], *, times: int = 1) -> Sequence[Any]:
+        return eager([tensors[place] for place in places], times=times)
+
+    return replace(_eager(read, eager, None), reference=functools.partial(runs.run_eager, ordered))
+
+
+def _eager(read: Bundle, eager: Eager, anchor: FlatRun | None) -> Original:
+    return Original(
+        said=f"the original in FP32 ({eager.source})",
+        source=eager.source,
+        reference=functools.partial(runs.run_eager, eager),
+        anchor=anchor,
+        prepared=None if read.reference is None else read.reference.graph_module,
+    )
 
 
 def _runs(graph_module: fx.GraphModule) -> tuple[Any, Any]:
@@ -142,43 +160,26 @@ def _runs(graph_module: fx.GraphModule) -> tuple[Any, Any]:
     )
 
 
-def _check_weights(program: Program, prepared: fx.GraphModule, source: str) -> None:
-    """Refuses an original whose layers are not those that the bundle was made of.
+def _check_weights(program: Program, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuses an original whose layers have other weights than those that the bundle was made of.
+
+    Those are compared that have the name and the shape of a layer's; batch norm, folded, scales their rows.
 
     Raises:
-        InputError: Naming the first layer that is missing or has other weights.
+        InputError: Naming the first layer that has other weights.
     """
-    hint = "Is the bundle made from this model?"
-    exact = {layer.name: call_of(layer) for layer in layers(prepared.graph)}
+    named = {name.replace(".", "_"): tensor for name, tensor in weights.items()}
     for site in program.sites.values():
-        if site.node not in exact:
-            raise InputError(f"has no layer {site.node}", where=source, hint=hint)
-        weight = getattr(prepared, exact[site.node].weight_name)
+        exact = named.get(f"{site.node}_weight")
         stored = getattr(program.graph_module, site.weight_key)
-        if weight.shape != stored.shape or relative_error(weight, stored) > _OTHER_WEIGHTS:
-            raise InputError(f"layer {site.node} has other weights than the bundle", where=source, hint=hint)
-
-
-def _capture(read: Bundle, against: Against, model: str) -> Captured:
-    """The original as a flat graph that takes the bundle's inputs."""
-    from armopt import capture
-    from armopt.capture import files
-
-    specs = read.whole.signature.specs
-    tensors = dict(next(iter(samples_module.generated(specs, read.programs[0].bucket))))
-    sizes = tuple(sorted({program.bucket["batch"] for program in read.programs if "batch" in program.bucket}))
-    batch = sizes if len(sizes) > 1 else ()
-    if isinstance(against, torch.nn.Module):
-        args, kwargs = inputs.bind(inputs.parameters(against)[0], [], tensors, "original", open_ended=True)
-        captured = capture.module(against, args, kwargs, batch=batch, source=type(against).__name__)
-    else:
-        trusted = isinstance(against, TrustedFile)
-        options = files.Options(model=model, samples=tensors, batch=batch, trust_pickle=trusted)
-        captured = files.open_model(_path(against), options)
-    if len(captured.input_specs) != len(specs):
-        raise InputError(
-            f"takes {len(captured.input_specs)} inputs, the bundle {len(specs)}",
-            where=captured.source,
-            hint="Is the bundle made from this model?",
-        )
-    return captured
+        if exact is None or exact.shape != stored.shape:
+            continue
+        a, b = exact.detach().float().flatten(1), stored.detach().float().flatten(1)
+        alike = torch.nn.functional.cosine_similarity(a, b).abs()
+        empty = (a.norm(dim=1) == 0) | (b.norm(dim=1) == 0)
+        if bool((alike[~empty] < _SAME_WEIGHTS).any()):
+            raise InputError(
+                f"layer {site.node} has other weights than the bundle",
+                where=source,
+                hint="Is the bundle made from this model?",
+            )

@@ -1,10 +1,13 @@
-"""Runs graphs for comparison: as they stand, in FP32, in FP64, and node by node. Values go after their last use."""
+"""Runs for comparison: models, and graphs as they stand, in FP32, in FP64, and node by node.
+
+Values go after their last use. All runs draw their random numbers from the same seed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +15,20 @@ from torch import fx
 
 from armopt import environment
 from armopt.ir import graph as g
+from armopt.ir import nesting
 from armopt.ir.calls import ConvCall, call_from
 from armopt.ir.operations import CONV, LINEAR
 from armopt.kernels import post_ops, table
 
 _CAST = torch.ops.aten._to_copy.default
-_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+_WIDE = {
+    **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64),
+    torch.complex64: torch.complex128,
+}
+
+
+#: Of every run that is compared: models that draw random numbers draw the same on both sides.
+SEED = 0
 
 
 class InFp32(fx.Interpreter):
@@ -42,6 +53,9 @@ class InFp64(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same operation on FP64; a buffer that it writes to stays as it was."""
+        if is_random(target, args, kwargs):  # in FP64 it would draw other numbers
+            args, kwargs = torch.utils._pytree.tree_map(_narrow, (args, kwargs))
+            return torch.utils._pytree.tree_map(_wide, super().call_function(target, args, kwargs))
         args, kwargs = torch.utils._pytree.tree_map(_wide, (args, kwargs))
         if target in (LINEAR, CONV):
             return _layer(target, args)
@@ -52,8 +66,39 @@ class InFp64(fx.Interpreter):
 def _wide(value: Any) -> Any:
     """A tensor or a dtype in FP64 where it is of less."""
     if isinstance(value, torch.Tensor):
-        return value.double() if value.dtype in _NARROW else value
-    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+        return value.to(_WIDE.get(value.dtype, value.dtype))
+    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+def _narrow(value: Any) -> Any:
+    """A tensor that was widened, as it was in FP32."""
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value
+
+
+def is_random(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of an operation draws random numbers."""
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+        return False
+    known = {each.name: each for each in target._schema.arguments}
+    given = dict(zip(known, args, strict=False)) | dict(kwargs)
+    switches = [name for name in ("dropout_p", "train") if name in known]  # of attention and recurrent layers
+    return all(given.get(name, known[name].default_value) for name in switches)
+
+
+def random_nodes(graph_module: fx.GraphModule) -> list[str]:
+    """The nodes of a graph that draw random numbers."""
+    return [node.name for node in graph_module.graph.nodes if is_random(node.target, node.args, node.kwargs)]
+
+
+@contextlib.contextmanager
+def seeded(seed: int = SEED) -> Iterator[None]:
+    """Random numbers from a seed; afterwards they go on as if nothing had been drawn."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 def _layer(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
@@ -94,16 +139,31 @@ def unchanged_buffers(graph_module: fx.GraphModule) -> Iterator[None]:
 def run(
     graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor], interpreter: type[fx.Interpreter] = fx.Interpreter
 ) -> Sequence[Any]:
-    """The flat outputs of a graph in FP32 that is FP32; its buffers stay as they were."""
+    """The flat outputs of a graph in FP32 that is FP32, from one seed; its buffers stay as they were."""
     return run_with(interpreter(graph_module), tensors)
 
 
-def run_with(interpreter: fx.Interpreter, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
-    """The same with an interpreter that is made already."""
+def run_with(interpreter: fx.Interpreter, tensors: Sequence[torch.Tensor], *, times: int = 1) -> Sequence[Any]:
+    """The same with an interpreter that is made already; of several calls the last."""
     assert isinstance(interpreter.module, fx.GraphModule)
-    with true_fp32(), unchanged_buffers(interpreter.module):
-        outputs: Sequence[Any] = interpreter.run(*tensors)
+    with true_fp32(), seeded(), unchanged_buffers(interpreter.module):
+        for _ in range(times):
+            outputs: Sequence[Any] = interpreter.run(*tensors)
         return outputs
+
+
+def run_eager(
+    eager: Callable[..., Sequence[Any]], tensors: Sequence[torch.Tensor], *, seed: int = SEED, times: int = 1
+) -> Sequence[Any]:
+    """The flat outputs of a model as its user calls it, in FP32 that is FP32; of several calls the last."""
+    with true_fp32(), seeded(seed):
+        return eager(tensors, times=times)
+
+
+def name_outputs(outputs: nesting.Outputs, results: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """The tensors among flat outputs, each by its path in what the model returns."""
+    names = nesting.output_names(outputs, len(results))
+    return {names[i]: results[i] for i in outputs.positions if isinstance(results[i], torch.Tensor)}
 
 
 class Steps:
@@ -115,9 +175,18 @@ class Steps:
         self._interpreter.env = {}
         assert isinstance(interpreter.module, fx.GraphModule)
         self._nodes = iter(interpreter.module.graph.nodes)
+        with seeded():
+            self._random = torch.get_rng_state()
 
     def until(self, name: str) -> tuple[tuple[Any, ...], Any] | None:
         """Goes on to the node shown as `name`: its arguments and its value; None where there is no such node ahead."""
+        with seeded():  # another run may go on in between, with random numbers of its own
+            torch.set_rng_state(self._random)
+            found = self._until(name)
+            self._random = torch.get_rng_state()
+            return found
+
+    def _until(self, name: str) -> tuple[tuple[Any, ...], Any] | None:
         env, runner = self._interpreter.env, self._interpreter
         for node in self._nodes:
             args: tuple[Any, ...] = ()

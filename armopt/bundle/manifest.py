@@ -75,7 +75,7 @@ class PartPlan:
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """A gate, its worst value (None if infinite), where that is, and whether it held."""
+    """A gate, its worst value (None if infinite or not measured), where that is, and whether it held."""
 
     gate: str
     value: float | None
@@ -112,12 +112,11 @@ class RepairResult:
     changes: tuple[Change, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Accuracy:
+class Accuracy(Struct, frozen=True, omit_defaults=True):
     """How far the bundle is from FP32; report.json has the rest.
 
     Attributes:
-        cosine: Least cosine similarity of any output.
+        cosine: Least cosine similarity of any output of numbers; where there is none, the least share of equal values.
         max_abs: Largest error.
         finite: Whether infinities and NaNs stand where they do in FP32.
         min_cosine: What the cosine had to reach.
@@ -128,6 +127,8 @@ class Accuracy:
         inputs_given: Whether those are the user's.
         task: What the model is for, and how well it does it.
         repair: None where nothing had to be repaired.
+        difference: In what the capture is not the model, and why; empty where it is.
+        remarks: What the gates do not see.
     """
 
     cosine: float
@@ -141,6 +142,8 @@ class Accuracy:
     inputs_given: bool
     task: TaskFigures
     repair: RepairResult | None
+    difference: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

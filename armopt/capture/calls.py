@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,9 +95,9 @@ def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) ->
     Raises:
         InputError: The model fails.
     """
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     try:
-        model(*args, **kwargs)
+        with unchanged(model, attributes=False):
+            model(*args, **kwargs)
     except ArmoptError:
         raise
     except Exception as error:
@@ -106,7 +106,49 @@ def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) ->
             where=source,
             hint="Check the names, shapes and dtypes given with --input",
         ) from error
+
+
+@contextlib.contextmanager
+def unchanged(module: torch.nn.Module, *, attributes: bool = True) -> Iterator[Callable[[], bool]]:
+    """Undoes what calls change of a module: values of buffers, and which attributes its parts have, but for `forward`.
+
+    Args:
+        module: What is called.
+        attributes: Whether attributes that are no buffers count.
+
+    Yields:
+        Whether something is changed by now.
+    """
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    held_by = [(part, dict(part.__dict__)) for part in parts] if attributes else []
+    registered = [(part._buffers, dict(part._buffers)) for part in parts]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
+
+    def changed() -> bool:
+        return (
+            any(_other(part.__dict__, held) for part, held in held_by)
+            or any(_other(now, held) for now, held in registered)
+            or any(not _same(buffer, value) for buffer, value in values)
+        )
+
+    try:
+        yield changed
     finally:
-        for buffer, version, value in before:
-            if buffer._version != version:
-                buffer.copy_(value)
+        for now, held in (*((part.__dict__, held) for part, held in held_by), *registered):
+            if _other(now, held):
+                forward = {name: now[name] for name in ("forward",) if name in now}
+                now.clear()
+                now.update(held | forward)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not _same(buffer, value):
+                    buffer.copy_(value)
+
+
+def _same(buffer: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a buffer holds what it held: batch norm in training mode writes without counting a version."""
+    return bool(torch.equal(buffer, value))
+
+
+def _other(now: dict[str, Any], held: dict[str, Any]) -> bool:
+    return now.keys() != held.keys() or any(now[name] is not value for name, value in held.items())

@@ -28,6 +28,7 @@ from armopt.capture.calls import (
     try_once,
 )
 from armopt.capture.constants import unlift
+from armopt.capture.eager import Eager
 from armopt.errors import CaptureError, InputError, first_line
 from armopt.ir import graph as g
 from armopt.ir import nesting
@@ -76,7 +77,7 @@ def module(
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             raise _explain(error, source, dynamic is not None) from error
-    return exported(program, args, kwargs, source=source, signature=_parameter_names(model))
+    return exported(program, args, kwargs, source=source, signature=_parameter_names(model), original=model)
 
 
 def exported(
@@ -86,8 +87,17 @@ def exported(
     *,
     source: str,
     signature: Sequence[str] = (),
+    original: torch.nn.Module | None = None,
 ) -> Captured:
     """Captures an exported program, with its own example inputs unless others are given.
+
+    Args:
+        program: What torch.export made.
+        args: Example positional inputs.
+        kwargs: Example keyword inputs.
+        source: What to call the model in messages.
+        signature: Names of the positional inputs.
+        original: The module that it was made from; without one the program is the original.
 
     Raises:
         InputError: It has no example inputs and none are given.
@@ -100,6 +110,7 @@ def exported(
             )
         args, kwargs = program.example_inputs
     kwargs = dict(kwargs or {})
+    given = program
     with torch.no_grad(), quiet():
         program = program.run_decompositions({})
     graph_module = unlift(program, source)
@@ -123,6 +134,11 @@ def exported(
         example=tuple(tensors),
         digest=digest(graph_module),
         source=source,
+        eager=(
+            Eager.of_program(given, outputs, source)
+            if original is None
+            else Eager.of_module(original, inputs, outputs, source)
+        ),
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from armopt.cli import options
 from armopt.cli.output import Output, human_size, text_table
+from armopt.cli.validate import similarity
 
 if TYPE_CHECKING:
     from armopt.bundle.manifest import GateResult, Manifest, PartPlan
@@ -75,9 +76,12 @@ def _text(manifest: Manifest) -> str:
         f"model     {model.source}, sha256 {model.digest[:16]}…",
         f"inputs    {inputs}",
         f"weights   {human_size(manifest.weights.bytes)}, FP32 {human_size(manifest.weights.fp32_bytes)}",
-        f"accuracy  cosine {accuracy.cosine:.6f} against {accuracy.reference}; {verdict}",
+        f"accuracy  {similarity(accuracy.cosine, accuracy.gates[0].value)} against {accuracy.reference}; {verdict}",
         f"gates     {', '.join(map(_gate, accuracy.gates))}",
     ]
+    if accuracy.difference:
+        lines.append(f"capture   {accuracy.difference}")
+    lines += [f"note      {remark}" for remark in accuracy.remarks]
     if accuracy.repair is not None:
         lines.append(f"repair    {accuracy.repair.said}")
     lines += [*(f"part      {part.path}: {_inputs(part.inputs)}" for part in model.parts if part.path), ""]

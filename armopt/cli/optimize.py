@@ -10,6 +10,7 @@ import typer
 
 from armopt.cli import options
 from armopt.cli.output import Output, human_size
+from armopt.cli.validate import similarity
 
 if TYPE_CHECKING:
     from armopt.bundle.manifest import Accuracy, Manifest, PartPlan
@@ -37,6 +38,14 @@ def optimize(
             help="What to compare with FP32 on, as validate --inputs; by default the example inputs.",
         ),
     ] = None,
+    against: Annotated[
+        str,
+        typer.Option(
+            "--against",
+            metavar="model|capture",
+            help="What FP32 is: the model as it is called, or the graph that torch.export makes of it.",
+        ),
+    ] = "model",
     repair: Annotated[
         bool, typer.Option("--repair/--no-repair", help="Take layers that break a gate out of BF16.")
     ] = True,
@@ -72,6 +81,7 @@ def optimize(
         inputs=checked_on,
         min_cosine=min_cosine,
         repair=repair,
+        against=against,
         examples=_examples(model, described, samples),
     )
     opened = partial(options.open_for, kind, model, reference, described, samples, sizes, trust_pickle)
@@ -147,10 +157,13 @@ def _measured(accuracy: Accuracy) -> list[str]:
     """How far the bundle is from FP32, on what, and what was repaired."""
     verdict = "passed" if accuracy.passed else "FAILED"
     lines = [
-        f"  accuracy  cosine similarity to FP32 {accuracy.cosine:.6f}, "
+        f"  accuracy  {similarity(accuracy.cosine, accuracy.gates[0].value, 'cosine similarity to FP32')}, "
         f"largest error {accuracy.max_abs:.3g}: {verdict} ({', '.join(each.gate for each in accuracy.gates)})",
         f"  inputs    {'yours: ' if accuracy.inputs_given else ''}{accuracy.inputs}",
     ]
+    if accuracy.difference:
+        lines.append(f"  capture   {accuracy.difference}")
+    lines += [f"  note      {remark}" for remark in accuracy.remarks]
     if accuracy.repair is not None:
         lines.append(f"  repair    {accuracy.repair.said}")
         lines += [f"            {each.node}: {each.before} -> {each.after}" for each in accuracy.repair.changes]

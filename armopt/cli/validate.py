@@ -60,9 +60,10 @@ def _text(found: dict[str, Any]) -> str:
     if found["nodes"]:
         parts.append(_nodes(found))
     parts.append(gates_table(found))
+    parts += [f"Note: {remark}." for remark in found["remarks"]]
     verdict = "passed" if found["passed"] else "FAILED"
     gate = f", gate {found['min_cosine']}" if found["min_cosine"] is not None else ""
-    parts.append(f"{verdict}: cosine {found['cosine']:.6f}{gate}")
+    parts.append(f"{verdict}: {similarity(found['cosine'], found['gates'][0]['value'])}{gate}")
     if "report" in found:
         parts[-1] += f"\nWrote {found['report']}."
     return "\n\n".join(parts)
@@ -73,7 +74,8 @@ def _outputs(found: dict[str, Any]) -> str:
         (
             bucket,
             entry["output"],
-            f"{entry['cosine']:.6f}",
+            f"{100 * entry['equal']:.4g} % equal" if entry["equal"] is not None else f"{entry['cosine']:.6f}",
+            "-" if entry["column"] is None else f"{entry['column']:.6f} {entry['column_at']}".strip(),
             "-" if entry["sqnr_db"] is None else f"{entry['sqnr_db']:.1f} dB",
             f"{entry['max_abs']:.3g}",
             f"{entry['max_rel']:.2g}",
@@ -83,7 +85,7 @@ def _outputs(found: dict[str, Any]) -> str:
         for bucket, entries in found["outputs"].items()
         for entry in entries
     ]
-    headers = ("bucket", "output", "cosine", "SQNR", "max error", "relative", "RMSE ratio", "finite")
+    headers = ("bucket", "output", "cosine", "worst column", "SQNR", "max error", "relative", "RMSE ratio", "finite")
     return text_table(headers, rows)
 
 
@@ -109,6 +111,11 @@ def _nodes(found: dict[str, Any], most: int = 5) -> str:
     ]
     table = text_table(("layer", "kernel", "alone", "carried", "comes from"), rows)
     return f"Layers that add most, of {len(found['nodes'])} ({found['node_bucket']}):\n{table}"
+
+
+def similarity(worst: float, gate: float | None, called: str = "cosine") -> str:
+    """How alike the outputs are: the worst cosine; where its gate has nothing to look at, the share of equal values."""
+    return f"{called} {worst:.6f}" if gate is not None else f"{100 * worst:.4g} % of values equal"
 
 
 def gates_table(found: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,14 +12,20 @@ import torch
 from armopt import progress
 from armopt.accuracy import MIN_COSINE, Checker, NodeError, Validation, bucket_name, gates, nodes, runs, samples
 from armopt.accuracy.checker import Evidence, Run, flat_run
+from armopt.accuracy.fidelity import Fidelity
 from armopt.accuracy.gates import Figures, Gate
 from armopt.accuracy.samples import Given
 from armopt.accuracy.tasks import Outputs
 from armopt.bundle.program import Program
+from armopt.capture.eager import Eager
 from armopt.compiler import repair
 from armopt.compiler.recipe import Planned, Recipe
 from armopt.compiler.repair import EVALUATIONS, Repair
+from armopt.errors import InputError
 from armopt.ir.records import Bucket, Captured, Plan
+
+#: From flat inputs to flat outputs.
+FlatRun = Callable[[Sequence[torch.Tensor]], Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,9 @@ class Checks:
         min_cosine: The least cosine similarity to FP32 of any output.
         repair: Whether layers that break a gate go back to FP32.
         evaluations: How many plans repair may measure.
+        against: What FP32 is: ``model``, the module as its user calls it, from which a capture that differs fails;
+            or ``capture``, the graph that torch.export made of it.
+        first_call: Of :func:`armopt.compile` without example inputs: whether the first call is checked.
         examples: What the example inputs are, in words.
     """
 
@@ -41,7 +51,13 @@ class Checks:
     min_cosine: float = MIN_COSINE
     repair: bool = True
     evaluations: int = EVALUATIONS
+    against: str = "model"
+    first_call: bool = False
     examples: str = "the example inputs, as given"
+
+    def __post_init__(self) -> None:
+        if self.against not in ("model", "capture"):
+            raise InputError(f"can't compare with {self.against!r}", where="against", hint='Write "model" or "capture"')
 
     def bounds(self) -> tuple[Gate, ...]:
         """All gates.
@@ -78,13 +94,17 @@ class Judge:
         self._captured, self._checks = captured, checks
         self._order = [spec.name for spec in captured.input_specs]
         graph_module = captured.graph_module
+        eager = captured.eager if checks.against == "model" and isinstance(captured.eager, Eager) else None
+        captured_run = functools.partial(runs.run, graph_module)
+        self._said = "the captured graph in FP32" if eager is None else "the model in FP32"
         self._checker = Checker(
-            reference=self._named(lambda tensors: runs.run(graph_module, tensors)),
+            reference=self._named(captured_run if eager is None else functools.partial(runs.run_eager, eager)),
             anchor=self._named(lambda tensors: runs.run(graph_module, tensors, runs.InFp64)),
             gates=tuple(bounds),
             task=checks.task,
             source=captured.source,
             keep=checks.repair,
+            fidelity=None if eager is None else Fidelity(eager, captured),
         )
         self.samples = None
         if checks.inputs is not None:
@@ -93,7 +113,7 @@ class Judge:
     def judge(self, recipe: Recipe, planned: Planned, programs: tuple[Program, ...]) -> Judged:
         """Measures programs and, where a gate breaks and the checks allow it, takes layers out of BF16."""
         validation = self.validate(programs)
-        if validation.passed or not self._checks.repair:
+        if validation.passed or validation.difference or not self._checks.repair:
             return Judged(planned, programs, validation, None, self)
         repaired = self.repair(recipe, planned, programs)
         if not repaired.passed:
@@ -107,7 +127,7 @@ class Judge:
         figures = {bucket_name(program.bucket): self._figures(program) for program in programs}
         given = self.samples
         return Validation(
-            reference="the model in FP32",
+            reference=self._said,
             inputs=self._checks.examples if given is None else given.said,
             given=given is not None,
             samples=1 if given is None else len(given),
@@ -117,6 +137,7 @@ class Judge:
             task=self._checker.task_name,
             task_why=self._checker.task_why,
             no_anchor=self._checker.no_anchor,
+            difference="" if self._checker.difference is None else str(self._checker.difference),
         )
 
     def repair(self, recipe: Recipe, planned: Planned, programs: Sequence[Program]) -> Repair:
@@ -160,7 +181,7 @@ class Judge:
             return self.samples
         return [dict(zip(self._order, example_at(self._captured, bucket), strict=True))]
 
-    def _named(self, run: Callable[[Sequence[torch.Tensor]], Sequence[Any]]) -> Run:
+    def _named(self, run: FlatRun) -> Run:
         return flat_run(run, self._order, self._captured.outputs)
 
 
@@ -188,6 +209,9 @@ def merge_validations(judged: Mapping[str, Judged], bounds: Sequence[Gate]) -> V
         figures=figures,
         verdicts=gates.judge(bounds, figures, first.task),
         no_anchor=next((part.no_anchor for part in each.values() if part.no_anchor), ""),
+        difference="; ".join(
+            f"{path}: {part.difference}" if path else part.difference for path, part in each.items() if part.difference
+        ),
     )
 
 

@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import fx
+
 from armopt import environment
-from armopt.accuracy import Validation, nodes, tasks
+from armopt.accuracy import Validation, nodes, runs, tasks
 from armopt.accuracy.report import page
 from armopt.bundle import manifest, writer
 from armopt.bundle.program import describe_program
@@ -20,7 +22,8 @@ from armopt.compiler.captured_model import CapturedModel, Inputs, Kind, Model, c
 from armopt.compiler.checks import Checks, Judge, Judged, merge_repairs, merge_validations
 from armopt.compiler.output import Output
 from armopt.compiler.recipe import Recipe
-from armopt.errors import AccuracyError, ArmoptWarning, InputError
+from armopt.errors import AccuracyError, ArmoptWarning, CaptureError, InputError
+from armopt.ir import graph as g
 from armopt.ir.records import Target
 from armopt.onnx_export import session
 from armopt.plan.planner import Policy
@@ -135,6 +138,8 @@ def carry_out(opened: Callable[[], CapturedModel], recipe: Recipe, checks: Check
         checks = replace(checks, task=tasks.NONE, examples="what each part gets from the example calls")
     steps("prepare")
     prepared = [recipe.prepare(part.captured.graph_module) for part in model.parts]
+    for part, graph in zip(model.parts, prepared, strict=True):
+        _refuse_random_numbers(graph.graph_module, part.captured.source)
     steps("plan")
     planned = [recipe.plan_part(part, graph) for part, graph in zip(model.parts, prepared, strict=True)]
     steps("lower")
@@ -157,6 +162,22 @@ def carry_out(opened: Callable[[], CapturedModel], recipe: Recipe, checks: Check
     steps.done()
     _log.info("wrote %s: %s", output.path, "passed" if verdict.passed else verdict.failures())
     return Result(output.path, written, verdict)
+
+
+def _refuse_random_numbers(graph_module: fx.GraphModule, source: str) -> None:
+    """Refuses a graph that draws random numbers: a bundle gives the same for the same inputs.
+
+    Raises:
+        CaptureError: Naming the node, and the line that it comes from.
+    """
+    for name in runs.random_nodes(graph_module):
+        node = next(node for node in graph_module.graph.nodes if node.name == name)
+        line = g.source_line(node)
+        raise CaptureError(
+            f"{name}{f' ({line})' if line else ''} draws random numbers, and a bundle draws none",
+            where=source,
+            hint="For dropout pass training=self.training; else armopt.compile runs it, checked from one seed",
+        )
 
 
 def _refuse_what_needs_one_graph(checks: Checks, output: Output) -> None:

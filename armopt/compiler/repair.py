@@ -31,9 +31,9 @@ Progress = Callable[[int, int], None]
 EVALUATIONS = 128
 
 #: All in FP32: see Kernel.steps_out_of_bf16.
-_FULL = 3
+FULL = 3
 #: Layer -> how far it is taken out of BF16, from 1, the first remedy, to all in FP32.
-_Assignment = Mapping[str, int]
+Assignment = Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +112,14 @@ def search(
         Plans that pass; or, where there are none, the plans as they were.
     """
     searcher = _Searcher(gates, evaluate, alone, evaluations, progress)
-    assignment: _Assignment = {}
+    assignment: Assignment = {}
     for plan, known in zip(plans, sites, strict=True):
         found = searcher.repair(plan, known, assignment)
         if found is None:
             said = "no repair: the gates fail with every layer in FP32 too"
             return Repair(tuple(plans), (), False, searcher.count, said)
         assignment = found
-    repaired = tuple(_apply(plan, known, assignment) for plan, known in zip(plans, sites, strict=True))
+    repaired = tuple(apply(plan, known, assignment) for plan, known in zip(plans, sites, strict=True))
     if not all(searcher.score(plan, always=True).passed for plan in repaired):
         said = "no repair: what one bucket needs breaks another"
         return Repair(tuple(plans), (), False, searcher.count, said)
@@ -144,22 +144,22 @@ class _Searcher:
             self._known[key] = self._measured(lambda: self._evaluate(plan), always=always)
         return self._known[key]
 
-    def repair(self, plan: Plan, sites: Mapping[str, Site], base: _Assignment) -> _Assignment | None:
+    def repair(self, plan: Plan, sites: Mapping[str, Site], base: Assignment) -> Assignment | None:
         """What to take out of BF16, `base` with it, so that a plan passes; None where nothing helps."""
 
-        def passes(assignment: _Assignment, *, always: bool = False) -> bool:
-            return self.score(_apply(plan, sites, assignment), always=always).passed
+        def passes(assignment: Assignment, *, always: bool = False) -> bool:
+            return self.score(apply(plan, sites, assignment), always=always).passed
 
         if passes(base, always=True):
             return base
-        free = [decision for decision in plan.decisions if base.get(decision.node) != _FULL]
-        candidates = [decision.node for decision in free if _remedy(decision, sites[decision.node], _FULL)]
-        chosen: _Assignment = {**base, **dict.fromkeys(candidates, _FULL)}
+        free = [decision for decision in plan.decisions if base.get(decision.node) != FULL]
+        candidates = [decision.node for decision in free if _remedy(decision, sites[decision.node], FULL)]
+        chosen: Assignment = {**base, **dict.fromkeys(candidates, FULL)}
         if not passes(chosen, always=True):
             return None
         with contextlib.suppress(_OutOfBudgetError):  # what passes so far is a repair, if not the smallest
             ranked = self._rank(plan, sites, candidates)
-            count = _shortest(len(ranked), lambda k: passes({**base, **dict.fromkeys(ranked[:k], _FULL)}))
+            count = _shortest(len(ranked), lambda k: passes({**base, **dict.fromkeys(ranked[:k], FULL)}))
             for smaller in _smaller(ranked[:count], sites, base, passes):
                 chosen = smaller
         return chosen
@@ -188,7 +188,7 @@ def _score(gates: Sequence[Gate], figures: Figures) -> _Score:
     shortfall = 0.0
     for gate in gates:
         shortfall += max((gate.shortfall(value) for _, value in figures.values(gate)), default=0.0)
-    noises = [10 ** (-entry.sqnr_db / 10) for entry in figures.outputs if entry.sqnr_db is not None]
+    noises = [10 ** (-e.sqnr_db / 10) for e in figures.outputs if e.sqnr_db is not None and not e.discrete]
     broken = sum(not entry.finite for entry in figures.outputs)
     return _Score(broken, shortfall, max(noises, default=0.0))
 
@@ -206,10 +206,10 @@ def _shortest(most: int, passes: Callable[[int], bool]) -> int:
 
 
 def _smaller(
-    ranked: Sequence[str], sites: Mapping[str, Site], base: _Assignment, passes: Callable[[_Assignment], bool]
-) -> Iterator[_Assignment]:
+    ranked: Sequence[str], sites: Mapping[str, Site], base: Assignment, passes: Callable[[Assignment], bool]
+) -> Iterator[Assignment]:
     """Assignments that pass, each smaller than the one before: all in FP32, fewer of them, and those less far."""
-    chosen: _Assignment = {**base, **dict.fromkeys(ranked, _FULL)}
+    chosen: Assignment = {**base, **dict.fromkeys(ranked, FULL)}
     yield chosen
     for node in sorted(ranked, key=lambda n: (-ranked.index(n), -_work(sites[n]))):
         as_before = {node: base[node]} if node in base else {}
@@ -217,7 +217,7 @@ def _smaller(
         if passes(fewer):
             yield (chosen := fewer)
     for node in [name for name in chosen if chosen[name] != base.get(name)]:
-        for steps in range(base.get(node, 0) + 1, _FULL):
+        for steps in range(base.get(node, 0) + 1, FULL):
             cheaper = {**chosen, node: steps}
             if passes(cheaper):
                 yield (chosen := cheaper)
@@ -237,8 +237,8 @@ def _remedy(decision: Decision, site: Site, steps: int) -> Kernel | None:
     return next((kernel for kernel in remedies if kernel.refuses(site) is None), None)
 
 
-def _apply(plan: Plan, sites: Mapping[str, Site], assignment: _Assignment) -> Plan:
-    """The plan with some layers taken out of BF16."""
+def apply(plan: Plan, sites: Mapping[str, Site], assignment: Assignment) -> Plan:
+    """The plan with some layers taken out of BF16, each as far as the assignment says."""
     decisions = []
     for decision in plan.decisions:
         site, steps = sites[decision.node], assignment.get(decision.node)

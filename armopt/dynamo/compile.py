@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from armopt import capture
 from armopt.capture import submodules
+from armopt.compiler.checks import Checks
 from armopt.dynamo import backend, graphs
+from armopt.dynamo.checking import Outcome, Subject, check
 from armopt.dynamo.explain import Explanation, explain
+from armopt.dynamo.isolated import isolated, without_weights
+from armopt.dynamo.programs import Settings
 from armopt.errors import ArmoptError, InputError
 from armopt.ir.records import Target
 from armopt.models import torchvision_ops
@@ -31,9 +36,27 @@ _DEPTH = 2
 
 
 class _Thread(threading.local):
-    """Whether a model that falls back is running in this thread: then so do its parts."""
+    """What goes on in this thread.
+
+    Attributes:
+        plain: A model that falls back is running: then so do its parts.
+        inside: A compiled model is running: its parts are not checked by themselves.
+        checked: A model is being checked: no weights are released.
+    """
 
     plain = False
+    inside = False
+    checked = False
+
+    @contextlib.contextmanager
+    def set(self, **flags: bool) -> Iterator[None]:
+        """Sets flags for a while."""
+        before = {name: getattr(self, name) for name in flags}
+        self.__dict__.update(flags)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
 
 
 _thread = _Thread()
@@ -48,6 +71,7 @@ def compile(
     tuning: str | Path | None = None,
     plans: int = 8,
     release_original: bool = False,
+    checks: Checks | None = Checks(),
 ) -> _Model:
     """A model that runs armopt's kernels, for what can't be captured whole or is not to be deployed as a bundle.
 
@@ -61,6 +85,8 @@ def compile(
         model: With FP32 parameters.
         example_inputs: Positional inputs as a sequence, named ones as a mapping: compiles for them now, and leaves
             buffers as they are. Without them the first call compiles.
+        checks: What has to hold on the example inputs, against the module itself: gated and repaired as `optimize`
+            does; with ``Checks(first_call=True)`` on the inputs of the first call. None checks nothing.
         target: A product's name, or ``host``. On a machine that is not the target its portable twins run.
         policy: How kernels are chosen, also as ``--policy`` has it.
         tuning: A file from ``armopt tune`` on this host.
@@ -69,7 +95,8 @@ def compile(
             are compiled. They read as NaN from then on, and training or saving them is an error.
 
     Returns:
-        The module. ``result.forward.explain()`` says what runs where, and how many bytes it holds.
+        The module. ``result.forward.explain()`` says what runs where, how many bytes it holds, and how it was judged.
+        Where a gate fails after all, a warning says so.
 
     Raises:
         InputError: It is no module, its parameters are not FP32, or an argument is unusable.
@@ -84,14 +111,16 @@ def compile(
     name = type(original).__name__
     capture.check_dtypes(original, name)
     options = {"target": target, "plans": plans, "policy": policy, "tuning": str(tuning or "")}
-    backend.settings(options)
+    checks = _usable(checks)
+    common = _Common(backend.settings(options), options, release_original, checks)
     torchvision_ops.ensure_torchvision_if_installed()
     made: _Model = _clone(original)
     parts: list[tuple[str, torch.nn.Module]] = [("", made), *_parts(made, _DEPTH)]
     for path, part in parts:
         if path and not submodules.has_layers(part):
             continue
-        part.__dict__["forward"] = Forward(part, _own_forward(part), path, options, release_original)
+        pending = checks is not None and checks.first_call and example_inputs is None
+        part.__dict__["forward"] = Forward(part, _own_forward(part), path, common, pending=pending)
     if release_original:
         made.register_state_dict_pre_hook(_refuse_released)  # type: ignore[no-untyped-call]
     if example_inputs is not None:
@@ -99,8 +128,32 @@ def compile(
         args = () if kwargs else tuple(example_inputs)
         capture.check_signature(original, args, kwargs, name)
         with capture.eval_mode(made):
-            capture.try_once(made, args, kwargs, name)
+            if checks is None:
+                capture.try_once(made, args, kwargs, name)
+            else:
+                forward: Any = made.forward
+                forward.check_now(args, kwargs)
     return made
+
+
+def _usable(checks: Checks | None) -> Checks | None:
+    """Refuses what only a bundle can be checked for.
+
+    Raises:
+        InputError: Naming the setting.
+    """
+    if checks is None:
+        return None
+    if checks.inputs is not None:
+        raise InputError(
+            "a compiled model is checked on its example inputs", where="checks.inputs", hint="Pass example_inputs"
+        )
+    if checks.against != "model":
+        raise InputError(
+            "a compiled model has no capture to be compared with", where="checks.against", hint="Leave it out"
+        )
+    checks.bounds()
+    return checks
 
 
 def _clone(model: _Model) -> _Model:
@@ -128,6 +181,27 @@ def _own_forward(module: torch.nn.Module) -> Callable[..., Any]:
     return found
 
 
+@dataclass(frozen=True)
+class _Common:
+    """What all parts of one compiled model share.
+
+    Attributes:
+        settings: How graphs are planned.
+        options: The same as given.
+        release: Whether FP32 weights are freed as they are compiled.
+        checks: What has to hold; None for nothing.
+    """
+
+    settings: Settings
+    options: Mapping[str, Any]
+    release: bool
+    checks: Checks | None
+
+    def again(self) -> _Common:
+        """The same for a copy of the model, whose layers are not repaired yet."""
+        return replace(self, settings=backend.settings(self.options))
+
+
 class Forward:
     """The ``forward`` of a module that is compiled, or of a part of it.
 
@@ -136,24 +210,22 @@ class Forward:
         name: Of the part within the model; empty for the model itself.
         divided: Why it stays Python and its parts are compiled; empty where it is compiled whole.
         released: Whether FP32 weights were freed.
+        outcome: What was measured of it against the module, and repaired; None where nothing was.
     """
 
     def __init__(
-        self,
-        owner: torch.nn.Module,
-        original: Callable[..., Any],
-        name: str,
-        options: Mapping[str, Any],
-        release_original: bool,
+        self, owner: torch.nn.Module, original: Callable[..., Any], name: str, common: _Common, *, pending: bool
     ) -> None:
         self.owner = owner
         self.original = original
         self.name = name
         self.divided = ""
         self.released = False
-        self._options = dict(options)
-        self._release = release_original
+        self.outcome: Outcome | None = None
+        self._common = common
+        self._pending = pending
         self._lock = threading.Lock()
+        self._checking = threading.RLock()
         self._programs = 0
         self._compiled = self._compile(None)
         functools.update_wrapper(self, original)
@@ -172,16 +244,42 @@ class Forward:
             if self.released:
                 raise InputError(f"its FP32 weights were released, but {reason[0]}", where=self.title, hint=reason[1])
             backend.fall_back(f"{self.title}: {reason[0]}, so PyTorch's own kernels run", reason[1])
-            _thread.plain = True
-            try:
+            with _thread.set(plain=True):
                 return self.original(*args, **kwargs)
-            finally:
-                _thread.plain = False
-        with torch.no_grad():
+        if self._pending and not _thread.inside:
+            with self._checking:
+                self._check(self.original, self._whole, args, kwargs)
+        with torch.no_grad(), _thread.set(inside=True):
             result = self._run(args, kwargs)
-        if self._release:
+        if self._common.release and not _thread.checked:
             self._release_weights()
         return result
+
+    def _whole(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(args, kwargs)
+
+    def check_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compares the whole module, hooks and all, with what PyTorch makes of it, and repairs what breaks a gate."""
+        self._pending = True
+        self._check(self.owner, self.owner, args, kwargs)
+        if self._common.release:
+            self._release_weights()
+
+    def _check(
+        self, original: Callable[..., Any], compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Judges it on one call, once."""
+        checks = self._common.checks
+        if not self._pending or checks is None:
+            return
+        self._pending = False
+
+        def plainly(*args: Any, **kwargs: Any) -> Any:
+            with _thread.set(plain=True):
+                return original(*args, **kwargs)
+
+        with _thread.set(checked=True, inside=True):
+            self.outcome = check(Subject(self.owner, plainly, compiled, self.title), args, kwargs, checks)
 
     def explain(self) -> Explanation:
         """What runs where, and the bytes it holds."""
@@ -223,10 +321,10 @@ class Forward:
 
     def _compile(self, dynamic: bool | None) -> Callable[..., Any]:
         # released weights no longer look as when they were traced; graphs.Graph watches them itself
-        options: Any = {"guard_filter_fn": _without_weights} if self._release else None
-        lowering = backend.Lowering(backend.settings(self._options), self.title, self.name)
+        options: Any = {"guard_filter_fn": without_weights} if self._common.release else None
+        lowering = backend.Lowering(self._common.settings, self.title, self.name)
         made: Callable[..., Any] = torch.compile(
-            _isolated(self.original), backend=lowering, options=options, fullgraph=True, dynamic=dynamic
+            isolated(self.original), backend=lowering, options=options, fullgraph=True, dynamic=dynamic
         )
         return made
 
@@ -240,7 +338,7 @@ class Forward:
             for path, part in _parts(self.owner, 1):
                 if submodules.has_layers(part) and not isinstance(part.forward, Forward):
                     name = f"{self.name}.{path}" if self.name else path
-                    made = Forward(part, part.forward, name, self._options, self._release)
+                    made = Forward(part, part.forward, name, self._common, pending=False)
                     part.__dict__["forward"] = made
             self.divided = f"Python runs it, its parts are compiled: {first[:200]}"
 
@@ -256,15 +354,36 @@ class Forward:
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         self._check_unreleased()
         owner, original = copy.deepcopy(self.owner, memo), copy.deepcopy(self.original, memo)
-        return Forward(owner, original, self.name, self._options, self._release)
+        return Forward(owner, original, self.name, self._common.again(), pending=self._is_checked)
 
     def __reduce__(self) -> Any:
         self._check_unreleased()
-        return Forward, (self.owner, self.original, self.name, self._options, self._release)
+        common = self._common
+        arguments = self.owner, self.original, self.name, common.options, common.release, common.checks
+        return _again, (*arguments, self._is_checked)
+
+    @property
+    def _is_checked(self) -> bool:
+        """Whether a copy has to be checked at its first call, as this one was or is to be."""
+        return self._pending or self.outcome is not None
 
     def _check_unreleased(self) -> None:
         if self.released:
             raise _released_error(self.title)
+
+
+def _again(
+    owner: torch.nn.Module,
+    original: Callable[..., Any],
+    name: str,
+    options: Mapping[str, Any],
+    release: bool,
+    checks: Checks | None,
+    pending: bool,
+) -> Forward:
+    """A forward out of a pickle."""
+    common = _Common(backend.settings(options), options, release, checks)
+    return Forward(owner, original, name, common, pending=pending)
 
 
 def _released_error(name: str) -> InputError:
@@ -278,36 +397,3 @@ def _released_error(name: str) -> InputError:
 def _refuse_released(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
     if any(map(graphs.is_released, module.parameters())):
         raise _released_error(type(module).__name__)
-
-
-def _without_weights(guards: Sequence[Any]) -> list[bool]:
-    """The guards but for those of parameters."""
-    return [not (guard.guard_type == "TENSOR_MATCH" and "_parameters" in guard.name) for guard in guards]
-
-
-def _isolated(method: Any) -> Callable[..., Any]:
-    """The same with a code object of its own.
-
-    Dynamo counts compilations for each code object and gives up at a limit: models of one class share it otherwise.
-    """
-    function = getattr(method, "__func__", None)
-    if not isinstance(function, FunctionType) or function.__module__.startswith("torch."):
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return method(*args, **kwargs)
-
-        return _with_own_code(call)
-    return MethodType(_with_own_code(function), method.__self__)
-
-
-def _with_own_code(function: Any) -> FunctionType:
-    made = FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
-    made.__module__ = function.__module__
-    return made

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from armopt import capture
+from armopt.compiler import repair
 from armopt.compiler.recipe import Prepared
 from armopt.dynamo.process import PROCESS
-from armopt.dynamo.programs import Forward, Programmed, Settings, make_program
+from armopt.dynamo.programs import Programmed, Settings, make_program
 from armopt.ir import buckets
 from armopt.ir import graph as g
 from armopt.ir.calls import call_of, layers
-from armopt.ir.records import Bucket, Skip
+from armopt.ir.records import Bucket, Plan, Skip
+from armopt.kernels import sites, table
 
 #: Sets of weights for which one graph keeps its programs: one for each layer that shares its code, times each model.
 MOST_WEIGHTS = 256
@@ -58,7 +62,10 @@ class Graph:
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         """Runs the graph."""
         weights = next((each for each in self._held if each.fits(args)), None) or self._find(args)
-        forward = weights.forward(args)
+        programmed = weights.program(args)
+        if PROCESS.watch.ran is not None:
+            PROCESS.watch.ran.append((weights, weights.index(programmed)))
+        forward = programmed.forward
         inputs = [args[i] for i in self.inputs]
         args.clear()
         return forward(*inputs)
@@ -93,8 +100,10 @@ class Weights:
         #: The prepared graph and which inputs its constants were, for further buckets; it holds folded weights in FP32.
         self._prepared: tuple[Prepared, Mapping[str, int]] | None = None
         self._planned: list[tuple[Bucket, Programmed]] = []
-        self._by_bucket: dict[tuple[int, ...], Forward] = {}
+        self._by_bucket: dict[tuple[int, ...], int] = {}
         self._relevant: list[tuple[str, int, int | None]] = []
+        #: Weights in BF16 of plans that are tried.
+        self._trials: dict[str, torch.Tensor] = {}
         self.refused: tuple[Skip, ...] = ()
         self._plan(args, first=True)
 
@@ -153,25 +162,74 @@ class Weights:
         """Whether these are the same tensors with other values."""
         return bool(self._watched) and all(each.reference() is args[each.position] for each in self._watched)
 
-    def forward(self, args: Sequence[Any]) -> Forward:
+    def program(self, args: Sequence[Any]) -> Programmed:
         """The program for the shapes of a call."""
         if not self._relevant:
-            return self._planned[0][1].forward
+            return self._planned[0][1]
         key = buckets.round_up([args[i] if d is None else args[i].shape[d] for _, i, d in self._relevant])
         found = self._by_bucket.get(key)
-        return found if found is not None else self._extend(args, key)
+        return self._planned[found][1] if found is not None else self._extend(args, key)
 
-    def _extend(self, args: Sequence[Any], key: tuple[int, ...]) -> Forward:
+    def swap(self, index: int, programmed: Programmed) -> None:
+        """Puts another program in the place of one."""
+        self._planned[index] = (self._planned[index][0], programmed)
+
+    def twin(self, index: int, plan: Plan) -> Programmed:
+        """The portable twins of a program with another plan: to be measured, not to stay."""
+        before = self.programs[index]
+        with torch.inference_mode(False), torch.no_grad():
+            prepared, _ = self._prepare(self._weights())
+            program = self._graph.settings.recipe.lower(prepared, plan, before.values, self._trials)
+        return replace(before, plan=plan, forward=program.graph_module.forward)
+
+    def index(self, programmed: Programmed) -> int:
+        """The number of one of its programs."""
+        return next(i for i, (_, each) in enumerate(self._planned) if each is programmed)
+
+    def keep(self, index: int, plan: Plan) -> None:
+        """Makes a plan that was tried the one of a program. What it takes out of BF16 leaves it in later plans too."""
+        before = self.programs[index]
+        changed = [new for old, new in zip(before.plan.decisions, plan.decisions, strict=True) if old != new]
+        with PROCESS.lock, torch.inference_mode(False), torch.no_grad():
+            prepared, names = self._prepare(self._weights())
+            repaired, own = self._graph.settings.repaired, self._weights_of_layers(prepared, names)
+            for entry in changed:
+                if (tensor := own.get(entry.node)) is not None:
+                    repaired[tensor] = max(repaired.get(tensor, 0), table.get(entry.kernel).steps_out_of_bf16)
+            if changed:
+                self.swap(index, self._make(prepared, names, plan, before.values))
+
+    def settle(self) -> None:
+        """Forgets what served trials alone."""
+        self._trials.clear()
+        self._drop_prepared()
+
+    def _weights_of_layers(self, prepared: Prepared, names: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Layer -> the model's own tensor that its weight is, or is made of."""
+        weights = self._weights()
+        found: dict[str, torch.Tensor] = {}
+        for node in layers(prepared.graph_module.graph):
+            sources = g.source_constants(call_of(node).weight) & names.keys()
+            matrices = [weights[names[name]] for name in sorted(sources) if weights[names[name]].dim() > 1]
+            if matrices:
+                found[g.shown_name(node)] = matrices[0]
+        return found
+
+    def _weights(self) -> dict[int, torch.Tensor]:
+        """The weights by their position among the inputs."""
+        return {each.position: t for each in self._watched if (t := each.reference()) is not None}
+
+    def _extend(self, args: Sequence[Any], key: tuple[int, ...]) -> Programmed:
         """A new plan for a new bucket; past the limit, the nearest there is."""
         with PROCESS.lock:
             if key in self._by_bucket:
-                return self._by_bucket[key]
+                return self._planned[self._by_bucket[key]][1]
             if len(self._planned) < self._graph.settings.plans:
                 return self._plan(args)
             sizes = dict(zip([symbol for symbol, _, _ in self._relevant], key, strict=True))
-            return buckets.nearest(self._planned, sizes).forward
+            return buckets.nearest(self._planned, sizes)
 
-    def _plan(self, args: Sequence[Any], first: bool = False) -> Forward:
+    def _plan(self, args: Sequence[Any], first: bool = False) -> Programmed:
         settings = self._graph.settings
         with torch.inference_mode(False), torch.no_grad():
             prepared, names = self._prepare(args)
@@ -184,16 +242,27 @@ class Weights:
             bucket = dict(zip([symbol for symbol, _ in found], key, strict=True))
             values = {s: args[i] if d is None else args[i].shape[d] for s, i, d in self._graph.sizes} | bucket
             chosen = settings.recipe.plan(prepared, bucket, values)
-            own = {args[i].data_ptr() for i in self._graph.weights}
-            programmed = make_program(prepared, chosen, values, settings, self._graph.name, own, names)
-        PROCESS.made += 1
+            if settings.repaired:
+                known = {site.node: site for site in sites.find(prepared.graph_module, values)}
+                own = self._weights_of_layers(prepared, names).items()
+                steps = {node: settings.repaired[tensor] for node, tensor in own if tensor in settings.repaired}
+                chosen = repair.apply(chosen, known, steps)
+            programmed = self._make(prepared, names, chosen, values)
+        self._by_bucket[key] = len(self._planned)
         self._planned.append((bucket, programmed))
-        self._by_bucket[key] = programmed.forward
-        if not self._relevant or len(self._planned) == settings.plans:
-            self._prepared = None  # nothing more is planned from it
-        return programmed.forward
+        self._drop_prepared()
+        return programmed
 
-    def _prepare(self, args: Sequence[Any]) -> tuple[Prepared, Mapping[str, int]]:
+    def _make(self, prepared: Prepared, names: Mapping[str, int], chosen: Plan, values: Bucket) -> Programmed:
+        PROCESS.made += 1
+        own = {tensor.data_ptr() for tensor in self.tensors}
+        return make_program(prepared, chosen, values, self._graph.settings, self._graph.name, own, names)
+
+    def _drop_prepared(self) -> None:
+        if not self._relevant or len(self._planned) == self._graph.settings.plans:
+            self._prepared = None  # nothing more is planned from it
+
+    def _prepare(self, args: Sequence[Any] | Mapping[int, Any]) -> tuple[Prepared, Mapping[str, int]]:
         """The prepared graph, made once, and which input of the graph each of its constants was, by name."""
         if self._prepared is None:
             weights = {i: _values_of(args[i]) for i in self._graph.weights}
@@ -270,6 +339,16 @@ def _values_of(tensor: torch.Tensor) -> torch.Tensor:
     """A weight's values, also where the original is released."""
     half: torch.Tensor | None = PROCESS.released.get(tensor)
     return tensor if half is None else half.float()
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[tuple[Weights, int]]]:
+    """Notes the programs that run in this thread: whose weights, and which of their programs."""
+    before, PROCESS.watch.ran = PROCESS.watch.ran, []
+    try:
+        yield PROCESS.watch.ran
+    finally:
+        PROCESS.watch.ran = before
 
 
 def count() -> int:

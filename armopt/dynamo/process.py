@@ -12,7 +12,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from armopt.dynamo.weight_pool import WeightPool
 
 if TYPE_CHECKING:
-    from armopt.dynamo.graphs import Graph
+    from armopt.dynamo.graphs import Graph, Weights
+
+
+class Watch(threading.local):
+    """In each thread: where to note the programs that run, as their weights and their number; None for nobody."""
+
+    ran: list[tuple[Weights, int]] | None = None
 
 
 @dataclass(eq=False)
@@ -27,6 +33,7 @@ class Process:
         made: How many programs were made.
         checked: Targets and CPU features that this host was compared with.
         said: Reasons to fall back that were warned of.
+        watch: Who is told, in this thread, which programs run.
     """
 
     pool: WeightPool = field(default_factory=WeightPool)
@@ -36,6 +43,7 @@ class Process:
     made: int = 0
     checked: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
+    watch: Watch = field(default_factory=lambda: Watch())
 
 
 PROCESS = Process()

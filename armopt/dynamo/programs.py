@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from armopt import environment, targets
 from armopt.compiler.recipe import Prepared, Recipe
@@ -17,7 +18,7 @@ from armopt.dynamo.process import PROCESS
 from armopt.errors import ArmoptWarning
 from armopt.ir import graph as g
 from armopt.ir.calls import call_of
-from armopt.ir.records import Bucket, Decision, Plan
+from armopt.ir.records import Bucket, Decision, Plan, Site
 from armopt.kernels import table
 from armopt.runtime import host_check
 from armopt.runtime.bind import Binder, Bound
@@ -33,11 +34,13 @@ class Settings:
         recipe: How they become programs.
         plans: The most plans for one graph and set of weights; beyond them the nearest serves other shapes too.
         tuning: A file from ``armopt tune``, or empty.
+        repaired: Weight -> how far the layers that multiply with it are taken out of BF16: what a check found out.
     """
 
     recipe: Recipe
     plans: int = 8
     tuning: str = ""
+    repaired: Any = field(default_factory=WeakTensorKeyDictionary, compare=False, repr=False)
 
     @property
     def portable(self) -> bool:
@@ -52,7 +55,8 @@ class Programmed:
     Attributes:
         plan: Decisions and refusals.
         kernels: What every node got on this host; empty where portable twins run.
-        weights: Shape of every node's weight.
+        sites: Every node as the planner sees it.
+        values: The sizes that it was lowered at, by the graph's own symbols.
         dtypes: Position of a weight among the graph's inputs -> the dtypes in which its values are used.
         forward: Takes the graph's inputs without its weights.
         constants: All that it holds, packed or not.
@@ -60,7 +64,8 @@ class Programmed:
 
     plan: Plan
     kernels: tuple[Bound, ...]
-    weights: Mapping[str, tuple[int, ...]]
+    sites: Mapping[str, Site]
+    values: Bucket
     dtypes: Mapping[int, frozenset[torch.dtype]]
     forward: Forward
     constants: tuple[torch.Tensor, ...] = field(repr=False)
@@ -81,13 +86,12 @@ def make_program(
     """
     program = settings.recipe.lower(prepared, chosen, values, {})
     module = program.graph_module
-    weights = {name: site.weight for name, site in program.sites.items()}
     dtypes = _dtypes(module.graph, chosen, positions)
     for constant, tensor in list(module.named_buffers()):
         if tensor.data_ptr() not in own:
             module._buffers[constant] = PROCESS.pool.share(tensor)
     if settings.portable:
-        return Programmed(chosen, (), weights, dtypes, module.forward, tuple(module.buffers()))
+        return Programmed(chosen, (), program.sites, values, dtypes, module.forward, tuple(module.buffers()))
     _check_host(settings, chosen.decisions)
     fast_math, times, bf16_attention = (
         environment.fast_math(os.environ),
@@ -99,7 +103,8 @@ def make_program(
         bound, entries = binder.bind(program)
     if changed := host_check.changes([entries]):
         warnings.warn(f"{name}: {changed}", ArmoptWarning, stacklevel=2)
-    return Programmed(chosen, tuple(entries), weights, dtypes, bound.forward, tuple(_constants(bound)))
+    constants = tuple(_constants(bound))
+    return Programmed(chosen, tuple(entries), program.sites, values, dtypes, bound.forward, constants)
 
 
 def _dtypes(graph: fx.Graph, chosen: Plan, positions: Mapping[str, int]) -> Mapping[int, frozenset[torch.dtype]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
@@ -162,6 +162,7 @@ class Captured:
         example: One tensor for each placeholder.
         digest: sha256 over graph and weights, in hexadecimal.
         source: Where the model came from, for messages.
+        eager: Runs the model as its user calls it, flat inputs to flat outputs; None where there is the graph alone.
     """
 
     graph_module: fx.GraphModule
@@ -172,6 +173,7 @@ class Captured:
     example: tuple[torch.Tensor, ...]
     digest: str
     source: str
+    eager: Callable[..., Sequence[Any]] | None = None
 
     def values(self, bucket: Bucket) -> dict[str, int]:
         """A bucket by torch.export's names instead of ours."""

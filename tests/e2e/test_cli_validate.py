@@ -165,3 +165,40 @@ def test_a_model_that_gives_nan(cli: Cli, models: Models, package: Path, tmp_pat
     assert "nan.pt2: gives NaN in FP32 on these inputs: 16 of 16 values of output" in line
     assert "--inputs" in line
     assert [path.name for path in tmp_path.iterdir()] == ["nan.pt2"]
+
+
+BRANCHY = """
+import torch
+
+
+class Branchy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.second(-y if torch.compiler.is_compiling() else y), y.topk(3).indices
+
+
+def make():
+    torch.manual_seed(0)
+    return Branchy().eval()
+"""
+
+
+def test_a_capture_that_is_not_the_model(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "branchy.py").write_text(BRANCHY)
+    model = ("--model", "branchy:make", "--input", "x=32x8")
+    done = cli("optimize", *model, "-o", "b", cwd=tmp_path)
+    assert done.code == 4
+    for word in ("the capture is not the model: output 0 differs by", "first in second (Linear)", "is_compiling()"):
+        assert word in done.err
+        assert word in done.out
+    assert "NOT deployable" in cli("inspect", "b", cwd=tmp_path).out
+    assert cli("validate", "b", cwd=tmp_path).code == 4
+
+    done = cli("optimize", *model, "-o", "b", "--force", "--against", "capture", cwd=tmp_path)
+    assert done.code == 0, done.err
+    done = cli("optimize", *model, "-o", "c", "--against", "graph", cwd=tmp_path)
+    assert (done.code, "can't compare with 'graph'" in done.err) == (2, True)

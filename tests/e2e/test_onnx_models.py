@@ -149,7 +149,7 @@ def test_a_model_in_onnx_runtime(name: str, tmp_path: Path) -> None:
         for whole, position, values in zip(expected, positions, found, strict=True):
             against_model = accuracy.compare("model", whole, torch.from_numpy(values))
             assert against_model.finite
-            assert against_model.cosine >= LEAST_COSINE, against_model
+            assert against_model.similarity >= LEAST_COSINE, against_model
             against_program = accuracy.compare("program", own[position], torch.from_numpy(values))
             assert against_program.max_rel <= example.most, against_program
 

@@ -37,7 +37,7 @@ def compare(expected: Any, found: Any, path: str = "") -> None:
         assert not found.requires_grad
         result = accuracy.compare(path, expected, found)
         assert result.finite, path
-        assert result.cosine >= LEAST_COSINE, path
+        assert result.similarity >= LEAST_COSINE, path
     elif isinstance(expected, Mapping):
         assert isinstance(found, Mapping), path
         assert list(found) == list(expected), path

@@ -31,7 +31,7 @@ def test_outputs_count_by_the_worst_sample_and_tasks_over_all() -> None:
     figures = checker.figures("static", samples, noisy)
     (entry,) = figures.outputs
     assert entry.max_abs == pytest.approx(4.3)  # the third sample: -3 for 1, and 0.3 less
-    assert entry.cosine < 0
+    assert entry.similarity < 0
     assert figures.task["top1"] == 0.75
     assert checker.evidence["static"].inputs is samples[0]
     assert [verdict.passed for verdict in checker.verdicts({"static": figures})] == [False, True]

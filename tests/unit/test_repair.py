@@ -38,7 +38,7 @@ def known_minimum(kind: type[nn.Module], seed: int) -> int:
     judge = Judge(planned.captured, gates.standard(GATES[kind]), Checks())
     for count in range(len(sites) + 1):
         for chosen in itertools.combinations(sites, count):
-            repaired = repair._apply(planned.plans[0], sites, dict.fromkeys(chosen, repair._FULL))
+            repaired = repair.apply(planned.plans[0], sites, dict.fromkeys(chosen, repair.FULL))
             if judge.validate(recipe.lower_part(planned, [repaired])).passed:
                 return count
     raise AssertionError("no set of layers passes")

@@ -134,8 +134,7 @@ def test_another_model_is_named(mlp: torch.nn.Module, mlp_bundle: Path) -> None:
         InputError, match=r"Mlp: layer first has other weights than the bundle\. Is the bundle made from"
     ):
         accuracy.validate(mlp_bundle, against=another)
-    with pytest.raises(InputError, match="has no layer first"):
-        accuracy.validate(mlp_bundle, against=_Renamed(mlp))
+    assert accuracy.validate(mlp_bundle, against=_Renamed(mlp))["passed"] is True  # names are no matter
 
 
 class _Renamed(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ def _environment() -> jinja2.Environment:
 
 def figure(value: float | None) -> str:
     """A number for people."""
-    if value is None:
+    if value is None or math.isnan(value):
         return "–"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.6f}".rstrip("0").rstrip(".")

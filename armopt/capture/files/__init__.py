@@ -34,6 +34,7 @@ __all__ = [
     "build",
     "find_kind",
     "from_reference",
+    "load",
     "open_divided",
     "open_model",
 ]
@@ -80,6 +81,22 @@ def open_model(path: Path, options: Options) -> Captured:
         CaptureError: torch.export can't take the model whole.
     """
     return FORMATS[find_kind(path)].open(path, options)
+
+
+def load(path: Path, options: Options) -> torch.nn.Module | torch.export.ExportedProgram:
+    """The model in a file, to be run as its user runs it.
+
+    Raises:
+        InputError: The file is missing, damaged, of an unknown format, or lacks something that an option gives.
+    """
+    from armopt.capture.files.modules import build_state
+
+    kind = FORMATS[find_kind(path)]
+    if kind.load is not None:
+        return kind.load(path, options)
+    if kind.read_state is None:
+        raise InputError("holds no model that runs by itself", where=str(path), hint="Save it with torch.export.save")
+    return build_state(kind.read_state(path), path, options)
 
 
 def from_reference(options: Options) -> Captured:

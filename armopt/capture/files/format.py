@@ -58,11 +58,13 @@ class Format:
         open: Captures the model in a file. Raises InputError where the file is damaged or lacks what an option gives,
             CaptureError where torch.export can't take the model whole.
         read_state: Reads a file as a state dict; None for a format that holds whole models alone.
+        load: The model in a file, to be run as it is; None for a format that holds state dicts alone.
     """
 
     recognises: Callable[[Content], bool]
     open: Callable[[Path, Options], Captured]
     read_state: Callable[[Path], Mapping[str, torch.Tensor]] | None = None
+    load: Callable[[Path, Options], torch.nn.Module | torch.export.ExportedProgram] | None = None
 
 
 def look_into(path: Path) -> Content:

@@ -23,6 +23,15 @@ def capture_state(state: Mapping[str, torch.Tensor], path: Path, options: Option
         InputError: There is no reference, the state dict doesn't fit it, or inputs are missing.
         CaptureError: torch.export can't take the model whole.
     """
+    return capture_module(build_state(state, path, options), options, str(path))
+
+
+def build_state(state: Mapping[str, torch.Tensor], path: Path, options: Options) -> torch.nn.Module:
+    """The model that a reference builds, with the weights of a state dict.
+
+    Raises:
+        InputError: There is no reference, or the state dict doesn't fit it.
+    """
     if not options.model:
         raise InputError(
             f"holds a state dict of {len(state)} tensors, which doesn't say what model it is",
@@ -31,7 +40,7 @@ def capture_state(state: Mapping[str, torch.Tensor], path: Path, options: Option
         )
     model = references.resolve(options.model)()
     load_state(model, state, path, options.model)
-    return capture_module(model, options, str(path))
+    return model
 
 
 def capture_module(model: torch.nn.Module, options: Options, source: str) -> Captured:

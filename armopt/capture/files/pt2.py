@@ -51,4 +51,4 @@ def _load(path: Path) -> torch.export.ExportedProgram:
     return program
 
 
-FORMAT = Format(_recognises, _open)
+FORMAT = Format(_recognises, _open, load=lambda path, options: _load(path))

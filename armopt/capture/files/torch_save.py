@@ -11,7 +11,7 @@ import torch
 
 from armopt import capture
 from armopt.capture.files.format import Content, Format, Options
-from armopt.capture.files.modules import capture_module, capture_state, checked_state
+from armopt.capture.files.modules import build_state, capture_module, checked_state
 from armopt.errors import InputError, first_line
 from armopt.ir.records import Captured
 from armopt.models import torchvision_ops
@@ -23,11 +23,15 @@ def _recognises(content: Content) -> bool:
 
 
 def _open(path: Path, options: Options) -> Captured:
+    return capture_module(_load(path, options), options, str(path))
+
+
+def _load(path: Path, options: Options) -> torch.nn.Module:
     try:
         content = _read(path)
     except pickle.UnpicklingError:
-        return _open_pickle(path, options)
-    return capture_state(checked_state(content, path), path, options)
+        return _unpickle(path, options)
+    return build_state(checked_state(content, path), path, options)
 
 
 def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
@@ -51,7 +55,7 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def _open_pickle(path: Path, options: Options) -> Captured:
+def _unpickle(path: Path, options: Options) -> torch.nn.Module:
     if not options.trust_pickle:
         raise InputError(
             "holds a pickled object, and unpickling runs code from the file",
@@ -76,7 +80,7 @@ def _open_pickle(path: Path, options: Options) -> Captured:
         raise InputError(
             f"holds a {type(model).__name__}, not an nn.Module", where=str(path), hint="Save the module itself"
         )
-    return capture_module(model, options, str(path))
+    return model
 
 
-FORMAT = Format(_recognises, _open, _read_state)
+FORMAT = Format(_recognises, _open, _read_state, _load)

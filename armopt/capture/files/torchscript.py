@@ -46,7 +46,7 @@ def _open(path: Path, options: Options) -> Captured:
             where=str(path),
             hint="Give the original model's state dict with --model, or a .pt2 from torch.export",
         ) from error
-    return capture.exported(program, args, kwargs, source=str(path), signature=names)
+    return capture.exported(program, args, kwargs, source=str(path), signature=names, original=script)
 
 
 def _load(path: Path) -> Any:
@@ -72,4 +72,4 @@ def _is_quantized(path: Path) -> bool:
         return any(b"ops.quantized." in archive.read(name) for name in code)
 
 
-FORMAT = Format(_recognises, _open)
+FORMAT = Format(_recognises, _open, load=lambda path, options: _load(path))
