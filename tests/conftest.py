@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 ARM64 = Path(__file__).parent / "arm64"
+#: An error of armopt's own is one here, also where a model would run without armopt; programs that tests start inherit it.
+os.environ["ARMOPT_RAISE"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

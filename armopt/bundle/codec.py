@@ -10,6 +10,7 @@ import cmath
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -35,8 +36,10 @@ _CONSTANTS: Mapping[type, Any] = {
 }
 
 
-def encode(source: Program, prefix: str = "") -> graph_file.StoredProgram:
-    """A program as a record; the names of its weights begin with `prefix`.
+def encode(
+    source: Program, prefix: str = "", names: Mapping[str, str] = MappingProxyType({})
+) -> graph_file.StoredProgram:
+    """A program as a record; the names of its weights begin with `prefix`, and `names` are those that they are stored by.
 
     Raises:
         CaptureError: The graph holds something that has no form here.
@@ -51,7 +54,8 @@ def encode(source: Program, prefix: str = "") -> graph_file.StoredProgram:
             nodes.append(graph_file.Input(name))
         elif node.op == "get_attr":
             target = str(node.target)
-            nodes.append(graph_file.Weight(name, f"{prefix}{source.weights.get(target, target)}"))
+            weight = f"{prefix}{source.weights.get(target, target)}"
+            nodes.append(graph_file.Weight(name, names.get(weight, weight)))
         else:
             nodes.append(_encode_call(node, name, source))
     made = graph_file.StoredProgram(dict(source.bucket), tuple(nodes), output)

@@ -23,7 +23,7 @@ class _Constants:
 
     def add(self, graph: fx.Graph, wanted: str, tensor: torch.Tensor, val: Any) -> fx.Node:
         """A get_attr node for a tensor, by a name made from `wanted`; `val` is its fake tensor."""
-        tensor = tensor.detach()
+        tensor = tensor.detach().resolve_conj().resolve_neg()
         memory = (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
         name = self._named.get(memory)
         if name is None:
@@ -78,6 +78,7 @@ def unlift(program: ExportedProgram, source: str) -> fx.GraphModule:
             if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 raise CaptureError(f"input {node.name} is a {spec.kind.name}, which a bundle can't hold", where=source)
             assert spec.target is not None
+            g.check_dense(tensors[spec.target], spec.target)
             attribute = held.add(graph, spec.target, tensors[spec.target], node.meta["val"])
             mapping[node] = attributes[spec.target] = attribute
         elif node.op == "get_attr":

@@ -69,6 +69,8 @@ def explain(model: torch.nn.Module) -> Explanation:
     left = [Skip(name, _RECURRENT) for name, part in model.named_modules() if isinstance(part, torch.nn.RNNBase)]
     held: list[torch.Tensor] = []
     for graph in graphs.graphs():
+        if graph.failure is not None and any(id(tensor) in known for tensor in graph.failure.tensors):
+            left.append(Skip(graph.name, graph.failure.reason))
         for weights in graph.held:
             if not weights.tensors or not all(id(tensor) in known for tensor in weights.tensors):
                 continue
