@@ -88,9 +88,7 @@ def _match(softmax: fx.Node, product: fx.Node) -> _Attention | str:
     if len(node.users) > 1 or g.fake_value(node).dim() != 4:
         return "its product has other dimensions, or is used elsewhere"
     leading = g.symbolic_shape(g.fake_value(query).shape[:2])
-    if not all(
-        g.is_float32(x) and g.symbolic_shape(g.fake_value(x).shape[:2]) == leading for x in (query, key, value)
-    ):
+    if not all(g.is_float32(x) and g.symbolic_shape(g.fake_value(x).shape[:2]) == leading for x in (query, key, value)):
         return "query, key and value are not FP32, or of other images or heads"
     if query.target is _aten.mul.Tensor and isinstance(query.args[1], (int, float)) and len(query.users) == 1:
         query, scale = query.args[0], scale * query.args[1]

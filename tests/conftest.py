@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ARM64 = Path(__file__).parent / "arm64"
-#: An error of armopt's own is one here, also where a model would run without armopt; programs that tests start inherit it.
+#: An error of armopt's own is one here, also where a model would run without it; so it is in programs that tests start.
 os.environ["ARMOPT_RAISE"] = "1"
 
 

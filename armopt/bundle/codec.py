@@ -39,7 +39,7 @@ _CONSTANTS: Mapping[type, Any] = {
 def encode(
     source: Program, prefix: str = "", names: Mapping[str, str] = MappingProxyType({})
 ) -> graph_file.StoredProgram:
-    """A program as a record; the names of its weights begin with `prefix`, and `names` are those that they are stored by.
+    """A program as a record; the names of its weights begin with `prefix`, and `names` has those that they are stored by.
 
     Raises:
         CaptureError: The graph holds something that has no form here.

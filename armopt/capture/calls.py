@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -80,13 +81,17 @@ def resize_batch_of(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, dict[s
     return resized
 
 
-def describe_inputs(args: Args, kwargs: Kwargs, names: Sequence[str] = ()) -> tuple[Inputs, list[torch.Tensor]]:
+def describe_inputs(
+    args: Args, kwargs: Kwargs, names: Sequence[str] = (), defaults: Kwargs = MappingProxyType({})
+) -> tuple[Inputs, list[torch.Tensor]]:
     """How the inputs of a call nest, and their tensors in order; `names` are those of the parameters.
+
+    `defaults` are what parameters have that are not given.
 
     Raises:
         InputError: They hold something that a bundle can't describe.
     """
-    return nesting.describe_inputs(args, kwargs, tuple(names), is_tensor)
+    return nesting.describe_inputs(args, kwargs, tuple(names), is_tensor, defaults)
 
 
 def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> None:

@@ -7,8 +7,10 @@ import hashlib
 import inspect
 import io
 import logging
+import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,7 +78,8 @@ def module(
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             raise _explain(error, source, dynamic is not None) from error
-    return exported(program, args, kwargs, source=source, signature=_parameter_names(model))
+    names, defaults = _parameters(model)
+    return exported(program, args, kwargs, source=source, signature=names, defaults=defaults)
 
 
 def exported(
@@ -86,6 +89,7 @@ def exported(
     *,
     source: str,
     signature: Sequence[str] = (),
+    defaults: Kwargs = MappingProxyType({}),
 ) -> Captured:
     """Captures an exported program, with its own example inputs unless others are given.
 
@@ -103,16 +107,16 @@ def exported(
     with torch.no_grad(), quiet():
         program = program.run_decompositions({})
     graph_module = unlift(program, source)
-    inputs, tensors = describe_inputs(args, kwargs, signature or _signature_names(program, args))
+    inputs, tensors = describe_inputs(args, kwargs, signature or _signature_names(program, args), defaults)
     names = _input_names(graph_module, tensors)
     _check_tensors(graph_module, tensors, source)
     outputs = _outputs(program, source)
     symbols = _symbols(program, graph_module)
-    called: dict[Dim, Dim] = {symbol.expression: symbol.name for symbol in symbols}
+    called = {symbol.expression: symbol.name for symbol in symbols}
     specs = []
     for node in placeholders(graph_module):
         val = node.meta["val"]
-        shape = tuple(called.get(size, size) for size in g.symbolic_shape(val.shape))
+        shape = tuple(_renamed(size, called) for size in g.symbolic_shape(val.shape))
         specs.append(InputSpec(names[node.name], shape, str(val.dtype).removeprefix("torch.")))
     return Captured(
         graph_module=graph_module,
@@ -124,6 +128,11 @@ def exported(
         digest=digest(graph_module),
         source=source,
     )
+
+
+def _renamed(size: Dim, called: Mapping[str, str]) -> Dim:
+    """A size by our names of symbols, also where it follows from one: ``2*batch``."""
+    return size if isinstance(size, int) else re.sub(r"\w+", lambda found: called.get(found[0], found[0]), size)
 
 
 def check_dtypes(model: torch.nn.Module, source: str) -> None:
@@ -158,9 +167,11 @@ def digest(graph_module: fx.GraphModule) -> str:
     return state.hexdigest()
 
 
-def _parameter_names(model: torch.nn.Module) -> list[str]:
+def _parameters(model: torch.nn.Module) -> tuple[list[str], dict[str, Any]]:
+    """The parameters that can be given by position, and the defaults of all that have one."""
     parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return names, {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _signature_names(program: ExportedProgram, args: Args) -> list[str]:

@@ -217,7 +217,7 @@ class Weights:
 
     def _plan(self, args: Sequence[Any], first: bool = False) -> Forward:
         settings = self._graph.settings
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             prepared, names = self._prepare(args)
             if first:
                 symbols = _symbols_of_layers(prepared.graph_module)
