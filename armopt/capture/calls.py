@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from armopt.errors import ArmoptError, InputError, first_line
+from armopt.errors import ArmoptError, CaptureError, InputError, first_line
 from armopt.ir import nesting
 from armopt.ir.nesting import Inputs
 
@@ -106,6 +106,12 @@ def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) ->
     except ArmoptError:
         raise
     except Exception as error:
+        if type(error).__module__.startswith("torch._dynamo"):
+            raise CaptureError(
+                f"PyTorch can't trace its control flow on data (torch.cond, while_loop, map, scan): {first_line(error)}",
+                where=source,
+                hint='Use Python\'s if and for with kind="module", or armopt.compile',
+            ) from error
         raise InputError(
             f"the model fails on the example inputs: {type(error).__name__}: {first_line(error)}",
             where=source,

@@ -82,10 +82,11 @@ def unlift(program: ExportedProgram, source: str) -> fx.GraphModule:
             attribute = held.add(graph, spec.target, tensors[spec.target], node.meta["val"])
             mapping[node] = attributes[spec.target] = attribute
         elif node.op == "get_attr":
+            line = next((found for user in node.users if (found := g.source_line(user))), "")
             raise CaptureError(
-                "the model has control flow on data (torch.cond, map or scan)",
-                where=source,
-                hint="A bundle holds one straight graph",
+                "the model has control flow on data (torch.cond, while_loop, map or scan)",
+                where=f"{source}: {line}" if line else source,
+                hint="A bundle holds one straight graph. armopt.compile runs such a model",
             )
         elif node.op == "output":
             results = _apply_mutations(program, graph, node, mapping, attributes, source)

@@ -210,9 +210,10 @@ def _explain(error: Exception, source: str, dynamic: bool) -> CaptureError:
             where=source,
             hint="Give one size with --batch, and make one bundle for each",
         )
+    line = g.line_in(str(error))
     return CaptureError(
         f"torch.export can't take the model whole: {first_line(error)}",
-        where=source,
+        where=f"{source}: {line}" if line else source,
         hint="See docs/capture.md for what keeps a model from being exported",
     )
 

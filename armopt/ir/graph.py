@@ -197,7 +197,12 @@ def source_line(node: fx.Node) -> str:
     """
     if "source" in node.meta:
         return str(node.meta["source"])
-    frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
+    return line_in(node.meta.get("stack_trace") or "")
+
+
+def line_in(trace: str) -> str:
+    """The innermost line outside of torch in a stack trace or in a message that holds one; empty where none is."""
+    frames = re.findall(r'File "(.+?)", line (\d+)', trace)
     torchs_own = (str(Path(torch.__file__).parent), "torch/")  # the latter in traces that torch makes up
     own = [frame for frame in frames if not frame[0].startswith(torchs_own)]
     if not own:
