@@ -108,7 +108,7 @@ def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) ->
     except Exception as error:
         if type(error).__module__.startswith("torch._dynamo"):
             raise CaptureError(
-                f"PyTorch can't trace its control flow on data (torch.cond, while_loop, map, scan): {first_line(error)}",
+                f"PyTorch can't trace its control flow on data (torch.cond, while_loop…): {first_line(error)}",
                 where=source,
                 hint='Use Python\'s if and for with kind="module", or armopt.compile',
             ) from error

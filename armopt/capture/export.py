@@ -132,7 +132,9 @@ def exported(
 
 def _renamed(size: Dim, called: Mapping[str, str]) -> Dim:
     """A size by our names of symbols, also where it follows from one: ``2*batch``."""
-    return size if isinstance(size, int) else re.sub(r"\w+", lambda found: called.get(found[0], found[0]), size)
+    if isinstance(size, int) or size in called:
+        return size if isinstance(size, int) else called[size]
+    return re.sub(r"\w+", lambda found: called.get(found[0], found[0]), size)
 
 
 def check_dtypes(model: torch.nn.Module, source: str) -> None:
@@ -278,13 +280,17 @@ def _is_none(spec: Any) -> bool:
 
 
 def _symbols(program: ExportedProgram, graph_module: fx.GraphModule) -> tuple[Symbol, ...]:
-    """The dynamic dimensions of the inputs; a symbol of first dimensions is called batch."""
+    """The dynamic dimensions of the inputs, but for those that follow from others; one of first dimensions is batch."""
     found: dict[str, Symbol] = {}
+    shapes = [node.meta["val"].shape for node in placeholders(graph_module)]
+    sizes = [size for shape in shapes for size in shape if not isinstance(size, int)]
+    named = {size.node.expr for size in sizes if size.node.expr.is_Symbol}
+    following = {str(size.node.expr) for size in sizes if size.node.expr.free_symbols <= named} - set(map(str, named))
     ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
     for node in placeholders(graph_module):
         for dimension, size in enumerate(node.meta["val"].shape):
             expression = "" if isinstance(size, int) else str(size.node.expr)
-            if expression not in ranges or expression in found:
+            if expression not in ranges or expression in found or expression in following:
                 continue
             first = dimension == 0 and all(symbol.name != "batch" for symbol in found.values())
             bounds = ranges[expression]

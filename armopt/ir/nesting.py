@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import keyword
+import math
 import numbers
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -193,9 +194,10 @@ def _describe(node: Any, is_tensor: Callable[[Any], bool], path: str, found: lis
     if is_tensor(node):
         found.append(node)
         return Tensor(len(found) - 1)
+    if isinstance(node, float) and not math.isfinite(node):
+        raise InputError(f"holds {node}, which a bundle can't describe", where=path, hint="Pass it as a tensor")
     if node is None or isinstance(node, (bool, int, float, str)):
         return Constant(node)
-
     if (fields := _fields(node)) is not None:
         kind = NamedTuple if isinstance(node, tuple) else Fields
         named = {name: _describe(item, is_tensor, f"{path}.{name}", found) for name, item in fields.items()}
@@ -305,10 +307,10 @@ def flatten(structure: Structure, tree: Any, where: str) -> list[Any]:
 
 
 def _is_same(expected: bool | int | float | str | None, found: Any) -> bool:
-    """Whether a value is the one captured; a tensor never is, and NaN is itself."""
+    """Whether a value is the one captured; a tensor never is."""
     if expected is None or not isinstance(found, (numbers.Number, str)):
         return expected is found
-    return bool(expected == found) or (expected != expected and found != found)
+    return bool(expected == found)
 
 
 def holds(structure: Structure, tree: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ class Named(nn.Module):
         scale: float = 1.0,
         *,
         pair: Any = (1, 2),
-        at: float = float("nan"),
+        at: Any = math.nan,
     ) -> Tensor:
         y = self.layer(self.table(ids))
         return (y if mask is None else y * mask[:, None]) * scale
@@ -98,7 +99,7 @@ def promoting(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ((), {"ids": _IDS}),
         ((_IDS, None), {}),
         ((_IDS,), {"mask": None}),
-        ((_IDS, None, 1.0), {"pair": (1, 2), "at": float("nan")}),
+        ((_IDS, None, 1.0), {"pair": (1, 2)}),
         ((_IDS,), {"scale": 1, "pair": [1, 2]}),
         ((_IDS.int(),), {}),
         ((_IDS.int()[:, None].expand(4, 2)[:, 0],), {}),
@@ -119,6 +120,7 @@ def test_what_the_model_takes_as_the_same_the_bundle_takes(named: Any, args: Any
         ((_IDS,), {"scale": 2.0}, "captured with 1.0 for scale, not with 2.0"),
         ((_IDS,), {"scale": torch.ones(2)}, "captured with 1.0 for scale, not with a Tensor"),
         ((_IDS,), {"pair": (1, 3)}, "captured with its default for pair, not with a tuple"),
+        ((_IDS,), {"at": math.nan}, "the model takes no input at"),
         ((_IDS,), {"other": 1}, "^inputs: the model takes no input other. The model was captured with: ids$"),
         ((_IDS,), {"ids": _IDS}, "ids is given twice, by position and by name"),
         ((_IDS, None, 1.0, (1, 2)), {}, "too many inputs: 4 by position, where the model takes 3"),
@@ -138,7 +140,7 @@ def test_what_differs_is_said_in_plain_english(named: Any, args: Any, kwargs: An
 
 
 def test_a_captured_mask_is_asked_for(named: Any) -> None:
-    with pytest.raises(InputError, match="^inputs: mask is missing. The model was captured with: ids, mask"):
+    with pytest.raises(InputError, match=r"^inputs: mask is missing\. The model was captured with: ids, mask"):
         named[2](_IDS)
     with pytest.raises(InputError, match="input mask: expected a tensor, found a NoneType"):
         named[2](_IDS, None)
@@ -200,7 +202,7 @@ def test_the_default_dtype_comes_back_once_nobody_needs_it_otherwise() -> None:
 
 
 def test_sizes_that_do_not_agree_are_named_with_both_inputs(promoting: Any) -> None:
-    said = "^input y: dimension 0 is 4, but batch is 3 by dimension 0 of input x. Give both the same size there$"
+    said = r"^input y: dimension 0 is 4, but batch is 3 by dimension 0 of input x\. Give both the same size there$"
     with pytest.raises(InputError, match=said):
         promoting(torch.randn(3, 8), torch.randn(4, 8))
 
@@ -214,7 +216,7 @@ def test_sizes_that_follow_from_others_are_checked(tmp_path: Path) -> None:
     assert loaded(torch.randn(5, 8), torch.randn(10, 8)).shape == (10, 8)
     with pytest.raises(InputError, match=r"^input y: dimension 0 is 9, expected 2\*batch, which is 10: batch is 5 by"):
         loaded(torch.randn(5, 8), torch.randn(9, 8))
-    with pytest.raises(InputError, match="^input x: dimension 0 is 65, the model takes up to 64"):
+    with pytest.raises(InputError, match=r"^input x: dimension 0 is 65, the model takes up to 64"):
         loaded(torch.randn(65, 8), torch.randn(130, 8))
 
 

@@ -1,4 +1,4 @@
-"""Models whose shapes or paths depend on data, in every way of running them: the model's own result, or a clean error."""
+"""Models whose shapes or paths depend on data, run in every way: the model's own result, or a clean error."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_check_of_the_models_holds_in_a_bundle_too(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(loaded(x, torch.tensor(6)), model(x, torch.tensor(6)), atol=1e-4, rtol=1e-4)
     for wrong in (7, -1):
-        with pytest.raises(Exception, match="u0|Expected"):
+        with pytest.raises(Exception, match=r"u0|Expected"):
             loaded(x, torch.tensor(wrong))
 
 

@@ -64,10 +64,8 @@ _CASES: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor]]] = {
     "conjugate, folded": (lambda x, b: (torch.conj(b) * torch.complex(x, x)).imag, {"b": _WAVE}),
     "negative bit": (lambda x, b: b, {"b": _WAVE.conj().imag}),
     "negative bit, folded": (lambda x, b: b.conj().imag, {"b": _WAVE}),
-    "boolean and without dimensions": (
-        lambda x, b, c: torch.where(b, x, c),
-        {"b": torch.tensor(True), "c": torch.tensor(3)},
-    ),
+    "boolean": (lambda x, b: torch.where(b, x, 1.0), {"b": torch.tensor([True, False] * 4)}),
+    "without dimensions": (lambda x, b, c: torch.where(b, x, c), {"b": torch.tensor(True), "c": torch.tensor(3)}),
     "empty": (lambda x, b, c: torch.cat([x, b, c]), {"b": torch.zeros(0, 8), "c": torch.zeros(0, 8)}),
     "of other dtypes": (
         lambda x, b, c, d: b + c.float() + d.float(),
