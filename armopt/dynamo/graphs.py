@@ -16,7 +16,7 @@ from armopt import capture
 from armopt.compiler.recipe import Prepared
 from armopt.dynamo.process import PROCESS, fall_back
 from armopt.dynamo.programs import Forward, Programmed, Settings, make_program
-from armopt.errors import ArmoptError, PassError, first_line
+from armopt.errors import ArmoptError, PassError
 from armopt.ir import buckets
 from armopt.ir import graph as g
 from armopt.ir.calls import call_of, layers
@@ -97,11 +97,13 @@ class Graph:
         users = isinstance(error, ArmoptError) and not isinstance(error, PassError)
         if users or os.environ.get(RAISE) or any(map(is_released, weights)):
             raise error
-        self.failure = Failure(f"armopt failed: {first_line(error)}", tuple(map(weakref.ref, weights)))
+        said = f"{error.where}: {error.what}" if isinstance(error, PassError) else f"{type(error).__name__}: {error}"
+        self.failure = Failure(f"armopt failed at it: {said}", tuple(map(weakref.ref, weights)))
         self._held = []
         fall_back(
-            f"{self.name}: PyTorch's own kernels run it, as armopt failed: {first_line(error)}",
-            f"The result is right. Please report it with the model; {RAISE}=1 makes it an error",
+            f"{self.name}: PyTorch's own kernels run it, as armopt failed at it: {said}",
+            f"The result is right. It is a bug in armopt: please report it with the model. {RAISE}=1 makes it an error",
+            said,
         )
 
     def _find(self, args: Sequence[Any]) -> Weights:

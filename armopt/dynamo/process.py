@@ -43,8 +43,8 @@ class Process:
 PROCESS = Process()
 
 
-def fall_back(what: str, hint: str) -> None:
-    """Warns, once in a process for each reason."""
-    if what not in PROCESS.said:
-        PROCESS.said.add(what)
+def fall_back(what: str, hint: str, reason: str = "") -> None:
+    """Warns, once in a process for each reason: `what` itself, where none is given."""
+    if (reason or what) not in PROCESS.said:
+        PROCESS.said.add(reason or what)
         warnings.warn(f"armopt: {what}. {hint}", ArmoptWarning, stacklevel=2)

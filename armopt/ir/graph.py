@@ -203,7 +203,7 @@ def source_line(node: fx.Node) -> str:
 def line_in(trace: str) -> str:
     """The innermost line outside of torch in a stack trace or in a message that holds one; empty where none is."""
     frames = re.findall(r'File "(.+?)", line (\d+)', trace)
-    torchs_own = (str(Path(torch.__file__).parent), "torch/")  # the latter in traces that torch makes up
+    torchs_own = (str(Path(torch.__file__).parent), "torch/", "<eval_with_key>")  # in traces that torch makes up
     own = [frame for frame in frames if not frame[0].startswith(torchs_own)]
     if not own:
         return ""

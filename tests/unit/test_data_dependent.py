@@ -85,21 +85,21 @@ _REFUSED: Mapping[tuple[str, str], str] = {
     ("cond", "module"): "PyTorch can't trace its control flow on data",
     ("while", "module"): "PyTorch can't trace its control flow on data",
 }
-_SAMPLE = ("mask_empty", "repeat_interleave", "split_list", "topk_item", "check_zero", _MOE)
+_SAMPLE = {
+    *((_MASK, way) for way in _WAYS),
+    *(("branch", "compile"), ("cond", "backend"), ("cond", "bundle"), ("split_list", "compile"), (_MOE, "bundle")),
+    *(("mask_empty", "bundle"), ("check_zero", "fullgraph"), ("unique", "bundle"), ("topk_item", "fullgraph")),
+}
 
 
-def _marked() -> list[Any]:
-    chosen = {("branch", "compile"), ("cond", "backend"), ("cond", "bundle"), ("unique", "bundle"), ("nms", "compile")}
-    found = []
-    for name in models.CASES:
-        for way in _WAYS:
-            sample = (name, way) in chosen or (name in _SAMPLE and way in ("compile", "bundle"))
-            sample = sample or (name == _MASK)
-            found.append(pytest.param(name, way, marks=[] if sample else [pytest.mark.full]))
-    return found
-
-
-@pytest.mark.parametrize(("name", "way"), _marked())
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=[] if (name, way) in _SAMPLE else [pytest.mark.full])
+        for name in models.CASES
+        for way in _WAYS
+    ],
+)
 def test_it_gives_what_the_model_gives_or_says_why_not(name: str, way: str, tmp_path: Path) -> None:
     model, inputs = models.make(name)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_a_graph_that_depends_on_data_is_planned_not_left_alone() -> None:
     model, inputs = models.make(_MASK)
     compiled = armopt.compile(model, target="graviton3")
     compiled(*inputs)
-    assert [layer.node for layer in compiled.forward.explain().layers] == ["linear", "linear_1"]
+    assert [layer.node for layer in compiled.forward.explain().layers] == ["before", "after"]
     assert compiled.forward.divided == ""
 
 
@@ -127,7 +127,7 @@ def test_sizes_change_from_call_to_call() -> None:
     model, _ = models.make(_MOE)
     compiled = armopt.compile(model, target=_TARGET)
     with torch.no_grad():
-        for rows in (6, 5, 9, 1, 2):
+        for rows in (6, 5, 1):
             x = torch.randn(rows, 8)
             torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
 
@@ -163,9 +163,11 @@ def test_an_error_inside_a_pass_leaves_the_graph_to_pytorch_with_one_warning(
         expected = model(*inputs)
     said = [str(each.message) for each in caught if issubclass(each.category, ArmoptWarning)]
     assert len(said) == 1
-    assert re.search(r"PyTorch's own kernels run it, as armopt failed: .*FusePointwise .*KeyError: 'val'", said[0])
+    assert re.search(
+        r"PyTorch's own kernels run it, as armopt failed at it: .*FusePointwise .*KeyError: 'val'", said[0]
+    )
     assert all(torch.equal(each, expected) for each in found)
-    assert any("armopt failed" in skip.reason for skip in armopt.explain(model).left_alone)
+    assert any("armopt failed at it" in skip.reason for skip in armopt.explain(model).left_alone)
 
 
 def test_an_error_inside_a_pass_is_raised_in_tests(broken_pass: None, tmp_path: Path) -> None:
@@ -174,19 +176,21 @@ def test_an_error_inside_a_pass_is_raised_in_tests(broken_pass: None, tmp_path: 
         _backend(model, inputs, tmp_path)
 
 
-def test_weights_that_a_failed_graph_reads_are_not_released(monkeypatch: pytest.MonkeyPatch, bf16_calls: None) -> None:
-    """Two graphs of one model: armopt fails at the second, whose weight the first multiplies in BF16."""
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_that_a_failed_graph_reads_are_not_released(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two graphs of one layer: armopt fails at the second, the first multiplies its weight in BF16."""
     monkeypatch.delenv(graphs.RAISE)
-    layer = nn.Linear(64, 64).eval()
-    released = torch.compile(lambda x: layer(x), backend="armopt", options={"target": "graviton3"})
-    failing = torch.compile(lambda x: layer(x).cos(), backend="armopt", options={"target": "graviton3"})
-    x = torch.randn(64, 64)
+    layer = nn.Linear(256, 256).eval()
+    first = torch.compile(lambda x: layer(x), backend="armopt", options={"target": "graviton3"})
+    second = torch.compile(lambda x: layer(x).cos(), backend="armopt", options={"target": "graviton3"})
+    x = torch.randn(256, 256)
     with torch.no_grad():
-        released(x)
-        monkeypatch.setattr(RemoveIdentities, "__call__", lambda *_: 1 / 0)
-        expected = failing(x)
-        graphs.release(layer.parameters())
-        torch.testing.assert_close(failing(x), expected)
+        first(x)
+        if fails:
+            monkeypatch.setattr(RemoveIdentities, "__call__", lambda *_: 1 / 0)
+        expected = second(x)
+        assert bool(graphs.release([layer.weight])) is not fails
+        torch.testing.assert_close(second(x), expected)
 
 
 def test_once_weights_are_released_an_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +217,7 @@ def test_what_a_pass_makes_has_a_value_and_what_torch_made_may_have_none() -> No
 
     _pipeline.run(module, [RemoveIdentities()])
     assert len(module.graph.nodes) == 2
-    with pytest.raises(PassError, match="_assert_scalar_1 has no meta"):
+    with pytest.raises(PassError, match="_assert_scalar_default_1 has no meta"):
         _pipeline.run(module, [adds])
 
 
