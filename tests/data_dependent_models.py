@@ -42,6 +42,24 @@ class Experts(nn.Module):
         return result
 
 
+class Images(nn.Module):
+    """Convolutions on some images, or on a part of each."""
+
+    def __init__(self, rows: bool) -> None:
+        super().__init__()
+        self.first, self.pixel = nn.Conv2d(3, 8, 5, stride=2, padding=2), nn.Conv2d(8, 8, 1)
+        self.norm, self.up = nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.rows = rows
+
+    def forward(self, x: Tensor, n: Tensor) -> Tensor:
+        count = n.item()
+        torch._check(count >= 4)
+        torch._check(count <= 12)
+        x = x[x[:, 0, 0, 0] > 0] if self.rows else x[..., :count]
+        y = self.norm(self.first(x)).relu()
+        return self.up(y + self.pixel(y).relu())
+
+
 class Checked(nn.Module):
     """A number out of a tensor, with what torch.export asks to be said of it."""
 
@@ -127,8 +145,12 @@ def _unique(y: Tensor) -> Tensor:
     return y + values[inverse][:, None]
 
 
+def _seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def _x(rows: int = 6) -> Tensor:
-    return torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows))
+    return torch.randn(rows, 8, generator=_seeded(rows))
 
 
 _COUNTS = torch.tensor([2, 0, 1, 3, 0, 2])
@@ -153,6 +175,8 @@ _STEPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], bool]] = {
     "item_scale": (lambda y: y * y.max().item(), (_x(),), True),
     "item_bool": (lambda y: y + 1 if (y > 0).any().item() else y, (_x(),), True),
     "arange_item": (lambda y, n: y[torch.arange(n.item())], (_x(), torch.tensor(4)), True),
+    "tail": (lambda y, n: y[n.item() :], (_x(), torch.tensor(4)), True),
+    "ratio": (lambda y, n: y[: (n.item() - 3) // 1], (_x(), torch.tensor(5)), True),
     "zero_rows": (lambda y: y[y[:, 0] > 0], (torch.zeros(0, 8),), True),
     "number_out": (lambda y: (y, y.sum().item()), (_x(),), False),
     "count_out": (lambda y: y[y[:, 0] > 0].shape[0], (_x(),), False),
@@ -168,6 +192,8 @@ CASES: Mapping[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "experts": (Experts, (_x(),)),
     "check": (Checked, (_x(), torch.tensor(3))),
     "check_zero": (Checked, (_x(), torch.tensor(0))),
+    "images": (lambda: Images(True), (torch.randn(4, 3, 12, 12, generator=_seeded()), torch.tensor(8))),
+    "widths": (lambda: Images(False), (torch.randn(4, 3, 12, 12, generator=_seeded()), torch.tensor(8))),
     "ragged": (Ragged, (_x(8), _COUNTS)),
     "branch": (Branch, (_x(),)),
     "cond": (Cond, (_x(),)),

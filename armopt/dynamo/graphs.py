@@ -338,7 +338,7 @@ def _sizes(placeholders: Sequence[fx.Node], inputs: Sequence[int]) -> list[tuple
     """Where the value of each symbol is found: the input, and its dimension unless the input is the number itself."""
     found: dict[str, tuple[str, int, int | None]] = {}
     for i in inputs:
-        value = placeholders[i].meta["val"]
+        value = placeholders[i].meta.get("val")
         sizes: Any = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
         for dimension, size in sizes:
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:

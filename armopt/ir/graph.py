@@ -162,8 +162,11 @@ def size_at(size: Any, bucket: Bucket) -> int:
         return size
     known = {symbol: bucket[str(symbol)] for symbol in size.node.expr.free_symbols if str(symbol) in bucket}
     expression = size.node.expr.subs(known)
+    if not expression.free_symbols:
+        return int(expression)
     # a symbol that no input names depends on data: plan for one
-    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+    estimate = expression.subs(dict.fromkeys(expression.free_symbols, 1))
+    return max(1, int(estimate)) if estimate.is_number and estimate.is_finite else 1
 
 
 def shape_at(shape: Sequence[Any], bucket: Bucket) -> tuple[int, ...]:
