@@ -80,6 +80,8 @@ _REFUSED: Mapping[tuple[str, str], str] = {
     ("item_bool", "fullgraph"): "Could not guard on data-dependent expression",
     ("branch", "bundle"): r"data_dependent_models.py:\d+: .*Could not guard on data-dependent expression",
     ("item_bool", "bundle"): "Could not guard on data-dependent expression",
+    ("images", "fullgraph"): "Could not guard on data-dependent expression",
+    ("images", "bundle"): r"data_dependent_models.py:\d+: .*Could not guard on data-dependent expression",
     ("cond", "bundle"): r"data_dependent_models.py:\d+: the model has control flow on data \(torch.cond",
     ("while", "bundle"): r"data_dependent_models.py:\d+: the model has control flow on data \(torch.cond",
     ("cond", "module"): "PyTorch can't trace its control flow on data",
