@@ -282,10 +282,7 @@ def _is_none(spec: Any) -> bool:
 def _symbols(program: ExportedProgram, graph_module: fx.GraphModule) -> tuple[Symbol, ...]:
     """The dynamic dimensions of the inputs, but for those that follow from others; one of first dimensions is batch."""
     found: dict[str, Symbol] = {}
-    shapes = [node.meta["val"].shape for node in placeholders(graph_module)]
-    sizes = [size for shape in shapes for size in shape if not isinstance(size, int)]
-    named = {size.node.expr for size in sizes if size.node.expr.is_Symbol}
-    following = {str(size.node.expr) for size in sizes if size.node.expr.free_symbols <= named} - set(map(str, named))
+    following = _following(graph_module)
     ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
     for node in placeholders(graph_module):
         for dimension, size in enumerate(node.meta["val"].shape):
@@ -293,8 +290,20 @@ def _symbols(program: ExportedProgram, graph_module: fx.GraphModule) -> tuple[Sy
             if expression not in ranges or expression in found or expression in following:
                 continue
             first = dimension == 0 and all(symbol.name != "batch" for symbol in found.values())
-            bounds = ranges[expression]
-            most = int(bounds.upper) if getattr(bounds.upper, "is_Integer", False) else None
-            least = int(bounds.lower) if getattr(bounds.lower, "is_Integer", False) else 0
+            least, most = _bounds(ranges[expression])
             found[expression] = Symbol("batch" if first else expression, expression, least, most)
     return tuple(found.values())
+
+
+def _following(graph_module: fx.GraphModule) -> set[str]:
+    """The sizes of inputs that follow from the symbols of others: 2*s0, where s0 is a size."""
+    shapes = [node.meta["val"].shape for node in placeholders(graph_module)]
+    found = {size.node.expr for shape in shapes for size in shape if not isinstance(size, int)}
+    named = {expression for expression in found if expression.is_Symbol}
+    return {str(expression) for expression in found - named if expression.free_symbols <= named}
+
+
+def _bounds(bounds: Any) -> tuple[int, int | None]:
+    """The least and the most of a size; no most where it is unbounded."""
+    least = int(bounds.lower) if getattr(bounds.lower, "is_Integer", False) else 0
+    return least, int(bounds.upper) if getattr(bounds.upper, "is_Integer", False) else None

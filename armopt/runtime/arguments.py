@@ -48,10 +48,7 @@ class Arguments:
         named |= zip(names[self._positional :], given[self._positional :], strict=False)
         del given[self._positional :]
         missing = self._fill_places(given, named)
-        for name, item in expected.items():
-            if name not in named and isinstance(item, nesting.Constant):
-                named[name] = item.value
-        missing += [name for name in expected if name not in named]
+        missing += self._fill_names(named)
         if missing:
             wrong.append(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
         others = {name: named.pop(name) for name in list(named) if name not in expected}
@@ -69,6 +66,12 @@ class Arguments:
                 missing.append(name)
             given.append(named.pop(name, constant))
         return missing
+
+    def _fill_names(self, named: dict[str, Any]) -> list[str]:
+        """The same for what was captured by name."""
+        left = {name: item for name, item in self._inputs.kwargs.items() if name not in named}
+        named |= {name: item.value for name, item in left.items() if isinstance(item, nesting.Constant)}
+        return [name for name, item in left.items() if not isinstance(item, nesting.Constant)]
 
     def _refusal(self, name: str, value: Any) -> str | None:
         """Why an argument can't be given that the model was captured without; None where it is the default."""

@@ -48,19 +48,11 @@ class Model(Loaded):
         self._empty = empty
         self._forks = FORKS.count
         self._programs = [(dict(bucket), forward) for bucket, forward in programs]
-        dynamic = [
-            (size, i, d)
-            for i, (_, shape, _) in enumerate(self._specs)
-            for d, size in enumerate(shape)
-            if isinstance(size, str)
-        ]
+        dynamic = _dynamic([shape for _, shape, _ in self._specs])
         # where the symbols' values are found: (symbol, tensor, dimension); and sizes that follow from them: 2*batch
         self._where = [entry for entry in dynamic if entry[0] in symbols]
         self._following = [entry for entry in dynamic if entry[0] not in symbols]
-        names = [n for n in dict.fromkeys(signature.inputs.names) if n.isidentifier() and not keyword.iskeyword(n)]
-        self.__signature__ = inspect.Signature(
-            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
-        )
+        self.__signature__ = _signature(signature.inputs.names)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model.
@@ -172,6 +164,17 @@ class Model(Loaded):
             return self._programs[0][1]
         values = {symbol: tensors[i].shape[d] for symbol, i, d in self._where}
         return buckets.nearest(self._programs, values)
+
+
+def _dynamic(shapes: Sequence[Sequence[int | str]]) -> list[tuple[str, int, int]]:
+    """Every dynamic size, with its tensor and dimension."""
+    return [(size, i, d) for i, shape in enumerate(shapes) for d, size in enumerate(shape) if isinstance(size, str)]
+
+
+def _signature(names: Sequence[str]) -> inspect.Signature:
+    """What Python tools are told of the arguments."""
+    fit = [name for name in dict.fromkeys(names) if name.isidentifier() and not keyword.iskeyword(name)]
+    return inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in fit])
 
 
 def _is_plain(inputs: nesting.Inputs) -> bool:

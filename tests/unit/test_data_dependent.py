@@ -84,8 +84,7 @@ _REFUSED: Mapping[tuple[str, str], str] = {
     ("images", "bundle"): r"data_dependent_models.py:\d+: .*Could not guard on data-dependent expression",
     ("cond", "bundle"): r"data_dependent_models.py:\d+: the model has control flow on data \(torch.cond",
     ("while", "bundle"): r"data_dependent_models.py:\d+: the model has control flow on data \(torch.cond",
-    ("cond", "module"): "PyTorch can't trace its control flow on data",
-    ("while", "module"): "PyTorch can't trace its control flow on data",
+    ("cond", "module"): "nothing in the model can be captured",
 }
 _SAMPLE = {
     *((_MASK, way) for way in _WAYS),
