@@ -31,7 +31,7 @@ class ConvertPixelConv:
         skipped: list[Skip] = []
         for node in g.calls_to(graph_module.graph, CONV):
             call = ConvCall.of(node)
-            if tuple(g.fake_value(call.x).shape[2:]) != (1, 1):
+            if g.symbolic_shape(g.fake_value(call.x).shape[2:]) != (1, 1):
                 continue
             if reason := _refusal(call):
                 skipped.append(Skip(node.name, reason))

@@ -59,7 +59,7 @@ def _evaluated(graph_module: fx.GraphModule, node: fx.Node, like: object) -> tor
     with torch.no_grad():
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         value: torch.Tensor = target(*args, **kwargs)
-    return value
+    return value.resolve_conj().resolve_neg()  # their bits are no values: they would not be stored
 
 
 def _foldable(node: fx.Node) -> bool:

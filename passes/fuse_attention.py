@@ -89,8 +89,8 @@ def _match(softmax: fx.Node, product: fx.Node) -> _Attention | str:
     query, key = node.args
     if len(node.users) > 1 or g.fake_value(node).dim() != 4:
         return "its product has other dimensions, or is used elsewhere"
-    leading = g.fake_value(query).shape[:2]
-    if not all(g.is_float32(x) and g.fake_value(x).shape[:2] == leading for x in (query, key, value)):
+    leading = g.symbolic_shape(g.fake_value(query).shape[:2])
+    if not all(g.is_float32(x) and g.symbolic_shape(g.fake_value(x).shape[:2]) == leading for x in (query, key, value)):
         return "query, key and value are not FP32, or of other images or heads"
     if query.target is _aten.mul.Tensor and isinstance(query.args[1], (int, float)) and len(query.users) == 1:
         query, scale = query.args[0], scale * query.args[1]
@@ -129,7 +129,7 @@ def _product(node: Any) -> fx.Node | None:
 
 def _keeps_scores(before: Any, after: fx.Node) -> bool:
     """Whether a reshape leaves heads, rows and keys, and only parts or joins what is in front of them."""
-    shapes = g.fake_value(before).shape, g.fake_value(after).shape
+    shapes = g.symbolic_shape(g.fake_value(before).shape), g.symbolic_shape(g.fake_value(after).shape)
     return all(len(shape) >= 4 for shape in shapes) and shapes[0][-3:] == shapes[1][-3:]
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from armopt.ir import graph as g
 from armopt.ir.calls import call_of, is_layer
-from armopt.ir.records import PassResult, Skip
+from armopt.ir.records import Dim, PassResult, Skip
 from armopt.kernels import post_ops
 
 _aten = torch.ops.aten
@@ -104,9 +104,9 @@ def _fuse_add(node: fx.Node, order: dict[fx.Node, int], rewritten: list[str], sk
         _rewrite(node, layer, post_ops.ADD, other, rewritten)
 
 
-def _kind(node: fx.Node) -> tuple[torch.Size, torch.dtype]:
+def _kind(node: fx.Node) -> tuple[tuple[Dim, ...], torch.dtype]:
     value = g.fake_value(node)
-    return value.shape, value.dtype
+    return g.symbolic_shape(value.shape), value.dtype
 
 
 def _rewrite(node: fx.Node, layer: fx.Node, post_op: str, other: object, rewritten: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 ARM64, E2E = (Path(__file__).parent / name for name in ("arm64", "e2e"))
+#: An error of armopt's own is one here, also where a model would run without it; so it is in programs that tests start.
+os.environ["ARMOPT_RAISE"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,6 +10,7 @@ import cmath
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -35,8 +36,10 @@ _CONSTANTS: Mapping[type, Any] = {
 }
 
 
-def encode(source: Program, prefix: str = "") -> graph_file.StoredProgram:
-    """A program as a record; the names of its weights begin with `prefix`.
+def encode(
+    source: Program, prefix: str = "", names: Mapping[str, str] = MappingProxyType({})
+) -> graph_file.StoredProgram:
+    """A program as a record; its weights' names begin with `prefix`, and `names` has those that they are stored by.
 
     Raises:
         CaptureError: The graph holds something that has no form here.
@@ -51,7 +54,8 @@ def encode(source: Program, prefix: str = "") -> graph_file.StoredProgram:
             nodes.append(graph_file.Input(name))
         elif node.op == "get_attr":
             target = str(node.target)
-            nodes.append(graph_file.Weight(name, f"{prefix}{source.weights.get(target, target)}"))
+            weight = f"{prefix}{source.weights.get(target, target)}"
+            nodes.append(graph_file.Weight(name, names.get(weight, weight)))
         else:
             nodes.append(_encode_call(node, name, source))
     made = graph_file.StoredProgram(dict(source.bucket), tuple(nodes), output)
@@ -63,13 +67,17 @@ def encode(source: Program, prefix: str = "") -> graph_file.StoredProgram:
 
 def _encode_call(node: fx.Node, name: str, source: Program) -> graph_file.Call:
     site = source.sites.get(node.name)
-    target = target_name(node.target)
+    line = g.source_line(node)
+    try:
+        target = target_name(node.target)
+    except CaptureError as error:
+        raise CaptureError(error.what, where=line, hint=error.hint) from None
     args = tuple(_encode(arg, node) for arg in node.args)
     kwargs = {key: _encode(value, node) for key, value in node.kwargs.items()}
     try:
         operations.check_arguments(node.target, args, kwargs)  # type: ignore[arg-type]
     except operations.UnlistedError as error:
-        raise _unlisted(error) from None
+        raise _unlisted(error, line) from None
     return graph_file.Call(
         name,
         target,
@@ -77,7 +85,7 @@ def _encode_call(node: fx.Node, name: str, source: Program) -> graph_file.Call:
         kwargs,
         shape=None if site is None else tuple(site.shape),
         output=None if site is None else tuple(source.shapes[node.name]),
-        source=g.source_line(node),
+        source=line,
     )
 
 
@@ -93,9 +101,9 @@ def target_name(target: Any) -> str:
         raise _unlisted(error) from None
 
 
-def _unlisted(error: operations.UnlistedError) -> CaptureError:
+def _unlisted(error: operations.UnlistedError, line: str = "") -> CaptureError:
     hint = "Bundles hold operations of torch and torchvision alone; see docs/capture.md"
-    return CaptureError(f"the model calls {error}", hint=hint)
+    return CaptureError(f"the model calls {error}", where=line, hint=hint)
 
 
 def _encode(value: Any, node: fx.Node) -> Any:

@@ -126,7 +126,13 @@ class StoredPart(Struct, frozen=True, forbid_unknown_fields=True):
     programs: Annotated[tuple[StoredProgram, ...], Meta(min_length=1)]
 
 
-class Graph(Struct, frozen=True, forbid_unknown_fields=True):
-    """All of graph.json."""
+class Graph(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """All of graph.json.
+
+    Attributes:
+        parts: The graphs.
+        tied: Parameters and buffers outside of the parts -> the tensor of weights.safetensors that holds their values.
+    """
 
     parts: Annotated[tuple[StoredPart, ...], Meta(min_length=1)]
+    tied: dict[str, str] = {}

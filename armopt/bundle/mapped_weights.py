@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from armopt.errors import BundleError
+from armopt.errors import BundleError, CaptureError
+from armopt.ir import graph as g
 
 _DTYPES = {
     "F64": torch.float64,
@@ -34,6 +35,20 @@ _DTYPES = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "C64": torch.complex64,
 }
+
+
+def check_storable(tensor: torch.Tensor, name: str) -> None:
+    """Refuses a tensor that a file of weights can't hold.
+
+    Raises:
+        CaptureError: It is not dense, or of a dtype that safetensors lacks.
+    """
+    g.check_dense(tensor, name)
+    if tensor.dtype not in _DTYPES.values():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise CaptureError(
+            f"the constant {name} is {dtype}, which a bundle can't hold", hint="Give the model a copy in another dtype"
+        )
 
 
 class MappedTensors:

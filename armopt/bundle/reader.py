@@ -93,12 +93,22 @@ def _read(path: Path, stored: BundleFiles, *, reference: bool) -> Bundle:
     parts = tuple(_part(part, weights, where) for part in graph.parts)
     _check_parts(described, parts, where)
     rest = {name.removeprefix("/"): tensor for name, tensor in weights.items() if name.startswith("/")}
+    rest |= _tied(graph.tied, weights, where)
     kept = None
     if REFERENCE_GRAPH in wanted:
         exact = weights | _tensors(stored, REFERENCE_WEIGHTS)[0]
         place = str(path / REFERENCE_GRAPH)
         kept = codec.decode(_reference(stored.read(REFERENCE_GRAPH), described, place), exact, place)
     return Bundle(path, described, parts, rest, release, kept)
+
+
+def _tied(tied: Mapping[str, str], weights: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+    """The tensors that are stored by the name of another."""
+    for name, held in tied.items():
+        if held not in weights or f"/{name}" in weights:
+            what = f"{name} is tied to {held}, which is no weight, or stored by its own name too"
+            raise BundleError(what, where=where, hint="Make the bundle again")
+    return {name: weights[held] for name, held in tied.items()}
 
 
 def _check_files(

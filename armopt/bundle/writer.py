@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from armopt.bundle import codec, graph_file, manifest, schema
 from armopt.bundle.files import GRAPH, REFERENCE_GRAPH, REFERENCE_WEIGHTS, WEIGHTS, hash_file, looks_like_bundle
+from armopt.bundle.mapped_weights import check_storable
 from armopt.bundle.program import Part, Program
 from armopt.errors import InputError
 from armopt.files import check_parent, folder_beside, follow_umask, put, sync
@@ -70,12 +71,17 @@ def write(
     weights = collect_weights(parts, rest)
     try:
         with folder_beside(path) as folder:
-            _write(folder / GRAPH, schema.encode(graph_file.Graph(tuple(_stored(part) for part in parts))))
-            _save(folder / WEIGHTS, weights)
+            stored = tuple(_stored(part, weights.names) for part in parts)
+            _write(folder / GRAPH, schema.encode(graph_file.Graph(stored, weights.tied)))
+            _save(folder / WEIGHTS, weights.tensors)
             if reference is not None:
-                _write(folder / REFERENCE_GRAPH, schema.encode(codec.encode(reference)))
                 exact = _constants([reference])
-                _save(folder / REFERENCE_WEIGHTS, {name: exact[name] for name in exact.keys() - weights.keys()})
+                others = _collect({name: exact[name] for name in exact.keys() - weights.names.keys()})
+                _write(
+                    folder / REFERENCE_GRAPH,
+                    schema.encode(codec.encode(reference, names={**others.names, **weights.names})),
+                )
+                _save(folder / REFERENCE_WEIGHTS, others.tensors)
             for name, text in texts.items():
                 _write(folder / name, text.encode())
             if attach is not None:
@@ -100,8 +106,8 @@ def write(
     return complete
 
 
-def _stored(part: Part) -> graph_file.StoredPart:
-    programs = tuple(codec.encode(program, part.prefix) for program in part.programs)
+def _stored(part: Part, names: Mapping[str, str]) -> graph_file.StoredPart:
+    programs = tuple(codec.encode(program, part.prefix, names) for program in part.programs)
     return graph_file.StoredPart(part.path, part.signature, programs)
 
 
@@ -111,12 +117,52 @@ def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     sync(path)
 
 
-def collect_weights(
-    parts: Sequence[Part], rest: Mapping[str, torch.Tensor] = MappingProxyType({})
-) -> dict[str, torch.Tensor]:
-    """The constants of all parts by their names in the bundle, and the tensors of the rest by theirs after ``/``."""
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The tensors of a bundle, each memory once.
+
+    Attributes:
+        tensors: By the name that they are stored by; each is all of a storage of its own.
+        names: Every name -> the name that it is stored by: tied weights share one.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    names: Mapping[str, str]
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """The names among those of the rest that are stored by another name."""
+        return {name[1:]: held for name, held in self.names.items() if name.startswith("/") and name != held}
+
+
+def collect_weights(parts: Sequence[Part], rest: Mapping[str, torch.Tensor] = MappingProxyType({})) -> Weights:
+    """The constants of all parts by their names in the bundle, and the tensors of the rest by theirs after ``/``.
+
+    Raises:
+        CaptureError: One has no form in a bundle; the message names it.
+    """
     weights = {f"{part.prefix}{name}": tensor for part in parts for name, tensor in _constants(part.programs).items()}
-    return weights | {f"/{name}": _storable(tensor) for name, tensor in rest.items()}
+    return _collect(weights | {f"/{name}": tensor for name, tensor in rest.items()})
+
+
+def _collect(named: Mapping[str, torch.Tensor]) -> Weights:
+    """Tensors as safetensors takes them: contiguous, and no two of one storage."""
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[str, str] = {}
+    known: dict[tuple[object, ...], str] = {}
+    storages: set[int] = set()
+    for name, given in named.items():
+        check_storable(given, name)
+        tensor = given.detach().resolve_conj().resolve_neg()
+        storage, size = tensor.untyped_storage().data_ptr(), tensor.numel() * tensor.element_size()
+        memory = (given.data_ptr(), given.is_conj(), given.is_neg(), given.dtype, given.shape, given.stride())
+        names[name] = known.setdefault(memory, name) if size else name
+        if names[name] != name:
+            continue
+        view = not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != size or storage in storages
+        tensors[name] = tensor.contiguous().clone() if view else tensor
+        storages.add(storage)
+    return Weights(tensors, names)
 
 
 def _constants(programs: Sequence[Program]) -> dict[str, torch.Tensor]:
@@ -129,16 +175,7 @@ def _constants(programs: Sequence[Program]) -> dict[str, torch.Tensor]:
             if held is not None and held.data_ptr() != tensor.data_ptr() and not torch.equal(held, tensor):
                 raise AssertionError(f"two programs have different constants called {name}")
             weights[name] = tensor if held is None else held
-    return {name: _storable(tensor) for name, tensor in weights.items()}
-
-
-def _storable(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().clone() if _shares(tensor) else tensor.detach()
-
-
-def _shares(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a part of a larger storage or not contiguous: safetensors takes neither."""
-    return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+    return weights
 
 
 def _put(folder: Path, path: Path) -> None:

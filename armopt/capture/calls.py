@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
 
-from armopt.errors import ArmoptError, InputError, first_line
+from armopt.errors import ArmoptError, CaptureError, InputError, first_line
 from armopt.ir import nesting
 from armopt.ir.nesting import Inputs
 
@@ -80,13 +81,17 @@ def resize_batch_of(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, dict[s
     return resized
 
 
-def describe_inputs(args: Args, kwargs: Kwargs, names: Sequence[str] = ()) -> tuple[Inputs, list[torch.Tensor]]:
+def describe_inputs(
+    args: Args, kwargs: Kwargs, names: Sequence[str] = (), defaults: Kwargs = MappingProxyType({})
+) -> tuple[Inputs, list[torch.Tensor]]:
     """How the inputs of a call nest, and their tensors in order; `names` are those of the parameters.
+
+    `defaults` are what parameters have that are not given.
 
     Raises:
         InputError: They hold something that a bundle can't describe.
     """
-    return nesting.describe_inputs(args, kwargs, tuple(names), is_tensor)
+    return nesting.describe_inputs(args, kwargs, tuple(names), is_tensor, defaults)
 
 
 def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> None:
@@ -101,6 +106,12 @@ def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) ->
     except ArmoptError:
         raise
     except Exception as error:
+        if type(error).__module__.startswith("torch._dynamo"):
+            raise CaptureError(
+                f"PyTorch can't trace its control flow on data (torch.cond, while_loop…): {first_line(error)}",
+                where=source,
+                hint='Use Python\'s if and for with kind="module", or armopt.compile',
+            ) from error
         raise InputError(
             f"the model fails on the example inputs: {type(error).__name__}: {first_line(error)}",
             where=source,

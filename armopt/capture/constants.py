@@ -23,7 +23,7 @@ class _Constants:
 
     def add(self, graph: fx.Graph, wanted: str, tensor: torch.Tensor, val: Any) -> fx.Node:
         """A get_attr node for a tensor, by a name made from `wanted`; `val` is its fake tensor."""
-        tensor = tensor.detach()
+        tensor = tensor.detach().resolve_conj().resolve_neg()
         memory = (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
         name = self._named.get(memory)
         if name is None:
@@ -78,13 +78,15 @@ def unlift(program: ExportedProgram, source: str) -> fx.GraphModule:
             if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 raise CaptureError(f"input {node.name} is a {spec.kind.name}, which a bundle can't hold", where=source)
             assert spec.target is not None
+            g.check_dense(tensors[spec.target], spec.target)
             attribute = held.add(graph, spec.target, tensors[spec.target], node.meta["val"])
             mapping[node] = attributes[spec.target] = attribute
         elif node.op == "get_attr":
+            line = next((found for user in node.users if (found := g.source_line(user))), "")
             raise CaptureError(
-                "the model has control flow on data (torch.cond, map or scan)",
-                where=source,
-                hint="A bundle holds one straight graph",
+                "the model has control flow on data (torch.cond, while_loop, map or scan)",
+                where=f"{source}: {line}" if line else source,
+                hint="A bundle holds one straight graph. armopt.compile runs such a model",
             )
         elif node.op == "output":
             results = _apply_mutations(program, graph, node, mapping, attributes, source)

@@ -7,8 +7,10 @@ import hashlib
 import inspect
 import io
 import logging
+import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -77,7 +79,8 @@ def module(
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             raise _explain(error, source, dynamic is not None) from error
-    return exported(program, args, kwargs, source=source, signature=_parameter_names(model), original=model)
+    names, defaults = _parameters(model)
+    return exported(program, args, kwargs, source=source, signature=names, defaults=defaults, original=model)
 
 
 def exported(
@@ -88,6 +91,7 @@ def exported(
     source: str,
     signature: Sequence[str] = (),
     original: torch.nn.Module | None = None,
+    defaults: Kwargs = MappingProxyType({}),
 ) -> Captured:
     """Captures an exported program, with its own example inputs unless others are given.
 
@@ -114,16 +118,16 @@ def exported(
     with torch.no_grad(), quiet():
         program = program.run_decompositions({})
     graph_module = unlift(program, source)
-    inputs, tensors = describe_inputs(args, kwargs, signature or _signature_names(program, args))
+    inputs, tensors = describe_inputs(args, kwargs, signature or _signature_names(program, args), defaults)
     names = _input_names(graph_module, tensors)
     _check_tensors(graph_module, tensors, source)
     outputs = _outputs(program, source)
     symbols = _symbols(program, graph_module)
-    called: dict[Dim, Dim] = {symbol.expression: symbol.name for symbol in symbols}
+    called = {symbol.expression: symbol.name for symbol in symbols}
     specs = []
     for node in placeholders(graph_module):
         val = node.meta["val"]
-        shape = tuple(called.get(size, size) for size in g.symbolic_shape(val.shape))
+        shape = tuple(_renamed(size, called) for size in g.symbolic_shape(val.shape))
         specs.append(InputSpec(names[node.name], shape, str(val.dtype).removeprefix("torch.")))
     return Captured(
         graph_module=graph_module,
@@ -140,6 +144,13 @@ def exported(
             else Eager.of_module(original, inputs, outputs, source)
         ),
     )
+
+
+def _renamed(size: Dim, called: Mapping[str, str]) -> Dim:
+    """A size by our names of symbols, also where it follows from one: ``2*batch``."""
+    if isinstance(size, int) or size in called:
+        return size if isinstance(size, int) else called[size]
+    return re.sub(r"\w+", lambda found: called.get(found[0], found[0]), size)
 
 
 def check_dtypes(model: torch.nn.Module, source: str) -> None:
@@ -174,9 +185,11 @@ def digest(graph_module: fx.GraphModule) -> str:
     return state.hexdigest()
 
 
-def _parameter_names(model: torch.nn.Module) -> list[str]:
+def _parameters(model: torch.nn.Module) -> tuple[list[str], dict[str, Any]]:
+    """The parameters that can be given by position, and the defaults of all that have one."""
     parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return names, {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _signature_names(program: ExportedProgram, args: Args) -> list[str]:
@@ -215,9 +228,10 @@ def _explain(error: Exception, source: str, dynamic: bool) -> CaptureError:
             where=source,
             hint="Give one size with --batch, and make one bundle for each",
         )
+    line = g.line_in(str(error))
     return CaptureError(
         f"torch.export can't take the model whole: {first_line(error)}",
-        where=source,
+        where=f"{source}: {line}" if line else source,
         hint="See docs/capture.md for what keeps a model from being exported",
     )
 
@@ -282,17 +296,30 @@ def _is_none(spec: Any) -> bool:
 
 
 def _symbols(program: ExportedProgram, graph_module: fx.GraphModule) -> tuple[Symbol, ...]:
-    """The dynamic dimensions of the inputs; a symbol of first dimensions is called batch."""
+    """The dynamic dimensions of the inputs, but for those that follow from others; one of first dimensions is batch."""
     found: dict[str, Symbol] = {}
+    following = _following(graph_module)
     ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
     for node in placeholders(graph_module):
         for dimension, size in enumerate(node.meta["val"].shape):
             expression = "" if isinstance(size, int) else str(size.node.expr)
-            if expression not in ranges or expression in found:
+            if expression not in ranges or expression in found or expression in following:
                 continue
             first = dimension == 0 and all(symbol.name != "batch" for symbol in found.values())
-            bounds = ranges[expression]
-            most = int(bounds.upper) if getattr(bounds.upper, "is_Integer", False) else None
-            least = int(bounds.lower) if getattr(bounds.lower, "is_Integer", False) else 0
+            least, most = _bounds(ranges[expression])
             found[expression] = Symbol("batch" if first else expression, expression, least, most)
     return tuple(found.values())
+
+
+def _following(graph_module: fx.GraphModule) -> set[str]:
+    """The sizes of inputs that follow from the symbols of others: 2*s0, where s0 is a size."""
+    shapes = [node.meta["val"].shape for node in placeholders(graph_module)]
+    found = {size.node.expr for shape in shapes for size in shape if not isinstance(size, int)}
+    named = {expression for expression in found if expression.is_Symbol}
+    return {str(expression) for expression in found - named if expression.free_symbols <= named}
+
+
+def _bounds(bounds: Any) -> tuple[int, int | None]:
+    """The least and the most of a size; no most where it is unbounded."""
+    least = int(bounds.lower) if getattr(bounds.lower, "is_Integer", False) else 0
+    return least, int(bounds.upper) if getattr(bounds.upper, "is_Integer", False) else None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from armopt.errors import InputError
+from armopt.ir import buckets
 from armopt.ir.records import Bucket, ExampleSpec, InputSpec, Statistics
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -81,7 +82,7 @@ def like(spec: InputSpec, bucket: Bucket, generator: torch.Generator) -> torch.T
         bucket: The dynamic sizes.
         generator: Of the random numbers.
     """
-    shape = tuple(bucket.get(size, 1) if isinstance(size, str) else size for size in spec.shape)
+    shape = tuple((buckets.evaluate(size, bucket) or 1) if isinstance(size, str) else size for size in spec.shape)
     dtype: torch.dtype = getattr(torch, spec.dtype)
     known = spec.statistics if isinstance(spec, ExampleSpec) else None
     if known is None:

@@ -112,6 +112,8 @@ def _divided(model: files.Divided) -> CapturedModel:
         for key, tensor in model.module.state_dict().items()
         if isinstance(tensor, torch.Tensor) and not key.startswith(inside)
     }
+    for key, tensor in state.items():
+        g.check_dense(tensor, key)
     return CapturedModel(name, parts, left, Shell(model.module, model.factory, state))
 
 

@@ -75,7 +75,7 @@ class Optimized:
             accuracy=schema.convert(self.accuracy, manifests.Accuracy, "accuracy"),
             onnxruntime=onnxruntime,
             weights=manifests.Weights(
-                _bytes(writer.collect_weights(self.parts(), self.rest).values()), _bytes(self.model.tensors)
+                _bytes(writer.collect_weights(self.parts(), self.rest).tensors.values()), _bytes(self.model.tensors)
             ),
             refused=(*refused, *self.model.left),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +19,8 @@ from armopt import targets
 from armopt.compiler.recipe import Recipe
 from armopt.dynamo import programs
 from armopt.dynamo.graphs import Graph
-from armopt.dynamo.process import PROCESS
-from armopt.errors import ArmoptError, ArmoptWarning, InputError
+from armopt.dynamo.process import fall_back
+from armopt.errors import ArmoptError, InputError
 from armopt.ir.records import Target
 from armopt.models import torchvision_ops
 from armopt.plan import policies
@@ -159,13 +158,6 @@ def settings(options: Mapping[str, Any] | None = None, mode: str | None = None) 
     product = target if isinstance(target, Target) else targets.load(target)
     path = Path(tuning) if tuning else None
     return programs.Settings(Recipe(product, policies.find_policy(policy, product, path)), plans, str(tuning))
-
-
-def fall_back(what: str, hint: str) -> None:
-    """Warns, once in a process for each reason."""
-    if what not in PROCESS.said:
-        PROCESS.said.add(what)
-        warnings.warn(f"armopt: {what}. {hint}", ArmoptWarning, stacklevel=2)
 
 
 def _raising(error: ArmoptError) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +77,16 @@ def explain(model: torch.nn.Module) -> Explanation:
             for programmed in weights.programs:
                 layers += _layers(graph.name, programmed)
                 left += [Skip(f"{graph.name}: {skip.node}", skip.reason) for skip in programmed.plan.refused]
-    left += _divided(model)
+    left += [*_failed(known), *_divided(model)]
     originals = _storages(own)
     packed = {address: size for address, size in _storages(held).items() if address not in originals}
     return Explanation(tuple(layers), tuple(dict.fromkeys(left)), sum(originals.values()), sum(packed.values()))
+
+
+def _failed(known: Collection[int]) -> Iterable[Skip]:
+    """The graphs on these tensors, by identity, at which armopt failed."""
+    failures = [(graph.name, graph.failure) for graph in graphs.graphs() if graph.failure is not None]
+    return [Skip(name, each.reason) for name, each in failures if any(id(tensor) in known for tensor in each.tensors)]
 
 
 def _divided(model: torch.nn.Module) -> Iterable[Skip]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,8 +17,9 @@ from torch import fx
 from armopt import capture
 from armopt.compiler import repair
 from armopt.compiler.recipe import Prepared
-from armopt.dynamo.process import PROCESS
-from armopt.dynamo.programs import Programmed, Settings, make_program
+from armopt.dynamo.process import PROCESS, fall_back
+from armopt.dynamo.programs import Forward, Programmed, Settings, make_program
+from armopt.errors import ArmoptError, PassError
 from armopt.ir import buckets
 from armopt.ir import graph as g
 from armopt.ir.calls import call_of, layers
@@ -26,6 +28,8 @@ from armopt.kernels import sites, table
 
 #: Sets of weights for which one graph keeps its programs: one for each layer that shares its code, times each model.
 MOST_WEIGHTS = 256
+#: The environment variable under which an error of armopt's own is raised, not worked around; tests set it.
+RAISE = "ARMOPT_RAISE"
 
 
 class Graph:
@@ -37,6 +41,8 @@ class Graph:
     """
 
     _boxed_call = True  # what AOTAutograd looks for
+    #: Why PyTorch runs it as it is, where armopt failed at it.
+    failure: Failure | None = None
 
     def __init__(self, graph_module: fx.GraphModule, settings: Settings, name: str, weights: dict[int, str]) -> None:
         """Wraps a graph of ATen operations.
@@ -61,14 +67,14 @@ class Graph:
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         """Runs the graph."""
-        weights = next((each for each in self._held if each.fits(args)), None) or self._find(args)
-        programmed = weights.program(args)
-        if PROCESS.watch.ran is not None:
-            PROCESS.watch.ran.append((weights, weights.index(programmed)))
-        forward = programmed.forward
-        inputs = [args[i] for i in self.inputs]
+        try:
+            forward = self._forward(args) if self.failure is None else None
+        except Exception as error:
+            self._fail(args, error)
+            forward = None
+        inputs = list(args) if forward is None else [args[i] for i in self.inputs]
         args.clear()
-        return forward(*inputs)
+        return self._module.forward(*inputs) if forward is None else forward(*inputs)
 
     @property
     def held(self) -> tuple[Weights, ...]:
@@ -79,6 +85,34 @@ class Graph:
         """The graph with weights as constants."""
         return capture.freeze(self._module, {self._names[i]: (n, tensors[i]) for i, n in self.weights.items()})
 
+    def _forward(self, args: Sequence[Any]) -> Forward:
+        """The program for the weights and shapes of a call."""
+        weights = next((each for each in self._held if each.fits(args)), None) or self._find(args)
+        programmed = weights.program(args)
+        if PROCESS.watch.ran is not None:
+            PROCESS.watch.ran.append((weights, weights.index(programmed)))
+        return programmed.forward
+
+    def _fail(self, args: Sequence[Any], error: Exception) -> None:
+        """Leaves the graph to PyTorch where armopt itself failed at it; says so once.
+
+        Raises:
+            Exception: The error, where it is the user's, where tests want to see it, or where PyTorch can't run the
+                graph either, because weights of it are released.
+        """
+        weights = [args[i] for i in self.weights]
+        users = isinstance(error, ArmoptError) and not isinstance(error, PassError)
+        if users or os.environ.get(RAISE) or any(map(is_released, weights)):
+            raise error
+        said = f"{error.where}: {error.what}" if isinstance(error, PassError) else f"{type(error).__name__}: {error}"
+        self.failure = Failure(f"armopt failed at it: {said}", tuple(map(weakref.ref, weights)))
+        self._held = []
+        fall_back(
+            f"{self.name}: PyTorch's own kernels run it, as armopt failed at it: {said}",
+            f"The result is right. It is a bug in armopt: please report it with the model. {RAISE}=1 makes it an error",
+            said,
+        )
+
     def _find(self, args: Sequence[Any]) -> Weights:
         with PROCESS.lock:
             for each in self._held:
@@ -88,6 +122,18 @@ class Graph:
             others = [each for each in self._held if each.alive and not each.replaced_by(args)]
             self._held = [made, *others][:MOST_WEIGHTS]
             return made
+
+
+class Failure(NamedTuple):
+    """Why a graph is left to PyTorch, and the weights that it reads."""
+
+    reason: str
+    weights: tuple[weakref.ref[torch.Tensor], ...]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those of the weights that are alive."""
+        return tuple(tensor for each in self.weights if (tensor := each()) is not None)
 
 
 class Weights:
@@ -231,7 +277,7 @@ class Weights:
 
     def _plan(self, args: Sequence[Any], first: bool = False) -> Programmed:
         settings = self._graph.settings
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             prepared, names = self._prepare(args)
             if first:
                 symbols = _symbols_of_layers(prepared.graph_module)
@@ -305,7 +351,7 @@ def release(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     wanted = {id(tensor) for tensor in tensors}
     with PROCESS.lock, torch.inference_mode(False), torch.no_grad():
         owners = _owners(wanted)
-        kept = _kept_storages(owners)
+        kept = _kept_storages(owners) | _unplanned_storages()
         halved = {id(tensor): tensor for weights in owners for tensor in weights.halved if id(tensor) in wanted}
         still = [tensor for tensor in halved.values() if tensor not in PROCESS.released]
         freed = tuple(tensor for tensor in still if tensor.untyped_storage().data_ptr() not in kept)
@@ -328,6 +374,12 @@ def _kept_storages(owners: Iterable[Weights]) -> set[int]:
     programs = (programmed for weights in owners for programmed in weights.programs)
     constants = (tensor for programmed in programs for tensor in programmed.constants)
     return {tensor.untyped_storage().data_ptr() for tensor in constants if tensor.layout is torch.strided}
+
+
+def _unplanned_storages() -> set[int]:
+    """Addresses of the weights that PyTorch reads, of graphs at which armopt failed."""
+    failures = (graph.failure for graph in graphs() if graph.failure is not None)
+    return {tensor.untyped_storage().data_ptr() for failure in failures for tensor in failure.tensors}
 
 
 def is_released(tensor: torch.Tensor) -> bool:
@@ -365,7 +417,7 @@ def _sizes(placeholders: Sequence[fx.Node], inputs: Sequence[int]) -> list[tuple
     """Where the value of each symbol is found: the input, and its dimension unless the input is the number itself."""
     found: dict[str, tuple[str, int, int | None]] = {}
     for i in inputs:
-        value = placeholders[i].meta["val"]
+        value = placeholders[i].meta.get("val")
         sizes: Any = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
         for dimension, size in sizes:
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:

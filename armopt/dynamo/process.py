@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from armopt.dynamo.weight_pool import WeightPool
+from armopt.errors import ArmoptWarning
 
 if TYPE_CHECKING:
     from armopt.dynamo.graphs import Graph, Weights
@@ -47,3 +49,10 @@ class Process:
 
 
 PROCESS = Process()
+
+
+def fall_back(what: str, hint: str, reason: str = "") -> None:
+    """Warns, once in a process for each reason: `what` itself, where none is given."""
+    if (reason or what) not in PROCESS.said:
+        PROCESS.said.add(reason or what)
+        warnings.warn(f"armopt: {what}. {hint}", ArmoptWarning, stacklevel=2)

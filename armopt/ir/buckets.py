@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from armopt.ir.records import Bucket
 
 _Planned = TypeVar("_Planned")
+_ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
+    """A size that follows from others, as ``2*batch + 1``; None where it holds anything else."""
+    try:
+        return _value(_parsed(expression).body, sizes)
+    except (SyntaxError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+@functools.cache
+def _parsed(expression: str) -> ast.Expression:
+    return ast.parse(expression, mode="eval")
+
+
+def _value(node: ast.expr, sizes: Mapping[str, int]) -> int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.Name):
+        return sizes[node.id]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, sizes)
+    if isinstance(node, ast.BinOp):
+        return _ARITHMETIC[type(node.op)](_value(node.left, sizes), _value(node.right, sizes))
+    raise ValueError(f"no arithmetic on sizes: {ast.dump(node)}")
 
 
 def distance(bucket: Bucket, values: Mapping[str, int]) -> float:

@@ -15,7 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from armopt.errors import PassError
+from armopt.errors import CaptureError, PassError
 from armopt.ir.records import Bucket, Dim
 
 
@@ -56,8 +56,25 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, in the order of its elements."""
-    data = tensor.detach().contiguous().reshape(-1)
+    data = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return data.view(torch.uint8).numpy().data if data.numel() else memoryview(b"")
+
+
+def check_dense(tensor: torch.Tensor, name: str) -> None:
+    """Refuses a constant whose values do not lie in memory one by one.
+
+    Raises:
+        CaptureError: It is sparse, quantized, or not on the CPU.
+    """
+    if tensor.layout is not torch.strided:
+        what, hint = f"is sparse ({tensor.layout})", "Give the model .to_dense() of it"
+    elif tensor.is_quantized:
+        what, hint = f"is quantized ({tensor.dtype})", "Give the model .dequantize() of it"
+    elif tensor.device.type != "cpu":
+        what, hint = f"is on the device {tensor.device}", "Move the model to the CPU, with its values"
+    else:
+        return
+    raise CaptureError(f"the constant {name} {what}, which a bundle can't hold".replace("torch.", ""), hint=hint)
 
 
 def add_constant(
@@ -145,8 +162,11 @@ def size_at(size: Any, bucket: Bucket) -> int:
         return size
     known = {symbol: bucket[str(symbol)] for symbol in size.node.expr.free_symbols if str(symbol) in bucket}
     expression = size.node.expr.subs(known)
+    if not expression.free_symbols:
+        return int(expression)
     # a symbol that no input names depends on data: plan for one
-    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+    estimate = expression.subs(dict.fromkeys(expression.free_symbols, 1))
+    return max(1, int(estimate)) if estimate.is_number and estimate.is_finite else 1
 
 
 def shape_at(shape: Sequence[Any], bucket: Bucket) -> tuple[int, ...]:
@@ -155,7 +175,11 @@ def shape_at(shape: Sequence[Any], bucket: Bucket) -> tuple[int, ...]:
 
 
 def symbolic_shape(shape: Sequence[Any]) -> tuple[Dim, ...]:
-    """A shape as numbers and names of symbols."""
+    """A shape as numbers and names of symbols.
+
+    In this form shapes are compared: comparing torch's symbolic sizes would decide for the sizes of an example, or
+    fail where a size depends on data.
+    """
     return tuple(int(size) if is_fixed(size) else str(size.node.expr) for size in shape)
 
 
@@ -176,8 +200,13 @@ def source_line(node: fx.Node) -> str:
     """
     if "source" in node.meta:
         return str(node.meta["source"])
-    frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
-    torchs_own = (str(Path(torch.__file__).parent), "torch/")  # the latter in traces that torch makes up
+    return line_in(node.meta.get("stack_trace") or "")
+
+
+def line_in(trace: str) -> str:
+    """The innermost line outside of torch in a stack trace or in a message that holds one; empty where none is."""
+    frames = re.findall(r'File "(.+?)", line (\d+)', trace)
+    torchs_own = (str(Path(torch.__file__).parent), "torch/", "<eval_with_key>")  # in traces that torch makes up
     own = [frame for frame in frames if not frame[0].startswith(torchs_own)]
     if not own:
         return ""
@@ -203,7 +232,7 @@ def is_pure(node: fx.Node) -> bool:
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         schema = node.target._schema
-        return not schema.is_mutable and "assert" not in schema.name
+        return not schema.is_mutable and "assert" not in schema.name and bool(schema.returns)
     return True
 
 

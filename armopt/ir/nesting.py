@@ -8,8 +8,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import keyword
+import math
+import numbers
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct, field
@@ -72,18 +75,20 @@ class Fields(_Fields, frozen=True, tag="record"):
 Structure = Tensor | Constant | List | Tuple | Dict | OrderedDict | NamedTuple | Fields
 
 
-class Inputs(Struct, frozen=True, forbid_unknown_fields=True):
+class Inputs(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the arguments of a call nest its tensors.
 
     Attributes:
         args: The positional ones.
         kwargs: Those by name.
         names: Of all parameters that can be given by position, in order.
+        defaults: Of parameters that the model was captured without, where they hold no tensor.
     """
 
     args: tuple[Structure, ...]
     kwargs: dict[str, Structure]
     names: tuple[str, ...]
+    defaults: dict[str, Structure] = {}
 
     @property
     def tree(self) -> Dict:
@@ -98,6 +103,8 @@ class Inputs(Struct, frozen=True, forbid_unknown_fields=True):
         """
         if [tensor.index for tensor in tensors(self.tree)] != list(range(count)):
             raise ValueError(f"inputs do not number {count} tensors in order")
+        if any(True for _ in tensors(Dict(self.defaults))):
+            raise ValueError("a default holds a tensor")
 
 
 class Outputs(Struct, frozen=True, forbid_unknown_fields=True):
@@ -152,9 +159,13 @@ def describe(tree: Any, is_tensor: Callable[[Any], bool], where: str) -> tuple[S
 
 
 def describe_inputs(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], names: tuple[str, ...], is_tensor: Callable[[Any], bool]
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    names: tuple[str, ...],
+    is_tensor: Callable[[Any], bool],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Inputs, list[Any]]:
-    """The same for the arguments of a call; `names` are those of the parameters.
+    """The same for the arguments of a call; `names` are those of the parameters, `defaults` what some have.
 
     Raises:
         InputError: They hold something that a bundle can't describe.
@@ -162,16 +173,31 @@ def describe_inputs(
     found: list[Any] = []
     described = [_describe(item, is_tensor, f"inputs['args'][{i}]", found) for i, item in enumerate(args)]
     named = {key: _describe(item, is_tensor, f"inputs['kwargs'][{key!r}]", found) for key, item in kwargs.items()}
-    return Inputs(tuple(described), named, names), found
+    left_out = {name: value for name, value in defaults.items() if name not in (*names[: len(args)], *kwargs)}
+    return Inputs(tuple(described), named, names, _without_tensors(left_out, is_tensor)), found
+
+
+def _without_tensors(defaults: Mapping[str, Any], is_tensor: Callable[[Any], bool]) -> dict[str, Structure]:
+    """The defaults that can be described and hold no tensor."""
+    found: dict[str, Structure] = {}
+    for name, value in defaults.items():
+        try:
+            described, held = describe(value, is_tensor, name)
+        except InputError:
+            continue
+        if not held:
+            found[name] = described
+    return found
 
 
 def _describe(node: Any, is_tensor: Callable[[Any], bool], path: str, found: list[Any]) -> Structure:
     if is_tensor(node):
         found.append(node)
         return Tensor(len(found) - 1)
+    if isinstance(node, float) and not math.isfinite(node):
+        raise InputError(f"holds {node}, which a bundle can't describe", where=path, hint="Pass it as a tensor")
     if node is None or isinstance(node, (bool, int, float, str)):
         return Constant(node)
-
     if (fields := _fields(node)) is not None:
         kind = NamedTuple if isinstance(node, tuple) else Fields
         named = {name: _describe(item, is_tensor, f"{path}.{name}", found) for name, item in fields.items()}
@@ -271,13 +297,28 @@ def flatten(structure: Structure, tree: Any, where: str) -> list[Any]:
     for expected, found, path in _pairs(structure, tree, where):
         if isinstance(expected, Tensor):
             flat[expected.index] = found
-        elif not (expected.value is found or expected.value == found):
+        elif not _is_same(expected.value, found):
             raise InputError(
                 f"the model was captured with {expected.value!r}, not {found!r}",
                 where=path,
                 hint="Optimize it again with this value",
             )
     return [flat[index] for index in sorted(flat)]
+
+
+def _is_same(expected: bool | int | float | str | None, found: Any) -> bool:
+    """Whether a value is the one captured; a tensor never is."""
+    if expected is None or not isinstance(found, (numbers.Number, str)):
+        return expected is found
+    return bool(expected == found)
+
+
+def holds(structure: Structure, tree: Any) -> bool:
+    """Whether a value without tensors is the one that `structure` describes."""
+    try:
+        return not flatten(structure, tree, "")
+    except InputError:
+        return False
 
 
 def _pairs(structure: Structure, tree: Any, path: str) -> Iterator[tuple[Tensor | Constant, Any, str]]:

@@ -95,8 +95,18 @@ def emit_linear(call: KernelCall) -> fx.Node:
     do up to eight times the work.
     """
     y = emit_convolution(call, _as_image(call, call.x, call.site.k), ([0, 0], [1, 1], [1, 1], 1))
+    if any(not isinstance(size, int) or size < 0 for size in call.shape):
+        y.target = multiply_rows
     y = call.call(torch.ops.aten.permute.default, y, [0, 2, 3, 1])
     return call.with_post_op(call.call(torch.ops.aten.reshape.default, y, list(call.shape)))
+
+
+def multiply_rows(image: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """The packed convolution of [1, K, M, 1]; oneDNN takes no image without rows, as data may leave it."""
+    if image.shape[2] == 0:
+        return image.new_empty((1, weight.shape[0], 0, 1))
+    y: torch.Tensor = _mkldnn._convolution_pointwise.default(image, weight, *rest)
+    return y
 
 
 def _as_image(call: KernelCall, x: fx.Node, channels: int) -> fx.Node:

@@ -16,7 +16,7 @@ from armopt import environment
 from armopt.bundle import reader
 from armopt.bundle.program import Program
 from armopt.errors import ArmoptWarning, HostError
-from armopt.runtime import host_check, module
+from armopt.runtime import host_check, module, surroundings
 from armopt.runtime.bind import Binder, Bound
 from armopt.runtime.loaded import Factory, Origin
 from armopt.runtime.model import Forward, Model
@@ -50,12 +50,15 @@ def load(
         HostError: This host lacks a CPU feature that the bundle needs, or, if strict, differs at all.
         InputError: `model` is missing, or builds none.
     """
-    bundle = reader.read(path)
-    factory = module.find_factory(bundle, model)
-    parts = load_parts(bundle, strict=strict, tuning=tuning, stacklevel=3)
-    made = (
-        parts[""] if factory is None else ModuleModel(bundle.manifest, module.assemble(bundle, factory, parts), parts)
-    )
+    with surroundings.as_captured():
+        bundle = reader.read(path)
+        factory = module.find_factory(bundle, model)
+        parts = load_parts(bundle, strict=strict, tuning=tuning, stacklevel=3)
+        made = (
+            parts[""]
+            if factory is None
+            else ModuleModel(bundle.manifest, module.assemble(bundle, factory, parts), parts)
+        )
     if not made.portable:
         _close_file(bundle)
     made.origin = Origin(Path(path).absolute(), bundle.manifest.digest, model, strict, tuning)

@@ -13,7 +13,8 @@ from armopt.bundle.manifest import Manifest
 from armopt.errors import InputError
 from armopt.ir import buckets, nesting
 from armopt.ir.records import Bucket, Signature
-from armopt.runtime import forks
+from armopt.runtime import forks, surroundings
+from armopt.runtime.arguments import Arguments
 from armopt.runtime.bind import Bound
 from armopt.runtime.forks import FORKS
 from armopt.runtime.loaded import Loaded
@@ -37,29 +38,21 @@ class Model(Loaded):
         self.manifest = manifest
         self.portable = portable
         self.kernels = tuple(tuple(entries) for entries in kernels)
-        self._inputs = signature.inputs
-        self._tree = signature.inputs.tree
-        self._positional = len(self._inputs.args)
-        self._names = self._inputs.names
+        self._arguments = Arguments(signature.inputs, [spec.name for spec in signature.specs])
         self._specs = [(spec.name, spec.shape, getattr(torch, spec.dtype)) for spec in signature.specs]
-        self._plain = self._names if _is_plain(self._inputs) else None
+        self._plain = signature.inputs.names if _is_plain(signature.inputs) else None
         symbols = {symbol.name for symbol in signature.symbols}
+        self._most = {symbol.name: symbol.most for symbol in signature.symbols if symbol.most is not None}
         self._build = nesting.builder(signature.outputs.tree)
         self._positions = signature.outputs.positions
         self._empty = empty
         self._forks = FORKS.count
         self._programs = [(dict(bucket), forward) for bucket, forward in programs]
-        # where the symbols' values are found: (symbol, tensor, dimension)
-        self._where = [
-            (size, i, d)
-            for i, (_, shape, _) in enumerate(self._specs)
-            for d, size in enumerate(shape)
-            if isinstance(size, str) and size in symbols
-        ]
-        names = [n for n in dict.fromkeys(self._names) if n.isidentifier() and not keyword.iskeyword(n)]
-        self.__signature__ = inspect.Signature(
-            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
-        )
+        dynamic = _dynamic([shape for _, shape, _ in self._specs])
+        # where the symbols' values are found: (symbol, tensor, dimension); and sizes that follow from them: 2*batch
+        self._where = [entry for entry in dynamic if entry[0] in symbols]
+        self._following = [entry for entry in dynamic if entry[0] not in symbols]
+        self.__signature__ = _signature(signature.inputs.names)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model.
@@ -74,6 +67,12 @@ class Model(Loaded):
         """The graph's flat outputs from its flat inputs, unchecked."""
         if self._forks != FORKS.count:
             forks.refuse(f"the bundle for {self.manifest.target}")
+        if surroundings.differ():
+            with surroundings.as_captured():
+                return self._run(tensors)
+        return self._run(tensors)
+
+    def _run(self, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
         if not torch.is_grad_enabled():
             return self._select(tensors)(*tensors)
         with torch.no_grad():
@@ -84,29 +83,30 @@ class Model(Loaded):
         if self._plain is not None and len(args) + len(kwargs) == len(self._plain):
             names = self._plain[len(args) :]
             if all(name in kwargs for name in names):
-                tensors = [*args, *(kwargs[name] for name in names)]
-                self.check_inputs(tensors)
-                return tensors
-        args, kwargs = self._arrange(args, kwargs)
-        tensors = nesting.flatten(self._tree, {"args": list(args), "kwargs": kwargs}, "inputs")
-        self.check_inputs(tensors)
-        return tensors
+                return self.check_inputs([*args, *(kwargs[name] for name in names)])
+        return self.check_inputs(self._arguments.flatten(args, kwargs))
 
-    def check_inputs(self, tensors: Sequence[Any]) -> None:
+    def check_inputs(self, tensors: Sequence[Any]) -> list[torch.Tensor]:
         """Compares flat inputs with what the model was captured with.
+
+        Returns:
+            The same; int32 as int64 where that was captured, which changes no value.
 
         Raises:
             InputError: Naming the input that differs.
         """
-        for tensor, (name, shape, dtype) in zip(tensors, self._specs, strict=True):
-            if not isinstance(tensor, torch.Tensor):
-                raise InputError(f"expected a tensor, found a {type(tensor).__name__}", where=f"input {name}")
+        checked = list(tensors)
+        for i, (tensor, (name, shape, dtype)) in enumerate(zip(tensors, self._specs, strict=True)):
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_cpu or tensor.layout is not torch.strided:
+                raise _no_tensor(name, tensor)
             if tensor.dtype != dtype:
-                raise InputError(
-                    f"expected {_short(dtype)}, found {_short(tensor.dtype)}",
-                    where=f"input {name}",
-                    hint=f"Convert it with .to(torch.{_short(dtype)})",
-                )
+                if (tensor.dtype, dtype) != (torch.int32, torch.int64):
+                    raise InputError(
+                        f"expected {_short(dtype)}, found {_short(tensor.dtype)}",
+                        where=f"input {name}",
+                        hint=f"Convert it with .to(torch.{_short(dtype)})",
+                    )
+                checked[i] = tensor.long()
             if tensor.shape != shape and (
                 len(shape) != tensor.dim()
                 or any(n != wanted for n, wanted in zip(tensor.shape, shape, strict=True) if isinstance(wanted, int))
@@ -116,55 +116,40 @@ class Model(Loaded):
                     where=f"input {name}",
                     hint="Optimize the model again for this shape, with --batch or --input",
                 )
-        values: dict[str, int] = {}
-        for symbol, i, d in self._where:
-            size = tensors[i].shape[d]
-            if values.setdefault(symbol, size) != size:
-                raise InputError(
-                    f"dimension {d} is {size}, but {symbol} is {values[symbol]} elsewhere",
-                    where=f"input {self._specs[i][0]}",
-                )
+        if self._where:
+            self._check_sizes(checked)
+        return checked
 
-    def _arrange(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Puts arguments where they were when the model was captured, whichever way they are given now."""
-        given, named, expected_kwargs = list(args), dict(kwargs), self._inputs.kwargs
-        if len(given) == self._positional and named.keys() == expected_kwargs.keys():
-            return given, named
-        if len(given) > max(self._positional, len(self._names)):
-            known = ", ".join(name for name, _, _ in self._specs)
-            raise InputError(f"too many inputs: {len(given)}", where="inputs", hint=f"The model takes: {known}")
-        self._by_place(given, named)
-        for name, constant in expected_kwargs.items():
-            if isinstance(constant, nesting.Constant):
-                named.setdefault(name, constant.value)
-        self._check_complete(given, named)
-        return given, named
-
-    def _by_place(self, given: list[Any], named: dict[str, Any]) -> None:
-        """Moves arguments between the positional and the named ones to where they were captured."""
-        expected = self._inputs.kwargs
-        wanted = [name for name in self._names[len(given) : self._positional] if name not in expected]
-        given += [named.pop(name) for name in wanted if name in named]
-        for name, value in zip(self._names[self._positional :], given[self._positional :], strict=False):
-            if name in expected:
-                named.setdefault(name, value)
-        del given[self._positional :]
-
-    def _check_complete(self, given: Sequence[Any], named: Mapping[str, Any]) -> None:
-        """Refuses a call that lacks an argument, or has one that the model was not captured with.
+    def _check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Compares dynamic sizes with each other.
 
         Raises:
-            InputError: Naming them.
+            InputError: Naming both inputs, where they differ.
         """
-        expected = self._inputs.kwargs
-        missing = [*(name for name in expected if name not in named), *self._names[len(given) : self._positional]]
-        extra = [name for name in named if name not in expected]
-        if missing or extra or len(given) != self._positional:
-            raise InputError(
-                f"missing {', '.join(missing) or 'nothing'}; unexpected {', '.join(extra) or 'nothing'}",
-                where="inputs",
-                hint=f"The model was captured with: {', '.join(name for name, _, _ in self._specs)}",
-            )
+        values: dict[str, int] = {}
+        said: dict[str, str] = {}
+        for symbol, i, d in self._where:
+            name, size = self._specs[i][0], tensors[i].shape[d]
+            if values.setdefault(symbol, size) != size:
+                raise InputError(
+                    f"dimension {d} is {size}, but {symbol} is {values[symbol]} by {said[symbol]}",
+                    where=f"input {name}",
+                    hint="Give both the same size there",
+                )
+            said.setdefault(symbol, f"dimension {d} of input {name}")
+            if size > self._most.get(symbol, size):
+                raise InputError(
+                    f"dimension {d} is {size}, the model takes up to {self._most[symbol]}", where=f"input {name}"
+                )
+        for expression, i, d in self._following:
+            size = tensors[i].shape[d]
+            wanted = buckets.evaluate(expression, values)
+            if wanted is not None and wanted != size:
+                sizes = ", ".join(f"{symbol} is {values[symbol]} by {said[symbol]}" for symbol in values)
+                raise InputError(
+                    f"dimension {d} is {size}, expected {expression}, which is {wanted}: {sizes}",
+                    where=f"input {self._specs[i][0]}",
+                )
 
     def bucket(self, tensors: Sequence[torch.Tensor]) -> Mapping[str, int]:
         """The bucket whose program runs for these flat inputs."""
@@ -181,10 +166,33 @@ class Model(Loaded):
         return buckets.nearest(self._programs, values)
 
 
+def _dynamic(shapes: Sequence[Sequence[int | str]]) -> list[tuple[str, int, int]]:
+    """Every dynamic size, with its tensor and dimension."""
+    return [(size, i, d) for i, shape in enumerate(shapes) for d, size in enumerate(shape) if isinstance(size, str)]
+
+
+def _signature(names: Sequence[str]) -> inspect.Signature:
+    """What Python tools are told of the arguments."""
+    fit = [name for name in dict.fromkeys(names) if name.isidentifier() and not keyword.iskeyword(name)]
+    return inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in fit])
+
+
 def _is_plain(inputs: nesting.Inputs) -> bool:
     """Whether the arguments are tensors and nothing else, all positional, in the order of the graph's inputs."""
     plain = all(isinstance(item, nesting.Tensor) for item in inputs.args)
     return plain and not inputs.kwargs and len(inputs.names) == len(inputs.args)
+
+
+def _no_tensor(name: str, found: Any) -> InputError:
+    """The error for an input that is no dense tensor on the CPU."""
+    where = f"input {name}"
+    if not isinstance(found, torch.Tensor):
+        hint = "Convert it with torch.from_numpy()" if type(found).__module__ == "numpy" else "Give a torch.Tensor"
+        return InputError(f"expected a tensor, found a {type(found).__name__}", where=where, hint=hint)
+    if found.layout is not torch.strided:
+        return InputError(f"expected a dense tensor, found {found.layout}", where=where, hint="Call .to_dense() first")
+    what = f"is on the device {found.device}, and a bundle runs on the CPU"
+    return InputError(what, where=where, hint="Move it with .cpu()")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -12,6 +12,7 @@ from armopt.bundle.manifest import Manifest
 from armopt.bundle.reader import Bundle
 from armopt.errors import BundleError, InputError
 from armopt.models import references
+from armopt.runtime import surroundings
 from armopt.runtime.loaded import Loaded
 from armopt.runtime.model import Model
 
@@ -102,5 +103,5 @@ class ModuleModel(Loaded):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model."""
-        with torch.no_grad():
+        with torch.no_grad(), surroundings.as_captured():
             return self.module(*args, **kwargs)

@@ -177,7 +177,7 @@ class TestSeveralInputs:
             model(models.tokens)
         with pytest.raises(api.ArmoptError, match="float32, found float64"):
             model(models.tokens, models.context.double())
-        with pytest.raises(api.ArmoptError, match="unexpected other"):
+        with pytest.raises(api.ArmoptError, match="takes no input other"):
             model(models.tokens, models.context, other=models.tokens)
 
 

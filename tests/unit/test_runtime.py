@@ -69,10 +69,10 @@ def test_any_batch_runs(model: Model, mlp: nn.Module, mlp_inputs: Pair, rows: in
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
-        ((), {}, "missing x, scale; unexpected nothing.*captured with: x, scale"),
-        ((torch.zeros(2, 16),), {}, "missing scale"),
-        ((torch.zeros(2, 16),), {"scale": torch.zeros(8), "other": torch.zeros(1)}, "unexpected other"),
-        ((torch.zeros(2, 16), torch.zeros(8)), {"x": torch.zeros(2, 16)}, "unexpected x"),
+        ((), {}, "x and scale are missing.*captured with: x, scale"),
+        ((torch.zeros(2, 16),), {}, "scale is missing"),
+        ((torch.zeros(2, 16),), {"scale": torch.zeros(8), "other": torch.zeros(1)}, "the model takes no input other"),
+        ((torch.zeros(2, 16), torch.zeros(8)), {"x": torch.zeros(2, 16)}, "x is given twice, by position and by name"),
         ((torch.zeros(2, 16).double(), torch.zeros(8)), {}, r"input x: expected float32, found float64.*\.to\(torch"),
         ((torch.zeros(2, 15), torch.zeros(8)), {}, "input x: expected shape batchx16, found 2x15"),
         ((torch.zeros(16), torch.zeros(8)), {}, "input x: expected shape batchx16, found 16"),
