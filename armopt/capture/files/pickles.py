@@ -1,0 +1,315 @@
+"""Pickles that hold data alone: containers, numbers, text and tensors. Nothing that a file names is called.
+
+torch.load(weights_only=True) takes the sizes that a file declares as given, and asks for that much memory. Here a tensor
+is as large as what is stored of it, and reaches nowhere else.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from armopt.capture.files.archive import Archive, read_storage, view
+from armopt.errors import InputError
+
+#: Bytes of a pickle without its tensors: a state dict of ten thousand has some two million.
+MOST_PICKLE = 1 << 25
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
+}
+_DTYPES = {name: each for name in dir(torch) if isinstance(each := getattr(torch, name), torch.dtype)}
+_OPCODES = [
+    "PROTO",
+    "STOP",
+    "FRAME",
+    "MARK",
+    "POP",
+    "POP_MARK",
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "FLOAT",
+    "BINFLOAT",
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "UNICODE",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+    "EMPTY_TUPLE",
+    "TUPLE",
+    "TUPLE1",
+    "TUPLE2",
+    "TUPLE3",
+    "EMPTY_LIST",
+    "LIST",
+    "APPEND",
+    "APPENDS",
+    "EMPTY_DICT",
+    "SETITEM",
+    "SETITEMS",
+    "PUT",
+    "BINPUT",
+    "LONG_BINPUT",
+    "MEMOIZE",
+    "GET",
+    "BINGET",
+    "LONG_BINGET",
+    "GLOBAL",
+    "STACK_GLOBAL",
+    "REDUCE",
+    "BUILD",
+    "BINPERSID",
+]
+
+
+class CodeError(Exception):
+    """A pickle that takes more than data: what it names."""
+
+
+Storage = tuple[torch.UntypedStorage, torch.dtype]
+
+
+class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+    """Reads a pickle without calling anything that it names.
+
+    It is Python's own in Python: the one in C takes the numbers of the memo as given, and asks for that much memory.
+
+    Args:
+        file: Where the pickle stands.
+        find: The memory of tensors, by key and bytes.
+    """
+
+    dispatch = {ord(getattr(pickle, name)): pickle._Unpickler.dispatch[ord(getattr(pickle, name))] for name in _OPCODES}  # type: ignore[attr-defined]
+
+    def __init__(self, file: IO[bytes], find: Callable[[str, int], torch.UntypedStorage]) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._find = find
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        found = _FUNCTIONS.get((module, name))
+        if found is None:
+            raise CodeError(f"{module}.{name}"[:200])
+        return found
+
+    def persistent_load(self, pid: Any) -> Storage:
+        kind, dtype, key, _, count, *rest = pid
+        if kind != "storage" or type(dtype) is not torch.dtype or type(count) is not int or any(rest):
+            raise pickle.UnpicklingError("a tensor's memory is described otherwise")
+        if count < 0:
+            raise pickle.UnpicklingError(f"a tensor of {count} values")
+        return self._find(str(key), count * dtype.itemsize), dtype
+
+    def _reduce(self) -> None:
+        args, function = self.stack.pop(), self.stack[-1]
+        if function not in _CALLED:
+            raise pickle.UnpicklingError("it calls what can't be called")
+        self.stack[-1] = function(*args)
+
+    def _build(self) -> None:
+        state, value = self.stack.pop(), self.stack[-1]
+        if type(value) is not collections.OrderedDict or not isinstance(state, dict):
+            raise CodeError(f"the state of a {type(value).__name__}")
+        if "_metadata" in state:  # the versions of a state dict's modules
+            value._metadata = state["_metadata"]  # type: ignore[attr-defined]
+
+    def _append(self) -> None:
+        value = self.stack.pop()
+        self._list(self.stack).append(value)
+
+    def _appends(self) -> None:
+        items = self.pop_mark()
+        self._list(self.stack).extend(items)
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set(key, value)
+
+    def _set_items(self) -> None:
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self._set(key, value)
+
+    def _set(self, key: Any, value: Any) -> None:
+        if not isinstance(self.stack[-1], dict) or not isinstance(key, (str, int, float, bytes)):
+            raise pickle.UnpicklingError("a dictionary by something other than names and numbers")
+        self.stack[-1][key] = value
+
+    @staticmethod
+    def _list(stack: list[Any]) -> list[Any]:
+        if type(stack[-1]) is not list:
+            raise pickle.UnpicklingError("something other than a list grows")
+        return stack[-1]
+
+    dispatch |= {
+        ord(pickle.REDUCE): _reduce,
+        ord(pickle.BUILD): _build,
+        ord(pickle.APPEND): _append,
+        ord(pickle.APPENDS): _appends,
+        ord(pickle.SETITEM): _set_item,
+        ord(pickle.SETITEMS): _set_items,
+    }
+
+
+def _tensor(
+    storage: Storage, offset: int, size: Any, stride: Any, requires_grad: Any = False, *rest: Any
+) -> torch.Tensor:
+    return view(storage[0], storage[1], offset, tuple(size), tuple(stride))
+
+
+def _tensor_of(
+    storage: Storage,
+    offset: int,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: torch.dtype,
+    *rest: Any,
+) -> torch.Tensor:
+    return view(storage[0], dtype, offset, tuple(size), tuple(stride))
+
+
+def _parameter(data: torch.Tensor, requires_grad: Any, hooks: Any) -> torch.nn.Parameter:
+    return torch.nn.Parameter(data, requires_grad is True)
+
+
+def _ordered(items: Any = ()) -> collections.OrderedDict[Any, Any]:
+    if not all(isinstance(key, (str, int)) for key, _ in items):
+        raise pickle.UnpicklingError("a dictionary by something other than names and numbers")
+    return collections.OrderedDict(items)
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes as {encoding}")
+    return text.encode("latin1")
+
+
+def _quantized(*args: Any) -> Any:
+    raise InputError("the model is quantized (int8)", hint="Give the FP32 model")
+
+
+_FUNCTIONS: Mapping[tuple[str, str], Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_of,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_qtensor"): _quantized,
+    ("torch", "Size"): tuple,
+    ("torch", "device"): str,
+    ("collections", "OrderedDict"): _ordered,
+    ("_codecs", "encode"): _bytes,
+}
+_CALLED = frozenset(_FUNCTIONS.values())
+
+
+def load_archive(archive: Archive, name: str = "data.pkl") -> Any:
+    """What torch.save wrote into a zip file.
+
+    Raises:
+        CodeError: It is more than data.
+        Exception: It is damaged.
+    """
+    if "byteorder" in archive and archive.read("byteorder", 16) != sys.byteorder.encode():
+        raise pickle.UnpicklingError("it was written on a machine of another byte order")
+    return DataUnpickler(io.BytesIO(archive.read(name, MOST_PICKLE)), storages_of(archive)).load()
+
+
+def storages_of(archive: Archive, folder: str = "data") -> Callable[[str, int], torch.UntypedStorage]:
+    """Finds the memory of tensors in an archive; what has one key is one memory."""
+    held: dict[str, torch.UntypedStorage] = {}
+
+    def find(key: str, size: int) -> torch.UntypedStorage:
+        name = f"{folder}/{key}"
+        if name not in archive or archive.size(name) != size:
+            raise pickle.UnpicklingError(f"{name} is missing, or has another size than the tensor in it")
+        if key not in held:
+            held[key] = archive.storage(name)
+        return held[key]
+
+    return find
+
+
+def load_bytes(data: bytes) -> Any:
+    """What torch.save wrote, in memory: see :func:`load_archive`."""
+    return load_archive(Archive(io.BytesIO(data), len(data)))
+
+
+def load(path: Path) -> Any:
+    """What torch.save wrote into a file, in either form: see :func:`load_archive`."""
+    with path.open("rb") as file:
+        if file.read(2) == b"PK":
+            return load_archive(Archive(file, path.stat().st_size))
+        file.seek(0)
+        return _load_stream(file, path.stat().st_size)
+
+
+def _load_stream(file: IO[bytes], size: int) -> Any:
+    """The form before zip files: some pickles, and the memory of all tensors behind them."""
+    held: dict[str, torch.UntypedStorage] = {}
+    declared = 0
+
+    def find(key: str, nbytes: int) -> torch.UntypedStorage:
+        nonlocal declared
+        if key not in held:
+            declared += nbytes
+            if declared > size:
+                raise pickle.UnpicklingError(f"a file of {size} bytes says that it holds {declared}")
+            held[key] = torch.UntypedStorage(nbytes)
+        if held[key].nbytes() != nbytes:
+            raise pickle.UnpicklingError("a tensor's memory has two sizes")
+        return held[key]
+
+    head = io.BytesIO(file.read(MOST_PICKLE))
+    reader = (DataUnpickler(head, find).load() for _ in range(5))
+    magic, protocol, about = next(reader), next(reader), next(reader)
+    if magic != _MAGIC or protocol != _PROTOCOL:
+        raise CodeError("another object than torch.save writes")
+    if not about.get("little_endian", True):
+        raise pickle.UnpicklingError("it was written on a machine of another byte order")
+    content, keys = next(reader), next(reader)
+    file.seek(head.tell())
+    if sorted(keys) != sorted(held):
+        raise pickle.UnpicklingError("its tensors have other keys")
+    for key in keys:
+        count, storage = int.from_bytes(file.read(8), "little"), held[key]
+        if bool(count) != bool(storage.nbytes()) or (count and storage.nbytes() % count):
+            raise pickle.UnpicklingError("a tensor's memory has two sizes")
+        storage.copy_(read_storage(file, storage.nbytes()))
+    return content
