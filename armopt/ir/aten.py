@@ -85,35 +85,13 @@ is_floating_point is_complex size
 """
 #: Names of ATen, of which every form is taken that writes to nothing.
 ATEN = frozenset(" ".join((_POINTWISE, _REDUCTIONS, _LAYERS, _SHAPES, _CREATION, _TRANSFORMS, _NUMBERS)).split())
+_BEFORE_CAPTURE = """
+dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout rrelu rand rand_like randn randn_like randint
+randint_like randperm bernoulli multinomial normal uniform exponential empty empty_like empty_strided empty_permuted
+new_empty new_empty_strided
+"""
 #: What a model calls before it is captured for inference: dropout, and what is random or uninitialised.
-BEFORE_CAPTURE = frozenset(
-    [
-        "dropout",
-        "feature_dropout",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "native_dropout",
-        "rrelu",
-        "rand",
-        "rand_like",
-        "randn",
-        "randn_like",
-        "randint",
-        "randint_like",
-        "randperm",
-        "bernoulli",
-        "multinomial",
-        "normal",
-        "uniform",
-        "exponential",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "empty_permuted",
-        "new_empty",
-        "new_empty_strided",
-    ]
-)
+BEFORE_CAPTURE = frozenset(_BEFORE_CAPTURE.split())
 
 
 def in_file(name: str) -> bool:

@@ -19,49 +19,13 @@ _BARE = re.compile(r"[suz][fs]?\d{1,6}")
 _ASSUMPTIONS = frozenset({"positive", "integer", "nonnegative", "real", "negative", "nonpositive", "zero"})
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.Div)
 _COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+_FUNCTIONS = """
+FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilToInt FloorToInt CeilDiv FloatTrueDiv IntTrueDiv TruncToFloat
+TruncToInt RoundToInt ToFloat Max Min max min Abs floor ceiling Identity Equality Unequality StrictLessThan LessThan
+StrictGreaterThan GreaterThan Eq Ne Lt Le Gt Ge And Or Not
+"""
 #: Functions that give one term, whatever is in them.
-_OPAQUE = frozenset(
-    [
-        "FloorDiv",
-        "ModularIndexing",
-        "Where",
-        "PythonMod",
-        "Mod",
-        "CleanDiv",
-        "CeilToInt",
-        "FloorToInt",
-        "CeilDiv",
-        "FloatTrueDiv",
-        "IntTrueDiv",
-        "TruncToFloat",
-        "TruncToInt",
-        "RoundToInt",
-        "ToFloat",
-        "Max",
-        "Min",
-        "max",
-        "min",
-        "Abs",
-        "floor",
-        "ceiling",
-        "Identity",
-        "Equality",
-        "Unequality",
-        "StrictLessThan",
-        "LessThan",
-        "StrictGreaterThan",
-        "GreaterThan",
-        "Eq",
-        "Ne",
-        "Lt",
-        "Le",
-        "Gt",
-        "Ge",
-        "And",
-        "Or",
-        "Not",
-    ]
-)
+_OPAQUE = frozenset(_FUNCTIONS.split())
 _MOST_POWER = 8
 _MOST_DIGITS = 19
 

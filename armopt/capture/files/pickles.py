@@ -1,7 +1,7 @@
 """Pickles that hold data alone: containers, numbers, text and tensors. Nothing that a file names is called.
 
-torch.load(weights_only=True) takes the sizes that a file declares as given, and asks for that much memory. Here a tensor
-is as large as what is stored of it, and reaches nowhere else.
+torch.load(weights_only=True) takes the sizes that a file declares as given, and asks for that much memory. Here a
+tensor is as large as what is stored of it, and reaches nowhere else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pickle
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 
@@ -38,67 +38,64 @@ _STORAGES = {
     "UntypedStorage": torch.uint8,
 }
 _DTYPES = {name: each for name in dir(torch) if isinstance(each := getattr(torch, name), torch.dtype)}
-_OPCODES = [
-    "PROTO",
-    "STOP",
-    "FRAME",
-    "MARK",
-    "POP",
-    "POP_MARK",
-    "NONE",
-    "NEWTRUE",
-    "NEWFALSE",
-    "INT",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG",
-    "LONG1",
-    "LONG4",
-    "FLOAT",
-    "BINFLOAT",
-    "STRING",
-    "BINSTRING",
-    "SHORT_BINSTRING",
-    "UNICODE",
-    "BINUNICODE",
-    "SHORT_BINUNICODE",
-    "BINUNICODE8",
-    "BINBYTES",
-    "SHORT_BINBYTES",
-    "BINBYTES8",
-    "EMPTY_TUPLE",
-    "TUPLE",
-    "TUPLE1",
-    "TUPLE2",
-    "TUPLE3",
-    "EMPTY_LIST",
-    "LIST",
-    "APPEND",
-    "APPENDS",
-    "EMPTY_DICT",
-    "SETITEM",
-    "SETITEMS",
-    "PUT",
-    "BINPUT",
-    "LONG_BINPUT",
-    "MEMOIZE",
-    "GET",
-    "BINGET",
-    "LONG_BINGET",
-    "GLOBAL",
-    "STACK_GLOBAL",
-    "REDUCE",
-    "BUILD",
-    "BINPERSID",
-]
+_OPCODES = """
+PROTO STOP FRAME MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8
+EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST EMPTY_DICT PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
+GLOBAL STACK_GLOBAL BINPERSID
+"""
+_KEPT = {
+    ord(getattr(pickle, name)): pickle._Unpickler.dispatch[ord(getattr(pickle, name))] for name in _OPCODES.split()
+}  # type: ignore[attr-defined]
+
+
+#: The memory of a tensor, and what it holds.
+Storage = tuple[torch.UntypedStorage, torch.dtype]
 
 
 class CodeError(Exception):
     """A pickle that takes more than data: what it names."""
 
 
-Storage = tuple[torch.UntypedStorage, torch.dtype]
+def _tensor(storage: Storage, offset: int, size: Any, stride: Any, *rest: Any) -> torch.Tensor:
+    return view(storage[0], storage[1], offset, tuple(size), tuple(stride))
+
+
+def _tensor_of(storage: Storage, offset: int, size: Any, stride: Any, *rest: Any) -> torch.Tensor:
+    return view(storage[0], rest[2], offset, tuple(size), tuple(stride))
+
+
+def _parameter(data: torch.Tensor, requires_grad: Any, hooks: Any) -> torch.nn.Parameter:
+    return torch.nn.Parameter(data, requires_grad is True)
+
+
+def _ordered(items: Any = ()) -> collections.OrderedDict[Any, Any]:
+    if not all(isinstance(key, (str, int)) for key, _ in items):
+        raise pickle.UnpicklingError("a dictionary by something other than names and numbers")
+    return collections.OrderedDict(items)
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes as {encoding}")
+    return text.encode("latin1")
+
+
+def _quantized(*args: Any) -> Any:
+    raise InputError("the model is quantized (int8)", hint="Give the FP32 model")
+
+
+FUNCTIONS: Mapping[tuple[str, str], Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_of,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_qtensor"): _quantized,
+    ("torch", "Size"): tuple,
+    ("torch", "device"): str,
+    ("collections", "OrderedDict"): _ordered,
+    ("_codecs", "encode"): _bytes,
+}
 
 
 class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
@@ -111,23 +108,23 @@ class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         find: The memory of tensors, by key and bytes.
     """
 
-    dispatch = {ord(getattr(pickle, name)): pickle._Unpickler.dispatch[ord(getattr(pickle, name))] for name in _OPCODES}  # type: ignore[attr-defined]
-
     def __init__(self, file: IO[bytes], find: Callable[[str, int], torch.UntypedStorage]) -> None:
         super().__init__(file, encoding="utf-8")
         self._find = find
 
     def find_class(self, module: str, name: str) -> Any:
+        """What stands for a name: a dtype, or a function of this module."""
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
-        found = _FUNCTIONS.get((module, name))
+        found = self.functions.get((module, name))
         if found is None:
             raise CodeError(f"{module}.{name}"[:200])
         return found
 
     def persistent_load(self, pid: Any) -> Storage:
+        """The memory of a tensor."""
         kind, dtype, key, _, count, *rest = pid
         if kind != "storage" or type(dtype) is not torch.dtype or type(count) is not int or any(rest):
             raise pickle.UnpicklingError("a tensor's memory is described otherwise")
@@ -137,7 +134,7 @@ class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
     def _reduce(self) -> None:
         args, function = self.stack.pop(), self.stack[-1]
-        if function not in _CALLED:
+        if function not in self.functions.values():
             raise pickle.UnpicklingError("it calls what can't be called")
         self.stack[-1] = function(*args)
 
@@ -176,7 +173,9 @@ class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
             raise pickle.UnpicklingError("something other than a list grows")
         return stack[-1]
 
-    dispatch |= {
+    functions: ClassVar[Mapping[tuple[str, str], Callable[..., Any]]] = FUNCTIONS
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        **_KEPT,
         ord(pickle.REDUCE): _reduce,
         ord(pickle.BUILD): _build,
         ord(pickle.APPEND): _append,
@@ -184,59 +183,6 @@ class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         ord(pickle.SETITEM): _set_item,
         ord(pickle.SETITEMS): _set_items,
     }
-
-
-def _tensor(
-    storage: Storage, offset: int, size: Any, stride: Any, requires_grad: Any = False, *rest: Any
-) -> torch.Tensor:
-    return view(storage[0], storage[1], offset, tuple(size), tuple(stride))
-
-
-def _tensor_of(
-    storage: Storage,
-    offset: int,
-    size: Any,
-    stride: Any,
-    requires_grad: Any,
-    hooks: Any,
-    dtype: torch.dtype,
-    *rest: Any,
-) -> torch.Tensor:
-    return view(storage[0], dtype, offset, tuple(size), tuple(stride))
-
-
-def _parameter(data: torch.Tensor, requires_grad: Any, hooks: Any) -> torch.nn.Parameter:
-    return torch.nn.Parameter(data, requires_grad is True)
-
-
-def _ordered(items: Any = ()) -> collections.OrderedDict[Any, Any]:
-    if not all(isinstance(key, (str, int)) for key, _ in items):
-        raise pickle.UnpicklingError("a dictionary by something other than names and numbers")
-    return collections.OrderedDict(items)
-
-
-def _bytes(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes as {encoding}")
-    return text.encode("latin1")
-
-
-def _quantized(*args: Any) -> Any:
-    raise InputError("the model is quantized (int8)", hint="Give the FP32 model")
-
-
-_FUNCTIONS: Mapping[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _tensor_of,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_qtensor"): _quantized,
-    ("torch", "Size"): tuple,
-    ("torch", "device"): str,
-    ("collections", "OrderedDict"): _ordered,
-    ("_codecs", "encode"): _bytes,
-}
-_CALLED = frozenset(_FUNCTIONS.values())
 
 
 def load_archive(archive: Archive, name: str = "data.pkl") -> Any:
