@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -133,17 +134,25 @@ def view(
     """A tensor in this memory, all of it inside.
 
     Raises:
+        ValueError: See :func:`check_view`.
+    """
+    check_view(storage.nbytes(), dtype, offset, size, stride)
+    tensor: torch.Tensor = torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)  # type: ignore[call-overload]
+    return tensor
+
+
+def check_view(nbytes: int, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    """Looks whether a tensor is all in a memory of so many bytes.
+
+    Raises:
         ValueError: It reaches out of it, or repeats a few values very often.
     """
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or any(type(n) is not int or not 0 <= n < 1 << 48 for n in numbers):
         raise ValueError(f"no tensor has the size {size} and the stride {stride}")
-    count = 1
-    for n in size:
-        count *= n
+    count = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else offset - 1
-    if (last + 1) * dtype.itemsize > storage.nbytes():
-        raise ValueError(f"a tensor of size {size} has {storage.nbytes()} bytes")
-    if count * dtype.itemsize > max(1 << 26, storage.nbytes()):
-        raise ValueError(f"a tensor of size {size} repeats {storage.nbytes()} bytes")
-    return torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)  # type: ignore[call-overload, no-any-return]
+    if (last + 1) * dtype.itemsize > nbytes:
+        raise ValueError(f"a tensor of size {size} has {nbytes} bytes")
+    if count * dtype.itemsize > max(1 << 26, nbytes):
+        raise ValueError(f"a tensor of size {size} repeats {nbytes} bytes")

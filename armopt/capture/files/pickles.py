@@ -50,7 +50,7 @@ _KEPT = {
 
 
 #: The memory of a tensor, and what it holds.
-Storage = tuple[torch.UntypedStorage, torch.dtype]
+Storage = tuple[Any, torch.dtype]
 
 
 class CodeError(Exception):
@@ -108,7 +108,7 @@ class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         find: The memory of tensors, by key and bytes.
     """
 
-    def __init__(self, file: IO[bytes], find: Callable[[str, int], torch.UntypedStorage]) -> None:
+    def __init__(self, file: IO[bytes], find: Callable[[str, int], Any]) -> None:
         super().__init__(file, encoding="utf-8")
         self._find = find
 
@@ -200,16 +200,29 @@ def load_archive(archive: Archive, name: str = "data.pkl") -> Any:
 def storages_of(archive: Archive, folder: str = "data") -> Callable[[str, int], torch.UntypedStorage]:
     """Finds the memory of tensors in an archive; what has one key is one memory."""
     held: dict[str, torch.UntypedStorage] = {}
+    sizes, _ = sizes_of(archive, folder)
 
     def find(key: str, size: int) -> torch.UntypedStorage:
-        name = f"{folder}/{key}"
-        if name not in archive or archive.size(name) != size:
-            raise pickle.UnpicklingError(f"{name} is missing, or has another size than the tensor in it")
+        sizes(key, size)
         if key not in held:
-            held[key] = archive.storage(name)
+            held[key] = archive.storage(f"{folder}/{key}")
         return held[key]
 
     return find
+
+
+def sizes_of(archive: Archive, folder: str) -> tuple[Callable[[str, int], int], set[str]]:
+    """Compares the size of tensors' memory with what is stored; and the members that were asked for."""
+    used: set[str] = set()
+
+    def find(key: str, size: int) -> int:
+        name = f"{folder}/{key}"
+        if name not in archive or archive.size(name) != size:
+            raise pickle.UnpicklingError(f"{name} is missing, or has another size than the tensor in it")
+        used.add(name)
+        return size
+
+    return find, used
 
 
 def load_bytes(data: bytes) -> Any:

@@ -1,0 +1,430 @@
+"""Looks at a TorchScript archive before torch compiles it, and at what was compiled before anything of it runs.
+
+torch.jit.load runs code of the file: methods that restore an object, and values of defaults; it takes the sizes of tensors
+as given. So what it gets is an archive written anew, of code that only declares and of tensors that fit their memory.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from armopt.capture.files.archive import Archive, check_view
+from armopt.capture.files.pickles import FUNCTIONS, MOST_PICKLE, CodeError, DataUnpickler, sizes_of
+from armopt.ir import aten
+
+_SCALARS = """
+Bool Complex ComplexImplicit Delete Float FloatImplicit Int IntImplicit ScalarImplicit Size __contains__ __derive_index
+__getitem__ __is__ __isnot__ __not__ __range_length __round_to_zero_floordiv _infer_size _set_item _shape_as_tensor
+_size_if_not_equal _tensor_to_list _list_to_tensor _unwrap_optional append as_tensor broadcast_shapes can_cast clear cpu
+dict dim divmod element_size endswith extend fabs floordiv format get hash index insert is_autocast_enabled
+is_autocast_cpu_enabled is_contiguous is_grad_enabled is_same_size is_scripting is_signed items keys len list mathremainder
+nbytes numel ord pop promote_types remove requires_grad_ result_type reverse setdefault sorted startswith storage_offset
+str stride tensor update values warn cross_entropy_loss nll_loss nll_loss_nd mse_loss l1_loss smooth_l1_loss kl_div
+binary_cross_entropy binary_cross_entropy_with_logits __interpolate __upsample __upsample_bilinear __upsample_nearest
+_batch_norm_impl_index _pack_padded_sequence _pad_packed_sequence grid_sampler degrees radians is_neg is_conj is_inference
+output_nr is_leaf data device dtype layout
+"""
+#: Operations of TorchScript on numbers and lists, which capture evaluates or refuses.
+_ATEN = frozenset(_SCALARS.split())
+_PRIM_NAMES = """
+BroadcastSizes CallFunction CallMethod Constant ConstantChunk CreateObject DictConstruct EnumName EnumValue Enter Exit
+GetAttr If ListConstruct ListUnpack Loop ModuleContainerIndex NumToTensor RaiseException SetAttr TupleConstruct TupleIndex
+TupleSlice TupleUnpack TypeCheck Uninitialized abs data device dtype id index is_cpu is_cuda is_meta is_mkldnn is_mps
+is_mtia is_nested is_quantized is_sparse is_sparse_csr is_xla is_xpu is_vulkan is_ipu is_maia isinstance itemsize layout
+max min name nbytes ndim rangelist requires_grad shape tolist type unchecked_cast unchecked_unwrap_optional Print
+StringIndex grad
+"""
+_PRIM = frozenset(_PRIM_NAMES.split())
+_TORCHVISION = frozenset(("nms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"))
+_PROFILER = frozenset(("_record_function_enter", "_record_function_enter_new", "_record_function_exit"))
+#: What looks like a call in the text and is a form of the language.
+_FORMS = frozenset(
+    ("annotate", "unchecked_cast", "uninitialized", "getattr", "range", "isinstance", "int", "float", "bool", "str")
+)
+#: What text may be handed to; anything else could make much of a little.
+_OF_TEXT = frozenset(("add", "add_", "mul", "mul_", "__getitem__", "list"))
+#: Times that a loop may run: each becomes calls of its own.
+MOST_TURNS = 10_000
+_FORBIDDEN = re.compile(rb"__(?:set|get)state__|torch[\s\\]*\.[\s\\]*classes|[^\x20-\x7e\n]")
+_TYPE = re.compile(r"[\w\[\], .]{1,2000}", re.ASCII)
+_OBJECT = re.compile(r"__torch__(?:\.\w+)*", re.ASCII)
+_MOST_DEPTH = 100
+_MOST_CODE = 1 << 25
+
+
+class UnshownError(Exception):
+    """What a file holds that can't be shown to be harmless."""
+
+
+def rewritten(archive: Archive, path: Path) -> None:
+    """Writes what torch needs of an archive to `path`, once it was looked at; what is for other uses is left out.
+
+    Raises:
+        UnshownError: It runs more than operations on tensors and numbers.
+        Exception: It is damaged.
+    """
+    sources = {name: archive.read(name, _MOST_CODE) for name in archive.names if _is_code(name)}
+    if sum(map(len, sources.values())) > _MOST_CODE:
+        raise ValueError(f"its code has more than {_MOST_CODE} bytes")
+    for name in sorted(sources):
+        _check_source(sources[name], name)
+    used = _check_objects(archive, "constants") | _check_objects(archive, "data")
+    writer = torch._C.PyTorchFileWriter(str(path))
+    texts = {name: archive.read(name, MOST_PICKLE) for name in ("data.pkl", "constants.pkl", "version", "byteorder") if name in archive}
+    for name, data in (texts | sources).items():
+        if name not in ("version", "byteorder"):
+            writer.write_record(name, data, len(data))
+    for name in sorted(used):
+        storage = archive.storage(name)
+        writer.write_record(name, storage, storage.nbytes())  # type: ignore[arg-type]
+    writer.set_min_version(_version(texts.get("version", b"")))
+    writer.write_end_of_file()
+
+
+def _is_code(name: str) -> bool:
+    return name.startswith("code/") and name.endswith(".py")
+
+
+def _version(text: bytes) -> int:
+    number = int(text)
+    if not 1 <= number <= 100:
+        raise ValueError(f"it is of the version {number}")
+    return number
+
+
+class _Object:
+    """Stands for an object of the file's own class."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state: Any = None
+
+
+class _ObjectUnpickler(DataUnpickler):
+    """Reads the objects of TorchScript as far as to see that they are data; tensors are looked at by size."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a name."""
+        if module.startswith("__torch__"):
+            whole = f"{module}.{name}"
+            if not _OBJECT.fullmatch(whole) or whole.startswith("__torch__.torch.classes"):
+                raise CodeError(whole[:200])
+            return _Object(whole)
+        return super().find_class(module, name)
+
+    def _make(self) -> None:
+        args, kind = self.stack.pop(), self.stack[-1]
+        if args != () or not isinstance(kind, _Object):
+            raise pickle.UnpicklingError("it makes what is no object")
+        self.stack[-1] = _Object(kind.name)
+
+    def _state(self) -> None:
+        state, value = self.stack.pop(), self.stack[-1]
+        if not isinstance(value, _Object) or value.state is not None or not isinstance(state, dict):
+            raise CodeError("the state of an object")
+        value.state = state
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        **DataUnpickler.dispatch,
+        ord(pickle.NEWOBJ): _make,
+        ord(pickle.BUILD): _state,
+    }
+
+
+def _fits(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> str:
+    check_view(storage[0], storage[1], offset, tuple(size), tuple(stride))
+    return "a tensor"
+
+
+def _list_of(*kinds: type) -> Callable[[Any], list[Any]]:
+    def check(items: Any) -> list[Any]:
+        if type(items) is not list or not all(type(item) in kinds for item in items):
+            raise pickle.UnpicklingError("a list of something else")
+        return items
+
+    return check
+
+
+def _tagged(value: Any, kind: Any) -> Any:
+    if not isinstance(kind, str) or not _TYPE.fullmatch(kind) or "classes" in kind or not isinstance(value, (list, dict)):
+        raise pickle.UnpicklingError("a container of an unknown type")
+    return value
+
+
+_ObjectUnpickler.functions = {
+    **FUNCTIONS,
+    ("torch._utils", "_rebuild_tensor_v2"): _fits,
+    ("torch.jit._pickle", "build_intlist"): _list_of(int),
+    ("torch.jit._pickle", "build_doublelist"): _list_of(float),
+    ("torch.jit._pickle", "build_boollist"): _list_of(bool),
+    ("torch.jit._pickle", "build_tensorlist"): _list_of(str),
+    ("torch.jit._pickle", "restore_type_tag"): _tagged,
+}
+
+
+def _check_objects(archive: Archive, part: str) -> set[str]:
+    """Looks at the pickle of a part, and gives the members that its tensors stand in."""
+    find, used = sizes_of(archive, part)
+    try:
+        content = _ObjectUnpickler(io.BytesIO(archive.read(f"{part}.pkl", MOST_PICKLE)), find).load()
+    except CodeError as error:
+        raise UnshownError(f"a pickle of {error} in {part}.pkl") from None
+    _check_depth(content, {}, set())
+    return used
+
+
+def _check_depth(value: Any, known: dict[int, int], inside: set[int]) -> int:
+    """How deep a value nests; torch goes through it by recursion."""
+    parts: Any = ()
+    if isinstance(value, _Object):
+        parts = (value.state,)
+    elif isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, (list, tuple)):
+        parts = value
+    if id(value) in inside or len(inside) > _MOST_DEPTH:
+        raise ValueError("its values nest without end")
+    if id(value) not in known:
+        inside.add(id(value))
+        known[id(value)] = 1 + max((_check_depth(part, known, inside) for part in parts), default=0)
+        inside.discard(id(value))
+    return known[id(value)]
+
+
+def _check_source(data: bytes, name: str) -> None:
+    """Refuses code that runs as it is loaded, and calls of anything but operations on tensors, numbers and lists."""
+    if found := _FORBIDDEN.search(data):
+        raise UnshownError(f"{found[0].decode(errors='replace')!r} in {name}")
+    try:
+        tree = ast.parse(data)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{name} is no code: {error}") from None
+    for statement in tree.body:
+        if isinstance(statement, ast.ClassDef):
+            _check_class(statement, name)
+        elif isinstance(statement, ast.FunctionDef):
+            _check_function(statement, name)
+        else:
+            raise UnshownError(f"{_shown(statement)} in {name}")
+
+
+def _check_class(described: ast.ClassDef, name: str) -> None:
+    if described.decorator_list or described.keywords:
+        raise UnshownError(f"a decorated class in {name}")
+    for statement in described.body:
+        match statement:
+            case ast.FunctionDef():
+                _check_function(statement, name)
+            case ast.Pass():
+                pass
+            case ast.AnnAssign(value=value) if value is None or _is_literal(value):
+                pass
+            case ast.Assign(targets=[ast.Subscript(value=ast.Name(id="__annotations__"))], value=value) if _is_type(value):
+                pass
+            case ast.Assign(targets=[ast.Name()], value=value) if _is_literal(value):
+                pass
+            case _:
+                raise UnshownError(f"{_shown(statement)} in {name}")
+
+
+def _check_function(described: ast.FunctionDef, name: str) -> None:
+    given = described.args
+    for default in (*given.defaults, *filter(None, given.kw_defaults)):
+        if not _is_literal(default):
+            raise UnshownError(f"the default {_shown(default)} in {name}")
+    if described.decorator_list:
+        raise UnshownError(f"a decorated function in {name}")
+    functions = _functions(described)
+    texts = _texts(described)
+    for node in _walk(described):
+        if isinstance(node, ast.Attribute):
+            _check_operation(node, name)
+        elif isinstance(node, ast.Call):
+            _check_call(node, functions, texts, name)
+        elif isinstance(node, (ast.Lambda, ast.ListComp, ast.GeneratorExp, ast.JoinedStr, ast.FunctionDef, ast.BinOp)):
+            if node is not described:
+                raise UnshownError(f"{_shown(node)} in {name}")
+
+
+def _walk(described: ast.FunctionDef) -> Iterator[ast.AST]:
+    for statement in described.body:
+        yield from ast.walk(statement)
+
+
+def _functions(described: ast.FunctionDef) -> set[str]:
+    """Names that stand for functions of the file, and for nothing else."""
+    names, others = set[str](), set[str]()
+    for node in _walk(described):
+        match node:
+            case ast.Assign(targets=[ast.Name(id=target)], value=value) if _root(value) == "__torch__":
+                names.add(target)
+            case ast.Name(id=target, ctx=ast.Store()):
+                pass
+    for node in _walk(described):
+        if isinstance(node, ast.Assign) and _root(node.value) != "__torch__":
+            others |= {each.id for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+        elif isinstance(node, (ast.For, ast.AnnAssign, ast.AugAssign)):
+            others |= {each.id for each in ast.walk(node.target) if isinstance(each, ast.Name)}
+    return names - others
+
+
+def _texts(described: ast.FunctionDef) -> set[str]:
+    """Names that may stand for text."""
+    found = set[str]()
+    while True:
+        more = {
+            target.id
+            for node in _walk(described)
+            if isinstance(node, ast.Assign) and _is_text(node.value, found)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        if more <= found:
+            return found
+        found |= more
+
+
+def _is_text(value: ast.expr, known: set[str]) -> bool:
+    match value:
+        case ast.Constant(value=str()):
+            return True
+        case ast.Name(id=name):
+            return name in known
+        case ast.Call(func=ast.Attribute(attr="format" | "str")) | ast.Call(func=ast.Name(id="str")):
+            return True
+    return False
+
+
+def _root(node: ast.expr) -> str:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _check_operation(node: ast.Attribute, name: str) -> None:
+    """Looks at ``torch.NAME`` and ``ops.PACKAGE.NAME``."""
+    root = _root(node)
+    parts = ast.unparse(node).split(".")
+    if root == "torch" and len(parts) == 2 and parts[1] in ("nn", "jit", "device", "dtype", "Tensor", "Generator"):
+        return
+    if (root == "torch" and not _is_allowed("aten", parts[1])) or (
+        root == "ops" and len(parts) > 2 and not _is_allowed(parts[1], parts[2])
+    ):
+        raise UnshownError(f"a call of {'.'.join(parts[:3])} in {name}")
+
+
+def _check_call(node: ast.Call, functions: set[str], texts: set[str], name: str) -> None:
+    match node.func:
+        case ast.Name(id=called) if called in _FORMS or called in functions:
+            return
+        case ast.Attribute(attr=called) as method:
+            if _root(method) not in ("torch", "ops", "__torch__", "CONSTANTS") and not _is_method(called):
+                raise UnshownError(f"a call of {called} in {name}")
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            texts_given = [value for value in given if _is_text(value, texts)]
+            repeated = called == "format" and any(_is_text(value, texts) for value in given[1:])
+            if _root(method) == "torch" and texts_given and (called in _OF_TEXT or repeated):
+                raise UnshownError(f"text that grows by {called} in {name}")
+            return
+        case ast.Name() | ast.Subscript() if _root(node.func) in ("__torch__",):
+            return
+    raise UnshownError(f"a call of {_shown(node.func)} in {name}")
+
+
+def _is_method(name: str) -> bool:
+    """Whether a method may have that name: it is not one of an operation that is not allowed."""
+    return _is_allowed("aten", name) or name not in _operations()
+
+
+def _operations() -> frozenset[str]:
+    if not _KNOWN:
+        _KNOWN.append(frozenset(each.name.partition("::")[2] for each in torch._C._jit_get_all_schemas()))
+    return _KNOWN[0]
+
+
+_KNOWN: list[frozenset[str]] = []
+
+
+def _is_allowed(package: str, name: str) -> bool:
+    match package:
+        case "aten":
+            return aten.in_file(name) or name in _ATEN
+        case "prim":
+            return name in _PRIM
+        case "torchvision":
+            return name in _TORCHVISION
+        case "profiler":
+            return name in _PROFILER
+    return False
+
+
+def _is_literal(value: ast.expr) -> bool:
+    """Whether a value is written out: it needs no evaluation."""
+    match value:
+        case ast.Constant():
+            return True
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float())):
+            return True
+        case ast.Tuple(elts=items) | ast.List(elts=items):
+            return all(map(_is_literal, items))
+        case ast.Name(id="inf" | "nan" | "None" | "True" | "False"):
+            return True
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Name(id="inf")):
+            return True
+        case ast.Call(func=ast.Name(id="annotate"), args=[kind, inner], keywords=[]):
+            return _is_type(kind) and _is_literal(inner)
+        case ast.Attribute(value=ast.Name(id="CONSTANTS")):
+            return True
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="device"), args=[ast.Constant()], keywords=[]):
+            return True
+    return False
+
+
+def _is_type(value: ast.expr) -> bool:
+    match value:
+        case ast.Name() | ast.Constant(value=None):
+            return True
+        case ast.Attribute(value=inner):
+            return _is_type(inner)
+        case ast.Subscript(value=outer, slice=inner):
+            return _is_type(outer) and _is_type(inner)
+        case ast.Tuple(elts=items) | ast.List(elts=items):
+            return all(map(_is_type, items))
+    return False
+
+
+def _shown(node: ast.AST) -> str:
+    return repr(ast.unparse(node).partition("\n")[0][:80])
+
+
+def check_graph(graph: Any) -> None:
+    """Looks at what was compiled: only operations that are allowed, and loops that end.
+
+    Raises:
+        UnshownError: Naming the operation.
+    """
+    blocks = [graph]
+    while blocks:
+        for node in blocks.pop().nodes():
+            package, _, name = node.kind().partition("::")
+            if not _is_allowed(package, name):
+                raise UnshownError(f"a call of {package}.{name}")
+            blocks.extend(node.blocks())
+            if node.kind() == "prim::Loop":
+                turns = next(node.inputs()).toIValue()
+                if isinstance(turns, int) and turns > MOST_TURNS and _is_endless(node):
+                    raise UnshownError(f"a loop of {turns} turns")
+
+
+def _is_endless(loop: Any) -> bool:
+    """Whether a loop runs all its turns: nothing in it says when it is done."""
+    (block,) = loop.blocks()
+    return next(block.outputs()).toIValue() is True or next(loop.inputs()).toIValue() < 2**62
