@@ -100,11 +100,15 @@ class Archive:
             raise zipfile.BadZipFile(f"{name} has {self.size(name)} bytes")
         return self._zip.read(self._members[name])
 
-    def storage(self, name: str) -> torch.UntypedStorage:
-        """A member as the memory of tensors."""
+    def open(self, name: str) -> IO[bytes]:
+        """A member, to be read bit by bit."""
         if name not in self._members:
             raise zipfile.BadZipFile(f"there is no {name} in it")
-        with self._zip.open(self._members[name]) as file:
+        return self._zip.open(self._members[name])
+
+    def storage(self, name: str) -> torch.UntypedStorage:
+        """A member as the memory of tensors."""
+        with self.open(name) as file:
             return read_storage(file, self.size(name))
 
 

@@ -1,7 +1,8 @@
 """Looks at a TorchScript archive before torch compiles it, and at what was compiled before anything of it runs.
 
-torch.jit.load runs code of the file: methods that restore an object, and values of defaults; it takes the sizes of tensors
-as given. So what it gets is an archive written anew, of code that only declares and of tensors that fit their memory.
+torch.jit.load runs code of the file: methods that restore an object, and values of defaults; it takes the sizes of
+tensors as given. So what it gets is an archive written anew, of code that only declares and of tensors that fit their
+memory.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ from armopt.capture.files.pickles import FUNCTIONS, MOST_PICKLE, CodeError, Data
 from armopt.ir import aten
 
 _SCALARS = """
-Bool Complex ComplexImplicit Delete Float FloatImplicit Int IntImplicit ScalarImplicit Size __contains__ __derive_index
-__getitem__ __is__ __isnot__ __not__ __range_length __round_to_zero_floordiv _infer_size _set_item _shape_as_tensor
-_size_if_not_equal _tensor_to_list _list_to_tensor _unwrap_optional append as_tensor broadcast_shapes can_cast clear cpu
-dict dim divmod element_size endswith extend fabs floordiv format get hash index insert is_autocast_enabled
-is_autocast_cpu_enabled is_contiguous is_grad_enabled is_same_size is_scripting is_signed items keys len list mathremainder
-nbytes numel ord pop promote_types remove requires_grad_ result_type reverse setdefault sorted startswith storage_offset
-str stride tensor update values warn cross_entropy_loss nll_loss nll_loss_nd mse_loss l1_loss smooth_l1_loss kl_div
-binary_cross_entropy binary_cross_entropy_with_logits __interpolate __upsample __upsample_bilinear __upsample_nearest
-_batch_norm_impl_index _pack_padded_sequence _pad_packed_sequence grid_sampler degrees radians is_neg is_conj is_inference
-output_nr is_leaf data device dtype layout
+Bool Complex ComplexImplicit Delete Float FloatImplicit Int IntImplicit ScalarImplicit Size __contains__
+__derive_index __getitem__ __is__ __isnot__ __not__ __range_length __round_to_zero_floordiv _infer_size _set_item
+_shape_as_tensor _size_if_not_equal _tensor_to_list _list_to_tensor _unwrap_optional append as_tensor broadcast_shapes
+can_cast clear cpu dict dim divmod element_size endswith extend fabs floordiv format get hash index insert
+is_autocast_enabled is_autocast_cpu_enabled is_contiguous is_grad_enabled is_same_size is_scripting is_signed items
+keys len list mathremainder nbytes numel ord pop promote_types remove requires_grad_ result_type reverse setdefault
+sorted startswith storage_offset str stride tensor update values warn cross_entropy_loss nll_loss nll_loss_nd mse_loss
+l1_loss smooth_l1_loss kl_div binary_cross_entropy binary_cross_entropy_with_logits __interpolate __upsample
+__upsample_bilinear __upsample_nearest _batch_norm_impl_index _pack_padded_sequence _pad_packed_sequence grid_sampler
+degrees radians is_neg is_conj is_inference output_nr is_leaf data device dtype layout
 """
 #: Operations of TorchScript on numbers and lists, which capture evaluates or refuses.
 _ATEN = frozenset(_SCALARS.split())
 _PRIM_NAMES = """
 BroadcastSizes CallFunction CallMethod Constant ConstantChunk CreateObject DictConstruct EnumName EnumValue Enter Exit
-GetAttr If ListConstruct ListUnpack Loop ModuleContainerIndex NumToTensor RaiseException SetAttr TupleConstruct TupleIndex
-TupleSlice TupleUnpack TypeCheck Uninitialized abs data device dtype id index is_cpu is_cuda is_meta is_mkldnn is_mps
-is_mtia is_nested is_quantized is_sparse is_sparse_csr is_xla is_xpu is_vulkan is_ipu is_maia isinstance itemsize layout
-max min name nbytes ndim rangelist requires_grad shape tolist type unchecked_cast unchecked_unwrap_optional Print
-StringIndex grad
+GetAttr If ListConstruct ListUnpack Loop ModuleContainerIndex NumToTensor RaiseException SetAttr TupleConstruct
+TupleIndex TupleSlice TupleUnpack TypeCheck Uninitialized abs data device dtype id index is_cpu is_cuda is_meta
+is_mkldnn is_mps is_mtia is_nested is_quantized is_sparse is_sparse_csr is_xla is_xpu is_vulkan is_ipu is_maia
+isinstance itemsize layout max min name nbytes ndim rangelist requires_grad shape tolist type unchecked_cast
+unchecked_unwrap_optional Print StringIndex grad
 """
 _PRIM = frozenset(_PRIM_NAMES.split())
 _TORCHVISION = frozenset(("nms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"))
@@ -49,8 +50,8 @@ _PROFILER = frozenset(("_record_function_enter", "_record_function_enter_new", "
 _FORMS = frozenset(
     ("annotate", "unchecked_cast", "uninitialized", "getattr", "range", "isinstance", "int", "float", "bool", "str")
 )
-#: What text may be handed to; anything else could make much of a little.
-_OF_TEXT = frozenset(("add", "add_", "mul", "mul_", "__getitem__", "list"))
+#: Characters that text may grow to where it is put together: for messages of errors.
+_MOST_TEXT = 1 << 16
 #: Times that a loop may run: each becomes calls of its own.
 MOST_TURNS = 10_000
 _FORBIDDEN = re.compile(rb"__(?:set|get)state__|torch[\s\\]*\.[\s\\]*classes|[^\x20-\x7e\n]")
@@ -77,15 +78,14 @@ def rewritten(archive: Archive, path: Path) -> None:
     for name in sorted(sources):
         _check_source(sources[name], name)
     used = _check_objects(archive, "constants") | _check_objects(archive, "data")
+    kept = {name: archive.read(name, MOST_PICKLE) for name in ("constants.pkl", "data.pkl")} | sources
     writer = torch._C.PyTorchFileWriter(str(path))
-    texts = {name: archive.read(name, MOST_PICKLE) for name in ("data.pkl", "constants.pkl", "version", "byteorder") if name in archive}
-    for name, data in (texts | sources).items():
-        if name not in ("version", "byteorder"):
-            writer.write_record(name, data, len(data))
+    for name, data in kept.items():
+        writer.write_record(name, data, len(data))
     for name in sorted(used):
         storage = archive.storage(name)
         writer.write_record(name, storage, storage.nbytes())  # type: ignore[arg-type]
-    writer.set_min_version(_version(texts.get("version", b"")))
+    writer.set_min_version(_version(archive))
     writer.write_end_of_file()
 
 
@@ -93,8 +93,8 @@ def _is_code(name: str) -> bool:
     return name.startswith("code/") and name.endswith(".py")
 
 
-def _version(text: bytes) -> int:
-    number = int(text)
+def _version(archive: Archive) -> int:
+    number = int(archive.read(next((name for name in ("version", ".data/version") if name in archive), "version"), 16))
     if not 1 <= number <= 100:
         raise ValueError(f"it is of the version {number}")
     return number
@@ -154,7 +154,12 @@ def _list_of(*kinds: type) -> Callable[[Any], list[Any]]:
 
 
 def _tagged(value: Any, kind: Any) -> Any:
-    if not isinstance(kind, str) or not _TYPE.fullmatch(kind) or "classes" in kind or not isinstance(value, (list, dict)):
+    if (
+        not isinstance(kind, str)
+        or not _TYPE.fullmatch(kind)
+        or "classes" in kind
+        or not isinstance(value, (list, dict))
+    ):
         raise pickle.UnpicklingError("a container of an unknown type")
     return value
 
@@ -227,7 +232,9 @@ def _check_class(described: ast.ClassDef, name: str) -> None:
                 pass
             case ast.AnnAssign(value=value) if value is None or _is_literal(value):
                 pass
-            case ast.Assign(targets=[ast.Subscript(value=ast.Name(id="__annotations__"))], value=value) if _is_type(value):
+            case ast.Assign(targets=[ast.Subscript(value=ast.Name(id="__annotations__"))], value=value) if _is_type(
+                value
+            ):
                 pass
             case ast.Assign(targets=[ast.Name()], value=value) if _is_literal(value):
                 pass
@@ -242,16 +249,15 @@ def _check_function(described: ast.FunctionDef, name: str) -> None:
             raise UnshownError(f"the default {_shown(default)} in {name}")
     if described.decorator_list:
         raise UnshownError(f"a decorated function in {name}")
+    _texts(described, name)
     functions = _functions(described)
-    texts = _texts(described)
     for node in _walk(described):
         if isinstance(node, ast.Attribute):
             _check_operation(node, name)
         elif isinstance(node, ast.Call):
-            _check_call(node, functions, texts, name)
+            _check_call(node, functions, name)
         elif isinstance(node, (ast.Lambda, ast.ListComp, ast.GeneratorExp, ast.JoinedStr, ast.FunctionDef, ast.BinOp)):
-            if node is not described:
-                raise UnshownError(f"{_shown(node)} in {name}")
+            raise UnshownError(f"{_shown(node)} in {name}")
 
 
 def _walk(described: ast.FunctionDef) -> Iterator[ast.AST]:
@@ -263,44 +269,42 @@ def _functions(described: ast.FunctionDef) -> set[str]:
     """Names that stand for functions of the file, and for nothing else."""
     names, others = set[str](), set[str]()
     for node in _walk(described):
-        match node:
-            case ast.Assign(targets=[ast.Name(id=target)], value=value) if _root(value) == "__torch__":
-                names.add(target)
-            case ast.Name(id=target, ctx=ast.Store()):
-                pass
-    for node in _walk(described):
-        if isinstance(node, ast.Assign) and _root(node.value) != "__torch__":
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and _root(node.value) == "__torch__":
+            names.add(node.targets[0].id)
+        elif isinstance(node, ast.Assign):
             others |= {each.id for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Name)}
         elif isinstance(node, (ast.For, ast.AnnAssign, ast.AugAssign)):
             others |= {each.id for each in ast.walk(node.target) if isinstance(each, ast.Name)}
     return names - others
 
 
-def _texts(described: ast.FunctionDef) -> set[str]:
-    """Names that may stand for text."""
-    found = set[str]()
-    while True:
-        more = {
-            target.id
-            for node in _walk(described)
-            if isinstance(node, ast.Assign) and _is_text(node.value, found)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
-        if more <= found:
-            return found
-        found |= more
+def _texts(described: ast.FunctionDef, name: str) -> None:
+    """Refuses text that grows: torch evaluates what depends on constants alone as it compiles."""
+    lengths: dict[str, int] = {}
+    assigned = [node for node in _walk(described) if isinstance(node, ast.Assign)]
+    for node in sorted(assigned, key=lambda each: (each.lineno, each.col_offset)):
+        length = _length(node.value, lengths)
+        if length > _MOST_TEXT:
+            raise UnshownError(f"text of {length} characters in {name}")
+        for target in node.targets:
+            if isinstance(target, ast.Name):
+                lengths[target.id] = max(length, lengths.get(target.id, 0))
 
 
-def _is_text(value: ast.expr, known: set[str]) -> bool:
+def _length(value: ast.expr, known: Mapping[str, int]) -> int:
+    """Most characters of text that an expression may stand for; 0 where it is none."""
     match value:
-        case ast.Constant(value=str()):
-            return True
+        case ast.Constant(value=str(text)):
+            return len(text)
         case ast.Name(id=name):
-            return name in known
-        case ast.Call(func=ast.Attribute(attr="format" | "str")) | ast.Call(func=ast.Name(id="str")):
-            return True
-    return False
+            return known.get(name, 0)
+        case ast.Call(func=ast.Attribute(attr="mul" | "mul_"), args=args) if any(_length(arg, known) for arg in args):
+            return _MOST_TEXT + 1
+        case ast.Call(func=ast.Attribute(attr="add" | "add_" | "format" | "str"), args=args):
+            # a number takes some characters, and a template may name each argument as often as it has room
+            lengths = [_length(arg, known) for arg in args]
+            return sum(lengths) * max(1, lengths[0] // 2) if sum(lengths) else 0
+    return 0
 
 
 def _root(node: ast.expr) -> str:
@@ -321,18 +325,13 @@ def _check_operation(node: ast.Attribute, name: str) -> None:
         raise UnshownError(f"a call of {'.'.join(parts[:3])} in {name}")
 
 
-def _check_call(node: ast.Call, functions: set[str], texts: set[str], name: str) -> None:
+def _check_call(node: ast.Call, functions: set[str], name: str) -> None:
     match node.func:
         case ast.Name(id=called) if called in _FORMS or called in functions:
             return
         case ast.Attribute(attr=called) as method:
             if _root(method) not in ("torch", "ops", "__torch__", "CONSTANTS") and not _is_method(called):
                 raise UnshownError(f"a call of {called} in {name}")
-            given = [*node.args, *(keyword.value for keyword in node.keywords)]
-            texts_given = [value for value in given if _is_text(value, texts)]
-            repeated = called == "format" and any(_is_text(value, texts) for value in given[1:])
-            if _root(method) == "torch" and texts_given and (called in _OF_TEXT or repeated):
-                raise UnshownError(f"text that grows by {called} in {name}")
             return
         case ast.Name() | ast.Subscript() if _root(node.func) in ("__torch__",):
             return
@@ -383,7 +382,9 @@ def _is_literal(value: ast.expr) -> bool:
             return _is_type(kind) and _is_literal(inner)
         case ast.Attribute(value=ast.Name(id="CONSTANTS")):
             return True
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="device"), args=[ast.Constant()], keywords=[]):
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="torch"), attr="device"), args=[ast.Constant()], keywords=[]
+        ):
             return True
     return False
 
