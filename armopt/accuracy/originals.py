@@ -14,6 +14,7 @@ from armopt.accuracy import runs
 from armopt.accuracy import samples as samples_module
 from armopt.accuracy.metrics import relative_error
 from armopt.capture import inputs
+from armopt.capture.files.format import TrustedFile
 from armopt.errors import InputError
 from armopt.ir import nesting
 from armopt.ir.calls import call_of, layers
@@ -45,13 +46,6 @@ class Original:
     reference: Callable[[Sequence[torch.Tensor]], Sequence[Any]]
     anchor: Callable[[Sequence[torch.Tensor]], Sequence[Any]] | None
     prepared: fx.GraphModule | None
-
-
-@dataclass(frozen=True, slots=True)
-class TrustedFile:
-    """A model file that may run code as it is unpickled."""
-
-    path: str | Path
 
 
 Against = str | Path | torch.nn.Module | TrustedFile

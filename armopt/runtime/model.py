@@ -101,6 +101,12 @@ class Model(Loaded):
         for tensor, (name, shape, dtype) in zip(tensors, self._specs, strict=True):
             if not isinstance(tensor, torch.Tensor):
                 raise InputError(f"expected a tensor, found a {type(tensor).__name__}", where=f"input {name}")
+            if not tensor.is_cpu:
+                raise InputError(
+                    f"expected a tensor on the CPU, found one on {tensor.device}",
+                    where=f"input {name}",
+                    hint='Convert it with .to("cpu"); a meta tensor has no values',
+                )
             if tensor.dtype != dtype:
                 raise InputError(
                     f"expected {_short(dtype)}, found {_short(tensor.dtype)}",

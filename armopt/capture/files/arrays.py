@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -38,8 +38,6 @@ def _load(file: IO[bytes], size: int, name: str) -> torch.Tensor:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes > size:
         raise ValueError(f"{name} of shape {shape} has {size} bytes")
-    data = read_storage(file, nbytes)
-    array = np.ndarray(
-        shape, dtype, torch.empty(0, dtype=torch.uint8).set_(data).numpy(), order="F" if by_columns else "C"
-    )  # type: ignore[call-overload]
-    return torch.from_numpy(np.ascontiguousarray(array.astype(dtype.newbyteorder("="), copy=False)))
+    data = torch.empty(0, dtype=torch.uint8).set_(read_storage(file, nbytes)).numpy()  # type: ignore[call-overload]
+    array: Any = np.ndarray(shape, dtype, data, order="F" if by_columns else "C")
+    return torch.from_numpy(np.array(array, dtype.newbyteorder("="), order="C"))

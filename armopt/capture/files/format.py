@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # help lists formats without importing torch
     from armopt.capture.inputs import InputOption
     from armopt.ir.records import Captured
 
+#: What to do about a file that can't be shown to be harmless.
+TRUST = "If you trust it, pass --trust-pickle (in Python: armopt.TrustedFile(path))"
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -25,7 +28,7 @@ class Options:
         inputs: ``--input`` options.
         samples: Named tensors from ``--inputs``.
         batch: Sizes of the first dimension to plan for.
-        trust_pickle: Whether unpickling may run code.
+        trust_pickle: Whether reading may run code of the file.
     """
 
     model: str = ""
@@ -33,6 +36,13 @@ class Options:
     samples: Mapping[str, torch.Tensor] | None = None
     batch: tuple[int, ...] = ()
     trust_pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedFile:
+    """A model file that may run code as it is read: ``--trust-pickle`` of the command line."""
+
+    path: str | Path
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import torch
 
 from armopt import capture
 from armopt.capture.files.archive import Archive, one_error
-from armopt.capture.files.format import Content, Format, Options
+from armopt.capture.files.format import TRUST, Content, Format, Options
 from armopt.capture.files.modules import arrange_inputs
 from armopt.capture.files.pt2_reader import Exported, UnshownError, read
 from armopt.errors import ArmoptError, InputError
@@ -59,7 +59,7 @@ def _trusted(path: Path, options: Options, found: UnshownError) -> Exported:
         raise InputError(
             f"holds what may run code as it is read: {found}",
             where=str(path),
-            hint="If you trust it, pass --trust-pickle; better: export it again with this torch",
+            hint=f"{TRUST}; better: export it again with this torch",
         )
     program = torch.export.load(path)
     return Exported(program, *(program.example_inputs or (None, None)))

@@ -10,7 +10,7 @@ import torch
 
 from armopt import capture
 from armopt.capture.files.archive import one_error
-from armopt.capture.files.format import Content, Format, Options
+from armopt.capture.files.format import TRUST, Content, Format, Options
 from armopt.capture.files.modules import capture_module, capture_state, checked_state
 from armopt.capture.files.pickles import CodeError, load
 from armopt.errors import InputError, first_line
@@ -50,7 +50,7 @@ def _open_pickle(path: Path, options: Options, found: CodeError) -> Captured:
         raise InputError(
             f"holds a pickled object ({found}), and unpickling runs code from the file",
             where=str(path),
-            hint="If you trust it, pass --trust-pickle; better: save a state dict or a .pt2 from torch.export",
+            hint=f"{TRUST}; better: save a state dict or a .pt2 from torch.export",
         )
     torchvision_ops.ensure_torchvision_if_installed()
     try:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from armopt import capture
-from armopt.capture.files import scripts
+from armopt.capture.files import script_code, scripts
 from armopt.capture.files.archive import Archive, one_error
-from armopt.capture.files.format import Content, Format, Options
+from armopt.capture.files.format import TRUST, Content, Format, Options
 from armopt.capture.files.modules import arrange_inputs
 from armopt.errors import ArmoptError, InputError
 from armopt.ir.records import Captured
@@ -50,9 +50,9 @@ def _convert(script: Any, args: Any, kwargs: Any, path: Path, options: Options) 
     from torch._export.converter import TS2EPConverter
 
     with torch.no_grad(), capture.quiet():
-        _look(lambda: scripts.check_graph(script.inlined_graph), path, options)
+        _look(lambda: script_code.check_graph(script.inlined_graph), path, options)
         converter = TS2EPConverter(script.eval(), args, kwargs)
-        _look(lambda: scripts.check_graph(converter.ts_graph), path, options)
+        _look(lambda: script_code.check_graph(converter.ts_graph), path, options)
         return converter.convert()
 
 
@@ -79,13 +79,13 @@ def _look(at: Callable[[], None], path: Path, options: Options) -> bool:
     """Whether what is looked at can be shown to be harmless; an error where not and the file is not trusted."""
     try:
         at()
-    except scripts.UnshownError as error:
+    except script_code.UnshownError as error:
         if options.trust_pickle:
             return False
         raise InputError(
             f"holds what may run code as it is read: {error}",
             where=str(path),
-            hint="If you trust it, pass --trust-pickle; better: a state dict, or a .pt2 from torch.export",
+            hint=f"{TRUST}; better: a state dict, or a .pt2 from torch.export",
         ) from None
     return True
 
