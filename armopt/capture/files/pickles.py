@@ -69,6 +69,13 @@ def _parameter(data: torch.Tensor, requires_grad: Any, hooks: Any) -> torch.nn.P
     return torch.nn.Parameter(data, requires_grad is True)
 
 
+def _versions(found: Any) -> dict[str, dict[str, int]]:
+    """What a state dict says of its modules: the version of each."""
+    items = found.items() if isinstance(found, dict) else ()
+    versions = {name: about.get("version") for name, about in items if isinstance(about, dict)}
+    return {name: {"version": version} for name, version in versions.items() if type(version) is int}
+
+
 def _ordered(items: Any = ()) -> collections.OrderedDict[Any, Any]:
     if not all(isinstance(key, (str, int)) for key, _ in items):
         raise pickle.UnpicklingError("a dictionary by something other than names and numbers")
@@ -142,8 +149,7 @@ class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         state, value = self.stack.pop(), self.stack[-1]
         if type(value) is not collections.OrderedDict or not isinstance(state, dict):
             raise CodeError(f"the state of a {type(value).__name__}")
-        if "_metadata" in state:  # the versions of a state dict's modules
-            value._metadata = state["_metadata"]  # type: ignore[attr-defined]
+        value._metadata = _versions(state.get("_metadata"))  # type: ignore[attr-defined]
 
     def _append(self) -> None:
         value = self.stack.pop()

@@ -23,7 +23,7 @@ from armopt.capture.files.script_code import UnshownError, check_source
 _TYPE = re.compile(r"[\w\[\], .]{1,2000}", re.ASCII)
 _OBJECT = re.compile(r"__torch__(?:\.\w+)*", re.ASCII)
 _MOST_DEPTH = 100
-_MOST_CODE = 1 << 25
+_MOST_CODE = 1 << 23
 
 
 def rewritten(archive: Archive, path: Path) -> None:
