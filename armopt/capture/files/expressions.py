@@ -7,6 +7,7 @@ So they go through a grammar first: numbers, names of symbols and arithmetic on 
 from __future__ import annotations
 
 import ast
+import math
 import re
 
 #: Characters of one expression. A detection model of ten stages has some thousand.
@@ -98,30 +99,32 @@ def _power(base: ast.expr, exponent: ast.expr) -> int:
 def _of_call(name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> int:
     if name == "Symbol":
         return _symbol(args, keywords)
-    if name == "Float":  # its digits as text
-        if not args or not re.fullmatch(r"'-?[\d.]{1,40}(?:e[-+]?\d{1,3})?'", ast.unparse(args[0])):
-            raise UnreadableError("a Float of something else")
-        _assumed(keywords, frozenset({"precision"}))
-        return 1
+    if name == "Float":
+        return _float(args, keywords)
     if keywords:
         raise UnreadableError(f"{name} by {keywords[0].arg!r}")
-    if name == "Integer":
-        if len(args) != 1 or not re.fullmatch(r"-?\d{1,19}", ast.unparse(args[0])):
-            raise UnreadableError("an Integer of something else")
-        return 1
-    if name == "Rational":
-        return max(_of_call("Integer", [arg], []) for arg in args)
+    if name in ("Integer", "Rational"):
+        return _integers(args)
     if name in ("Pow", "PowByNatural") and len(args) == 2:
         return _power(*args)
     if name not in ("Add", "Mul") and name not in _OPAQUE:
         raise UnreadableError(f"a call of {name[:40]!r}")
-    terms = [_terms(arg) for arg in args] or [1]
-    if name == "Mul":
-        product = 1
-        for each in terms:
-            product = _bounded(product * each)
-        return product
-    return _bounded(sum(terms), opaque=name in _OPAQUE)
+    terms = [_terms(arg) for arg in args]
+    return _bounded(math.prod(terms) if name == "Mul" else sum(terms), opaque=name in _OPAQUE)
+
+
+def _float(args: list[ast.expr], keywords: list[ast.keyword]) -> int:
+    """``Float('0.5', precision=53)``: its digits stand there as text."""
+    if not args or not re.fullmatch(r"'-?[\d.]{1,40}(?:e[-+]?\d{1,3})?'", ast.unparse(args[0])):
+        raise UnreadableError("a Float of something else")
+    _assumed(keywords, frozenset({"precision"}))
+    return 1
+
+
+def _integers(args: list[ast.expr]) -> int:
+    if not all(re.fullmatch(r"-?\d{1,19}", ast.unparse(arg)) for arg in args):
+        raise UnreadableError("an Integer of something else")
+    return 1
 
 
 def _symbol(args: list[ast.expr], keywords: list[ast.keyword]) -> int:
