@@ -374,7 +374,8 @@ def test_expressions_of_sizes_stay_as_they_are(text: str) -> None:
 # --- TorchScript ---
 
 SOURCE = f"code/__torch__/{__name__.replace('.', '/')}.py"
-SELF = f"self: __torch__.{__name__}.Scripted"
+THIS = f"__torch__.{__name__}"
+SELF = f"self: {THIS}.Scripted"
 
 
 def code(change: Callable[[str], str]) -> dict[str, Any]:
@@ -428,6 +429,32 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
     "text without end": (
         within("\n    ".join(['t = "aaaaaaaaaaaaaaaa"', *["t = torch.add(t, t)"] * 20])),
         "text of",
+    ),
+    "calls without end": (
+        code(
+            lambda source: (
+                source
+                + "\n".join(
+                    f"def f{i}(x: int) -> int:\n  return torch.add({THIS}.f{i + 1}(x), {THIS}.f{i + 1}(x))"
+                    for i in range(40)
+                )
+                + "\ndef f40(x: int) -> int:\n  return x\n"
+            )
+        ),
+        "calls within f",
+    ),
+    "calls of methods without end": (
+        method(
+            "\n".join(
+                f"def f{i}({SELF}) -> int:\n  return torch.add((self).f{i + 1}(), (self).f{i + 1}())" for i in range(40)
+            )
+            + f"\ndef f40({SELF}) -> int:\n  return 1"
+        ),
+        "calls within f",
+    ),
+    "a function that calls itself": (
+        method(f"def f({SELF}) -> int:\n  return (self).f()"),
+        "a call of f within itself",
     ),
     "text so wide": (within('t = torch.ljust("a", 1000000000000, " ")'), "a call of torch.ljust"),
     "a statement outside of functions": (code(lambda s: f'x = torch.save(1, "pwned")\n{s}'), "in code/__torch__"),

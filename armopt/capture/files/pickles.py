@@ -82,6 +82,12 @@ def _ordered(items: Any = ()) -> collections.OrderedDict[Any, Any]:
     return collections.OrderedDict(items)
 
 
+def _set(items: Any) -> frozenset[Any]:
+    if not all(isinstance(item, (str, int, float)) for item in items):
+        raise pickle.UnpicklingError("a set of something other than names and numbers")
+    return frozenset(items)
+
+
 def _bytes(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes as {encoding}")
@@ -102,6 +108,8 @@ FUNCTIONS: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("torch", "device"): str,
     ("collections", "OrderedDict"): _ordered,
     ("_codecs", "encode"): _bytes,
+    ("__builtin__", "set"): _set,
+    ("builtins", "set"): _set,
 }
 
 

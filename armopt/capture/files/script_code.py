@@ -52,7 +52,7 @@ class UnshownError(Exception):
     """What a file holds that can't be shown to be harmless."""
 
 
-def check_source(data: bytes, name: str) -> None:
+def check_source(data: bytes, name: str) -> ast.Module:
     """Refuses code that runs as it is loaded, and calls of anything but operations on tensors, numbers and lists."""
     if found := _FORBIDDEN.search(data):
         raise UnshownError(f"{found[0].decode(errors='replace')!r} in {name}")
@@ -67,6 +67,7 @@ def check_source(data: bytes, name: str) -> None:
             _check_function(statement, name)
         else:
             raise UnshownError(f"{_shown(statement)} in {name}")
+    return tree
 
 
 def _check_class(described: ast.ClassDef, name: str) -> None:
@@ -154,16 +155,23 @@ def _length(value: ast.expr, known: Mapping[str, int]) -> int:
     return 0
 
 
-def _root(node: ast.expr) -> str:
+def dotted(node: ast.expr) -> str:
+    """``a.b.c`` as text; empty where it begins with something other than a name."""
+    parts: list[str] = []
     while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
         node = node.value
-    return node.id if isinstance(node, ast.Name) else ""
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+def _root(node: ast.expr) -> str:
+    return dotted(node).partition(".")[0]
 
 
 def _check_operation(node: ast.Attribute, name: str) -> None:
     """Looks at ``torch.NAME`` and ``ops.PACKAGE.NAME``."""
-    root = _root(node)
-    parts = ast.unparse(node).split(".")
+    parts = dotted(node).split(".")
+    root = parts[0]
     if root == "torch" and len(parts) == 2 and parts[1] in ("nn", "jit", "device", "dtype", "Tensor", "Generator"):
         return
     if (root == "torch" and not _is_allowed("aten", parts[1])) or (

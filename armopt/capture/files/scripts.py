@@ -18,6 +18,7 @@ import torch
 
 from armopt.capture.files.archive import Archive, check_view
 from armopt.capture.files.pickles import FUNCTIONS, MOST_PICKLE, CodeError, DataUnpickler, sizes_of
+from armopt.capture.files.script_calls import check_sizes
 from armopt.capture.files.script_code import UnshownError, check_source
 
 _TYPE = re.compile(r"[\w\[\], .]{1,2000}", re.ASCII)
@@ -36,8 +37,7 @@ def rewritten(archive: Archive, path: Path) -> None:
     sources = {name: archive.read(name, _MOST_CODE) for name in archive.names if _is_code(name)}
     if sum(map(len, sources.values())) > _MOST_CODE:
         raise ValueError(f"its code has more than {_MOST_CODE} bytes")
-    for name in sorted(sources):
-        check_source(sources[name], name)
+    check_sizes({name: check_source(sources[name], name) for name in sorted(sources)})
     used = _check_objects(archive, "constants") | _check_objects(archive, "data")
     kept = {name: archive.read(name, MOST_PICKLE) for name in ("constants.pkl", "data.pkl")} | sources
     writer = torch._C.PyTorchFileWriter(str(path))
