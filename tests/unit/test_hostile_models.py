@@ -505,6 +505,9 @@ BEYOND = {
     "a memo of four billion": b"\x80\x02K\x01r\xff\xff\xff\xff.",
     "a stack that is empty": b"\x80\x02t.",
     "nothing": b"",
+    "a device of many": b"\x80\x02ctorch\ndevice\n]" + b"\x85R.",
+    "parts that stand twice": b"\x80\x02]q\x00" + b"".join(b"(h%ch%clq%c" % (i, i, i + 1) for i in range(60)) + b".",
+    "a part of itself": b"\x80\x02]q\x00h\x00a.",
     "a nest without end": b"\x80\x02" + b"]" * 200 + b"a" * 199 + b".",
 }
 

@@ -119,7 +119,8 @@ def read_storage(file: IO[bytes], size: int) -> torch.UntypedStorage:
         EOFError: There are fewer.
     """
     tensor = torch.empty(size, dtype=torch.uint8)
-    into: Any = memoryview(tensor.numpy())
+    array: Any = tensor.numpy()
+    into = memoryview(array)
     done = 0
     while done < size:
         data = file.read(min(_CHUNK, size - done))
@@ -141,7 +142,7 @@ def view(
         ValueError: See :func:`check_view`.
     """
     check_view(storage.nbytes(), dtype, offset, size, stride)
-    tensor: torch.Tensor = torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)  # type: ignore[call-overload]
+    tensor: torch.Tensor = torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
     return tensor
 
 
@@ -153,7 +154,7 @@ def check_view(nbytes: int, dtype: torch.dtype, offset: int, size: tuple[int, ..
     """
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or any(type(n) is not int or not 0 <= n < 1 << 48 for n in numbers):
-        raise ValueError(f"no tensor has the size {size} and the stride {stride}")
+        raise ValueError("a tensor's place in its memory is no list of numbers")
     count = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else offset - 1
     if (last + 1) * dtype.itemsize > nbytes:

@@ -30,7 +30,7 @@ def load_npz(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _load(file: IO[bytes], size: int, name: str) -> torch.Tensor:
-    version = npy.read_magic(file)  # type: ignore[no-untyped-call]
+    version = npy.read_magic(file)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, by_columns, dtype = read(file, max_header_size=_MOST_HEADER)
     if dtype.hasobject or dtype.fields or dtype.subdtype:
@@ -38,6 +38,6 @@ def _load(file: IO[bytes], size: int, name: str) -> torch.Tensor:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes > size:
         raise ValueError(f"{name} of shape {shape} has {size} bytes")
-    data = torch.empty(0, dtype=torch.uint8).set_(read_storage(file, nbytes)).numpy()  # type: ignore[call-overload]
+    data = torch.empty(0, dtype=torch.uint8).set_(read_storage(file, nbytes)).numpy()
     array: Any = np.ndarray(shape, dtype, data, order="F" if by_columns else "C")
     return torch.from_numpy(np.array(array, dtype.newbyteorder("="), order="C"))

@@ -10,7 +10,7 @@ import collections
 import io
 import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -21,6 +21,7 @@ from armopt.errors import InputError
 
 #: Bytes of a pickle without its tensors: a state dict of ten thousand has some two million.
 MOST_PICKLE = 1 << 25
+_MOST_DEPTH, _MOST_VALUES = 100, 10_000_000
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -46,7 +47,7 @@ GLOBAL STACK_GLOBAL BINPERSID
 """
 _KEPT = {
     ord(getattr(pickle, name)): pickle._Unpickler.dispatch[ord(getattr(pickle, name))] for name in _OPCODES.split()
-}  # type: ignore[attr-defined]
+}
 
 
 #: The memory of a tensor, and what it holds.
@@ -88,6 +89,12 @@ def _set(items: Any) -> frozenset[Any]:
     return frozenset(items)
 
 
+def _device(kind: Any, *index: Any) -> str:
+    if not isinstance(kind, str):
+        raise pickle.UnpicklingError("a device by something other than a name")
+    return kind
+
+
 def _bytes(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes as {encoding}")
@@ -105,7 +112,7 @@ FUNCTIONS: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_qtensor"): _quantized,
     ("torch", "Size"): tuple,
-    ("torch", "device"): str,
+    ("torch", "device"): _device,
     ("collections", "OrderedDict"): _ordered,
     ("_codecs", "encode"): _bytes,
     ("__builtin__", "set"): _set,
@@ -113,7 +120,7 @@ FUNCTIONS: Mapping[tuple[str, str], Callable[..., Any]] = {
 }
 
 
-class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class DataUnpickler(pickle._Unpickler):
     """Reads a pickle without calling anything that it names.
 
     It is Python's own in Python: the one in C takes the numbers of the memo as given, and asks for that much memory.
@@ -141,11 +148,12 @@ class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     def persistent_load(self, pid: Any) -> Storage:
         """The memory of a tensor."""
         kind, dtype, key, _, count, *rest = pid
-        if kind != "storage" or type(dtype) is not torch.dtype or type(count) is not int or any(rest):
+        plain = kind == "storage" and type(key) is str and type(dtype) is torch.dtype and type(count) is int
+        if not plain or any(each is not None for each in rest):
             raise pickle.UnpicklingError("a tensor's memory is described otherwise")
         if count < 0:
             raise pickle.UnpicklingError(f"a tensor of {count} values")
-        return self._find(str(key), count * dtype.itemsize), dtype
+        return self._find(key, count * dtype.itemsize), dtype
 
     def _reduce(self) -> None:
         args, function = self.stack.pop(), self.stack[-1]
@@ -187,6 +195,8 @@ class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
             raise pickle.UnpicklingError("something other than a list grows")
         return stack[-1]
 
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
     functions: ClassVar[Mapping[tuple[str, str], Callable[..., Any]]] = FUNCTIONS
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {
         **_KEPT,
@@ -208,7 +218,43 @@ def load_archive(archive: Archive, name: str = "data.pkl") -> Any:
     """
     if "byteorder" in archive and archive.read("byteorder", 16) != sys.byteorder.encode():
         raise pickle.UnpicklingError("it was written on a machine of another byte order")
-    return DataUnpickler(io.BytesIO(archive.read(name, MOST_PICKLE)), storages_of(archive)).load()
+    content = DataUnpickler(io.BytesIO(archive.read(name, MOST_PICKLE)), storages_of(archive)).load()
+    check_nesting(content, parts_of)
+    return content
+
+
+def check_nesting(value: Any, parts_of: Callable[[Any], Iterable[Any]]) -> None:
+    """Refuses values that nest deeply, and those that few parts make very many of by standing in each other twice.
+
+    Args:
+        value: What a pickle holds.
+        parts_of: What a value is made of.
+
+    Raises:
+        ValueError: It does.
+    """
+    known: dict[int, int] = {}
+    inside: set[int] = set()
+
+    def count(each: Any) -> int:
+        if id(each) in inside or len(inside) > _MOST_DEPTH:
+            raise ValueError("its values nest without end")
+        if id(each) not in known:
+            inside.add(id(each))
+            known[id(each)] = 1 + sum(map(count, parts_of(each)))
+            inside.discard(id(each))
+        if known[id(each)] > _MOST_VALUES:
+            raise ValueError(f"it holds {known[id(each)]} values")
+        return known[id(each)]
+
+    count(value)
+
+
+def parts_of(value: Any) -> Iterable[Any]:
+    """What a container holds."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, (list, tuple, frozenset)) else ()
 
 
 def storages_of(archive: Archive, folder: str = "data") -> Callable[[str, int], torch.UntypedStorage]:
@@ -264,7 +310,7 @@ def _load_stream(file: IO[bytes], size: int) -> Any:
             declared += nbytes
             if declared > size:
                 raise pickle.UnpicklingError(f"a file of {size} bytes says that it holds {declared}")
-            held[key] = torch.UntypedStorage(nbytes)
+            held[key] = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
         if held[key].nbytes() != nbytes:
             raise pickle.UnpicklingError("a tensor's memory has two sizes")
         return held[key]
@@ -278,7 +324,8 @@ def _load_stream(file: IO[bytes], size: int) -> Any:
         raise pickle.UnpicklingError("it was written on a machine of another byte order")
     content, keys = next(reader), next(reader)
     file.seek(head.tell())
-    if sorted(keys) != sorted(held):
+    check_nesting(content, parts_of)
+    if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(held):
         raise pickle.UnpicklingError("its tensors have other keys")
     for key in keys:
         count, storage = int.from_bytes(file.read(8), "little"), held[key]

@@ -10,20 +10,27 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from armopt.capture.files.archive import Archive, check_view
-from armopt.capture.files.pickles import FUNCTIONS, MOST_PICKLE, CodeError, DataUnpickler, sizes_of
+from armopt.capture.files.pickles import (
+    FUNCTIONS,
+    MOST_PICKLE,
+    CodeError,
+    DataUnpickler,
+    check_nesting,
+    parts_of,
+    sizes_of,
+)
 from armopt.capture.files.script_calls import check_sizes
 from armopt.capture.files.script_code import UnshownError, check_source
 
 _TYPE = re.compile(r"[\w\[\], .]{1,2000}", re.ASCII)
 _OBJECT = re.compile(r"__torch__(?:\.\w+)*", re.ASCII)
-_MOST_DEPTH = 100
 _MOST_CODE = 1 << 23
 
 
@@ -143,23 +150,9 @@ def _check_objects(archive: Archive, part: str) -> set[str]:
         content = _ObjectUnpickler(io.BytesIO(archive.read(f"{part}.pkl", MOST_PICKLE)), find).load()
     except CodeError as error:
         raise UnshownError(f"a pickle of {error} in {part}.pkl") from None
-    _check_depth(content, {}, set())
+    check_nesting(content, _parts_of)
     return used
 
 
-def _check_depth(value: Any, known: dict[int, int], inside: set[int]) -> int:
-    """How deep a value nests; torch goes through it by recursion."""
-    parts: Any = ()
-    if isinstance(value, _Object):
-        parts = (value.state,)
-    elif isinstance(value, dict):
-        parts = value.values()
-    elif isinstance(value, (list, tuple)):
-        parts = value
-    if id(value) in inside or len(inside) > _MOST_DEPTH:
-        raise ValueError("its values nest without end")
-    if id(value) not in known:
-        inside.add(id(value))
-        known[id(value)] = 1 + max((_check_depth(part, known, inside) for part in parts), default=0)
-        inside.discard(id(value))
-    return known[id(value)]
+def _parts_of(value: Any) -> Iterable[Any]:
+    return (value.state,) if isinstance(value, _Object) else parts_of(value)
