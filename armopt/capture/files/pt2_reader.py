@@ -6,7 +6,7 @@ torch.export.load unpickles what it meets, runs expressions and guards as Python
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ _ARITHMETIC = frozenset(
 )
 #: Bits that a number may take: those of a size fit into 64, and no model multiplies many.
 _MOST_BITS = 768
+#: Calls whose text is a message: it quotes names.
+_CHECKS = ("torch.ops.aten._assert_scalar.", "torch.ops.aten._assert_async.")
 #: Names of ATen that take no tensor: checks of numbers.
 _ON_NUMBERS = ("_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
 
@@ -178,12 +180,22 @@ def _program(program: pt2_schema.Program) -> bytes:
 
 def _check_graph(graph: pt2_schema.Graph) -> None:
     bits: dict[str, int] = {}
+    _check_texts(graph.inputs, "input")
     for node in graph.nodes:
         _check_target(node.target)
+        if not node.target.startswith(_CHECKS):
+            _check_texts([each.arg for each in node.inputs], node.target)
         if node.target.startswith("_operator.") and node.target != "_operator.getitem":
             _grow(bits, node)
         for inner in _graphs(node):
             _check_graph(inner)
+
+
+def _check_texts(arguments: Iterable[pt2_schema.Argument], of: str) -> None:
+    """Refuses text that could end a text in Python's source."""
+    for each in arguments:
+        if isinstance(each.as_string, str) and ("'" in each.as_string or '"' in each.as_string):
+            raise UnshownError(f"text with quotes in models/{_MODEL}.json: {of}")
 
 
 def _graphs(node: pt2_schema.Node) -> Iterator[pt2_schema.Graph]:

@@ -17,6 +17,8 @@ Name = Annotated[str, Meta(pattern=r"\A[A-Za-z_][A-Za-z0-9_]{0,400}\Z")]
 #: Of a parameter or buffer, which torch puts between quotes.
 Path = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f\"'\\]{1,1000}\Z")]
 Text = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f\"'\\]{0,1000}\Z")]
+#: Of a check of sizes: torch says there which expression on which 'node' fails.
+Message = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f\\]{0,20000}\Z")]
 #: A symbol; torch counts up to its number.
 Symbol = Annotated[str, Meta(pattern=r"\A[A-Za-z_]+\d{0,6}\Z")]
 Int = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -121,7 +123,7 @@ class Argument(OneOf, frozen=True):
     as_ints: list[Int] | UnsetType = UNSET
     as_float: Float | UnsetType = UNSET
     as_floats: list[Float] | UnsetType = UNSET
-    as_string: Text | UnsetType = UNSET
+    as_string: Message | UnsetType = UNSET
     as_strings: list[Text] | UnsetType = UNSET
     as_sym_int: SymIntArgument | UnsetType = UNSET
     as_sym_ints: list[SymIntArgument] | UnsetType = UNSET
