@@ -16,6 +16,7 @@ from armopt._version import __version__
 
 if TYPE_CHECKING:
     from armopt.accuracy import validate as validate
+    from armopt.capture.files.format import TrustedFile as TrustedFile
     from armopt.compiler.checks import Checks as Checks
     from armopt.compiler.optimize import Result as Result
     from armopt.compiler.optimize import optimize as optimize
@@ -59,6 +60,7 @@ _PUBLIC = {
     "Result": "armopt.compiler.optimize",
     "Target": "armopt.ir.records",
     "ThresholdPolicy": "armopt.plan.threshold_policy",
+    "TrustedFile": "armopt.capture.files.format",
     "compile": "armopt.dynamo.compile",
     "explain": "armopt.dynamo.explain",
     "load": "armopt.runtime.load",
@@ -85,6 +87,7 @@ __all__ = [
     "Result",
     "Target",
     "ThresholdPolicy",
+    "TrustedFile",
     "__version__",
     "compile",
     "explain",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from armopt.errors import InputError, first_line
 from armopt.ir.records import InputSpec
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+#: What Pillow is to take them for, whatever the file says of itself.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+#: Pixels on a side; all together Pillow's own limit holds, some 90 million.
+_MOST_SIDE = 32_768
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -41,9 +46,13 @@ def open_image(path: Path) -> Any:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if max(image.size) > _MOST_SIDE:
+                    raise ValueError(f"{image.width}x{image.height} pixels, more than {_MOST_SIDE} on a side")
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # whatever a damaged image makes Pillow say
         raise InputError(
             f"is no image that can be read: {first_line(error, 120)}",
             where=str(path),

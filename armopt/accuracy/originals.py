@@ -15,6 +15,7 @@ from armopt import capture
 from armopt.accuracy import runs
 from armopt.capture import files
 from armopt.capture.eager import Eager
+from armopt.capture.files.format import TrustedFile
 from armopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,13 +46,6 @@ class Original:
     reference: FlatRun
     anchor: FlatRun | None
     prepared: fx.GraphModule | None
-
-
-@dataclass(frozen=True, slots=True)
-class TrustedFile:
-    """A model file that may run code as it is unpickled."""
-
-    path: str | Path
 
 
 Against = str | Path | torch.nn.Module | TrustedFile

@@ -162,6 +162,12 @@ def _check(given: Named, specs: Sequence[InputSpec], where: str) -> None:
     """
     for spec in specs:
         tensor = given[spec.name]
+        if not tensor.is_cpu:
+            raise InputError(
+                f"input {spec.name} is on the device {tensor.device}",
+                where=f"--inputs {where}",
+                hint="Give it on the CPU",
+            )
         found, shape = str(tensor.dtype).removeprefix("torch."), "x".join(map(str, tensor.shape)) or "scalar"
         expected = "x".join(map(str, spec.shape)) or "scalar"
         fits = tensor.dim() == len(spec.shape) and all(

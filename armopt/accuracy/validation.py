@@ -18,10 +18,11 @@ from armopt.accuracy import samples as samples_module
 from armopt.accuracy.checker import Checker, Run, Validation, flat_run, named
 from armopt.accuracy.gates import Figures, Gate
 from armopt.accuracy.metrics import MIN_COSINE
-from armopt.accuracy.originals import Original, TrustedFile, find_originals
+from armopt.accuracy.originals import Original, find_originals
 from armopt.accuracy.report import page
 from armopt.accuracy.samples import Given, Samples
 from armopt.accuracy.tasks import Outputs
+from armopt.capture.files.format import TrustedFile
 from armopt.errors import ArmoptWarning, InputError
 
 if TYPE_CHECKING:

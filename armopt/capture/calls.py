@@ -45,7 +45,7 @@ def check_signature(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: 
     """The inputs, if forward takes them.
 
     Raises:
-        InputError: It does not.
+        InputError: It does not, or one has no values here.
     """
     signature = inspect.signature(model.forward)
     try:
@@ -57,7 +57,23 @@ def check_signature(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: 
             where=source,
             hint=f"Name them as forward does: {', '.join(names)}",
         ) from None
+    for tensor in filter(is_tensor, torch.utils._pytree.tree_leaves((args, kwargs))):
+        check_device(tensor, "an example input", source)
     return tuple(args), dict(kwargs)
+
+
+def check_device(tensor: torch.Tensor, what: str, source: str) -> None:
+    """Refuses a tensor that is elsewhere, or has no values at all.
+
+    Raises:
+        InputError: It is not on the CPU.
+    """
+    if tensor.device.type != "cpu":
+        raise InputError(
+            f"{what} is on the device {tensor.device}, the model works on the CPU",
+            where=source,
+            hint="Give tensors and a model with values on the CPU",
+        )
 
 
 def _resize_batch(tree: Any, size: int) -> Any:

@@ -21,6 +21,7 @@ from torch.export.graph_signature import OutputKind
 from armopt.capture.calls import (
     Args,
     Kwargs,
+    check_device,
     check_signature,
     describe_inputs,
     eval_mode,
@@ -154,12 +155,13 @@ def _renamed(size: Dim, called: Mapping[str, str]) -> Dim:
 
 
 def check_dtypes(model: torch.nn.Module, source: str) -> None:
-    """Refuses parameters of another dtype than FP32.
+    """Refuses parameters of another dtype than FP32, and those that are not on the CPU.
 
     Raises:
         InputError: Naming the first such parameter.
     """
     for name, parameter in model.named_parameters():
+        check_device(parameter, f"parameter {name}", source)
         if parameter.dtype != torch.float32:
             raise wrong_dtype(name, parameter.dtype, source)
     if any(type(part).__module__.startswith("torch.ao.nn.quantized") for part in model.modules()):
@@ -254,6 +256,8 @@ def _check_tensors(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]
     """Compares inputs with what the program was exported for."""
     for node, tensor in zip(placeholders(graph_module), tensors, strict=True):
         expected = g.fake_value(node)
+        check_device(expected, f"input {node.target} of the exported program", source)
+        check_device(tensor, f"input {node.target}", source)
         fits = tensor.dim() == expected.dim() and all(
             not isinstance(size, int) or size == found for size, found in zip(expected.shape, tensor.shape, strict=True)
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from armopt.capture.files.format import check_file
 from armopt.errors import InputError, first_line
 from armopt.tables import Line, Table
 
@@ -20,17 +21,15 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def _read_npz(path: Path) -> Any:
-    import numpy as np
-    import torch
+    from armopt.capture.files import arrays
 
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    return arrays.load_npz(path)
 
 
 def _read_pt(path: Path) -> Any:
-    import torch
+    from armopt.capture.files import pickles
 
-    return torch.load(path, weights_only=True, map_location="cpu")
+    return pickles.load(path)
 
 
 #: By suffix: what reads a file as tensors by name, or as one tensor.
@@ -52,8 +51,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     where, hint = str(path), f"Give --inputs a {SAMPLE_FILES.help()} file with one tensor for each input"
-    if not path.is_file():
-        raise InputError("there is no such file", where=where, hint=hint)
+    check_file(path, hint)
     if path.suffix not in SAMPLE_FILES:
         raise InputError(f"unknown kind of file {path.suffix!r}", where=where, hint=hint)
     try:

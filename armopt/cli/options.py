@@ -99,7 +99,13 @@ OnnxPlain = Annotated[
     bool,
     typer.Option("--onnx-plain", help="Keep Gemm and Conv everywhere, for other runtimes than ONNX Runtime on Arm."),
 ]
-TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle a module: this runs code from the file.")]
+TrustPickle = Annotated[
+    bool,
+    typer.Option(
+        "--trust-pickle",
+        help="Read the model file whatever that runs: a pickled module, or what can't be shown harmless.",
+    ),
+]
 
 
 def open_for(

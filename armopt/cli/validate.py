@@ -25,7 +25,7 @@ def validate(
 ) -> None:
     """Compare a bundle with FP32, per output, per task and per layer. Exit code 4 if a gate fails."""
     from armopt import accuracy, progress
-    from armopt.accuracy.originals import TrustedFile
+    from armopt.capture.files.format import TrustedFile
     from armopt.errors import AccuracyError
 
     out = Output(as_json)

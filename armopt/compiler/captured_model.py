@@ -12,13 +12,15 @@ import torch
 
 from armopt import capture
 from armopt.capture import files, submodules
+from armopt.capture.files.format import TrustedFile
 from armopt.capture.submodules import CapturedPart
 from armopt.errors import InputError
 from armopt.ir import graph as g
 from armopt.ir.records import Bucket, Captured, Skip
 
-#: A module, an exported program, the path of a model file, or what :mod:`armopt.capture` made of one of them.
-Model = torch.nn.Module | torch.export.ExportedProgram | Captured | files.Divided | str | Path
+#: A module, an exported program, a model file (a TrustedFile where reading it may run code), or what
+#: :mod:`armopt.capture` made of one of them.
+Model = torch.nn.Module | torch.export.ExportedProgram | Captured | files.Divided | str | Path | TrustedFile
 Inputs = Sequence[Any] | Mapping[str, Any]
 Kind = Literal["graph", "module"]
 
@@ -118,15 +120,17 @@ def _divided(model: files.Divided) -> CapturedModel:
 
 
 def _captured(
-    model: torch.nn.Module | torch.export.ExportedProgram | Captured | str | Path,
+    model: torch.nn.Module | torch.export.ExportedProgram | Captured | str | Path | TrustedFile,
     example_inputs: Inputs | None,
     batch: Sequence[int],
 ) -> Captured:
     if isinstance(model, Captured):
         return model
-    if isinstance(model, (str, Path)):
+    if isinstance(model, (str, Path, TrustedFile)):
         samples = dict(example_inputs) if isinstance(example_inputs, Mapping) else None
-        return files.open_model(Path(model), files.Options(samples=samples, batch=tuple(batch)))
+        trusted = isinstance(model, TrustedFile)
+        path = model.path if isinstance(model, TrustedFile) else model
+        return files.open_model(Path(path), files.Options(samples=samples, batch=tuple(batch), trust_pickle=trusted))
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     args = None if example_inputs is None else () if kwargs else tuple(example_inputs)
     if isinstance(model, torch.export.ExportedProgram):

@@ -85,7 +85,8 @@ def optimize(
     """Optimizes a model for a target and writes a bundle.
 
     Args:
-        model: A module, an exported program, or the path of a model file.
+        model: A module, an exported program, or the path of a model file; a :class:`TrustedFile` where reading it may
+            run code of the file.
         example_inputs: Positional inputs as a sequence, or named ones as a mapping; a file may have its own. Of kind
             "module": a sequence of calls, each a tuple of positional inputs; sizes that differ between them may vary.
         output: Where the bundle goes: a folder, or one file where it ends in .zip; or an :class:`Output`, which also

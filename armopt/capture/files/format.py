@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,9 @@ if TYPE_CHECKING:  # help lists formats without importing torch
     from armopt.capture.inputs import InputOption
     from armopt.ir.records import Captured
 
+#: What to do about a file that can't be shown to be harmless.
+TRUST = "If you trust it, pass --trust-pickle (in Python: armopt.TrustedFile(path))"
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -26,7 +28,7 @@ class Options:
         inputs: ``--input`` options.
         samples: Named tensors from ``--inputs``.
         batch: Sizes of the first dimension to plan for.
-        trust_pickle: Whether unpickling may run code.
+        trust_pickle: Whether reading may run code of the file.
     """
 
     model: str = ""
@@ -34,6 +36,13 @@ class Options:
     samples: Mapping[str, torch.Tensor] | None = None
     batch: tuple[int, ...] = ()
     trust_pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedFile:
+    """A model file that may run code as it is read: ``--trust-pickle`` of the command line."""
+
+    path: str | Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,31 +80,39 @@ def look_into(path: Path) -> Content:
     """What of a file tells its format.
 
     Raises:
-        InputError: It is missing, a folder, a bundle or a damaged zip file.
+        InputError: It is missing, no regular file, a bundle or a damaged zip file.
     """
     where = str(path)
     if path.is_dir():
         hint = "It is a bundle already: try armopt inspect" if (path / "manifest.json").is_file() else "Give a file"
         raise InputError("is a folder, not a model file", where=where, hint=hint)
+    check_file(path, "Give the path of a model file")
     try:
         with path.open("rb") as file:
             head = file.read(16)
-    except FileNotFoundError:
-        raise InputError("there is no such file", where=where, hint="Give the path of a model file") from None
     except OSError as error:
         hint = "Check the path and its permissions"
         raise InputError(f"can't be read: {error.strerror}", where=where, hint=hint) from None
     return Content(head, _names_in_zip(path) if head[:2] == b"PK" else None)
 
 
+def check_file(path: Path, hint: str) -> None:
+    """Refuses what isn't there, and pipes and devices, which may have no end.
+
+    Raises:
+        InputError: It is no regular file.
+    """
+    if not path.exists():
+        raise InputError("there is no such file", where=str(path), hint=hint)
+    if not path.is_file():
+        raise InputError("is no regular file", where=str(path), hint=hint)
+
+
 def _names_in_zip(path: Path) -> frozenset[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(
-            f"is truncated or damaged ({error})", where=str(path), hint="Copy or save the model again"
-        ) from None
-    if {"manifest.json", "graph.json"} <= set(names):
+    from armopt.capture.files.archive import Archive, one_error
+
+    with one_error(str(path)), Archive.opened(path) as archive:
+        names = archive.names
+    if {"manifest.json", "graph.json"} <= names:
         raise InputError("is a bundle already", where=str(path), hint="Try armopt inspect")
-    return frozenset(name.split("/", 1)[-1] for name in names)
+    return names

@@ -61,7 +61,7 @@ def checked_state(content: Any, path: Path) -> Mapping[str, torch.Tensor]:
     Raises:
         InputError: There is none.
     """
-    state = _find_state(content)
+    state = _find_state(content, 4)
     if state is None:
         raise InputError(
             f"holds a {type(content).__name__}, not a state dict", where=str(path), hint="Save model.state_dict()"
@@ -69,14 +69,14 @@ def checked_state(content: Any, path: Path) -> Mapping[str, torch.Tensor]:
     return state
 
 
-def _find_state(content: Any) -> Mapping[str, torch.Tensor] | None:
-    if not isinstance(content, Mapping):
+def _find_state(content: Any, deep: int) -> Mapping[str, torch.Tensor] | None:
+    if not isinstance(content, Mapping) or not deep:
         return None
-    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+    if content and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()):
         return content
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content.get(key), Mapping):
-            return _find_state(content[key])
+            return _find_state(content[key], deep - 1)
     return None
 
 

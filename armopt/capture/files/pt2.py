@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 from armopt import capture
-from armopt.capture.files.format import Content, Format, Options
+from armopt.capture.files.archive import Archive, one_error
+from armopt.capture.files.format import TRUST, Content, Format, Options
 from armopt.capture.files.modules import arrange_inputs
-from armopt.errors import InputError, first_line
+from armopt.capture.files.pt2_reader import Exported, UnshownError, read
+from armopt.errors import ArmoptError, InputError
 from armopt.ir.records import Captured
 from armopt.models import torchvision_ops
 
@@ -20,14 +22,15 @@ def _recognises(content: Content) -> bool:
 
 
 def _open(path: Path, options: Options) -> Captured:
-    program = _load(path)
-    args, kwargs = None, None
+    held = _load(path, options)
+    args, kwargs = held.args, held.kwargs
     if options.inputs or options.samples:
-        args, kwargs = arrange_inputs(list(program.graph_signature.user_inputs), options, str(path))
-    captured = capture.exported(program, args, kwargs, source=str(path))
+        args, kwargs = arrange_inputs(list(held.program.graph_signature.user_inputs), options, str(path))
+    with one_error(str(path), "can't be captured", "Export it again with this torch", passing=ArmoptError):
+        captured = capture.exported(held.program, args, kwargs, source=str(path))
     if options.batch and not captured.symbols:
-        held = [spec.shape[0] for spec in captured.input_specs if spec.shape]
-        if list(options.batch) != held[:1]:
+        sizes = [spec.shape[0] for spec in captured.input_specs if spec.shape]
+        if list(options.batch) != sizes[:1]:
             raise InputError(
                 "its shapes are fixed, so --batch can't change them",
                 where=str(path),
@@ -36,19 +39,30 @@ def _open(path: Path, options: Options) -> Captured:
     return captured
 
 
-def _load(path: Path) -> torch.export.ExportedProgram:
+def _load(path: Path, options: Options) -> Exported:
     torchvision_ops.ensure_torchvision_if_installed()
-    try:
-        with capture.quiet():
-            program = torch.export.load(path)
-    except Exception as error:
-        raise InputError(
-            f"torch.export can't load it: {first_line(error)}", where=str(path), hint="Export it again with this torch"
-        ) from error
-    for name, tensor in program.state_dict.items():
+    with one_error(str(path), "torch.export can't load it", "Export it again with this torch"), capture.quiet():
+        try:
+            with Archive.opened(path) as archive:
+                held = read(archive)
+        except UnshownError as error:
+            held = _trusted(path, options, error)
+    for name, tensor in held.program.state_dict.items():
         if isinstance(tensor, torch.nn.Parameter) and tensor.dtype != torch.float32:
             raise capture.wrong_dtype(name, tensor.dtype, str(path))
-    return program
+    return held
 
 
-FORMAT = Format(_recognises, _open, load=lambda path, options: _load(path))
+def _trusted(path: Path, options: Options, found: UnshownError) -> Exported:
+    """What torch makes of the file, whatever that runs."""
+    if not options.trust_pickle:
+        raise InputError(
+            f"holds what may run code as it is read: {found}",
+            where=str(path),
+            hint=f"{TRUST}; better: export it again with this torch",
+        )
+    program = torch.export.load(path)
+    return Exported(program, *(program.example_inputs or (None, None)))
+
+
+FORMAT = Format(_recognises, _open, load=lambda path, options: _load(path, options).program)

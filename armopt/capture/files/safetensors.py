@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from armopt.capture.files.archive import one_error
 from armopt.capture.files.format import Content, Format, Options
 from armopt.capture.files.modules import capture_state, checked_state
-from armopt.errors import InputError, first_line
 from armopt.ir.records import Captured
 
 
@@ -28,12 +26,8 @@ def _open(path: Path, options: Options) -> Captured:
 
 
 def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
-    try:
+    with one_error(str(path), hint="Copy it again"):
         return checked_state(load_file(path), path)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"is truncated or damaged: {first_line(error)}", where=str(path), hint="Copy it again"
-        ) from error
 
 
 FORMAT = Format(_recognises, _open, _read_state)

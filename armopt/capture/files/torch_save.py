@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import torch
 
 from armopt import capture
-from armopt.capture.files.format import Content, Format, Options
+from armopt.capture.files.archive import one_error
+from armopt.capture.files.format import TRUST, Content, Format, Options
 from armopt.capture.files.modules import build_state, capture_module, checked_state
+from armopt.capture.files.pickles import CodeError, load
 from armopt.errors import InputError, first_line
 from armopt.ir.records import Captured
 from armopt.models import torchvision_ops
@@ -29,38 +30,31 @@ def _open(path: Path, options: Options) -> Captured:
 def _load(path: Path, options: Options) -> torch.nn.Module:
     try:
         content = _read(path)
-    except pickle.UnpicklingError:
-        return _unpickle(path, options)
+    except CodeError as error:
+        return _unpickle(path, options, error)
     return build_state(checked_state(content, path), path, options)
 
 
 def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
     try:
         content = _read(path)
-    except pickle.UnpicklingError:
-        raise InputError("holds a pickled object", where=str(path), hint="Save model.state_dict()") from None
+    except CodeError as error:
+        raise InputError(f"holds a pickled object ({error})", where=str(path), hint="Save model.state_dict()") from None
     return checked_state(content, path)
 
 
 def _read(path: Path) -> Any:
-    """What it holds; UnpicklingError where that takes running code."""
-    try:
-        with capture.quiet():
-            return torch.load(path, weights_only=True, map_location="cpu", mmap=None)
-    except pickle.UnpicklingError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"is truncated or damaged: {first_line(error)}", where=str(path), hint="Save the model again"
-        ) from error
+    """What it holds; CodeError where that takes running code."""
+    with one_error(str(path), passing=CodeError):
+        return load(path)
 
 
-def _unpickle(path: Path, options: Options) -> torch.nn.Module:
+def _unpickle(path: Path, options: Options, found: CodeError) -> torch.nn.Module:
     if not options.trust_pickle:
         raise InputError(
-            "holds a pickled object, and unpickling runs code from the file",
+            f"holds a pickled object ({found}), and unpickling runs code from the file",
             where=str(path),
-            hint="If you trust it, pass --trust-pickle; better: save a state dict or a .pt2 from torch.export",
+            hint=f"{TRUST}; better: save a state dict or a .pt2 from torch.export",
         )
     torchvision_ops.ensure_torchvision_if_installed()
     try:
