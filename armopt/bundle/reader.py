@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
-from armopt.bundle import codec, graph_file, legacy, manifest, schema
+from armopt import environment
+from armopt.bundle import codec, dry_run, graph_file, legacy, manifest, schema
 from armopt.bundle.files import GRAPH, KEPT, REFERENCE_GRAPH, REFERENCE_WEIGHTS, WEIGHTS, BundleFiles, damaged
 from armopt.bundle.mapped_weights import MappedTensors
 from armopt.bundle.program import Part, Program
@@ -68,7 +69,7 @@ def read(path: Path | str, *, reference: bool = False) -> Bundle:
             the way. Otherwise they are not opened.
 
     Raises:
-        BundleError: A file is missing, extra or changed; the message names it.
+        BundleError: A file is missing, extra or changed, or a graph is not what it says; the message names it.
     """
     path = Path(path)
     while True:
@@ -92,12 +93,17 @@ def _read(path: Path, stored: BundleFiles, *, reference: bool) -> Bundle:
     graph = _graph(stored.read(GRAPH), described, where)
     parts = tuple(_part(part, weights, where) for part in graph.parts)
     _check_parts(described, parts, where)
+    most = environment.memory_for_process()
+    for part in parts:
+        for program in part.programs:
+            dry_run.check(program, part.signature, program.bucket, most, where)
     rest = {name.removeprefix("/"): tensor for name, tensor in weights.items() if name.startswith("/")}
     kept = None
     if REFERENCE_GRAPH in wanted:
         exact = weights | _tensors(stored, REFERENCE_WEIGHTS)[0]
         place = str(path / REFERENCE_GRAPH)
         kept = codec.decode(_reference(stored.read(REFERENCE_GRAPH), described, place), exact, place)
+        dry_run.check(kept, parts[0].signature, parts[0].programs[0].bucket, most, place)
     return Bundle(path, described, parts, rest, release, kept)
 
 

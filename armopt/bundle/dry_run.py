@@ -1,0 +1,222 @@
+"""Runs a program on tensors without data, before any kernel does: what a bundle says of its shapes has to come out."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import operator
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from armopt.bundle.program import Program
+from armopt.errors import BundleError, first_line
+from armopt.ir import graph as g
+from armopt.ir.calls import ConvCall, LayerCall, call_from
+from armopt.ir.records import Bucket, Dim, Signature
+from armopt.kernels import table
+
+
+#: Operations whose results have sizes, or are numbers, that depend on data.
+_DEPENDS_ON_DATA = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
+
+
+def check(program: Program, signature: Signature, sizes: Bucket, most: int, where: str) -> None:
+    """Refuses a program that does not run, does other than it says, or takes too much memory.
+
+    Args:
+        program: The program; nothing of it runs on data.
+        signature: Of its part.
+        sizes: The size of each dynamic dimension.
+        most: Bytes that its inputs, weights and results may take at a time.
+        where: What it was read from.
+
+    Raises:
+        BundleError: Naming the node.
+    """
+    known = {each.expression: sizes[each.name] for each in signature.symbols if each.name in sizes} | dict(sizes)
+    depends = any(
+        isinstance(node.target, torch._ops.OpOverload) and not _DEPENDS_ON_DATA.isdisjoint(node.target.tags)
+        for node in program.graph_module.graph.nodes
+    )
+    # the meta device is ten times as quick, and fake tensors have symbols for what depends on data
+    for on_meta in (True, False)[: 1 + depends]:
+        run = _DryRun(program)
+        try:
+            with torch.no_grad(), contextlib.nullcontext() if on_meta else _fake(), _Bounded(most, on_meta=on_meta):
+                inputs = [
+                    torch.empty([_size(size, known) for size in spec.shape], dtype=getattr(torch, spec.dtype))
+                    for spec in signature.specs
+                ]
+                run.run(*inputs)
+        except _UnfitError as error:
+            what = str(error)
+            break
+        except Exception as error:  # whatever an operation says to what it can't work on
+            what = f"can't run: {first_line(error)}"
+        else:
+            return
+    node = "" if run.node is None else f": node {g.shown_name(run.node)}"
+    raise BundleError(what, where=f"{where}{node}", hint="Make the bundle again")
+
+
+def _fake() -> FakeTensorMode:
+    return FakeTensorMode(allow_fallback_kernels=False, shape_env=ShapeEnv())
+
+
+class _UnfitError(Exception):
+    """What does not come out."""
+
+
+class _Bounded(TorchDispatchMode):
+    """Bounds the memory that tensors would take if they had data."""
+
+    def __init__(self, most: int, *, on_meta: bool) -> None:
+        super().__init__()
+        self._most, self._taken, self._on_meta = most, 0, on_meta
+        self._storages: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The result of an operation, without data whatever device is asked for."""
+        kwargs = kwargs or {}
+        if self._on_meta and any(each.name == "device" for each in func._schema.arguments):
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        found = func(*args, **kwargs)
+        for tensor in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(tensor, torch.Tensor):
+                self._take(tensor)
+        return found
+
+    def _take(self, tensor: torch.Tensor) -> None:
+        """Counts the bytes of a result as long as it or a view of it lives."""
+        storage = tensor.untyped_storage()
+        size: Any = storage.nbytes()
+        if not isinstance(size, int):  # it depends on data
+            return
+        place = storage._cdata
+        if place not in self._storages:
+            self._storages[place] = 0
+            self._taken += size
+            if self._taken > self._most:
+                raise _UnfitError(f"would take {self._taken} bytes of memory, this process may have {self._most}")
+        self._storages[place] += 1
+        weakref.finalize(tensor, self._leave, place, size)
+
+    def _leave(self, place: int, size: int) -> None:
+        self._storages[place] -= 1
+        if not self._storages[place]:
+            del self._storages[place]
+            self._taken -= size
+
+
+class _DryRun(fx.Interpreter):
+    """Runs a program node by node and compares its layers with what is recorded."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.graph_module)
+        self.extra_traceback = False
+        self.node: fx.Node | None = None
+        self._program = program
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Its result."""
+        self.node = n
+        return super().run_node(n)
+
+    def fetch_attr(self, target: str) -> Any:
+        """A weight without its data."""
+        if target not in self._weights:
+            stored: torch.Tensor = getattr(self.module, target)
+            self._weights[target] = torch.empty(stored.shape, dtype=stored.dtype)
+        return self._weights[target]
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """What a call gives; that of a layer is compared."""
+        assert self.node is not None
+        site = self._program.sites.get(self.node.name)
+        if site is None:
+            return super().call_function(target, args, kwargs)
+        call = call_from(target, args)
+        _compare("its input", call.x, site.shape, table.get(call.kernel).activations)
+        _check_operands(call)
+        result = super().call_function(target, args, kwargs)
+        _compare("its output", result, self._program.shapes[self.node.name], table.get(call.kernel).activations)
+        if call.other is not None and torch.broadcast_shapes(call.other.shape, result.shape) != result.shape:
+            raise _UnfitError(f"adds {_shown(call.other)} to {_shown(result)}")
+        return result
+
+
+def _compare(what: str, found: Any, shape: Sequence[int | None], dtype: torch.dtype) -> None:
+    """Refuses a tensor that is not what is recorded; sizes that depend on data, or are dynamic, may be any."""
+    known = isinstance(found, torch.Tensor) and found.dtype == dtype and found.dim() == len(shape)
+    if not known or any(
+        isinstance(size, int) and wanted is not None and size != wanted
+        for size, wanted in zip(found.shape, shape, strict=True)
+    ):
+        said = "x".join("?" if size is None else str(size) for size in shape)
+        raise _UnfitError(f"{what} is {_shown(found)}, and {said} {_name(dtype)} is recorded")
+
+
+def _check_operands(call: LayerCall[torch.Tensor]) -> None:
+    """Refuses a weight that its input does not fit, and a bias that does not fit the weight."""
+    x, weight = call.x, call.weight
+    count, taken, given = weight.shape[0], weight.shape[1], x.shape[-1]
+    if isinstance(call, ConvCall):
+        taken, given = call.groups * taken, x.shape[1]
+        if call.transposed:
+            taken, count = count, taken
+    if taken != given or not weight.is_floating_point():
+        raise _UnfitError(f"its input is {_shown(x)}, and its weight {_shown(weight)}")
+    if call.bias is not None and (call.bias.shape != (count,) or not call.bias.is_floating_point()):
+        raise _UnfitError(f"its bias is {_shown(call.bias)}, and its weight {_shown(weight)}")
+    if call.block < 0:
+        raise _UnfitError(f"it rounds after {call.block} terms")
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    return f"{'x'.join(map(str, value.shape)) or 'scalar'} {_name(value.dtype)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+#: What torch.export writes sizes with that depend on others.
+_ARITHMETIC: Mapping[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
+def _size(size: Dim, sizes: Mapping[str, int]) -> int:
+    """A dimension as a number: it is one, a symbol, or arithmetic on symbols such as ``2*s0``."""
+    if isinstance(size, int):
+        return size
+    if size in sizes:
+        return sizes[size]
+
+    def value(node: ast.expr) -> int:
+        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+            return _ARITHMETIC[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.Name) and node.id in sizes:
+            return sizes[node.id]
+        raise _UnfitError(f"there is no size for the dimension {size[:100]}")
+
+    try:
+        return value(ast.parse(size[:1000], mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise _UnfitError(f"there is no size for the dimension {size[:100]}") from None
