@@ -6,7 +6,7 @@ import ast
 import contextlib
 import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from armopt.ir.records import Bucket, Dim, Signature
 from armopt.kernels import table
 
 
+_META = torch.device("meta")
 #: Operations whose results have sizes, or are numbers, that depend on data.
 _DEPENDS_ON_DATA = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
@@ -54,7 +55,7 @@ def check(program: Program, signature: Signature, sizes: Bucket, most: int, wher
                     torch.empty([_size(size, known) for size in spec.shape], dtype=getattr(torch, spec.dtype))
                     for spec in signature.specs
                 ]
-                run.run(*inputs)
+                run(inputs)
         except _UnfitError as error:
             what = str(error)
             break
@@ -75,22 +76,43 @@ class _UnfitError(Exception):
 
 
 class _Bounded(TorchDispatchMode):
-    """Bounds the memory that tensors would take if they had data."""
+    """Bounds the memory that tensors would take if they had data.
+
+    On the meta device what an operation gave is remembered: layers repeat, and working out some shapes takes long.
+    """
 
     def __init__(self, most: int, *, on_meta: bool) -> None:
         super().__init__()
         self._most, self._taken, self._on_meta = most, 0, on_meta
         self._storages: dict[int, int] = {}
+        self._given: dict[Hashable, list[tuple[Any, ...]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The result of an operation, without data whatever device is asked for."""
         kwargs = kwargs or {}
-        if self._on_meta and any(each.name == "device" for each in func._schema.arguments):
-            kwargs = {**kwargs, "device": torch.device("meta")}
-        found = func(*args, **kwargs)
+        if self._on_meta:
+            found = self._on_meta_device(func, args, kwargs)
+        else:
+            found = func(*args, **kwargs)
         for tensor in found if isinstance(found, (tuple, list)) else (found,):
             if isinstance(tensor, torch.Tensor):
                 self._take(tensor)
+        return found
+
+    def _on_meta_device(self, func: Any, args: Any, kwargs: Any) -> Any:
+        schema = func._schema
+        if any(each.name == "device" for each in schema.arguments):
+            kwargs = {**kwargs, "device": _META}
+        if any(each.alias_info is not None for each in schema.returns):  # memory of another's
+            return func(*args, **kwargs)
+        key = (func, _fingerprint(args), _fingerprint(list(kwargs.items())))
+        if key in self._given:
+            made = [torch.empty_strided(*form, dtype=dtype, device=_META) for *form, dtype in self._given[key]]
+            return made[0] if len(schema.returns) == 1 else tuple(made)
+        found = func(*args, **kwargs)
+        results = found if isinstance(found, tuple) else (found,)
+        if len(results) == len(schema.returns) and all(isinstance(each, torch.Tensor) for each in results):
+            self._given[key] = [(each.shape, each.stride(), each.dtype) for each in results]
         return found
 
     def _take(self, tensor: torch.Tensor) -> None:
@@ -115,39 +137,60 @@ class _Bounded(TorchDispatchMode):
             self._taken -= size
 
 
-class _DryRun(fx.Interpreter):
-    """Runs a program node by node and compares its layers with what is recorded."""
+def _fingerprint(value: Any) -> Hashable:
+    """All that a result's shape and dtype may depend on, of an argument."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.storage_offset()
+    if isinstance(value, (list, tuple)):
+        return tuple(_fingerprint(each) for each in value)
+    return type(value), value
+
+
+class _DryRun:
+    """Runs a program node by node and compares its layers with what is recorded. `node` is the one it is at."""
 
     def __init__(self, program: Program) -> None:
-        super().__init__(program.graph_module)
-        self.extra_traceback = False
         self.node: fx.Node | None = None
         self._program = program
         self._weights: dict[str, torch.Tensor] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Its result."""
-        self.node = n
-        return super().run_node(n)
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Runs it; values go after their last use."""
+        nodes, given = list(self._program.graph_module.graph.nodes), iter(inputs)
+        last = {source: node for node in nodes for source in node.all_input_nodes}
+        values: dict[fx.Node, Any] = {}
+        for node in nodes:
+            self.node = node
+            if node.op == "placeholder":
+                values[node] = next(given)
+            elif node.op == "get_attr":
+                values[node] = self._weight(str(node.target))
+            elif node.op == "call_function":
+                args, kwargs = (fx.map_arg(each, values.__getitem__) for each in (node.args, node.kwargs))
+                values[node] = self._call(node, args, kwargs)
+            for source in node.all_input_nodes:
+                if last[source] is node:
+                    del values[source]
+            if not node.users:
+                values.pop(node, None)
 
-    def fetch_attr(self, target: str) -> Any:
-        """A weight without its data."""
-        if target not in self._weights:
-            stored: torch.Tensor = getattr(self.module, target)
-            self._weights[target] = torch.empty(stored.shape, dtype=stored.dtype)
-        return self._weights[target]
+    def _weight(self, name: str) -> torch.Tensor:
+        if name not in self._weights:
+            stored: torch.Tensor = getattr(self._program.graph_module, name)
+            self._weights[name] = torch.empty(stored.shape, dtype=stored.dtype)
+        return self._weights[name]
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """What a call gives; that of a layer is compared."""
-        assert self.node is not None
-        site = self._program.sites.get(self.node.name)
+        site = self._program.sites.get(node.name)
         if site is None:
-            return super().call_function(target, args, kwargs)
-        call = call_from(target, args)
-        _compare("its input", call.x, site.shape, table.get(call.kernel).activations)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        call = call_from(node.target, args)
+        dtype = table.get(call.kernel).activations
+        _compare("its input", call.x, site.shape, dtype)
         _check_operands(call)
-        result = super().call_function(target, args, kwargs)
-        _compare("its output", result, self._program.shapes[self.node.name], table.get(call.kernel).activations)
+        result = call.run()
+        _compare("its output", result, self._program.shapes[node.name], dtype)
         if call.other is not None and torch.broadcast_shapes(call.other.shape, result.shape) != result.shape:
             raise _UnfitError(f"adds {_shown(call.other)} to {_shown(result)}")
         return result
