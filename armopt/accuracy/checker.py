@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from armopt.accuracy import gates as gates_module
-from armopt.accuracy import tasks
+from armopt.accuracy import runs, tasks
 from armopt.accuracy.gates import Figures, Gate, Verdict
 from armopt.accuracy.metrics import Accuracy, compare
 from armopt.accuracy.tasks import Outputs, Sample, Task
@@ -81,8 +81,9 @@ class Checker:
                 self.evidence[bucket] = Evidence(inputs, reference, result)
             if task is not None:
                 memo = self._memos.setdefault((bucket, number), {}) if self.keep else {}
-                task.update(Sample(inputs, reference, result, self.reference, found, memo))
-                left, right = task.align(reference, result)
+                with runs.explained(f"{self.task_name} can't be measured on what both sides give"):
+                    task.update(Sample(inputs, reference, result, self.reference, found, memo))
+                    left, right = task.align(reference, result)
                 aligned = anchor if left is reference else None
             else:
                 left, right, aligned = reference, result, anchor

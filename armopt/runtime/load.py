@@ -106,9 +106,11 @@ def load_parts(
         host_check.timings_for(tuning),
         host_check.multiplies_bf16(),
     )
-    with host_check.remembering(verdicts):
+    with host_check.remembering(verdicts) as remembered:
         for part in bundle.parts:
-            binder = Binder(fast_math, times, verdicts, bf16_attention=bf16_attention, release=bundle.release)
+            binder = Binder(
+                fast_math, times, verdicts, remembered, bf16_attention=bf16_attention, release=bundle.release
+            )
             for program in part.programs:
                 module, entries = binder.bind(program)
                 _leave_file(module, program, copies, bundle.release)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import sys
 from collections.abc import Iterator, MutableMapping, MutableSequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,16 @@ def change_json(rng: random.Random, content: Any) -> None:
             holder[key] = rng.choice(others)
         case _:
             holder[key] = like(rng, value)
+
+
+def as_json(content: Any) -> bytes:
+    """JSON that may nest deeper than Python's limit, and hold what UTF-8 has no form of."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(50_000)
+    try:
+        return json.dumps(content).encode(errors="surrogatepass")
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def like(rng: random.Random, value: Any) -> Any:

@@ -174,8 +174,8 @@ def _child(job: Job, numbers: Sequence[int], folder: Path, pipe: int) -> None:
     os.dup2(quiet, 2)
     for number in numbers:
         place = Path(tempfile.mkdtemp(dir=folder))
-        path = job.make(number, place)
         _say(pipe, number, "began", "")
+        path = job.make(number, place)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             result = outcome(job, path, folder)
@@ -184,7 +184,8 @@ def _child(job: Job, numbers: Sequence[int], folder: Path, pipe: int) -> None:
 
 
 def _say(pipe: int, number: int, what: str, said: str) -> None:
-    data = json.dumps([number, what, said[-4000:]]).encode() + b"\n"
+    shown = said if len(said) < 5000 else f"{said[:1000]}\n…\n{said[-4000:]}"
+    data = json.dumps([number, what, shown]).encode() + b"\n"
     while data:
         data = data[os.write(pipe, data) :]
 
