@@ -55,6 +55,22 @@ def damaged(path: Path) -> BundleError:
     return BundleError("was changed or damaged after it was written", where=str(path), hint="Copy the bundle again")
 
 
+def changed(path: Path) -> BundleError:
+    """The error for a file that was written to while it was in use."""
+    hint = "A bundle is replaced whole, by armopt optimize --force or a rename, and never written to"
+    return BundleError("was changed while it was read", where=str(path), hint=hint)
+
+
+#: Bytes of a file, and when it was last written to.
+Stamp = tuple[int, int]
+
+
+def stamp(handle: int) -> Stamp:
+    """The stamp of an open file."""
+    found = os.fstat(handle)
+    return found.st_size, found.st_mtime_ns
+
+
 class BundleFiles:
     """A folder or a zip file, by name.
 
@@ -72,6 +88,7 @@ class BundleFiles:
         self._path = path
         self._archive: zipfile.ZipFile | None = None
         self._opened: dict[str, BufferedIOBase] = {}
+        self._stamps: dict[str, Stamp] = {}
         self._folder: int | None = None
         if not path.exists():
             raise BundleError("there is no such bundle", where=str(path), hint="Make one with armopt optimize")
@@ -146,6 +163,21 @@ class BundleFiles:
         except (zipfile.BadZipFile, EOFError):
             raise damaged(self._path / name) from None
 
+    def stamp(self, name: str) -> Stamp:
+        """What would differ had a file been written to after it was opened; of a zip that of the whole."""
+        return self._stamps[name if self._archive is None else ""]
+
+    def check_unchanged(self) -> None:
+        """Refuses files that were written to while they were read.
+
+        Raises:
+            BundleError: Naming one.
+        """
+        handles = {"": self._archive.fp} if self._archive is not None else self._opened
+        for name, file in handles.items():
+            if file is not None and stamp(file.fileno()) != self._stamps[name]:
+                raise changed(self._path / name)
+
     def is_still_there(self) -> bool:
         """Whether this bundle is the one at its place, and not another that took it meanwhile."""
         if self._folder is None:
@@ -165,6 +197,8 @@ class BundleFiles:
             archive = zipfile.ZipFile(self._path)
         except zipfile.BadZipFile:
             raise self._no_bundle("is neither a bundle folder nor a bundle zip") from None
+        assert archive.fp is not None
+        self._stamps[""] = stamp(archive.fp.fileno())
         for entry in archive.infolist():
             # armopt stores; who zips a bundle again compresses weights a little, and only a bomb by a lot
             if entry.file_size > MOST_JSON and entry.file_size > MOST_RATIO * entry.compress_size:
@@ -185,6 +219,7 @@ class BundleFiles:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise self._no_file(name)
+        self._stamps[name] = stamp(handle)
         return os.fdopen(handle, "rb")
 
     def _no_file(self, name: str) -> BundleError:

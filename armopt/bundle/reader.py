@@ -28,7 +28,9 @@ class Bundle:
         manifest: What it says of itself.
         parts: The whole model as one, or the submodules that are graphs.
         rest: Where Python runs between parts: all other parameters and buffers, by name.
-        release: Lets a stored weight leave memory until it is read again; for one of a zip it does nothing.
+        copy: A stored weight in memory of its own, which no change of the file reaches; what was copied last time
+            and lives still is not copied again. One of a zip is in memory already.
+        check_unchanged: Raises BundleError where the file of weights was written to since it was opened.
         reference: The FP32 original, if it was kept.
     """
 
@@ -36,7 +38,8 @@ class Bundle:
     manifest: manifest.Manifest
     parts: tuple[Part, ...]
     rest: Mapping[str, torch.Tensor]
-    release: Callable[[torch.Tensor], None]
+    copy: Callable[[torch.Tensor], torch.Tensor]
+    check_unchanged: Callable[[], None]
     reference: Program | None = None
 
     @property
@@ -88,7 +91,7 @@ def _read(path: Path, stored: BundleFiles, *, reference: bool) -> Bundle:
     with_reference = reference and bool(KEPT & present)
     wanted = {name: digest for name, digest in described.files.items() if with_reference or name not in KEPT}
     _check_files(stored, path, described, wanted, present)
-    weights, release = _tensors(stored, WEIGHTS)
+    weights, copy, check_unchanged = _tensors(stored, WEIGHTS)
     where = str(path / GRAPH)
     graph = _graph(stored.read(GRAPH), described, where)
     parts = tuple(_part(part, weights, where) for part in graph.parts)
@@ -104,7 +107,8 @@ def _read(path: Path, stored: BundleFiles, *, reference: bool) -> Bundle:
         place = str(path / REFERENCE_GRAPH)
         kept = codec.decode(_reference(stored.read(REFERENCE_GRAPH), described, place), exact, place)
         dry_run.check(kept, parts[0].signature, parts[0].programs[0].bucket, most, place)
-    return Bundle(path, described, parts, rest, release, kept)
+    stored.check_unchanged()
+    return Bundle(path, described, parts, rest, copy, check_unchanged, kept)
 
 
 def _check_files(
@@ -182,9 +186,11 @@ def _loaded(data: bytes, where: str) -> dict[str, torch.Tensor]:
         raise BundleError(f"is no file of tensors: {error!r}", where=where, hint="Make the bundle again") from error
 
 
-def _tensors(stored: BundleFiles, name: str) -> tuple[dict[str, torch.Tensor], Callable[[torch.Tensor], None]]:
-    """The tensors of a file, and what releases one; those of a folder are mapped, not copied into memory."""
+def _tensors(
+    stored: BundleFiles, name: str
+) -> tuple[dict[str, torch.Tensor], Callable[[torch.Tensor], torch.Tensor], Callable[[], None]]:
+    """The tensors of a file, what copies one, and what notices a change; those of a folder are mapped."""
     if stored.folder is None:
-        return _loaded(stored.open(name).read(), name), lambda tensor: None
-    mapped = MappedTensors(stored.folder / name, stored.open(name))
-    return mapped.tensors, mapped.release
+        return _loaded(stored.open(name).read(), name), lambda tensor: tensor, lambda: None
+    mapped = MappedTensors(stored.folder / name, stored.open(name), stored.stamp(name))
+    return mapped.tensors, mapped.copy, mapped.check_unchanged

@@ -63,8 +63,8 @@ def _nothing_packed() -> PackedWeights:
     return found
 
 
-def _keep(weight: torch.Tensor) -> None:
-    pass
+def _as_it_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class Binder:
         identify: What tells weights apart, from a weight and its name; by default its name in the bundle.
         packed: What is packed already, to be shared.
         bf16_attention: Whether attention works in BF16 where planned: it needs OpenBLAS's product.
-        release: Is told each stored weight once it is packed: no bound program reads it.
+        copy: Gives a stored weight in memory of its own, to be packed: no bound program reads what is stored.
     """
 
     fast_math: bool
@@ -90,7 +90,7 @@ class Binder:
     identify: Callable[[str, torch.Tensor], Hashable] = _by_name
     packed: PackedWeights = field(default_factory=_nothing_packed)
     bf16_attention: bool = True
-    release: Callable[[torch.Tensor], None] = _keep
+    copy: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
     _biases: dict[tuple[str, torch.dtype, float], torch.Tensor] = field(default_factory=dict)
 
     def bind(self, program: Program) -> tuple[fx.GraphModule, list[Bound]]:
@@ -160,10 +160,9 @@ class Binder:
         if known is not None and own not in self.remembered:
             return stored, known
         try:
-            weight = kernel.packed_weight(stored, site)
+            weight = kernel.packed_weight(self.copy(stored), site)
         except RuntimeError as error:  # e.g. oneDNN on x86 packs BF16 with AVX-512 alone
             return stored, f"can't be packed here: {first_line(error)}"
-        self.release(stored)
         reason = self._verdict(kernel, layer, site.shape, weight, constants)
         if reason is None:
             held.append((site.shape, weight))
@@ -206,7 +205,7 @@ class Binder:
             return None
         key = (str(layer.call.bias.target), kernel.activations, kernel.scale(layer.site))
         if key not in self._biases:
-            self._biases[key] = kernel.packed_bias(constants[key[0]], layer.site)
+            self._biases[key] = kernel.packed_bias(self.copy(constants[key[0]]), layer.site)
         return self._biases[key]
 
 
