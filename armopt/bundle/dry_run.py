@@ -22,7 +22,6 @@ from armopt.ir.calls import ConvCall, LayerCall, call_from
 from armopt.ir.records import Bucket, Dim, Signature
 from armopt.kernels import table
 
-
 _META = torch.device("meta")
 #: Operations whose results have sizes, or are numbers, that depend on data.
 _DEPENDS_ON_DATA = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
@@ -90,10 +89,7 @@ class _Bounded(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The result of an operation, without data whatever device is asked for."""
         kwargs = kwargs or {}
-        if self._on_meta:
-            found = self._on_meta_device(func, args, kwargs)
-        else:
-            found = func(*args, **kwargs)
+        found = self._on_meta_device(func, args, kwargs) if self._on_meta else func(*args, **kwargs)
         for tensor in found if isinstance(found, (tuple, list)) else (found,):
             if isinstance(tensor, torch.Tensor):
                 self._take(tensor)

@@ -123,4 +123,3 @@ class MappedTensors:
 def _alive(storage: StorageWeakRef) -> torch.UntypedStorage | None:
     found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(storage.cdata)
     return found
-

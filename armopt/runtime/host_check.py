@@ -73,7 +73,7 @@ def check_host(
 def remembering(known: dict[str, str | None]) -> Iterator[set[str]]:
     """Verdicts that probes reached here before are in `known` meanwhile; what is new is remembered at the end.
 
-    Yields the keys of those verdicts. One that is gone at the end was wrong, and then all of them are forgotten.
+    Yields the keys of those verdicts. Where one is another at the end, it was wrong, and all of them are forgotten.
     """
     path = probe_cache.path_for(_build_facts())
     # a variable set after the start may have come too late for oneDNN: such a process neither learns nor teaches
@@ -82,7 +82,7 @@ def remembering(known: dict[str, str | None]) -> Iterator[set[str]]:
     known.update(found)
     before = len(known)
     yield set(found)
-    wrong = not found.keys() <= known.keys()
+    wrong = any(known.get(key, "") != verdict for key, verdict in found.items())
     if reliable and path is not None and (wrong or len(known) != before):
         probe_cache.write(path, known, forget=wrong)
 

@@ -16,8 +16,9 @@ from armopt import environment
 from armopt.bundle import reader
 from armopt.bundle.program import Program
 from armopt.errors import ArmoptWarning, HostError
-from armopt.runtime import host_check, module
+from armopt.runtime import forks, host_check, module
 from armopt.runtime.bind import Binder, Bound
+from armopt.runtime.forks import FORKS
 from armopt.runtime.loaded import Factory, Origin
 from armopt.runtime.model import Forward, Model
 from armopt.runtime.module import ModuleModel
@@ -72,6 +73,7 @@ def load_parts(
     Raises:
         HostError: See :func:`load`.
     """
+    forks.refuse_load(str(bundle.path))
     described = bundle.manifest
     if not described.accuracy.passed:
         warnings.warn(
@@ -108,11 +110,10 @@ def load_parts(
         host_check.timings_for(tuning),
         host_check.multiplies_bf16(),
     )
+    FORKS.worked_at = FORKS.count
     with host_check.remembering(verdicts) as remembered:
         for part in bundle.parts:
-            binder = Binder(
-                fast_math, times, verdicts, remembered, bf16_attention=bf16_attention, copy=bundle.copy
-            )
+            binder = Binder(fast_math, times, verdicts, remembered, bf16_attention=bf16_attention, copy=bundle.copy)
             for program in part.programs:
                 module, entries = binder.bind(program)
                 _leave_file(module, program, bundle.copy)
@@ -124,9 +125,7 @@ def load_parts(
     return _models(bundle, bound, portable=False)
 
 
-def _leave_file(
-    module: fx.GraphModule, program: Program, copy: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
+def _leave_file(module: fx.GraphModule, program: Program, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Copies what a bound graph keeps as it is stored: whoever writes to the file later changes no loaded model."""
     stored = {tensor.data_ptr() for tensor in program.graph_module.buffers()}
     for node in module.graph.find_nodes(op="get_attr"):

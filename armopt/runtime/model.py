@@ -78,6 +78,7 @@ class Model(Loaded):
         """
         if self._forks != FORKS.count:
             forks.refuse(f"the bundle for {self.manifest.target}")
+        FORKS.worked_at = FORKS.count
         try:
             if not torch.is_grad_enabled():
                 return self._select(tensors)(*tensors)

@@ -15,7 +15,21 @@ NUMBERS = (
 )
 FLOATS = (0.0, -0.0, 0.5, 1.0, -1.0, 1e-300, 1e38, 1e308, -1e308)
 TEXTS = (
-    *("", " ", "x", "..", "../../etc/passwd", "/etc/passwd", "a/b", "\x00", "\n", "\x1b[2J", "\u202e", "\ud7ff", "é" * 50),
+    *(
+        "",
+        " ",
+        "x",
+        "..",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "a/b",
+        "\x00",
+        "\n",
+        "\x1b[2J",
+        "\u202e",
+        "\ud7ff",
+        "é" * 50,
+    ),
     *("'", '"', "\\", "%s", "{}", "$(touch pwned)", "__import__('os').system('touch pwned')", "self", "None", "nan"),
 )
 
@@ -133,5 +147,16 @@ def anything(rng: random.Random) -> Any:
     for _ in range(rng.choice((3, 50, 2000))):
         deep = [deep] if rng.random() < 0.5 else {"a": deep}
     return rng.choice(
-        (None, True, rng.choice(NUMBERS), rng.choice(FLOATS), rng.choice(TEXTS), [], {}, [1, [2, [3]]], {"kind": 1}, deep)
+        (
+            None,
+            True,
+            rng.choice(NUMBERS),
+            rng.choice(FLOATS),
+            rng.choice(TEXTS),
+            [],
+            {},
+            [1, [2, [3]]],
+            {"kind": 1},
+            deep,
+        )
     )

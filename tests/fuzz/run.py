@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from armopt.errors import ArmoptError
-from tests.fuzz import mutations
+from tests.fuzz import kills, mutations
 from tests.fuzz.reader import Reader
 
 HERE = Path(__file__).parent
@@ -55,7 +55,7 @@ def readers() -> dict[str, Reader]:
     """All readers, by name: those of every module here that has some."""
     found: dict[str, Reader] = {}
     for file in sorted(HERE.glob("*.py")):
-        if file.stem not in ("run", "reader", "mutations") and not file.stem.startswith("test_"):
+        if file.stem not in ("run", "reader", "mutations", "kills") and not file.stem.startswith("test_"):
             found |= getattr(importlib.import_module(f"tests.fuzz.{file.stem}"), "READERS", {})
     return found
 
@@ -112,9 +112,11 @@ class Watch:
             self.found.append(f"{event} {args!r:.200}")
         elif event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
             path, writes = self._real(args[0]), bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-            if path.startswith(self.folder) or path.startswith("/dev/null"):
+            if path.startswith((self.folder, "/dev/null")):
                 return
-            if writes or not path.startswith((*self._read, "/proc/", "/sys/", "/dev/urandom", "/etc/", "/usr/", "/lib")):
+            if writes or not path.startswith(
+                (*self._read, "/proc/", "/sys/", "/dev/urandom", "/etc/", "/usr/", "/lib")
+            ):
                 self.found.append(f"open {path} {'to write' if writes else ''}")
         elif event in self._PATHS:
             for place in self._PATHS[event]:
@@ -175,8 +177,16 @@ def _child(job: Job, numbers: Sequence[int], folder: Path, pipe: int) -> None:
     for number in numbers:
         place = Path(tempfile.mkdtemp(dir=folder))
         _say(pipe, number, "began", "")
-        path = job.make(number, place)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            path = job.make(number, place)
+        except Exception as error:
+            _say(pipe, number, "traceback", f"in the fuzzer: {error!r}\n{traceback.format_exc()}")
+            continue
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             result = outcome(job, path, folder)
         shutil.rmtree(place, ignore_errors=True)
@@ -249,10 +259,11 @@ def _watched(job: Job, batch: Sequence[int], folder: Path) -> Iterator[tuple[int
 
 def keep(job: Job, finding: Finding) -> Path:
     """Makes an input that failed once more, and keeps it with what was said."""
-    folder = KEPT / f"{finding.outcome}-{finding.reader}-{job.seed}-{finding.number}"
+    folder = KEPT / f"{finding.outcome}-{finding.reader}-{job.seed}-{finding.number}".replace(" ", "_")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    job.make(finding.number, folder)
+    with contextlib.suppress(Exception):  # then the fuzzer itself is at fault, and what was said says so
+        job.make(finding.number, folder)
     (folder / "said.txt").write_text(finding.said, errors="backslashreplace")
     return folder
 
@@ -306,8 +317,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reader", action="append", default=[], help="one of them; repeatable")
     parser.add_argument("--only", type=int, help="one input, read in this process")
+    parser.add_argument("--kill", type=int, default=0, help="how many runs of optimize to kill as well")
     parser.add_argument("--write", action="store_true", help="write the table into docs/security.md")
     asked = parser.parse_args()
+    torch.set_num_threads(1)
     if asked.only is not None:
         (name,) = asked.reader
         folder = Path(tempfile.mkdtemp(prefix="armopt-fuzz-"))
@@ -320,10 +333,17 @@ def main() -> None:
         print(*outcome(job, path, folder), sep="\n")
         return
     table, findings = fuzz(asked.count, asked.seed, asked.reader, lambda line: print(line, flush=True))
-    print(as_table(table, asked.seed))
+    said = as_table(table, asked.seed)
+    killed = Counter[str]()
+    if asked.kill:
+        with tempfile.TemporaryDirectory(prefix="armopt-kills-") as folder:
+            killed = kills.kill(Path(folder), asked.kill, asked.seed)
+        found = ", ".join(f"{what} {count}" for what, count in sorted(killed.items()))
+        said += f"\n\n{asked.kill} runs of `optimize` killed at random moments, half with `--force`; found: {found}."
+    print(said)
     if asked.write:
-        write(as_table(table, asked.seed))
-    sys.exit(bool(findings))
+        write(said)
+    sys.exit(bool(findings) or any(what.startswith("wrong") for what in killed))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,9 @@ def test_a_copy_is_made_once_as_long_as_it_lives(file: Path) -> None:
     assert mapped.copy(stored).data_ptr() == view.data_ptr()
     assert mapped.copy(view) is view
     for name, tensor in mapped.tensors.items():
-        assert torch.equal(mapped.copy(tensor).reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+        assert torch.equal(mapped.copy(tensor).reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), (
+            name
+        )
 
 
 def test_a_file_that_was_cut_short_is_an_error_and_no_end_of_the_process(tmp_path: Path) -> None:
