@@ -191,6 +191,6 @@ def _tensors(
 ) -> tuple[dict[str, torch.Tensor], Callable[[torch.Tensor], torch.Tensor], Callable[[], None]]:
     """The tensors of a file, what copies one, and what notices a change; those of a folder are mapped."""
     if stored.folder is None:
-        return _loaded(stored.open(name).read(), name), lambda tensor: tensor, lambda: None
+        return _loaded(stored.read_tensors(name), name), lambda tensor: tensor, lambda: None
     mapped = MappedTensors(stored.folder / name, stored.open(name), stored.stamp(name))
     return mapped.tensors, mapped.copy, mapped.check_unchanged

@@ -182,7 +182,9 @@ def change_zip(rng: random.Random, path: Path) -> None:
         archive.extractall(folder)
     change_bundle(rng, folder)
     zip_again(folder, path, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)))
-    if rng.random() < 0.2:
+    if rng.random() < 0.3:
+        path.write_bytes(changed(rng, path.read_bytes()))
+    elif rng.random() < 0.2:
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(rng.choice(("../up", "/abs", "a/b", "graph.json", "x" * 300)), b"more")
     shutil.rmtree(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -357,6 +358,43 @@ def test_a_zip_is_about_as_large_as_it_looks(bundle: Path, tmp_path: Path, name:
     assert path.stat().st_size < 1 << 22
     with pytest.raises(BundleError, match=f"{name} in it would have 269484032 bytes"):
         reader.read(path)
+
+
+def test_entries_of_a_zip_may_not_share_what_they_are_unpacked_from(bundle: Path, tmp_path: Path) -> None:
+    """A thousand names for one compressed file: each is small enough, all of them take hours."""
+    path = tmp_path / "b.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(1 << 20))
+        for file in bundle.iterdir():
+            archive.write(file, file.name)
+        (entry,) = (each for each in archive.infolist() if each.filename == "zeros")
+        for i in range(1000):
+            again = copy.copy(entry)
+            again.filename = again.orig_filename = f"zeros{i}"
+            archive.filelist.append(again)
+    with pytest.raises(BundleError, match=r"the files in it would have \d+ bytes, and it has"):
+        reader.read(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("name", ["manifest.json", "graph.json", "weights.safetensors"])
+def test_a_damaged_entry_of_a_zip_is_an_error_of_ours(bundle: Path, tmp_path: Path, method: int, name: str) -> None:
+    path = tmp_path / "b.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in bundle.iterdir():
+            archive.write(file, file.name)
+        entry = archive.getinfo(name)
+    begin = entry.header_offset + 30 + len(name)
+    data = bytearray(path.read_bytes())
+    for at in range(begin, begin + entry.compress_size, max(1, entry.compress_size // 9)):
+        changed = data.copy()
+        changed[at : at + 3] = b"\xff\x00\xff"
+        path.write_bytes(changed)
+        with pytest.raises(BundleError):
+            reader.read(path)
+        assert files.looks_like_bundle(path)
+    path.write_bytes(data[: len(data) // 2])
+    assert not files.looks_like_bundle(path)
 
 
 def test_a_bundle_that_was_zipped_again_is_read(bundle: Path, tmp_path: Path) -> None:
