@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import operator
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -11,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from armopt.bundle.program import Program
@@ -66,7 +65,11 @@ def check(program: Program, signature: Signature, sizes: Bucket, most: int, wher
     raise BundleError(what, where=f"{where}{node}", hint="Make the bundle again")
 
 
-def _fake() -> FakeTensorMode:
+def _fake() -> Any:
+    """Fake tensors; what they need takes a second to import."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     return FakeTensorMode(allow_fallback_kernels=False, shape_env=ShapeEnv())
 
 
@@ -86,6 +89,11 @@ class _Bounded(TorchDispatchMode):
         self._storages: dict[int, int] = {}
         self._given: dict[Hashable, list[tuple[Any, ...]]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing compiles these calls: without a wrapper that says so, which would import all of torch._dynamo."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The result of an operation, without data whatever device is asked for."""
         kwargs = kwargs or {}
@@ -101,6 +109,10 @@ class _Bounded(TorchDispatchMode):
             kwargs = {**kwargs, "device": _META}
         if any(each.alias_info is not None for each in schema.returns):  # memory of another's
             return func(*args, **kwargs)
+        if func in _RULES:
+            return _RULES[func](*args, **kwargs)
+        if torch.Tag.pointwise in func.tags and (given := _pointwise(func, args, kwargs)) is not None:
+            return given
         key = (func, _fingerprint(args), _fingerprint(list(kwargs.items())))
         if key in self._given:
             made = [torch.empty_strided(*form, dtype=dtype, device=_META) for *form, dtype in self._given[key]]
@@ -131,6 +143,85 @@ class _Bounded(TorchDispatchMode):
         if not self._storages[place]:
             del self._storages[place]
             self._taken -= size
+
+
+def _pointwise(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """What such an operation gives: its shape by broadcasting, its dtype by calling it on one value."""
+    kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
+    order = any(each.name == "memory_format" for each in func._schema.arguments)
+    if not tensors or order or any(isinstance(each, (list, tuple)) for each in args):
+        return None
+    shape = torch.broadcast_shapes(*(each.shape for each in tensors))
+    found = func(*map(_one, args), **{name: _one(value) for name, value in kwargs.items()})
+    if not isinstance(found, torch.Tensor):
+        return None
+    like = next((each for each in tensors if each.shape == shape), None)
+    if like is None:
+        return torch.empty(shape, dtype=found.dtype, device=_META)
+    return torch.empty_like(like, dtype=found.dtype)
+
+
+def _one(value: Any) -> Any:
+    """A tensor of as many dimensions and one value."""
+    return torch.ones((1,) * value.dim(), dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    first, *others = [each for each in tensors if each.shape != (0,)] or list(tensors)
+    dtype = functools.reduce(torch.promote_types, (each.dtype for each in tensors))
+    place = range(first.dim())[dim]
+    for other in others:
+        if other.dim() != first.dim() or any(
+            a != b for i, (a, b) in enumerate(zip(first.shape, other.shape, strict=True)) if i != place
+        ):
+            raise _UnfitError(f"puts {_shown(first)} and {_shown(other)} together")
+    shape = list(first.shape)
+    shape[place] = sum(each.shape[place] for each in (first, *others))
+    return torch.empty(shape, dtype=dtype, device=_META)
+
+
+def _stack(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return _cat([each.unsqueeze(dim) for each in tensors], dim)
+
+
+def _layer_norm(
+    x: torch.Tensor, size: Sequence[int], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    for each in (weight, bias):
+        if each is not None and list(each.shape) != list(size):
+            raise _UnfitError(f"its weight or bias is {_shown(each)}")
+    if not size or list(x.shape[-len(size) :]) != list(size) or not x.is_floating_point():
+        raise _UnfitError(f"norms {_shown(x)} over the sizes {list(size)}")
+    statistics = torch.empty((*x.shape[: -len(size)], *(1 for _ in size)), dtype=x.dtype, device=_META)
+    return torch.empty_like(x), statistics, statistics.clone()
+
+
+def _mean(
+    x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    dtype = x.dtype if dtype is None else dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise _UnfitError(f"takes the mean of {_shown(x)}")
+    gone = {range(max(1, x.dim()))[each] for each in dim or range(x.dim())}
+    kept = [1 if i in gone else size for i, size in enumerate(x.shape) if keepdim or i not in gone]
+    return torch.empty(kept, dtype=dtype, device=_META)
+
+
+def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    range(max(1, x.dim()))[dim]  # IndexError where there is no such dimension
+    return torch.empty_like(x, dtype=dtype)
+
+
+#: Shapes that torch works out in Python, for what most models call: it imports torch._dynamo for that, which takes longer
+#: than loading a bundle.
+_RULES: Mapping[Any, Callable[..., Any]] = {
+    torch.ops.aten.cat.default: _cat,
+    torch.ops.aten.stack.default: _stack,
+    torch.ops.aten.native_layer_norm.default: _layer_norm,
+    torch.ops.aten.mean.dim: _mean,
+    torch.ops.aten._safe_softmax.default: _softmax,
+}
 
 
 def _fingerprint(value: Any) -> Hashable:
