@@ -77,14 +77,14 @@ class _UnfitError(Exception):
     """What does not come out."""
 
 
-class _Bounded(TorchDispatchMode):
+class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bounds the memory that tensors would take if they had data.
 
     On the meta device what an operation gave is remembered: layers repeat, and working out some shapes takes long.
     """
 
     def __init__(self, most: int, *, on_meta: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._most, self._taken, self._on_meta = most, 0, on_meta
         self._storages: dict[int, int] = {}
         self._given: dict[Hashable, list[tuple[Any, ...]]] = {}
@@ -152,7 +152,7 @@ def _pointwise(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     order = any(each.name == "memory_format" for each in func._schema.arguments)
     if not tensors or order or any(isinstance(each, (list, tuple)) for each in args):
         return None
-    shape = torch.broadcast_shapes(*(each.shape for each in tensors))
+    shape: torch.Size = torch.broadcast_shapes(*(each.shape for each in tensors))  # type: ignore[no-untyped-call]
     found = func(*map(_one, args), **{name: _one(value) for name, value in kwargs.items()})
     if not isinstance(found, torch.Tensor):
         return None
@@ -213,8 +213,8 @@ def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> tor
     return torch.empty_like(x, dtype=dtype)
 
 
-#: Shapes that torch works out in Python, for what most models call: it imports torch._dynamo for that, which takes longer
-#: than loading a bundle.
+#: Shapes that torch works out in Python, of what most models call: for that it imports torch._dynamo, which takes
+#: longer than loading a bundle.
 _RULES: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.cat.default: _cat,
     torch.ops.aten.stack.default: _stack,
@@ -278,9 +278,14 @@ class _DryRun:
         _check_operands(call)
         result = call.run()
         _compare("its output", result, self._program.shapes[node.name], dtype)
-        if call.other is not None and torch.broadcast_shapes(call.other.shape, result.shape) != result.shape:
+        if call.other is not None and not _spreads_to(call.other.shape, result.shape):
             raise _UnfitError(f"adds {_shown(call.other)} to {_shown(result)}")
         return result
+
+
+def _spreads_to(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    pairs = zip(reversed(shape), reversed(wanted), strict=False)
+    return len(shape) <= len(wanted) and all(size in (1, other) for size, other in pairs)
 
 
 def _compare(what: str, found: Any, shape: Sequence[int | None], dtype: torch.dtype) -> None:

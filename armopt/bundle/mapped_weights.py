@@ -110,13 +110,13 @@ class MappedTensors:
         if (held := self._copies.get(begin)) is not None and (storage := _alive(held)) is not None:
             return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
         made = torch.empty_like(tensor)
-        left, at = memoryview(made.reshape(-1).view(torch.uint8).numpy()), begin
+        left, at = made.reshape(-1).view(torch.uint8).numpy().data, begin
         while left:
             count = os.preadv(self._file.fileno(), [left], at)
             if not count:
                 raise changed(self._path)
             left, at = left[count:], at + count
-        self._copies[begin] = StorageWeakRef(made.untyped_storage())
+        self._copies[begin] = StorageWeakRef(made.untyped_storage())  # type: ignore[no-untyped-call]
         return made
 
 

@@ -103,6 +103,7 @@ class Watch:
     def __init__(self) -> None:
         self.found: list[str] = []
         self.folder = ""
+        self.seeds: tuple[str, ...] = ()
         self._read = tuple({os.path.realpath(each) for each in (sys.prefix, sys.base_prefix, REPOSITORY, *sys.path)})
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
@@ -115,7 +116,7 @@ class Watch:
             if path.startswith((self.folder, "/dev/null")):
                 return
             if writes or not path.startswith(
-                (*self._read, "/proc/", "/sys/", "/dev/urandom", "/etc/", "/usr/", "/lib")
+                (*self._read, *self.seeds, "/proc/", "/sys/", "/dev/urandom", "/etc/", "/usr/", "/lib")
             ):
                 self.found.append(f"open {path} {'to write' if writes else ''}")
         elif event in self._PATHS:
@@ -138,6 +139,7 @@ def outcome(job: Job, path: Path, folder: Path) -> tuple[str, str]:
     before = _memory()
     WATCH.found.clear()
     WATCH.folder = str(folder)
+    WATCH.seeds = tuple(os.path.realpath(seed.parent) for seed in job.seeds)
     try:
         job.reader.read(path)
         found, said = "read", ""
