@@ -113,13 +113,16 @@ class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _RULES[func](*args, **kwargs)
         if torch.Tag.pointwise in func.tags and (given := _pointwise(func, args, kwargs)) is not None:
             return given
-        key = (func, _fingerprint(args), _fingerprint(list(kwargs.items())))
+        return self._remembered(func, args, kwargs)
+
+    def _remembered(self, func: Any, args: Any, kwargs: Any) -> Any:
+        key, count = (func, _fingerprint(args), _fingerprint(list(kwargs.items()))), len(func._schema.returns)
         if key in self._given:
             made = [torch.empty_strided(*form, dtype=dtype, device=_META) for *form, dtype in self._given[key]]
-            return made[0] if len(schema.returns) == 1 else tuple(made)
+            return made[0] if count == 1 else tuple(made)
         found = func(*args, **kwargs)
         results = found if isinstance(found, tuple) else (found,)
-        if len(results) == len(schema.returns) and all(isinstance(each, torch.Tensor) for each in results):
+        if len(results) == count and all(isinstance(each, torch.Tensor) for each in results):
             self._given[key] = [(each.shape, each.stride(), each.dtype) for each in results]
         return found
 
@@ -147,10 +150,8 @@ class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _pointwise(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     """What such an operation gives: its shape by broadcasting, its dtype by calling it on one value."""
-    kwargs = {name: value for name, value in kwargs.items() if name != "device"}
     tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
-    order = any(each.name == "memory_format" for each in func._schema.arguments)
-    if not tensors or order or any(isinstance(each, (list, tuple)) for each in args):
+    if not tensors or "device" in kwargs or any(each.name == "memory_format" for each in func._schema.arguments):
         return None
     shape: torch.Size = torch.broadcast_shapes(*(each.shape for each in tensors))  # type: ignore[no-untyped-call]
     found = func(*map(_one, args), **{name: _one(value) for name, value in kwargs.items()})
@@ -169,15 +170,12 @@ def _one(value: Any) -> Any:
 
 def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
     first, *others = [each for each in tensors if each.shape != (0,)] or list(tensors)
-    dtype = functools.reduce(torch.promote_types, (each.dtype for each in tensors))
-    place = range(first.dim())[dim]
+    place, shape = range(first.dim())[dim], list(first.shape)
     for other in others:
-        if other.dim() != first.dim() or any(
-            a != b for i, (a, b) in enumerate(zip(first.shape, other.shape, strict=True)) if i != place
-        ):
+        if [*other.shape[:place], *other.shape[place + 1 :]] != [*shape[:place], *shape[place + 1 :]]:
             raise _UnfitError(f"puts {_shown(first)} and {_shown(other)} together")
-    shape = list(first.shape)
-    shape[place] = sum(each.shape[place] for each in (first, *others))
+        shape[place] += other.shape[place]
+    dtype = functools.reduce(torch.promote_types, (each.dtype for each in tensors))
     return torch.empty(shape, dtype=dtype, device=_META)
 
 
