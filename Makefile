@@ -4,7 +4,7 @@ MODEL ?= torchvision:resnet50
 TARGET ?= graviton3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-quick test-full bench-arm64 arm64 lint coverage clean
+.PHONY: help demo test test-quick test-full fuzz bench-arm64 arm64 lint coverage clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,11 @@ test-quick: $(BIN)/.ready-dev  ## what to run at every save: no emulated core, n
 test-full: $(BIN)/.ready-dev  ## all there is, before a release: the whole zoo, all families
 	$(PYTEST) --arm64 --full
 	$(BIN)/python benchmarks/coverage.py
+
+N ?= 100000
+SEED ?= 0
+fuzz: $(BIN)/.ready-dev  ## N inputs to every reader and a hundred killed runs; writes the table in docs/security.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --count $(N) --seed $(SEED) --kill 100 --write
 
 arm64: $(BIN)/.ready  ## prepare the emulated Arm core in ~/.cache/armopt/arm64
 	$(BIN)/python -m armopt.emulation.prepare

@@ -6,7 +6,9 @@ The core raises; only :mod:`armopt.cli` prints them and turns them into exit cod
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection
+from typing import Any
 
 
 class ArmoptError(Exception):
@@ -28,7 +30,7 @@ class ArmoptError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text}. {self.hint}" if self.hint else text
+        return printable(f"{text}. {self.hint}" if self.hint else text)
 
 
 class InputError(ArmoptError):
@@ -65,6 +67,27 @@ class ArmoptWarning(UserWarning):
     """Something that costs speed or says that this host is not the target."""
 
 
+#: What a terminal or a page obeys instead of showing it: control characters, line separators, marks that turn the
+#: direction of writing or take no room, and halves of characters that no encoding has.
+CONTROL = r"\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
+_CONTROL = re.compile(f"[{CONTROL}]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text as it may be shown: what a terminal or a page would obey is written out, as ``\\x1b`` or ``\\u202e``.
+
+    Args:
+        text: Any text, such as what stands in a file.
+        keep: Characters that stay: ``\\n`` where there may be several lines.
+    """
+    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def for_page(value: Any) -> Any:
+    """A value of a template's, as it may stand in a page: text without what :func:`printable` writes out."""
+    return printable(value, keep="\n\t") if type(value) is str else value
+
+
 def first_line(error: BaseException, most: int = 300) -> str:
     """The first line of another library's error that says something, `most` characters of it; its type if none does.
 
@@ -73,7 +96,7 @@ def first_line(error: BaseException, most: int = 300) -> str:
     if isinstance(error, ArmoptError):
         return str(error)
     lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)[:most]
+    return printable(next((line for line in lines if line), type(error).__name__)[:most])
 
 
 def unknown(kind: str, name: str, known: Collection[str], *, where: str = "", said: str = "") -> InputError:

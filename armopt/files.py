@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,6 +151,22 @@ def check_parent(path: Path) -> None:
         raise InputError("the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {parent}")
     if not os.access(parent, os.W_OK):
         raise InputError("the folder is not writable", where=str(parent), hint="Choose another place with -o")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The content of a regular file that has no more than `most` bytes; a pipe or a device is not waited for.
+
+    Raises:
+        OSError: It is none, or can't be read.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"has more than {most} bytes")
+    return content
 
 
 def read_or_empty(path: str | Path) -> str:

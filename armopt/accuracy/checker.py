@@ -86,8 +86,9 @@ class Checker:
                 self.evidence[bucket] = Evidence(inputs, reference, result)
             if task is not None:
                 memo = self._memos.setdefault((bucket, number), {}) if self.keep else {}
-                task.update(Sample(inputs, reference, result, self.reference, found, memo))
-                left, right = task.align(reference, result)
+                with runs.explained(f"{self.task_name} can't be measured on what both sides give"):
+                    task.update(Sample(inputs, reference, result, self.reference, found, memo))
+                    left, right = task.align(reference, result)
                 aligned = anchor if left is reference else None
             else:
                 left, right, aligned = reference, result, anchor

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from armopt import environment
+from armopt.errors import ArmoptError, InputError, first_line
 from armopt.ir import graph as g
 from armopt.ir import nesting
 from armopt.ir.calls import ConvCall, call_from
@@ -136,6 +137,25 @@ def unchanged_buffers(graph_module: fx.GraphModule) -> Iterator[None]:
                 tensor.copy_(value)
 
 
+@contextlib.contextmanager
+def explained(what: str = "a graph can't run on these inputs") -> Iterator[None]:
+    """What an operation says to values or sizes that it can't take is an error of ours.
+
+    Args:
+        what: Can't be done then.
+
+    Raises:
+        InputError: In its place.
+    """
+    try:
+        yield
+    except ArmoptError:
+        raise
+    except Exception as error:
+        said = f"{what}: {type(error).__name__}: {first_line(error)}"
+        raise InputError(said, hint="Check the inputs, or make the bundle again") from error
+
+
 def run(
     graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor], interpreter: type[fx.Interpreter] = fx.Interpreter
 ) -> Sequence[Any]:
@@ -146,7 +166,7 @@ def run(
 def run_with(interpreter: fx.Interpreter, tensors: Sequence[torch.Tensor], *, times: int = 1) -> Sequence[Any]:
     """The same with an interpreter that is made already; of several calls the last."""
     assert isinstance(interpreter.module, fx.GraphModule)
-    with true_fp32(), seeded(), unchanged_buffers(interpreter.module):
+    with true_fp32(), seeded(), unchanged_buffers(interpreter.module), explained():
         for _ in range(times):
             outputs: Sequence[Any] = interpreter.run(*tensors)
         return outputs
@@ -192,7 +212,8 @@ class Steps:
             args: tuple[Any, ...] = ()
             if g.shown_name(node) == name:
                 args, _ = runner.fetch_args_kwargs_from_env(node)
-            value = env[node] = runner.run_node(node)
+            with explained():
+                value = env[node] = runner.run_node(node)
             for dead in runner.user_to_last_uses.get(node, ()):
                 del env[dead]
             if g.shown_name(node) == name:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import lzma
 import os
 import stat
+import struct
 import zipfile
+import zlib
+from collections.abc import Iterator
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Self, cast
@@ -27,16 +32,27 @@ KEPT = frozenset({REFERENCE_GRAPH, REFERENCE_WEIGHTS})
 
 
 #: Bytes that a file of JSON may have: a graph of a hundred thousand nodes has some twenty million.
-MOST_JSON = 1 << 28
-#: By how much a file larger than that may be compressed in a zip.
+MOST_JSON = 1 << 26
+#: By how much a file larger than that may be compressed in a zip, and all files of a zip together.
 MOST_RATIO = 20
+#: What reading a damaged zip raises: by the zip itself, and by each method of compression.
+DAMAGED_ZIP = (
+    *(zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError),
+    *(OSError, ValueError, struct.error, OverflowError),
+)
+
+
+_PATH_HINT = "Check the path and its permissions"
 
 
 def looks_like_bundle(path: Path) -> bool:
     """Whether there is a manifest at `path`."""
     if path.is_dir():
         return (path / manifest.NAME).is_file()
-    return path.is_file() and zipfile.is_zipfile(path) and manifest.NAME in zipfile.ZipFile(path).namelist()
+    try:
+        return path.is_file() and manifest.NAME in zipfile.ZipFile(path).namelist()
+    except DAMAGED_ZIP:
+        return False
 
 
 def read_manifest(path: Path | str) -> manifest.Manifest:
@@ -53,6 +69,22 @@ def read_manifest(path: Path | str) -> manifest.Manifest:
 def damaged(path: Path) -> BundleError:
     """The error for a file that is not as it was written."""
     return BundleError("was changed or damaged after it was written", where=str(path), hint="Copy the bundle again")
+
+
+def changed(path: Path) -> BundleError:
+    """The error for a file that was written to while it was in use."""
+    hint = "A bundle is replaced whole, by armopt optimize --force or a rename, and never written to"
+    return BundleError("was changed while it was read", where=str(path), hint=hint)
+
+
+#: Bytes of a file, and when it was last written to.
+Stamp = tuple[int, int]
+
+
+def stamp(handle: int) -> Stamp:
+    """The stamp of an open file."""
+    found = os.fstat(handle)
+    return found.st_size, found.st_mtime_ns
 
 
 class BundleFiles:
@@ -72,6 +104,7 @@ class BundleFiles:
         self._path = path
         self._archive: zipfile.ZipFile | None = None
         self._opened: dict[str, BufferedIOBase] = {}
+        self._stamps: dict[str, Stamp] = {}
         self._folder: int | None = None
         if not path.exists():
             raise BundleError("there is no such bundle", where=str(path), hint="Make one with armopt optimize")
@@ -108,14 +141,23 @@ class BundleFiles:
             BundleError: It is larger than any that armopt writes, or damaged.
             InputError: The system can't read it.
         """
-        file = self.open(name)
-        try:
-            content = file.read(MOST_JSON + 1)
-        except (zipfile.BadZipFile, EOFError):
-            raise damaged(self._path / name) from None
+        content = self._all_of(name, MOST_JSON + 1)
         if len(content) > MOST_JSON:
             raise BundleError(f"has more than {MOST_JSON} bytes", where=str(self._path / name), hint="Make it again")
         return content
+
+    def read_tensors(self, name: str) -> bytes:
+        """A file of tensors, whatever its size; of a zip, as those of a folder are mapped.
+
+        Raises:
+            BundleError: It is damaged.
+        """
+        return self._all_of(name, -1)
+
+    def _all_of(self, name: str, most: int) -> bytes:
+        file = self.open(name)
+        with self._explained(name):
+            return file.read(most)
 
     def open(self, name: str) -> BufferedIOBase:
         """A file, from its beginning.
@@ -125,26 +167,45 @@ class BundleFiles:
             InputError: The system can't read it.
         """
         if name not in self._opened:
-            try:
+            with self._explained(name):
                 opened = self._archive.open(name) if self._archive else self._open_regular(name)
                 self._opened[name] = cast("BufferedIOBase", opened)
-            except (KeyError, FileNotFoundError):
-                raise BundleError("is missing", where=str(self._path / name), hint="Copy the bundle again") from None
-            except (zipfile.BadZipFile, NotImplementedError, RuntimeError):
-                raise damaged(self._path / name) from None
-            except OSError as error:
-                hint = "Check the path and its permissions"
-                raise InputError(f"can't be read: {error.strerror}", where=str(self._path / name), hint=hint) from error
         file = self._opened[name]
         file.seek(0)
         return file
 
     def hash(self, name: str) -> str:
         """Its sha256, read piece by piece."""
+        file = self.open(name)
+        with self._explained(name):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @contextlib.contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        where = str(self._path / name)
         try:
-            return hashlib.file_digest(self.open(name), "sha256").hexdigest()
-        except (zipfile.BadZipFile, EOFError):
+            yield
+        except (KeyError, FileNotFoundError):
+            raise BundleError("is missing", where=where, hint="Copy the bundle again") from None
+        except DAMAGED_ZIP as error:
+            if self._archive is None and isinstance(error, OSError):
+                raise InputError(f"can't be read: {error.strerror}", where=where, hint=_PATH_HINT) from error
             raise damaged(self._path / name) from None
+
+    def stamp(self, name: str) -> Stamp:
+        """What would differ had a file been written to after it was opened; of a zip that of the whole."""
+        return self._stamps[name if self._archive is None else ""]
+
+    def check_unchanged(self) -> None:
+        """Refuses files that were written to while they were read.
+
+        Raises:
+            BundleError: Naming one.
+        """
+        handles = {"": self._archive.fp} if self._archive is not None else self._opened
+        for name, file in handles.items():
+            if file is not None and stamp(file.fileno()) != self._stamps[name]:
+                raise changed(self._path / name)
 
     def is_still_there(self) -> bool:
         """Whether this bundle is the one at its place, and not another that took it meanwhile."""
@@ -163,13 +224,22 @@ class BundleFiles:
     def _open_archive(self) -> zipfile.ZipFile:
         try:
             archive = zipfile.ZipFile(self._path)
-        except zipfile.BadZipFile:
+        except PermissionError as error:
+            what = f"can't be read: {error.strerror}"
+            raise InputError(what, where=str(self._path), hint=_PATH_HINT) from error
+        except DAMAGED_ZIP:
             raise self._no_bundle("is neither a bundle folder nor a bundle zip") from None
+        assert archive.fp is not None
+        self._stamps[""] = stamp(archive.fp.fileno())
         for entry in archive.infolist():
             # armopt stores; who zips a bundle again compresses weights a little, and only a bomb by a lot
             if entry.file_size > MOST_JSON and entry.file_size > MOST_RATIO * entry.compress_size:
                 what = f"{entry.filename} in it would have {entry.file_size} bytes, and has {entry.compress_size}"
                 raise BundleError(what, where=str(self._path), hint="Zip the bundle again, without compression")
+        size, whole = sum(entry.file_size for entry in archive.infolist()), self._stamps[""][0]
+        if size > MOST_JSON and size > MOST_RATIO * whole:  # entries may share what they are unpacked from
+            what = f"the files in it would have {size} bytes, and it has {whole}"
+            raise BundleError(what, where=str(self._path), hint="Zip the bundle again, without compression")
         return archive
 
     def _open_regular(self, name: str) -> BufferedIOBase:
@@ -185,6 +255,7 @@ class BundleFiles:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise self._no_file(name)
+        self._stamps[name] = stamp(handle)
         return os.fdopen(handle, "rb")
 
     def _no_file(self, name: str) -> BundleError:

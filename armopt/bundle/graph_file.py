@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from armopt.ir.records import Bucket, Count, Dtype, Signature
+from armopt.ir.records import Bucket, Count, Dtype, Line, Signature
 
 
 class _Tagged(Struct, frozen=True, tag_field="kind", forbid_unknown_fields=True):
@@ -67,8 +67,6 @@ def quotable(text: str) -> str:
     return text.translate(_NOT_QUOTABLE)[:1000]
 
 
-#: What is shown to people: without control characters.
-Line = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z")]
 Leaf = None | bool | Integer | float | Text | Ref | SpecialFloat | Complex | Device | DtypeName | MemoryFormat | Layout
 #: Operations take lists, and lists of lists at most.
 Argument = Leaf | list[Leaf | list[Leaf]]
@@ -121,7 +119,7 @@ class StoredProgram(Struct, frozen=True, forbid_unknown_fields=True):
 class StoredPart(Struct, frozen=True, forbid_unknown_fields=True):
     """One graph: of the submodule at `path`, or of the whole model, which has none."""
 
-    path: str
+    path: Line
     signature: Signature
     programs: Annotated[tuple[StoredProgram, ...], Meta(min_length=1)]
 

@@ -13,8 +13,8 @@ from msgspec import Meta, Struct
 
 from armopt.bundle import legacy, schema
 from armopt.environment.variables import Variable
-from armopt.errors import BundleError
-from armopt.ir.records import Bucket, Count, Decision, InputSpec, Skip, Symbol
+from armopt.errors import BundleError, printable
+from armopt.ir.records import Bucket, Count, Decision, InputSpec, Line, Skip, Symbol
 
 #: What is written; bundles of 1 and 2 are read too.
 SCHEMA_VERSION = 3
@@ -26,7 +26,7 @@ Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 class PartInputs:
     """What one graph takes: that of a submodule by its path, or of the whole model, which has none."""
 
-    path: str
+    path: Line
     inputs: tuple[InputSpec, ...]
     symbols: tuple[Symbol, ...]
 
@@ -42,10 +42,10 @@ class SourceModel:
         factory: Reference to what builds the model around its parts; empty where there is none to follow.
     """
 
-    source: str
+    source: Line
     digest: Digest
     parts: Annotated[tuple[PartInputs, ...], Meta(min_length=1)]
-    factory: str = ""
+    factory: Line = ""
 
     def __post_init__(self) -> None:
         paths = [part.path for part in self.parts]
@@ -67,9 +67,9 @@ class SourceModel:
 class PartPlan:
     """The plan of one part for one bucket."""
 
-    part: str
+    part: Line
     bucket: Bucket
-    policy: str
+    policy: Line
     nodes: tuple[Decision, ...]
 
 
@@ -77,9 +77,9 @@ class PartPlan:
 class GateResult:
     """A gate, its worst value (None if infinite or not measured), where that is, and whether it held."""
 
-    gate: str
+    gate: Line
     value: float | None
-    where: str
+    where: Line
     passed: bool
 
 
@@ -87,19 +87,19 @@ class GateResult:
 class TaskFigures:
     """A task's figures by bucket, and why it is that task; no name where there is none."""
 
-    name: str
-    why: str
-    metrics: Mapping[str, Mapping[str, float]]
+    name: Line
+    why: Line
+    metrics: Mapping[Line, Mapping[Line, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """One layer that was taken out of BF16."""
 
-    node: str
-    before: str
-    after: str
-    precision: str
+    node: Line
+    before: Line
+    after: Line
+    precision: Line
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class RepairResult:
 
     passed: bool
     evaluations: Count
-    said: str
+    said: Line
     changes: tuple[Change, ...]
 
 
@@ -136,9 +136,9 @@ class Accuracy(Struct, frozen=True, omit_defaults=True):
     finite: bool
     min_cosine: float | None
     passed: bool
-    reference: str
+    reference: Line
     gates: tuple[GateResult, ...]
-    inputs: str
+    inputs: Line
     inputs_given: bool
     task: TaskFigures
     repair: RepairResult | None
@@ -158,9 +158,9 @@ class Weights:
 class SessionFlag:
     """A configuration entry of a session, whether it takes effect, and why."""
 
-    value: str
+    value: Line
     engages: bool
-    why: str
+    why: Line
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ class SessionOption:
     """An option of a session, and why."""
 
     value: int
-    why: str
+    why: Line
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +183,9 @@ class OnnxModel(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=T
     """An ONNX model: its opset, the dtype and bucket that it was exported for, and its file if it is in the bundle."""
 
     opset: int
-    weights: str
-    bucket: dict[str, Count]
-    file: str = ""
+    weights: Line
+    bucket: dict[Line, Count]
+    file: Line = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +200,9 @@ class Session:
         model: The ONNX model, if one was made.
     """
 
-    seen_with: str
-    session_config: Mapping[str, SessionFlag]
-    session_options: Mapping[str, SessionOption]
+    seen_with: Line
+    session_config: Mapping[Line, SessionFlag]
+    session_options: Mapping[Line, SessionOption]
     layers: LayerCount
     model: OnnxModel | None
 
@@ -230,13 +230,13 @@ class Manifest:
     """
 
     schema_version: int
-    armopt_version: str
-    target: str
-    machine: str
-    required_features: tuple[str, ...]
-    environment: Mapping[str, Variable]
-    versions: Mapping[str, str]
-    files: Mapping[str, Digest]
+    armopt_version: Line
+    target: Line
+    machine: Line
+    required_features: tuple[Line, ...]
+    environment: Mapping[Line, Variable]
+    versions: Mapping[Line, Line]
+    files: Mapping[Line, Digest]
     model: SourceModel
     plan: tuple[PartPlan, ...]
     refused: tuple[Skip, ...]
@@ -258,9 +258,18 @@ def to_bytes(manifest: Manifest) -> bytes:
 
 
 def _content(manifest: Manifest) -> dict[str, Any]:
-    content: dict[str, Any] = schema.builtins(manifest)
+    content: dict[str, Any] = _shown(schema.builtins(manifest))
     del content["digest"]
     return content
+
+
+def _shown(content: Any) -> Any:
+    """JSON without control characters, which may stand in the name of a file or in what a library says."""
+    if isinstance(content, dict):
+        return {_shown(key): _shown(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_shown(each) for each in content]
+    return printable(content) if isinstance(content, str) else content
 
 
 def _hash(content: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The tensors of a safetensors file over its mapped pages, which can leave memory while the tensors stay."""
+"""The tensors of a safetensors file over its mapped pages, and copies of them that no longer need the file."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import contextlib
 import json
 import math
 import mmap
+import os
 from io import BufferedIOBase
 from pathlib import Path
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from armopt.bundle.files import Stamp, changed, stamp
 from armopt.errors import BundleError, CaptureError
 from armopt.ir import graph as g
 
@@ -54,21 +57,26 @@ def check_storable(tensor: torch.Tensor, name: str) -> None:
 class MappedTensors:
     """Tensors of a file that is mapped privately: writing to one would not change the file.
 
-    safetensors' own load_file maps too, but can't let a page go before its last tensor does.
+    They are for looking at, and for commands that end soon. What works with the values later takes a :meth:`copy`: who
+    cuts a mapped file short ends every process that reads what was behind, and who writes to it changes their values.
 
     Attributes:
         tensors: By name.
     """
 
-    def __init__(self, path: Path, file: BufferedIOBase | None = None) -> None:
-        """Maps a file; `file`, where it is open already.
+    def __init__(self, path: Path, file: BufferedIOBase | None = None, opened_as: Stamp | None = None) -> None:
+        """Maps a file; `file`, where it is open already, and its stamp at that time.
 
         Raises:
             BundleError: It is not in that format.
         """
+        self._path = path
+        self._copies: dict[int, StorageWeakRef] = {}
         try:
             with contextlib.nullcontext(file) if file is not None else path.open("rb") as opened:
                 self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._file = os.fdopen(os.dup(opened.fileno()), "rb", buffering=0)
+            self._stamp = opened_as or stamp(self._file.fileno())
             self._address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
             self.tensors = self._read()
         except OSError:
@@ -96,9 +104,37 @@ class MappedTensors:
                 found[name] = torch.empty(shape, dtype=dtype)
         return found
 
-    def release(self, tensor: torch.Tensor) -> None:
-        """Lets the pages of one of the tensors leave memory; reading it again brings them back from the file."""
+    def check_unchanged(self) -> None:
+        """Refuses a file that was written to since it was opened.
+
+        Raises:
+            BundleError: It was.
+        """
+        if stamp(self._file.fileno()) != self._stamp:
+            raise changed(self._path)
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """One of the tensors in memory of its own, read from the file; the one from last time as long as it lives.
+
+        Raises:
+            BundleError: The file was cut short.
+        """
         begin = tensor.data_ptr() - self._address
-        if 0 <= begin < len(self._map) and hasattr(self._map, "madvise"):
-            first = begin - begin % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, first, begin + tensor.nbytes - first)
+        if not 0 <= begin < len(self._map):
+            return tensor
+        if (held := self._copies.get(begin)) is not None and (storage := _alive(held)) is not None:
+            return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+        made = torch.empty_like(tensor)
+        left, at = made.reshape(-1).view(torch.uint8).numpy().data, begin
+        while left:
+            count = os.preadv(self._file.fileno(), [left], at)
+            if not count:
+                raise changed(self._path)
+            left, at = left[count:], at + count
+        self._copies[begin] = StorageWeakRef(made.untyped_storage())  # type: ignore[no-untyped-call]
+        return made
+
+
+def _alive(storage: StorageWeakRef) -> torch.UntypedStorage | None:
+    found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(storage.cdata)
+    return found

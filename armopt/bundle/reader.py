@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
-from armopt.bundle import codec, graph_file, legacy, manifest, schema
+from armopt import environment
+from armopt.bundle import codec, dry_run, graph_file, legacy, manifest, schema
 from armopt.bundle.files import GRAPH, KEPT, REFERENCE_GRAPH, REFERENCE_WEIGHTS, WEIGHTS, BundleFiles, damaged
 from armopt.bundle.mapped_weights import MappedTensors
 from armopt.bundle.program import Part, Program
@@ -27,7 +28,9 @@ class Bundle:
         manifest: What it says of itself.
         parts: The whole model as one, or the submodules that are graphs.
         rest: Where Python runs between parts: all other parameters and buffers, by name.
-        release: Lets a stored weight leave memory until it is read again; for one of a zip it does nothing.
+        copy: A stored weight in memory of its own, which no change of the file reaches; what was copied last time
+            and lives still is not copied again. One of a zip is in memory already.
+        check_unchanged: Raises BundleError where the file of weights was written to since it was opened.
         reference: The FP32 original, if it was kept.
     """
 
@@ -35,7 +38,8 @@ class Bundle:
     manifest: manifest.Manifest
     parts: tuple[Part, ...]
     rest: Mapping[str, torch.Tensor]
-    release: Callable[[torch.Tensor], None]
+    copy: Callable[[torch.Tensor], torch.Tensor]
+    check_unchanged: Callable[[], None]
     reference: Program | None = None
 
     @property
@@ -68,7 +72,7 @@ def read(path: Path | str, *, reference: bool = False) -> Bundle:
             the way. Otherwise they are not opened.
 
     Raises:
-        BundleError: A file is missing, extra or changed; the message names it.
+        BundleError: A file is missing, extra or changed, or a graph is not what it says; the message names it.
     """
     path = Path(path)
     while True:
@@ -87,11 +91,15 @@ def _read(path: Path, stored: BundleFiles, *, reference: bool) -> Bundle:
     with_reference = reference and bool(KEPT & present)
     wanted = {name: digest for name, digest in described.files.items() if with_reference or name not in KEPT}
     _check_files(stored, path, described, wanted, present)
-    weights, release = _tensors(stored, WEIGHTS)
+    weights, copy, check_unchanged = _tensors(stored, WEIGHTS)
     where = str(path / GRAPH)
     graph = _graph(stored.read(GRAPH), described, where)
     parts = tuple(_part(part, weights, where) for part in graph.parts)
     _check_parts(described, parts, where)
+    most = environment.memory_for_process()
+    for part in parts:
+        for program in part.programs:
+            dry_run.check(program, part.signature, program.bucket, most, where)
     rest = {name.removeprefix("/"): tensor for name, tensor in weights.items() if name.startswith("/")}
     rest |= _tied(graph.tied, weights, where)
     kept = None
@@ -99,7 +107,9 @@ def _read(path: Path, stored: BundleFiles, *, reference: bool) -> Bundle:
         exact = weights | _tensors(stored, REFERENCE_WEIGHTS)[0]
         place = str(path / REFERENCE_GRAPH)
         kept = codec.decode(_reference(stored.read(REFERENCE_GRAPH), described, place), exact, place)
-    return Bundle(path, described, parts, rest, release, kept)
+        dry_run.check(kept, parts[0].signature, parts[0].programs[0].bucket, most, place)
+    stored.check_unchanged()
+    return Bundle(path, described, parts, rest, copy, check_unchanged, kept)
 
 
 def _tied(tied: Mapping[str, str], weights: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
@@ -186,9 +196,11 @@ def _loaded(data: bytes, where: str) -> dict[str, torch.Tensor]:
         raise BundleError(f"is no file of tensors: {error!r}", where=where, hint="Make the bundle again") from error
 
 
-def _tensors(stored: BundleFiles, name: str) -> tuple[dict[str, torch.Tensor], Callable[[torch.Tensor], None]]:
-    """The tensors of a file, and what releases one; those of a folder are mapped, not copied into memory."""
+def _tensors(
+    stored: BundleFiles, name: str
+) -> tuple[dict[str, torch.Tensor], Callable[[torch.Tensor], torch.Tensor], Callable[[], None]]:
+    """The tensors of a file, what copies one, and what notices a change; those of a folder are mapped."""
     if stored.folder is None:
-        return _loaded(stored.open(name).read(), name), lambda tensor: None
-    mapped = MappedTensors(stored.folder / name, stored.open(name))
-    return mapped.tensors, mapped.release
+        return _loaded(stored.read_tensors(name), name), lambda tensor: tensor, lambda: None
+    mapped = MappedTensors(stored.folder / name, stored.open(name), stored.stamp(name))
+    return mapped.tensors, mapped.copy, mapped.check_unchanged

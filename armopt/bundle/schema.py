@@ -15,6 +15,9 @@ _Record = TypeVar("_Record")
 #: A message of msgspec: what is wrong, and where.
 _MISFIT = re.compile(r"(?P<what>.*?)(?: - at (?P<place>.*))?", re.DOTALL)
 
+#: How msgspec says what armopt.ir.records.Line takes.
+_LINE = re.compile(r"str matching regex .*\\x1f.*")
+
 
 def decode(data: bytes, kind: type[_Record], where: str | Path) -> _Record:
     """A record from JSON.
@@ -59,7 +62,7 @@ def misfit(error: Exception, where: str | Path) -> BundleError:
     else:
         match = _MISFIT.fullmatch(str(error))
         assert match is not None
-        what = match["what"].replace("`", "")
+        what = _LINE.sub("one line without control characters", match["what"].replace("`", ""))
         place = (match["place"] or "").replace("`", "").replace("$.", "").replace("$", "")
     where = f"{where}: {place}" if place else str(where)
     return BundleError(what[:1].lower() + what[1:], where=where, hint="Make the bundle again")

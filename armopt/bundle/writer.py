@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +14,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from armopt.bundle import codec, graph_file, manifest, schema
+from armopt.bundle import codec, dry_run, graph_file, manifest, schema
 from armopt.bundle.files import GRAPH, REFERENCE_GRAPH, REFERENCE_WEIGHTS, WEIGHTS, hash_file, looks_like_bundle
 from armopt.bundle.mapped_weights import check_storable
 from armopt.bundle.program import Part, Program
-from armopt.errors import InputError
+from armopt.errors import BundleError, CaptureError, InputError
 from armopt.files import check_parent, folder_beside, follow_umask, put, sync
 
 
@@ -107,6 +108,11 @@ def write(
 
 
 def _stored(part: Part, names: Mapping[str, str]) -> graph_file.StoredPart:
+    for program in part.programs:
+        try:
+            dry_run.check(program, part.signature, program.bucket, sys.maxsize, part.path)
+        except BundleError as error:
+            raise CaptureError(f"the graph can't be held in a bundle: {error.what}", where=error.where) from error
     programs = tuple(codec.encode(program, part.prefix, names) for program in part.programs)
     return graph_file.StoredPart(part.path, part.signature, programs)
 

@@ -1,4 +1,7 @@
-"""The one place that prints. With --json: one object on stdout, everything else on stderr."""
+"""The one place that prints. With --json: one object on stdout, everything else on stderr.
+
+Nothing that stands in a file reaches a terminal as a control character.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from armopt.errors import printable
 
 
 class Output:
@@ -18,15 +23,15 @@ class Output:
     def result(self, value: Any, text: Callable[[], str]) -> None:
         """Prints the result: as JSON, or as `text` makes it."""
         shown = json.dumps(value, indent=1, sort_keys=True) if self.as_json else text()
-        print(shown.rstrip("\n"))
+        print(printable(shown, keep="\n").rstrip("\n"))
 
     def text(self, text: str) -> None:
         """Prints a result that is text as it stands."""
-        print(text, end="")
+        print(printable(text, keep="\n\t"), end="")
 
     def note(self, text: str) -> None:
         """A remark beside the result."""
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:
@@ -45,7 +50,7 @@ class Output:
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A plain table that fits a terminal and a pipe: columns two spaces apart, numbers to the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
     numeric = [bool(rows) and all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(headers))]
 

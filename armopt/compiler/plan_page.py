@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import jinja2
 import networkx as nx
 
+from armopt.errors import for_page
 from armopt.ir.records import Decision, Plan
 from armopt.kernels import table
 
@@ -136,6 +137,7 @@ def _environment() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.PackageLoader("armopt.compiler", ""),
         autoescape=True,
+        finalize=for_page,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -98,8 +98,10 @@ def make_program(
         host_check.timings_for(settings.tuning),
         host_check.multiplies_bf16(),
     )
-    binder = Binder(fast_math, times, {}, PROCESS.pool.identify, PROCESS.pool, bf16_attention=bf16_attention)
-    with host_check.remembering(binder.verdicts):
+    binder = Binder(
+        fast_math, times, identify=PROCESS.pool.identify, packed=PROCESS.pool, bf16_attention=bf16_attention
+    )
+    with host_check.remembering(binder.verdicts) as binder.remembered:
         bound, entries = binder.bind(program)
     if changed := host_check.changes([entries]):
         warnings.warn(f"{name}: {changed}", ArmoptWarning, stacklevel=2)

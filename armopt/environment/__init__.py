@@ -1,9 +1,10 @@
 """The environment of a process: what a target wants of it, what this host has, and how they differ."""
 
-from armopt.environment.build import CPU_TORCH, installed, package_folder, record, thp_setting
+from armopt.environment.build import CPU_TORCH, installed, library_identity, package_folder, record, thp_setting
 from armopt.environment.compare import Difference, differences
 from armopt.environment.formats import FORMATS, render
 from armopt.environment.fpmath import FPMATH, FPMATH_NAMES, fast_math
+from armopt.environment.memory import memory_for_process
 from armopt.environment.process import for_process, import_remark, late_variables
 from armopt.environment.threads import threads_for_host
 from armopt.environment.variables import (
@@ -32,6 +33,8 @@ __all__ = [
     "import_remark",
     "installed",
     "late_variables",
+    "library_identity",
+    "memory_for_process",
     "only_read",
     "package_folder",
     "record",

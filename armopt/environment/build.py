@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import mmap
 import os
@@ -75,6 +76,16 @@ def record(*, deep: bool = False) -> dict[str, str]:
     if "blas" not in facts:
         facts |= _fact("blas", _linked_blas)
     return facts
+
+
+def library_identity() -> str:
+    """What tells one build of libtorch_cpu.so from another: its size, and a hash of its beginning, where its build id
+    stands. Empty where there is none."""
+    with suppress(OSError, StopIteration):
+        library = next(iter(sorted((Path(package_folder() or "") / "lib").glob("libtorch_cpu.*"))))
+        with library.open("rb") as file:
+            return f"{library.stat().st_size}-{hashlib.sha256(file.read(1 << 14)).hexdigest()[:16]}"
+    return ""
 
 
 def thp_setting() -> str:

@@ -23,8 +23,8 @@ special_i0e special_i1 special_i1e special_log1p special_log_ndtr special_logit 
 special_round special_sinc special_xlog1py special_xlogy resolve_conj resolve_neg
 """
 _REDUCTIONS = """
-all allclose amax amin aminmax any argmax argmin bincount count_nonzero cummax cummin cumprod cumsum diff dist frobenius_norm
-logcumsumexp logsumexp max mean median min mode nanmean nanmedian nansum norm nuclear_norm prod renorm
+all allclose amax amin aminmax any argmax argmin bincount count_nonzero cummax cummin cumprod cumsum diff dist
+frobenius_norm logcumsumexp logsumexp max mean median min mode nanmean nanmedian nansum norm nuclear_norm prod renorm
 special_logsumexp std std_mean sum trace var var_mean linalg_norm linalg_vector_norm linalg_matrix_norm
 cosine_similarity pairwise_distance cdist _cdist_forward pdist _pdist_forward _euclidean_dist is_nonzero kthvalue
 """

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
+from armopt.errors import CONTROL
 from armopt.ir.nesting import Inputs, Outputs
 
 if TYPE_CHECKING:
     import torch
     from torch import fx
 
+#: One line that is shown to people.
+Line = Annotated[str, Meta(pattern=rf"\A[^{CONTROL}]*\Z")]
 #: A size, or a number of things.
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 #: A dimension is a number, or the name of a symbol where it is dynamic.
-Dim = Count | str
+Dim = Count | Line
 #: One value for each dynamic symbol: the point at which a plan is made. Empty for a static model.
-Bucket = Mapping[str, Count]
+Bucket = Mapping[Line, Count]
 #: A dtype by name: ``float32``…
 Dtype = Annotated[str, Meta(pattern=r"\A(bool|u?int(8|16|32|64)|b?float16|float(32|64|8_\w+)|complex(32|64|128))\Z")]
 
@@ -92,7 +95,7 @@ class Target:
 class InputSpec:
     """One tensor input: its name, shape (symbols by name) and dtype (``float32``…)."""
 
-    name: str
+    name: Line
     shape: tuple[Dim, ...]
     dtype: Dtype
 
@@ -122,8 +125,8 @@ class ExampleSpec(InputSpec):
 class Symbol:
     """A dynamic dimension: its name for people, torch.export's name, and its range (most is None where unbounded)."""
 
-    name: str
-    expression: str
+    name: Line
+    expression: Line
     least: Count
     most: Count | None
 
@@ -184,8 +187,8 @@ class Captured:
 class Skip:
     """A node that a pass left as it was, and why."""
 
-    node: str
-    reason: str
+    node: Line
+    reason: Line
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,13 +264,13 @@ class Decision:
         block: Terms after which the kernel rounds its sum to BF16; 0 where it stays in FP32.
     """
 
-    node: str
+    node: Line
     op: Op
-    kernel: str
+    kernel: Line
     precision: Precision
     layout: Layout
     shape: tuple[int, ...]
-    reason: str
+    reason: Line
     block: int = 0
 
 

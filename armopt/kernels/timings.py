@@ -13,6 +13,7 @@ from armopt.ir.records import Site
 from armopt.kernels import table
 
 _SCHEMA = 1
+_MOST_BYTES = 1 << 26
 #: Facts of a site that a time depends on.
 _FACTS = (
     *("op", "shape", "weight", "stride", "padding", "dilation", "groups", "transposed", "output_padding", "post_op"),
@@ -63,7 +64,7 @@ def read(path: Path) -> Timings:
         InputError: It is missing, damaged, or of another schema.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(files.read_regular(path, _MOST_BYTES))
         if content["schema_version"] != _SCHEMA:
             raise InputError(f"has schema {content['schema_version']}", where=str(path), hint="Run armopt tune again")
         seconds = {
@@ -75,5 +76,5 @@ def read(path: Path) -> Timings:
         raise InputError(
             f"can't be read: {error.strerror}", where=str(path), hint="Make one with armopt tune"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError("is no tuning file", where=str(path), hint="Make one with armopt tune") from None

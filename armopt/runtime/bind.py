@@ -63,8 +63,8 @@ def _nothing_packed() -> PackedWeights:
     return found
 
 
-def _keep(weight: torch.Tensor) -> None:
-    pass
+def _as_it_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 @dataclass(slots=True)
@@ -75,19 +75,22 @@ class Binder:
         fast_math: Whether oneDNN multiplies FP32 in BF16 in this process (DNNL_DEFAULT_FPMATH_MODE).
         tuning: Times of this host, which decide among kernels on the same activations.
         verdicts: Refusals, or None, by :func:`armopt.runtime.probe_cache.key`; filled as probes run.
+        remembered: Keys of the verdicts that an earlier process reached. Of refusals and of proofs the first that is
+            asked for is probed again: where one is wrong all are forgotten, else the others of its kind are trusted.
         identify: What tells weights apart, from a weight and its name; by default its name in the bundle.
         packed: What is packed already, to be shared.
         bf16_attention: Whether attention works in BF16 where planned: it needs OpenBLAS's product.
-        release: Is told each stored weight once it is packed: no bound program reads it.
+        copy: Gives a stored weight in memory of its own, to be packed: no bound program reads what is stored.
     """
 
     fast_math: bool
     tuning: Timings | None = None
     verdicts: dict[str, str | None] = field(default_factory=dict)
+    remembered: set[str] = field(default_factory=set)
     identify: Callable[[str, torch.Tensor], Hashable] = _by_name
     packed: PackedWeights = field(default_factory=_nothing_packed)
     bf16_attention: bool = True
-    release: Callable[[torch.Tensor], None] = _keep
+    copy: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
     _biases: dict[tuple[str, torch.dtype, float], torch.Tensor] = field(default_factory=dict)
 
     def bind(self, program: Program) -> tuple[fx.GraphModule, list[Bound]]:
@@ -152,14 +155,14 @@ class Binder:
         for packed_for, weight in held:
             if self._verdict(kernel, layer, packed_for, weight, constants) is None:
                 return weight, None
-        known = self.verdicts.get(probe_cache.key(kernel.name, site, site.shape))
-        if known is not None:
+        own = probe_cache.key(kernel.name, site, site.shape)
+        known = self.verdicts.get(own)
+        if known is not None and own not in self.remembered:
             return stored, known
         try:
-            weight = kernel.packed_weight(stored, site)
+            weight = kernel.packed_weight(self.copy(stored), site)
         except RuntimeError as error:  # e.g. oneDNN on x86 packs BF16 with AVX-512 alone
             return stored, f"can't be packed here: {first_line(error)}"
-        self.release(stored)
         reason = self._verdict(kernel, layer, site.shape, weight, constants)
         if reason is None:
             held.append((site.shape, weight))
@@ -175,19 +178,34 @@ class Binder:
     ) -> str | None:
         """What the probe says, now or earlier, of a kernel with a weight that was packed for a shape."""
         key = probe_cache.key(kernel.name, layer.site, packed_for)
-        if key not in self.verdicts:
+        if key not in self.verdicts or key in self.remembered:
             run = single(kernel, layer.site, weight, self._bias(layer, kernel, constants))
-            self.verdicts[key] = refusal = probe.refusal(kernel, layer.site, run)
+            refusal = probe.refusal(kernel, layer.site, run)
+            self._compare(key, refusal)
+            self.verdicts[key] = refusal
             _log.debug("probe of %s for %s: %s", kernel.name, layer.site.node, refusal or "proven")
             del run.graph_module.weight  # a graph is a cycle: a refused kernel's weight would stay in memory
         return self.verdicts[key]
+
+    def _compare(self, key: str, refusal: str | None) -> None:
+        """Trusts what is remembered, or forgets it, after a probe of one of those verdicts."""
+        if key not in self.remembered:
+            return
+        proven = self.verdicts[key] is None
+        if proven == (refusal is None):
+            self.remembered -= {each for each in self.remembered if (self.verdicts[each] is None) == proven}
+            return
+        _log.warning("forgot all that was remembered of kernels: %s", refusal or "what was refused is proven now")
+        for each in self.remembered:
+            del self.verdicts[each]
+        self.remembered.clear()
 
     def _bias(self, layer: _Layer, kernel: Kernel, constants: dict[str, torch.Tensor]) -> torch.Tensor | None:
         if layer.call.bias is None:
             return None
         key = (str(layer.call.bias.target), kernel.activations, kernel.scale(layer.site))
         if key not in self._biases:
-            self._biases[key] = kernel.packed_bias(constants[key[0]], layer.site)
+            self._biases[key] = kernel.packed_bias(self.copy(constants[key[0]]), layer.site)
         return self._biases[key]
 
 

@@ -10,10 +10,16 @@ from armopt.errors import HostError
 
 
 class Forks:
-    """How many forks lie between this process and the one that imported armopt."""
+    """How many forks lie between this process and the one that imported armopt.
+
+    Attributes:
+        count: That number.
+        worked_at: What it was when a bundle was last bound or run: OpenMP's threads are those of that process.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.worked_at: int | None = None
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._note)
 
@@ -37,6 +43,26 @@ def refuse(where: str) -> None:
         raise HostError(
             "was loaded before this process was forked, and OpenMP's threads do not live on in a child",
             where=where,
-            hint="Load the bundle in each worker (gunicorn: without --preload), use processes that are spawned, "
-            "or call torch.set_num_threads(1) in the worker",
+            hint=_HINT,
         )
+
+
+def refuse_load(where: str) -> None:
+    """Refuses to load in a child of a process that bound or ran a bundle: binding would wait for the same threads.
+
+    Raises:
+        HostError: This process works on more than one thread.
+    """
+    if FORKS.worked_at not in (None, FORKS.count) and torch.get_num_threads() > 1:
+        raise HostError(
+            "can't be loaded in a process that was forked from one that loaded or ran a bundle: "
+            "OpenMP's threads do not live on in a child",
+            where=where,
+            hint=_HINT,
+        )
+
+
+_HINT = (
+    "Load bundles in the workers alone (gunicorn: without --preload, or in post_fork), use processes that are spawned, "
+    "or call torch.set_num_threads(1) in the worker"
+)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from armopt import environment, targets
+from armopt._version import __version__
 from armopt.environment import Variable
 from armopt.errors import ArmoptWarning, HostError
 from armopt.kernels.timings import Timings
@@ -69,17 +70,21 @@ def check_host(
 
 
 @contextmanager
-def remembering(known: dict[str, str | None]) -> Iterator[None]:
-    """Verdicts that probes reached here before are in `known` meanwhile; what is new is remembered at the end."""
+def remembering(known: dict[str, str | None]) -> Iterator[set[str]]:
+    """Verdicts that probes reached here before are in `known` meanwhile; what is new is remembered at the end.
+
+    Yields the keys of those verdicts. Where one is another at the end, it was wrong, and all of them are forgotten.
+    """
     path = probe_cache.path_for(_build_facts())
     # a variable set after the start may have come too late for oneDNN: such a process neither learns nor teaches
     reliable = not environment.late_variables(environment.FPMATH_NAMES)
-    if reliable:
-        known.update(probe_cache.read(path))
+    found = probe_cache.read(path) if reliable and path is not None else {}
+    known.update(found)
     before = len(known)
-    yield
-    if reliable and len(known) != before:
-        probe_cache.write(path, known)
+    yield set(found)
+    wrong = any(known.get(key, "") != verdict for key, verdict in found.items())
+    if reliable and path is not None and (wrong or len(known) != before):
+        probe_cache.write(path, known, forget=wrong)
 
 
 def timings_for(given: str | Path | None) -> Timings | None:
@@ -113,9 +118,10 @@ def multiplies_bf16() -> bool:
 
 
 def _build_facts() -> dict[str, str]:
-    """What a probe's verdict depends on besides the layer: the core, the libraries, and the fast-math mode."""
+    """What a probe's verdict depends on besides the layer: the core, the libraries, armopt, and the fast-math mode."""
     host, record = targets.this_host(), environment.record()
     names = ("torch", "torch_git", "torch_build", "onednn", "acl", "blas", "threads")
     facts = {name: record.get(name, "") for name in names}
+    facts |= {"armopt": __version__, "libtorch_cpu": environment.library_identity()}
     features = " ".join(sorted(host.isa_features))
     return facts | {"core": host.core, "features": features, "fast_math": str(environment.fast_math(os.environ))}

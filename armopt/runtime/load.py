@@ -16,8 +16,9 @@ from armopt import environment
 from armopt.bundle import reader
 from armopt.bundle.program import Program
 from armopt.errors import ArmoptWarning, HostError
-from armopt.runtime import host_check, module, surroundings
+from armopt.runtime import forks, host_check, module, surroundings
 from armopt.runtime.bind import Binder, Bound
+from armopt.runtime.forks import FORKS
 from armopt.runtime.loaded import Factory, Origin
 from armopt.runtime.model import Forward, Model
 from armopt.runtime.module import ModuleModel
@@ -61,6 +62,7 @@ def load(
         )
     if not made.portable:
         _close_file(bundle)
+    bundle.check_unchanged()
     made.origin = Origin(Path(path).absolute(), bundle.manifest.digest, model, strict, tuning)
     _log.info("loaded %s: %r", path, made)
     return made
@@ -74,6 +76,7 @@ def load_parts(
     Raises:
         HostError: See :func:`load`.
     """
+    forks.refuse_load(str(bundle.path))
     described = bundle.manifest
     if not described.accuracy.passed:
         warnings.warn(
@@ -90,6 +93,8 @@ def load_parts(
             ArmoptWarning,
             stacklevel=stacklevel,
         )
+        for program in bundle.programs:
+            _copy_all(program, bundle.copy)
         twins = {part.path: [(p, p.graph_module.forward, ()) for p in part.programs] for part in bundle.parts}
         return _models(bundle, twins, portable=True)
     host_check.check_host(
@@ -102,19 +107,19 @@ def load_parts(
         stacklevel=stacklevel + 1,
     )
     bound: dict[str, list[_Bound]] = {}
-    copies: dict[int, torch.Tensor] = {}
     verdicts: dict[str, str | None] = {}
     fast_math, times, bf16_attention = (
         environment.fast_math(os.environ),
         host_check.timings_for(tuning),
         host_check.multiplies_bf16(),
     )
-    with host_check.remembering(verdicts):
+    FORKS.worked_at = FORKS.count
+    with host_check.remembering(verdicts) as remembered:
         for part in bundle.parts:
-            binder = Binder(fast_math, times, verdicts, bf16_attention=bf16_attention, release=bundle.release)
+            binder = Binder(fast_math, times, verdicts, remembered, bf16_attention=bf16_attention, copy=bundle.copy)
             for program in part.programs:
                 module, entries = binder.bind(program)
-                _leave_file(module, program, copies, bundle.release)
+                _leave_file(module, program, bundle.copy)
                 bound.setdefault(part.path, []).append((program, module.forward, entries))
     if changed := host_check.changes(entries for each in bound.values() for _, _, entries in each):
         if strict:
@@ -123,24 +128,33 @@ def load_parts(
     return _models(bundle, bound, portable=False)
 
 
-def _leave_file(
-    module: fx.GraphModule,
-    program: Program,
-    copies: dict[int, torch.Tensor],
-    release: Callable[[torch.Tensor], None],
-) -> None:
-    """Copies what a bound graph keeps as it is stored: one tensor would hold the whole file of weights open.
-
-    `copies` are by address; programs share them.
-    """
+def _leave_file(module: fx.GraphModule, program: Program, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Copies what a bound graph keeps as it is stored: whoever writes to the file later changes no loaded model."""
     stored = {tensor.data_ptr() for tensor in program.graph_module.buffers()}
     for node in module.graph.find_nodes(op="get_attr"):
         tensor: torch.Tensor = getattr(module, str(node.target))
         if tensor.layout is torch.strided and tensor.data_ptr() in stored:
-            if tensor.data_ptr() not in copies:
-                copies[tensor.data_ptr()] = tensor.clone()
-                release(tensor)
-            object.__setattr__(module, str(node.target), copies[tensor.data_ptr()])
+            object.__setattr__(module, str(node.target), copy(tensor))
+
+
+def _copy_all(program: Program, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """The same for a stored graph, of which twins run."""
+    buffers = program.graph_module._buffers
+    for name, tensor in buffers.items():
+        assert tensor is not None
+        buffers[name] = copy(tensor)
+
+
+def _on_demand(program: Program, bundle: reader.Bundle) -> Forward:
+    """A stored graph that takes its weights into memory when it is first called."""
+
+    def forward(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        _copy_all(program, bundle.copy)
+        bundle.check_unchanged()
+        results: Sequence[torch.Tensor] = program.graph_module.forward(*tensors)
+        return results
+
+    return forward
 
 
 def _close_file(bundle: reader.Bundle) -> None:
@@ -161,7 +175,7 @@ def _models(bundle: reader.Bundle, bound: Mapping[str, Sequence[_Bound]], *, por
             [(program.bucket, forward) for program, forward, _ in bound[part.path]],
             portable=portable,
             kernels=[entries for _, _, entries in bound[part.path]],
-            empty=part.programs[0].graph_module.forward if part.path else None,
+            empty=_on_demand(part.programs[0], bundle) if part.path else None,
         )
         for part in bundle.parts
     }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from armopt.bundle.manifest import Manifest
-from armopt.errors import InputError
+from armopt.errors import ArmoptError, InputError, first_line
 from armopt.ir import buckets, nesting
 from armopt.ir.records import Bucket, Signature
 from armopt.runtime import forks, surroundings
@@ -64,19 +64,30 @@ class Model(Loaded):
         return self._build([results[i] for i in self._positions])
 
     def run_flat(self, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
-        """The graph's flat outputs from its flat inputs, unchecked."""
+        """The graph's flat outputs from its flat inputs, unchecked.
+
+        Raises:
+            InputError: An operation can't take the values or the sizes that come to it.
+        """
         if self._forks != FORKS.count:
             forks.refuse(f"the bundle for {self.manifest.target}")
+        FORKS.worked_at = FORKS.count
         if surroundings.differ():
             with surroundings.as_captured():
                 return self._run(tensors)
         return self._run(tensors)
 
     def _run(self, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
-        if not torch.is_grad_enabled():
-            return self._select(tensors)(*tensors)
-        with torch.no_grad():
-            return self._select(tensors)(*tensors)
+        try:
+            if not torch.is_grad_enabled():
+                return self._select(tensors)(*tensors)
+            with torch.no_grad():
+                return self._select(tensors)(*tensors)
+        except ArmoptError:
+            raise
+        except Exception as error:  # an index beyond a table, too little memory…
+            what = f"the model can't run on these inputs: {type(error).__name__}: {first_line(error)}"
+            raise InputError(what, where=f"the bundle for {self.manifest.target}") from error
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors of a call, in the order of the graph's inputs, checked."""

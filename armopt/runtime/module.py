@@ -65,11 +65,10 @@ def assemble(
             raise _other_model(bundle, f"has a graph for {path}, which {type(model).__name__} lacks") from None
     inside = tuple(f"{path}." for path in parts)
     try:
-        missing, unexpected = model.load_state_dict(bundle.rest, strict=False)
+        rest = {name: bundle.copy(tensor) for name, tensor in bundle.rest.items()}
+        missing, unexpected = model.load_state_dict(rest, strict=False)
     except RuntimeError as error:  # another shape: the second line says which
         raise _other_model(bundle, str(error).splitlines()[-1].strip()) from None
-    for tensor in bundle.rest.values():
-        bundle.release(tensor)
     if wrong := [*(name for name in missing if not name.startswith(inside)), *unexpected]:
         raise _other_model(bundle, f"{type(model).__name__} and the bundle differ in {wrong[0]}")
     for path, graph in parts.items():

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tests.fuzz.mutations import NUMBERS, TEXTS, as_json, change_json, changed
 from torch import nn
 
 from armopt.accuracy import images
 from armopt.capture import files, inputs, sample_files
+from tests.fuzz.mutations import NUMBERS, TEXTS, as_json, change_json, changed
 from tests.fuzz.reader import Reader
 
 

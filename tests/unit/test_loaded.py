@@ -140,6 +140,8 @@ if child == 0:
     if sys.argv[2] == "one thread":
         torch.set_num_threads(1)
     try:
+        if sys.argv[2] == "a load more":
+            model = armopt.load(sys.argv[1])
         found = model(*inputs)["logits"]
         print("right" if torch.allclose(found, expected) else "wrong", flush=True)
     except armopt.HostError as error:
@@ -152,7 +154,11 @@ os.waitpid(child, 0)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("two threads", "loaded before this process was forked.*Load the bundle in each worker"), ("one thread", "right")],
+    [
+        ("two threads", "loaded before this process was forked.*Load bundles in the workers alone"),
+        ("a load more", "can't be loaded in a process that was forked.*Load bundles in the workers alone"),
+        ("one thread", "right"),
+    ],
 )
 def test_a_forked_child_does_not_wait_for_ever(host_bundle: Path, how: str, said: str) -> None:
     done = subprocess.run(

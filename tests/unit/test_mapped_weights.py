@@ -1,9 +1,11 @@
-"""Tensors over a mapped file: the same as safetensors' own, gone from memory when released, back when read."""
+"""Tensors over a mapped file: the same as safetensors' own; and copies of them, which no change of the file reaches."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import armopt
+from armopt.bundle import codec
 from armopt.bundle.mapped_weights import MappedTensors
 from armopt.errors import BundleError
 from armopt.runtime import bind, module
@@ -78,31 +81,74 @@ def test_a_file_cut_short_is_an_error(tmp_path: Path, content: bytes) -> None:
         MappedTensors(tmp_path / "file")
 
 
-@linux_only
-def test_a_released_tensor_leaves_memory_and_comes_back(tmp_path: Path) -> None:
+def test_a_copy_is_made_once_as_long_as_it_lives(file: Path) -> None:
+    mapped = MappedTensors(file)
+    stored = mapped.tensors["torch.float32"]
+    copy = mapped.copy(stored)
+    assert torch.equal(copy, stored)
+    assert copy.data_ptr() != stored.data_ptr()
+    assert mapped.copy(stored).data_ptr() == copy.data_ptr()
+    view = copy.view(-1)  # what keeps the memory, and not the tensor, counts
+    del copy
+    assert mapped.copy(stored).data_ptr() == view.data_ptr()
+    assert mapped.copy(view) is view
+    for name, tensor in mapped.tensors.items():
+        assert torch.equal(mapped.copy(tensor).reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), (
+            name
+        )
+
+
+def test_a_file_that_was_cut_short_is_an_error_and_no_end_of_the_process(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    save_file({"large": torch.full((1 << 20,), 3.0), "small": torch.full((3,), 4.0)}, path)
+    save_file({"large": torch.ones(1 << 16)}, path)
     mapped = MappedTensors(path)
-    large, small = mapped.tensors["large"], mapped.tensors["small"]
-    assert large.sum() == 3 << 20
-    assert in_memory(path) >= large.nbytes
-    mapped.release(large)
-    assert in_memory(path) <= 1 << 16  # the pages that the system reads with one of the header
-    path.unlink()
-    path.write_bytes(b"another file")
-    assert large.sum() == 3 << 20
-    assert small.tolist() == [4.0] * 3
+    os.truncate(path, 4096)
+    with pytest.raises(BundleError, match="was changed while it was read"):
+        mapped.copy(mapped.tensors["large"])
+    with pytest.raises(BundleError, match="was changed while it was read"):
+        mapped.check_unchanged()
 
 
-def test_what_is_not_of_the_file_can_be_released(file: Path) -> None:
-    other = torch.ones(1 << 16)
-    MappedTensors(file).release(other)
-    assert other.sum() == 1 << 16
+@pytest.mark.parametrize("kind", ["mlp_bundle", "host_bundle"])
+@pytest.mark.parametrize("how", ["cut short", "written to"])
+@pytest.mark.filterwarnings("ignore::armopt.errors.ArmoptWarning")
+def test_no_change_of_the_file_reaches_a_loaded_model(
+    kind: str, how: str, tmp_path: Path, mlp_inputs: tuple[torch.Tensor, ...], request: pytest.FixtureRequest
+) -> None:
+    """On the target and where twins run."""
+    path = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "bundle")) / "weights.safetensors"
+    loaded = armopt.load(path.parent)
+    expected = loaded(*mlp_inputs)
+    with path.open("r+b") as file:
+        if how == "written to":
+            file.write(b"\xff" * path.stat().st_size)
+        else:
+            file.truncate(0)
+    assert torch.equal(loaded(*mlp_inputs)["logits"], expected["logits"])
+
+
+@pytest.mark.filterwarnings("ignore::armopt.errors.ArmoptWarning")
+@pytest.mark.parametrize("name", ["graph.json", "weights.safetensors"])
+def test_a_change_while_it_is_read_is_an_error(
+    name: str, mlp_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Path(shutil.copytree(mlp_bundle, tmp_path / "bundle"))
+    os.utime(bundle / name, (1, 1))
+    decode = codec.decode
+
+    def written_to_meanwhile(*args: Any) -> Any:
+        (bundle / name).open("ab").write(b"x")
+        return decode(*args)
+
+    monkeypatch.setattr(codec, "decode", written_to_meanwhile)
+    with pytest.raises(BundleError, match="was changed while it was read") as caught:
+        armopt.load(bundle)
+    assert caught.value.where == str(bundle / name)
 
 
 @linux_only
-def test_loading_holds_few_stored_weights_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers and what is kept as it is stored (embeddings) leave memory while others are packed, for every bucket."""
+def test_loading_reads_no_weight_through_the_mapped_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And holds few copies at a time, of layers and of what is kept as it is stored (embeddings), for every bucket."""
     layers, width = 8, 512
     parts = [torch.nn.Embedding(4 * width, width), *[torch.nn.Linear(width, width) for _ in range(layers)]]
     path = tmp_path / "bundle" / "weights.safetensors"
@@ -119,16 +165,25 @@ def test_loading_holds_few_stored_weights_at_a_time(tmp_path: Path, monkeypatch:
             return result
 
         monkeypatch.setattr(place, name, watched)
-    armopt.load(path.parent)
-    assert 0 < most < path.stat().st_size / 4
+    loaded = armopt.load(path.parent)
+    assert most <= 1 << 16  # the pages that the system reads with one of the header
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    storages = {tensor.untyped_storage().data_ptr() for tensor in _tensors_of(loaded)}
+    assert len(storages) <= 1 + 2 * layers + layers  # the embedding, biases and one packed weight of each layer, shared
 
 
-def test_weights_of_what_stays_python_are_released_too() -> None:
-    """Of a bundle of kind "module": the model has copied them."""
+def _tensors_of(loaded: Any) -> list[torch.Tensor]:
+    modules = [forward.__self__ for _, forward in loaded._programs]
+    values = [value for module in modules for value in vars(module).values()]
+    return [value for value in values if isinstance(value, torch.Tensor) and value.layout is torch.strided]
+
+
+def test_weights_of_what_stays_python_are_copies(file: Path) -> None:
+    """Of a bundle of kind "module"."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
-    released: list[torch.Tensor] = []
+    copied: list[torch.Tensor] = []
     rest = {f"1.{name}": tensor + 1 for name, tensor in model[1].state_dict().items()}
-    bundle: Any = SimpleNamespace(path="here", rest=rest, release=released.append)
+    bundle: Any = SimpleNamespace(path="here", rest=rest, copy=lambda tensor: copied.append(tensor) or tensor)
     made = module.assemble(bundle, lambda: model, {"0": lambda x: x})
-    assert [id(tensor) for tensor in released] == [id(tensor) for tensor in rest.values()]
+    assert [id(tensor) for tensor in copied] == [id(tensor) for tensor in rest.values()]
     assert made(torch.tensor([-1.0, 1.0])).tolist() == pytest.approx([-1, 3], abs=1e-4)

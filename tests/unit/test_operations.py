@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from armopt import capture
-from armopt.bundle import codec, operations
+from armopt.bundle import codec, dry_run, operations
 from armopt.bundle.program import describe_program
 from armopt.compiler.captured_model import capture_model
 from armopt.compiler.recipe import Recipe
+from armopt.ir.records import Signature
 from armopt.models import torchvision_ops
 from tests import zoo_models
 
-#: What the captured, prepared and lowered graphs of tests.zoo_models and of torchvision's classification models call.
+#: What the graphs of tests.zoo_models and of torchvision's models for classification, segmentation, video and
+#: detection call: python -m tests.zoo_operations --write.
 ZOO = (Path(__file__).parents[1] / "data" / "zoo_operations.txt").read_text().split()
 #: Core ATen that a bundle does without: gradients, random numbers, and memory as it is found.
 NOT_FOR_BUNDLES = {"rand", "randn", "randperm", "native_dropout", "empty", "empty_strided"}
@@ -37,6 +39,8 @@ def test_what_is_captured_now_is_on_it(name: str) -> None:
     recipe = Recipe.of("graviton3")
     planned = recipe.plan_part(capture_model(captured).parts[0])
     for program in (*recipe.lower_part(planned), describe_program(planned.prepared.graph_module, {}, {})):
+        signature = Signature(captured.inputs, captured.outputs, captured.input_specs, captured.symbols)
+        dry_run.check(program, signature, program.bucket, 1 << 40, name)
         stored = codec.encode(program)
         again = codec.decode(stored, dict(program.graph_module.named_buffers()), name)
         assert codec.encode(again) == stored

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import armopt
+from armopt import environment
 from armopt.ir.records import Site
-from armopt.runtime import probe_cache
+from armopt.kernels.base import Kernel
+from armopt.runtime import host_check, probe, probe_cache
 
 SITE = Site("fc", "linear", 8, 64, 32, (8, 64), (32, 64), weight_key="fc_weight", source="x")
 
@@ -40,7 +46,10 @@ def test_a_verdict_depends_on_shapes_and_not_on_names() -> None:
     assert probe_cache.key("k", SITE, (8, 64)) != probe_cache.key("j", SITE, (8, 64))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 99, "verdicts": {}}', '{"schema": 1}', "null"])
+DAMAGED = ["", "{", "[]", '{"schema": 99, "verdicts": {}}', '{"schema": 1}', "null", "[" * 100_000, '{"a":' * 100_000]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: content[:12])
 def test_a_damaged_file_counts_as_empty(tmp_path: Path, content: str) -> None:
     path = tmp_path / "file.json"
     path.write_text(content)
@@ -86,3 +95,87 @@ def test_each_build_has_its_own_file(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     one, other = probe_cache.path_for({"torch": "2.10.0"}), probe_cache.path_for({"torch": "2.13.0"})
     assert one != other
     assert one.parent == tmp_path / "probe"
+
+
+def test_a_pipe_counts_as_empty_and_gives_way(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    os.mkfifo(path)
+    assert probe_cache.read(path) == {}
+    probe_cache.write(path, {"a": None})
+    assert probe_cache.read(path) == {"a": None}
+
+
+def test_a_file_without_end_counts_as_empty(tmp_path: Path) -> None:
+    (tmp_path / "file.json").symlink_to("/dev/zero")
+    assert probe_cache.read(tmp_path / "file.json") == {}
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(1 << 40)
+    assert probe_cache.read(tmp_path / "large.json") == {}
+
+
+def test_what_can_not_be_read_counts_as_empty(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    assert probe_cache.read(tmp_path / "folder") == {}
+    assert probe_cache.read(tmp_path / "missing") == {}
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch, host_bundle: Path) -> None:
+    """Neither HOME nor an entry in passwd, as in an image whose user is a number."""
+
+    def no_home(*args: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("ARMOPT_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert probe_cache.path_for({}) is None
+    assert armopt.load(host_bundle).kernels
+
+
+def test_each_version_of_armopt_and_each_build_of_torch_has_its_own_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = host_check._build_facts()
+    assert before["libtorch_cpu"]
+    monkeypatch.setattr(host_check, "__version__", "another")
+    monkeypatch.setattr(environment, "library_identity", lambda: "1-2")
+    after = host_check._build_facts()
+    assert {name for name in before if before[name] != after[name]} == {"armopt", "libtorch_cpu"}
+
+
+@pytest.fixture
+def conv_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three convolutions for this machine: oneDNN answers, so probes have something to say."""
+    model = torch.nn.Sequential(*[torch.nn.Conv2d(8, 8, size, padding=size // 2) for size in (3, 5, 7)]).eval()
+    path = tmp_path_factory.mktemp("bundles") / "conv"
+    armopt.optimize(model, (torch.zeros(1, 8, 8, 8),), output=path, target="host", policy="threshold=1")
+    return path
+
+
+@pytest.mark.filterwarnings("error::armopt.errors.ArmoptWarning")
+@pytest.mark.parametrize("lie", ["refused", "proven", None])
+def test_one_probe_tells_whether_the_rest_can_be_trusted(
+    conv_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: str | None
+) -> None:
+    """A file that says "refused" of all moves no layer."""
+    monkeypatch.setenv("ARMOPT_CACHE", str(tmp_path))
+    expected = armopt.load(conv_bundle).kernels
+    (file,) = (tmp_path / "probe").iterdir()
+    true = probe_cache.read(file)
+    assert true
+    assert set(true.values()) == {None}
+    probes: list[str] = []
+    refusal = probe.refusal
+
+    def counted(kernel: Kernel, site: Site, run: Callable[[], object]) -> str | None:
+        probes.append(kernel.name)
+        return "ref:any" if lie == "proven" and kernel.is_onednns else refusal(kernel, site, run)
+
+    monkeypatch.setattr(probe, "refusal", counted)
+    if lie == "refused":
+        probe_cache.write(file, dict.fromkeys(true, "ref:any"), forget=True)
+    if lie == "proven":  # the file is of another host, on which these kernels were good
+        with pytest.warns(armopt.ArmoptWarning, match="layers run another kernel than planned"):
+            assert armopt.load(conv_bundle).kernels != expected
+        assert set(probe_cache.read(file).values()) != {None}
+        return
+    assert armopt.load(conv_bundle).kernels == expected
+    assert len(probes) == (1 if lie is None else len(true))
+    assert probe_cache.read(file) == true

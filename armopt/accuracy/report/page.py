@@ -18,7 +18,7 @@ from armopt.accuracy.nodes import NodeError
 from armopt.accuracy.report import pictures, plots
 from armopt.accuracy.tasks import TASKS, Outputs
 from armopt.bundle import schema
-from armopt.errors import InputError
+from armopt.errors import InputError, for_page
 
 if TYPE_CHECKING:
     import jinja2
@@ -145,6 +145,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("armopt.accuracy.report", ""),
         autoescape=True,
+        finalize=for_page,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
