@@ -19,6 +19,7 @@ from armopt import capture
 from armopt.capture import submodules
 from armopt.dynamo import backend, graphs
 from armopt.dynamo.explain import Explanation, explain
+from armopt.dynamo.process import PROCESS
 from armopt.errors import ArmoptError, InputError
 from armopt.ir.records import Target
 from armopt.models import torchvision_ops
@@ -171,7 +172,7 @@ class Forward:
         if reason is not None:
             if self.released:
                 raise InputError(f"its FP32 weights were released, but {reason[0]}", where=self.title, hint=reason[1])
-            backend.fall_back(f"{self.title}: {reason[0]}, so PyTorch's own kernels run", reason[1])
+            PROCESS.warn_once(f"{self.title}: {reason[0]}, so PyTorch's own kernels run", reason[1])
             _thread.plain = True
             try:
                 return self.original(*args, **kwargs)

@@ -95,7 +95,6 @@ class Weights:
         self._planned: list[tuple[Bucket, Programmed]] = []
         self._by_bucket: dict[tuple[int, ...], Forward] = {}
         self._relevant: list[tuple[str, int, int | None]] = []
-        self.refused: tuple[Skip, ...] = ()
         self._plan(args, first=True)
 
     @property
@@ -178,7 +177,6 @@ class Weights:
             if first:
                 symbols = _symbols_of_layers(prepared.graph_module)
                 self._relevant = [entry for entry in self._graph.sizes if entry[0] in symbols]
-                self.refused = prepared.passed_over
             found = [(s, args[i] if d is None else args[i].shape[d]) for s, i, d in self._relevant]
             key = buckets.round_up([size for _, size in found])
             bucket = dict(zip([symbol for symbol, _ in found], key, strict=True))
@@ -186,6 +184,8 @@ class Weights:
             chosen = settings.recipe.plan(prepared, bucket, values)
             own = {args[i].data_ptr() for i in self._graph.weights}
             programmed = make_program(prepared, chosen, values, settings, self._graph.name, own, names)
+        if not programmed.plan.decisions:
+            _warn_of_nothing(self._graph.name, programmed.plan.refused, self.tensors)
         PROCESS.made += 1
         self._planned.append((bucket, programmed))
         self._by_bucket[key] = programmed.forward
@@ -202,6 +202,20 @@ class Weights:
             names = {n: positions[t.data_ptr()] for n, t in frozen.named_buffers() if t.data_ptr() in positions}
             self._prepared = self._graph.settings.recipe.prepare(frozen), names
         return self._prepared
+
+
+def _warn_of_nothing(name: str, refused: Sequence[Skip], weights: Sequence[torch.Tensor]) -> None:
+    """Says that no kernel was planned for a graph that multiplies with weights, once for each first reason."""
+    if not refused:
+        return
+    first = refused[0]
+    hint, where = "armopt.explain(model) says it of every node", ""
+    if "not FP32" in first.reason and all(tensor.dtype == torch.float32 for tensor in weights):
+        hint, where = "Call it outside of torch.autocast: armopt rounds FP32 weights itself", " where weights are cast"
+    elif "not FP32" in first.reason:
+        hint = "Give it the model in FP32: armopt rounds weights itself"
+    what = f"nothing was planned{where}, so PyTorch's own kernels run"
+    PROCESS.warn_once(f"{name}: {what}: {first.node}: {first.reason}", hint, f"{what}: {first.reason}")
 
 
 class _Watched(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from armopt.dynamo.weight_pool import WeightPool
+from armopt.errors import ArmoptWarning
 
 if TYPE_CHECKING:
     from armopt.dynamo.graphs import Graph
@@ -26,7 +28,7 @@ class Process:
         released: Released weight -> its values in BF16.
         made: How many programs were made.
         checked: Targets and CPU features that this host was compared with.
-        said: Reasons to fall back that were warned of.
+        said: Reasons to fall back, or to plan nothing, that were warned of.
     """
 
     pool: WeightPool = field(default_factory=WeightPool)
@@ -36,6 +38,13 @@ class Process:
     made: int = 0
     checked: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
+
+    def warn_once(self, what: str, hint: str, reason: str = "") -> None:
+        """Warns, once for each `reason`, or else for each text."""
+        key = reason or what
+        if key not in self.said:
+            self.said.add(key)
+            warnings.warn(f"armopt: {what}. {hint}", ArmoptWarning, stacklevel=3)
 
 
 PROCESS = Process()
