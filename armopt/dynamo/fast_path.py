@@ -39,7 +39,7 @@ def _named(operation: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mappin
     arguments = operation._schema.arguments
     given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
     given |= dict(zip((argument.name for argument in arguments), args, strict=False))
-    return SimpleNamespace(**(given | kwargs))
+    return SimpleNamespace(**{**given, **kwargs})
 
 
 def _attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

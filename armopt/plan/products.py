@@ -35,7 +35,7 @@ _FORMULAS: Mapping[Any, Callable[..., int]] = {
     _aten.addbmm: lambda y, a, b, **_: a.numel() * b.shape[-1],
     _aten.addr: lambda y, a, b, **_: a.numel() * b.numel(),
     _aten._trilinear: lambda a, b, c, ea, eb, ec, *_: math.prod(
-        torch.broadcast_shapes(*(_unsqueezed(t.shape, dims) for t, dims in ((a, ea), (b, eb), (c, ec))))
+        map(max, zip(_unsqueezed(a.shape, ea), _unsqueezed(b.shape, eb), _unsqueezed(c.shape, ec), strict=True))
     ),
     _aten._grouped_mm: lambda a, b, *_, **__: a.numel() * b.shape[-1],
     **dict.fromkeys((_aten.lstm, _aten.gru, _aten.rnn_tanh, _aten.rnn_relu), lambda x, *rest: _recurrent(x, rest)),
@@ -187,11 +187,11 @@ def _concrete(value: Any, bucket: Bucket) -> Any:
     return g.size_at(value, bucket) if isinstance(value, torch.SymInt) else value
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Takes operations apart and counts the products, following which tensors are made of constants alone."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counted = _Counted()
         self._made_of: dict[int, _Names] = {}
         self._alive: list[torch.Tensor] = []  # an id is a name for as long as its object lives
