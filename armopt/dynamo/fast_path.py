@@ -31,7 +31,7 @@ def _masked(mask: Tensor | None, mask_type: int | None) -> Tensor | None:
 
 def _heads(x: Tensor, count: int) -> Tensor:
     """[batch, rows, features] -> [batch, heads, rows, features / heads]."""
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:-1], count, x.shape[-1] // count).transpose(1, 2)
 
 
 def _named(operation: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> SimpleNamespace:
