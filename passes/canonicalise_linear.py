@@ -26,14 +26,14 @@ class _RefusedError(Exception):
 class CanonicaliseLinear:
     """linear(x, W, b), addmm(b, x, V), mm(x, V), matmul(x, V) -> armopt.linear(x, W, b) with W = V.T of shape [N, K].
 
-    Refuses a weight or bias that is no constant, another dtype than FP32, a scaled addmm, and a bias that is not one
-    value per output feature.
+    What addmm scales is scaled beforehand: W by alpha, b by beta. Refuses a weight or bias that is no constant, another
+    dtype than FP32, and a bias that is not one value per output feature.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
         rewritten, skipped = [], []
-        transposed: dict[str, torch.Tensor] = {}
+        transposed: dict[tuple[str, float], torch.Tensor] = {}
         for node in g.calls_to(graph_module.graph, *_FORMS):
             try:
                 x, weight, bias, is_transposed = _operands(graph_module, node)
@@ -41,10 +41,14 @@ class CanonicaliseLinear:
                 skipped.append(Skip(node.name, str(refusal)))
                 continue
             if is_transposed:
-                name = str(weight.target)
-                if name not in transposed:
-                    transposed[name] = getattr(graph_module, name).detach().t().contiguous()
-                weight = g.add_constant(graph_module, f"{name}_t", transposed[name], node, [weight])
+                name, alpha = str(weight.target), _scale(node, "alpha")
+                if (name, alpha) not in transposed:
+                    stored = getattr(graph_module, name).detach().t().contiguous()
+                    transposed[name, alpha] = stored if alpha == 1 else stored * alpha
+                weight = g.add_constant(graph_module, f"{name}_t", transposed[name, alpha], node, [weight])
+            if bias is not None and (beta := _scale(node, "beta")) != 1:
+                scaled = g.constant(graph_module, bias) * beta
+                bias = g.add_constant(graph_module, f"{bias.target}_scaled", scaled, node, [bias]) if beta else None
             layer_name = re.sub(r"_?weight(_t)?$", "", str(weight.target)) or node.name
             call = LinearCall(x=x, weight=weight, bias=bias, kernel=aten.LINEAR.name)
             rewritten.append(node.name)
@@ -61,8 +65,6 @@ def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.
     if node.target is _aten.linear.default:
         x, weight, bias = (*node.args, None)[:3]
     elif node.target is _aten.addmm.default:
-        if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
-            raise _RefusedError("addmm with alpha or beta other than 1")
         bias, x, weight = node.args
     else:
         x, weight = node.args
@@ -79,6 +81,12 @@ def _operands(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.
         features = tensor.shape[0] if node.target is _aten.linear.default else tensor.shape[1]
         _check_bias(g.find_constant(graph_module, bias), features)
     return x, weight, bias, node.target is not _aten.linear.default
+
+
+def _scale(node: fx.Node, name: str) -> float:
+    """By what addmm scales its product (alpha) or its bias (beta)."""
+    value: Any = node.kwargs.get(name, 1)
+    return float(value)
 
 
 def _check_bias(values: torch.Tensor | None, features: int) -> None:

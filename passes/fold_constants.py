@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ _NEW = frozenset({_aten.new_zeros.default, _aten.new_ones.default, _aten.new_ful
 
 @dataclass(frozen=True)
 class FoldConstants:
-    """f(constants) -> constant.
+    """f(constants) -> constant, also one of several results.
 
     Of new_zeros(x) and the like nothing but the shape counts. Refuses a result larger than its inputs and `max_growth`
     bytes, random or mutable operations, and buffers that the model writes to.
@@ -31,10 +32,11 @@ class FoldConstants:
         written = g.written_constants(graph_module.graph)
         rewritten, skipped = [], []
         for node in list(graph_module.graph.nodes):
-            if not _foldable(node) or any(str(n.target) in written for n in node.all_input_nodes):
+            source = _source(node)
+            if not _foldable(node) or any(str(n.target) in written for n in source.all_input_nodes):
                 continue
             like = node.args[0] if node.target in _NEW else None
-            inputs = [g.find_constant(graph_module, n) for n in node.all_input_nodes if n is not like]
+            inputs = [g.find_constant(graph_module, n) for n in source.all_input_nodes if n is not like]
             if any(tensor is None for tensor in inputs):
                 continue
             size = node.meta["val"].numel() * node.meta["val"].element_size()
@@ -52,6 +54,10 @@ class FoldConstants:
 
 def _evaluated(graph_module: fx.GraphModule, node: fx.Node, like: object) -> torch.Tensor:
     """The value of a node; of `like` nothing but the dtype is looked at."""
+    if (source := _source(node)) is not node:
+        several: Any = _evaluated(graph_module, source, like)
+        chosen: torch.Tensor = several[node.args[1]]
+        return chosen
     known = {n: g.find_constant(graph_module, n) for n in node.all_input_nodes}
     if isinstance(like, fx.Node):
         known[like] = torch.empty((), dtype=g.fake_value(like).dtype)
@@ -62,12 +68,18 @@ def _evaluated(graph_module: fx.GraphModule, node: fx.Node, like: object) -> tor
     return value.resolve_conj().resolve_neg()  # their bits are no values: they would not be stored
 
 
+def _source(node: fx.Node) -> fx.Node:
+    """The operation that makes a value: of one of several results the operation that gives them all."""
+    taken: Any = node.args[0] if node.target is operator.getitem else node
+    return taken if isinstance(taken, fx.Node) else node
+
+
 def _foldable(node: fx.Node) -> bool:
-    target: Any = node.target
+    target: Any = _source(node).target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or any(not isinstance(size, int) for size in value.shape):
         return False
     tags = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output)
-    return g.is_pure(node) and target.namespace == "aten" and not any(tag in target.tags for tag in tags)
+    return g.is_pure(_source(node)) and target.namespace == "aten" and not any(tag in target.tags for tag in tags)

@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from armopt.bundle import legacy, schema
 from armopt.environment.variables import Variable
 from armopt.errors import BundleError, printable
-from armopt.ir.records import Bucket, Count, Decision, InputSpec, Line, Skip, Symbol
+from armopt.ir.records import Bucket, Count, Decision, InputSpec, Line, Remainder, Skip, Symbol
 
 #: What is written; bundles of 1 and 2 are read too.
 SCHEMA_VERSION = 3
@@ -226,6 +226,7 @@ class Manifest:
         accuracy: Against FP32.
         weights: Their bytes.
         onnxruntime: For ONNX Runtime; None where there is no one graph.
+        not_in_bf16: For each part and bucket, what multiplies in FP32; empty in bundles from before it was written.
         digest: sha256 of all else, and through `files` of the whole bundle; empty until it is written.
     """
 
@@ -243,6 +244,7 @@ class Manifest:
     accuracy: Accuracy
     weights: Weights
     onnxruntime: Session | None
+    not_in_bf16: tuple[Remainder, ...] = ()
     digest: str = field(default="", compare=False)
 
     @property

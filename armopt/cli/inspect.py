@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from armopt.cli import options
+from armopt.cli import options, remainder
 from armopt.cli.output import Output, human_size, text_table
 from armopt.cli.validate import similarity
 
@@ -20,7 +20,7 @@ def inspect(bundle: options.BundlePath, as_json: options.Json = False) -> None:
 
     read = reader.read(bundle, reference=True)
     out = Output(as_json)
-    out.result(to_json(read.manifest), lambda: _text(read.manifest))
+    out.result(to_json(read.manifest), lambda: text(read.manifest))
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
@@ -43,6 +43,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "weights_bytes": manifest.weights.bytes,
         "fp32_weights_bytes": manifest.weights.fp32_bytes,
         "refused": [{"name": skip.node, "reason": skip.reason} for skip in manifest.refused],
+        "not_in_bf16": [remainder.to_json(each) for each in manifest.not_in_bf16],
         "accuracy": schema.builtins(manifest.accuracy),
         "environment": schema.builtins(manifest.environment),
         "required_features": list(manifest.required_features),
@@ -64,7 +65,8 @@ def _model(manifest: Manifest) -> dict[str, Any]:
     return described
 
 
-def _text(manifest: Manifest) -> str:
+def text(manifest: Manifest) -> str:
+    """The bundle for people."""
     model, accuracy = manifest.model, manifest.accuracy
     inputs = _inputs(model.inputs)
     if manifest.is_module:
@@ -87,13 +89,7 @@ def _text(manifest: Manifest) -> str:
     lines += [*(f"part      {part.path}: {_inputs(part.inputs)}" for part in model.parts if part.path), ""]
     for plan in manifest.plan:
         lines += _planned(plan)
-    if manifest.refused:
-        rows_refused = [(skip.node, skip.reason) for skip in manifest.refused]
-        lines += [
-            "Plain ATen or Python:" if manifest.is_module else "Plain ATen:",
-            text_table(("node", "reason"), rows_refused),
-            "",
-        ]
+    lines += _in_fp32(manifest)
     lines += ["environment:", *(f"  {name}={each.value}" for name, each in manifest.environment.items())]
     return "\n".join(lines)
 
@@ -105,6 +101,23 @@ def _planned(plan: PartPlan) -> list[str]:
         lines.append(", ".join(f"{name}={value}" for name, value in plan.bucket.items()) + ":")
     rows = [(n.node, n.op, "x".join(map(str, n.shape)), n.kernel, n.precision, n.reason) for n in plan.nodes]
     return [*lines, text_table(("node", "op", "input", "kernel", "precision", "reason"), rows), ""]
+
+
+def _in_fp32(manifest: Manifest) -> list[str]:
+    """What is not in BF16, and what runs as plain ATen or Python besides."""
+    lines = []
+    for each in manifest.not_in_bf16:
+        if left := remainder.text(each):
+            lines += [*([f"{each.part}:"] if each.part else []), left, ""]
+    listed = {_path(each.part, row.node) for each in manifest.not_in_bf16 for row in each.products}
+    if rows := [(skip.node, skip.reason) for skip in manifest.refused if skip.node not in listed]:
+        title = "Plain ATen or Python:" if manifest.is_module else "Plain ATen:"
+        lines += [title, text_table(("node", "reason"), rows), ""]
+    return lines
+
+
+def _path(part: str, node: str) -> str:
+    return f"{part}: {node}" if part else node
 
 
 def _inputs(described: Sequence[InputSpec]) -> str:

@@ -137,8 +137,8 @@ def summary(written: Manifest, path: Path) -> str:
     lines += _measured(written.accuracy)
     if written.onnxruntime and (onnx := written.onnxruntime.model):
         lines.append(f"  onnx      {path / onnx.file}, weights in {onnx.weights}")
-    if written.refused:
-        lines.append(f"  refused   {len(written.refused)} nodes run as plain ATen: armopt inspect {path}")
+    if left := {(each.part, row.node) for each in written.not_in_bf16 for row in each.products}:
+        lines.append(f"  in FP32   {len(left)} of the products with weights: armopt inspect {path} says why")
     lines += ["", f"Next, on the server:  armopt run {path} -- python serve.py"]
     given = ", model=factory" if written.is_module and not written.model.factory.startswith("torchvision:") else ""
     lines.append(f"In serve.py:          model = armopt.load({str(path)!r}{given})")

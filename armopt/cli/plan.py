@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armopt.cli import options
+from armopt.cli import options, remainder
 from armopt.cli.output import Output, text_table
 from armopt.errors import InputError
 
@@ -61,7 +61,7 @@ def plan(
         from armopt.compiler import plan_page
 
         files.write(html, plan_page.render(planned), "--html")
-    out.result(_to_json(planned), lambda: _text(planned))
+    out.result(to_json(planned), lambda: as_text(planned))
 
 
 def _graphs(recipe: Recipe, part: CapturedPart) -> str:
@@ -77,7 +77,10 @@ def _graphs(recipe: Recipe, part: CapturedPart) -> str:
     return "\n".join(f"{where}{graph_text(p.graph_module)}\n" for where, p in zip(said, programs, strict=True))
 
 
-def _to_json(planned: Planned) -> dict[str, Any]:
+def to_json(planned: Planned) -> dict[str, Any]:
+    """The plan as one object."""
+    from armopt.plan.remainder import find
+
     return {
         "target": planned.target.name,
         "buckets": [
@@ -85,17 +88,20 @@ def _to_json(planned: Planned) -> dict[str, Any]:
             for each in planned.plans
         ],
         "refused": [{"name": skip.node, "reason": skip.reason} for skip in planned.refused],
+        "not_in_bf16": [remainder.to_json(find(each)) for each in planned.plans],
     }
 
 
-def _text(planned: Planned) -> str:
+def as_text(planned: Planned) -> str:
+    """The plan for people."""
+    from armopt.plan.remainder import find
+
     parts = []
     for each in planned.plans:
         where = ", ".join(f"{name}={value}" for name, value in each.bucket.items())
         parts.append(f"{planned.target.name}, {each.policy}" + (f", {where}" if where else "") + ":")
         rows = [(d.node, d.op, "x".join(map(str, d.shape)), d.kernel, d.precision, d.reason) for d in each.decisions]
         parts.append(text_table(("node", "op", "input", "kernel", "precision", "reason"), rows) + "\n")
-    if planned.refused:
-        rows_refused = [(skip.node, skip.reason) for skip in planned.refused]
-        parts.append("Plain ATen:\n" + text_table(("node", "reason"), rows_refused))
+        if left := remainder.text(find(each)):
+            parts.append(left + "\n")
     return "\n".join(parts)

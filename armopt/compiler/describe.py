@@ -18,6 +18,7 @@ from armopt.compiler.captured_model import CapturedModel
 from armopt.compiler.checks import Judged
 from armopt.ir.records import Captured, ExampleSpec, Signature, Target
 from armopt.passes._pipeline import Record
+from armopt.plan import remainder
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class Optimized:
                 _bytes(writer.collect_weights(self.parts(), self.rest).tensors.values()), _bytes(self.model.tensors)
             ),
             refused=(*refused, *self.model.left),
+            not_in_bf16=tuple(remainder.find(each, path) for path, each in plans),
         )
 
     def texts(self, variables: Mapping[str, environment.Variable]) -> dict[str, str]:

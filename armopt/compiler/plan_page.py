@@ -14,6 +14,7 @@ import networkx as nx
 from armopt.errors import for_page
 from armopt.ir.records import Decision, Plan
 from armopt.kernels import table
+from armopt.plan import remainder
 
 if TYPE_CHECKING:
     from torch import fx
@@ -40,7 +41,6 @@ def render(planned: Planned) -> str:
     graph = _graph(planned.prepared.graph_module.graph)
     places, size = _layout(graph)
     buckets = [_bucket(plan, graph, places) for plan in planned.plans]
-    refused = [(skip.node, skip.reason) for skip in planned.refused]
     return (
         _environment()
         .get_template("plan_page.html.jinja")
@@ -51,7 +51,6 @@ def render(planned: Planned) -> str:
             edges=_edges(graph, places),
             size=size,
             box=(_WIDTH, _HEIGHT),
-            refused=refused,
         )
     )
 
@@ -110,6 +109,7 @@ def _bucket(plan: Plan, graph: nx.DiGraph, places: Mapping[str, tuple[float, flo
         "boxes": boxes,
         "legend": [(kernel, number, _colour(kernel)) for kernel, number in counts.most_common()],
         "rows": _rows(plan.decisions),
+        "remainder": remainder.find(plan),
     }
 
 

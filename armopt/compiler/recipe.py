@@ -15,10 +15,7 @@ from armopt.ir import graph as g
 from armopt.ir.records import Bucket, Captured, Plan, Skip, Target
 from armopt.kernels import sites
 from armopt.passes._pipeline import Pipeline, Record
-from armopt.plan import planner, policies
-
-#: The passes whose refusals are products and convolutions that stay plain ATen.
-_CANONICALISERS = ("CanonicaliseLinear", "CanonicaliseConv")
+from armopt.plan import planner, policies, products
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +26,9 @@ class Prepared:
     records: tuple[Record, ...]
 
     @property
-    def passed_over(self) -> tuple[Skip, ...]:
-        """The products and convolutions that are no Linear or convolution with constant weights."""
-        return tuple(skip for record in self.records if record.name in _CANONICALISERS for skip in record.skipped)
+    def skipped(self) -> tuple[Skip, ...]:
+        """What passes left alone, and why."""
+        return tuple(skip for record in self.records for skip in record.skipped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +61,8 @@ class Planned:
 
     @property
     def refused(self) -> tuple[Skip, ...]:
-        """What runs as plain ATen: products that are no Linear, and what the plans refuse."""
-        by_plans = (skip for each in self.plans for skip in each.refused)
-        return tuple(dict.fromkeys([*self.prepared.passed_over, *by_plans]))
+        """What runs as plain ATen in any of the plans."""
+        return tuple(dict.fromkeys(skip for each in self.plans for skip in each.refused))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +99,8 @@ class Recipe:
 
     def plan(self, prepared: Prepared, bucket: Bucket, values: Bucket) -> Plan:
         """The plan of a prepared graph at a bucket (`values`: the same by the graph's own symbols)."""
-        return planner.make(sites.find(prepared.graph_module, values), self.target, self.policy, bucket)
+        found = products.find(prepared.graph_module, values, prepared.skipped)
+        return planner.make(sites.find(prepared.graph_module, values), self.target, self.policy, bucket, found)
 
     def lower(self, prepared: Prepared, plan: Plan, values: Bucket, rounded: dict[str, torch.Tensor]) -> Program:
         """Carries out one plan on a copy of the graph; plans of one graph share `rounded`."""

@@ -18,8 +18,9 @@ from torch.export import exported_program
 from armopt import targets
 from armopt.compiler.recipe import Recipe
 from armopt.dynamo import programs
+from armopt.dynamo.fast_path import DECOMPOSITIONS
 from armopt.dynamo.graphs import Graph
-from armopt.dynamo.process import fall_back
+from armopt.dynamo.process import PROCESS
 from armopt.errors import ArmoptError, InputError
 from armopt.ir.records import Target
 from armopt.models import torchvision_ops
@@ -90,7 +91,7 @@ class Lowering:
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Gives back what runs a graph."""
         if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs):
-            fall_back(
+            PROCESS.warn_once(
                 "gradients are recorded, so PyTorch's own kernels run",
                 "Call the model under torch.no_grad() or torch.inference_mode()",
             )
@@ -105,7 +106,7 @@ class Lowering:
         def compile_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             reason = _refusal(gm)
             if reason is not None:
-                fall_back(*reason)
+                PROCESS.warn_once(*reason)
                 return _Boxed(gm.forward)
             return Graph(gm, self.settings, where, _weights(names, example_inputs))
 
@@ -115,7 +116,7 @@ class Lowering:
                 example_inputs,
                 fw_compiler=compile_inference,
                 inference_compiler=compile_inference,
-                decompositions={},
+                decompositions=dict(DECOMPOSITIONS),
                 keep_inference_input_mutations=True,
             )
         disable: Any = torch._dynamo.disable

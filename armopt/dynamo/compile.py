@@ -23,7 +23,7 @@ from armopt.dynamo import backend, graphs
 from armopt.dynamo.checking import Outcome, Subject, check
 from armopt.dynamo.explain import Explanation, explain
 from armopt.dynamo.isolated import isolated, without_weights
-from armopt.dynamo.process import fall_back
+from armopt.dynamo.process import PROCESS
 from armopt.dynamo.programs import Settings
 from armopt.errors import ArmoptError, InputError
 from armopt.ir.records import Target
@@ -244,7 +244,7 @@ class Forward:
         if reason is not None:
             if self.released:
                 raise InputError(f"its FP32 weights were released, but {reason[0]}", where=self.title, hint=reason[1])
-            fall_back(f"{self.title}: {reason[0]}, so PyTorch's own kernels run", reason[1])
+            PROCESS.warn_once(f"{self.title}: {reason[0]}, so PyTorch's own kernels run", reason[1])
             with _thread.set(plain=True):
                 return self.original(*args, **kwargs)
         if self._pending and not _thread.inside:

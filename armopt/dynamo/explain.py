@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 
 from armopt.dynamo import graphs
 from armopt.dynamo.programs import Programmed
-from armopt.ir.records import Skip
+from armopt.ir.records import Product, Remainder, Skip
+from armopt.plan import remainder
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,14 @@ class Explanation:
     Attributes:
         layers: In every program that was made for it so far.
         left_alone: What runs as PyTorch runs it, and why.
+        not_in_bf16: What multiplies in FP32, for each program; then what no program holds, by module.
         original_bytes: Of the model's parameters and buffers in memory.
         program_bytes: Of what programs hold besides: weights rounded and packed.
     """
 
     layers: tuple[Layer, ...]
     left_alone: tuple[Skip, ...]
+    not_in_bf16: tuple[Remainder, ...]
     original_bytes: int
     program_bytes: int
 
@@ -66,21 +69,29 @@ def explain(model: torch.nn.Module) -> Explanation:
     own = [*model.parameters(), *model.buffers()]
     known = {id(tensor) for tensor in own}
     layers: list[Layer] = []
-    left = [Skip(name, _RECURRENT) for name, part in model.named_modules() if isinstance(part, torch.nn.RNNBase)]
+    left: list[Skip] = []
+    rest: list[Remainder] = []
+    compiled: set[int] = set()
     held: list[torch.Tensor] = []
     for graph in graphs.graphs():
         for weights in graph.held:
             if not weights.tensors or not all(id(tensor) in known for tensor in weights.tensors):
                 continue
             held += weights.held
-            left += [Skip(f"{graph.name}: {skip.node}", skip.reason) for skip in weights.refused]
+            compiled |= {id(tensor) for tensor in weights.tensors}
             for programmed in weights.programs:
                 layers += _layers(graph.name, programmed)
+                rest.append(remainder.find(programmed.plan, graph.name))
                 left += [Skip(f"{graph.name}: {skip.node}", skip.reason) for skip in programmed.plan.refused]
-    left += [*_failed(known), *_divided(model)]
+    outside = _outside(model, compiled)
+    left += [Skip(product.node, product.reason) for product in outside] + [*_failed(known), *_divided(model)]
+    if outside:
+        rest.append(Remainder("", {}, 0, outside, 0, 0))
     originals = _storages(own)
     packed = {address: size for address, size in _storages(held).items() if address not in originals}
-    return Explanation(tuple(layers), tuple(dict.fromkeys(left)), sum(originals.values()), sum(packed.values()))
+    return Explanation(
+        tuple(layers), tuple(dict.fromkeys(left)), tuple(rest), sum(originals.values()), sum(packed.values())
+    )
 
 
 def _failed(known: Collection[int]) -> Iterable[Skip]:
@@ -95,7 +106,20 @@ def _divided(model: torch.nn.Module) -> Iterable[Skip]:
     return [Skip(each.title, each.divided) for each in forwards if getattr(each, "divided", "")]
 
 
+def _outside(model: torch.nn.Module, compiled: Set[int]) -> tuple[Product, ...]:
+    """The modules of which no program holds the matrices, with their bytes."""
+    found = []
+    for name, part in model.named_modules():
+        matrices = [p for p in part.parameters(recurse=False) if p.dim() > 1 and id(p) not in compiled]
+        if matrices:
+            reason = _RECURRENT if isinstance(part, torch.nn.RNNBase) else _UNSEEN
+            size = sum(matrix.numel() * matrix.element_size() for matrix in matrices)
+            found.append(Product(name or type(model).__name__, type(part).__name__, 0, size, reason))
+    return tuple(found)
+
+
 _RECURRENT = "recurrent: each step needs the one before, so PyTorch's own kernel runs it whole"
+_UNSEEN = "no program holds it: it was not called so far, or Python runs it"
 
 
 def _layers(graph: str, programmed: Programmed) -> Iterable[Layer]:

@@ -17,7 +17,7 @@ from torch import fx
 from armopt import capture
 from armopt.compiler import repair
 from armopt.compiler.recipe import Prepared
-from armopt.dynamo.process import PROCESS, fall_back
+from armopt.dynamo.process import PROCESS
 from armopt.dynamo.programs import Forward, Programmed, Settings, make_program
 from armopt.errors import ArmoptError, PassError
 from armopt.ir import buckets
@@ -107,7 +107,7 @@ class Graph:
         said = f"{error.where}: {error.what}" if isinstance(error, PassError) else f"{type(error).__name__}: {error}"
         self.failure = Failure(f"armopt failed at it: {said}", tuple(map(weakref.ref, weights)))
         self._held = []
-        fall_back(
+        PROCESS.warn_once(
             f"{self.name}: PyTorch's own kernels run it, as armopt failed at it: {said}",
             f"The result is right. It is a bug in armopt: please report it with the model. {RAISE}=1 makes it an error",
             said,
@@ -150,7 +150,6 @@ class Weights:
         self._relevant: list[tuple[str, int, int | None]] = []
         #: Weights in BF16 of plans that are tried.
         self._trials: dict[str, torch.Tensor] = {}
-        self.refused: tuple[Skip, ...] = ()
         self._plan(args, first=True)
 
     @property
@@ -282,7 +281,6 @@ class Weights:
             if first:
                 symbols = _symbols_of_layers(prepared.graph_module)
                 self._relevant = [entry for entry in self._graph.sizes if entry[0] in symbols]
-                self.refused = prepared.passed_over
             found = [(s, args[i] if d is None else args[i].shape[d]) for s, i, d in self._relevant]
             key = buckets.round_up([size for _, size in found])
             bucket = dict(zip([symbol for symbol, _ in found], key, strict=True))
@@ -294,6 +292,8 @@ class Weights:
                 steps = {node: settings.repaired[tensor] for node, tensor in own if tensor in settings.repaired}
                 chosen = repair.apply(chosen, known, steps)
             programmed = self._make(prepared, names, chosen, values)
+        if not programmed.plan.decisions:
+            _warn_of_nothing(self._graph.name, programmed.plan.refused, self.tensors)
         self._by_bucket[key] = len(self._planned)
         self._planned.append((bucket, programmed))
         self._drop_prepared()
@@ -317,6 +317,20 @@ class Weights:
             names = {n: positions[t.data_ptr()] for n, t in frozen.named_buffers() if t.data_ptr() in positions}
             self._prepared = self._graph.settings.recipe.prepare(frozen), names
         return self._prepared
+
+
+def _warn_of_nothing(name: str, refused: Sequence[Skip], weights: Sequence[torch.Tensor]) -> None:
+    """Says that no kernel was planned for a graph that multiplies with weights, once for each first reason."""
+    if not refused:
+        return
+    first = refused[0]
+    hint, where = "armopt.explain(model) says it of every node", ""
+    if "not FP32" in first.reason and all(tensor.dtype == torch.float32 for tensor in weights):
+        hint, where = "Call it outside of torch.autocast: armopt rounds FP32 weights itself", " where weights are cast"
+    elif "not FP32" in first.reason:
+        hint = "Give it the model in FP32: armopt rounds weights itself"
+    what = f"nothing was planned{where}, so PyTorch's own kernels run"
+    PROCESS.warn_once(f"{name}: {what}: {first.node}: {first.reason}", hint, f"{what}: {first.reason}")
 
 
 class _Watched(NamedTuple):

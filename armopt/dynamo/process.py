@@ -34,7 +34,7 @@ class Process:
         released: Released weight -> its values in BF16.
         made: How many programs were made.
         checked: Targets and CPU features that this host was compared with.
-        said: Reasons to fall back that were warned of.
+        said: Reasons to fall back, or to plan nothing, that were warned of.
         watch: Who is told, in this thread, which programs run.
     """
 
@@ -47,12 +47,12 @@ class Process:
     said: set[str] = field(default_factory=set)
     watch: Watch = field(default_factory=lambda: Watch())
 
+    def warn_once(self, what: str, hint: str, reason: str = "") -> None:
+        """Warns, once for each `reason`, or else for each text."""
+        key = reason or what
+        if key not in self.said:
+            self.said.add(key)
+            warnings.warn(f"armopt: {what}. {hint}", ArmoptWarning, stacklevel=3)
+
 
 PROCESS = Process()
-
-
-def fall_back(what: str, hint: str, reason: str = "") -> None:
-    """Warns, once in a process for each reason: `what` itself, where none is given."""
-    if (reason or what) not in PROCESS.said:
-        PROCESS.said.add(reason or what)
-        warnings.warn(f"armopt: {what}. {hint}", ArmoptWarning, stacklevel=2)

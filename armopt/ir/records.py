@@ -275,11 +275,65 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """A node that multiplies, at one bucket.
+
+    Attributes:
+        node: Its name.
+        op: ``linear`` or ``conv`` of a layer, else the operation: ``aten.bmm``…
+        multiplications: In one call; 0 where they can't be counted.
+        weight_bytes: Of the constants that it multiplies with; 0 for a product of two activations.
+        reason: Why it is no layer, or why it is in FP32; empty otherwise.
+    """
+
+    node: str
+    op: str
+    multiplications: Count
+    weight_bytes: Count
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Remainder:
+    """What of one plan is not in BF16.
+
+    Attributes:
+        part: Path of the part of the model; empty for all of it.
+        bucket: As the plan's.
+        multiplications: Of the whole graph.
+        products: On weights, in FP32, each with its reason; the largest first.
+        activations: How many products are of two activations: they have no weight to be stored in BF16.
+        activation_multiplications: Of those.
+    """
+
+    part: str
+    bucket: Bucket
+    multiplications: Count
+    products: tuple[Product, ...]
+    activations: Count
+    activation_multiplications: Count
+
+    def share(self, multiplications: int) -> float:
+        """Of all multiplications."""
+        return multiplications / self.multiplications if self.multiplications else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """All decisions for one bucket; `refused` runs as plain ATen."""
+    """All decisions for one bucket.
+
+    Attributes:
+        target: What it is for.
+        policy: How it was made.
+        bucket: The sizes that it is for.
+        decisions: One for each layer.
+        refused: What runs as plain ATen: layers that no kernel takes, and products on weights that are no layers.
+        products: All that multiplies: see :mod:`armopt.plan.products`.
+    """
 
     target: Target
     policy: str
     bucket: Bucket
     decisions: tuple[Decision, ...]
     refused: tuple[Skip, ...] = ()
+    products: tuple[Product, ...] = ()

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from armopt.ir.records import Bucket, Decision, Plan, Site, Skip, Target
+from armopt.ir.records import Bucket, Decision, Plan, Product, Site, Skip, Target
 from armopt.kernels import table
 from armopt.kernels.base import Kernel, Use
 
@@ -40,9 +40,13 @@ def refusals(site: Site, target: Target) -> list[str]:
     return list(dict.fromkeys(reason for reason in reasons if reason and not reason.startswith("covers")))
 
 
-def make(sites: Sequence[Site], target: Target, policy: Policy, bucket: Bucket) -> Plan:
-    """The plan for one bucket: a decision for every site, and why the refused ones are refused."""
-    decisions, refused = [], []
+def make(
+    sites: Sequence[Site], target: Target, policy: Policy, bucket: Bucket, products: Sequence[Product] = ()
+) -> Plan:
+    """The plan for one bucket: a decision for every site, and why all other products on weights get none."""
+    planned = {site.node for site in sites}
+    decisions = []
+    refused = [Skip(each.node, each.reason) for each in products if each.weight_bytes and each.node not in planned]
     for site, choice in zip(sites, policy.choose(sites, target), strict=True):
         kernel = choice.kernel
         if kernel is None:
@@ -63,4 +67,4 @@ def make(sites: Sequence[Site], target: Target, policy: Policy, bucket: Bucket) 
     if not target.bf16:
         half = [d.node for d in decisions if table.get(d.kernel).rounding.weights == torch.bfloat16]
         assert not half, f"BF16 planned for {target.core}, which has none: {half}"
-    return Plan(target, policy.name, bucket, tuple(decisions), tuple(refused))
+    return Plan(target, policy.name, bucket, tuple(decisions), tuple(refused), tuple(products))

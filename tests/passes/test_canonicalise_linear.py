@@ -167,8 +167,9 @@ class TestCanonicaliseLinear(Contract):
                 w=nn.Parameter(noise(4, 5)),
             ),
             (noise(3, 4),),
-            skips=("addmm with alpha or beta other than 1",) * 2,
-            rewritten=0,
+            ops={LINEAR: 2},
+            absent=("aten.addmm.default",),
+            rewritten=2,
         ),
     )
 

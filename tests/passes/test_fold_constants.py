@@ -26,6 +26,18 @@ class TestFoldConstants(Contract):
 
     cases = (
         Case(
+            "standardised_by_batch_norm",
+            lambda: Forward(
+                lambda s, x: nn.functional.conv2d(
+                    x,
+                    nn.functional.batch_norm(s.w.reshape(1, 4, -1), None, None, training=True).reshape(4, 3, 2, 2),
+                ),
+                w=nn.Parameter(noise(4, 3, 2, 2)),
+            ),
+            (noise(1, 3, 5, 5),),
+            absent=("aten._native_batch_norm_legit.no_stats", "aten.reshape.default"),
+        ),
+        Case(
             "transposed_weight",
             lambda: Forward(lambda s, x: x @ s.w.t().contiguous(), w=nn.Parameter(noise(4, 3))),
             (noise(2, 3),),

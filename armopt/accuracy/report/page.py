@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import jinja2
 
     from armopt.bundle.manifest import Manifest
+    from armopt.ir.records import Remainder
 
 #: Values of one output that plots look at.
 _MOST = 200_000
@@ -40,12 +41,14 @@ class About:
     model: str
     versions: str
     repaired: Mapping[str, Any] | None = None
+    not_in_bf16: Sequence[Remainder] = ()
 
     @classmethod
     def of(cls, manifest: Manifest, bundle: str) -> About:
         """From a bundle's manifest."""
         versions = f"armopt {manifest.armopt_version}, torch {manifest.versions.get('torch', 'unknown')}"
-        return cls(bundle, manifest.target, manifest.model.source, versions, schema.builtins(manifest.accuracy.repair))
+        repaired = schema.builtins(manifest.accuracy.repair)
+        return cls(bundle, manifest.target, manifest.model.source, versions, repaired, manifest.not_in_bf16)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,100 @@
+"""PyTorch's fused transformer operations, and what is said where a backend plans nothing."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import armopt
+from armopt.dynamo.process import PROCESS
+from armopt.errors import ArmoptWarning
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(2, 7, 16, generator=GENERATOR)
+PADDED = torch.arange(7).expand(2, 7) >= torch.tensor([[7], [5]])
+
+
+def encoder(layers: int = 2, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, **options)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_first": True, "activation": "gelu"}])
+@pytest.mark.parametrize("named", [{}, {"src_key_padding_mask": PADDED}])
+@pytest.mark.parametrize("way", ["compile", "backend"])
+def test_an_encoder_is_planned_layer_by_layer(options: Any, named: Any, way: str) -> None:
+    model = encoder(**options)
+    made: Any = armopt.compile(model, target="graviton2")
+    if way == "backend":
+        made = torch.compile(model, backend="armopt", options={"target": "graviton2"})
+    with torch.no_grad():
+        expected = model(X, **named)
+        found = made(X, **named)
+    assert torch.backends.mha.get_fastpath_enabled()
+    explained = armopt.explain(model)
+    assert len(explained.layers) == 8  # qkv, out, and two of the feed-forward: twice
+    assert explained.left_alone == ()
+    kept = ~PADDED if named else torch.ones(2, 7, dtype=torch.bool)
+    torch.testing.assert_close(found[kept], expected[kept], atol=1e-5, rtol=0)  # FP32 sums in another order
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("average", [True, False])
+def test_attention_alone_and_its_weights(need_weights: bool, average: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    run = torch.compile(model, backend="armopt", options={"target": "graviton2"})
+    asked = {"key_padding_mask": PADDED, "need_weights": need_weights, "average_attn_weights": average}
+    with torch.no_grad():
+        expected, found = model(X, X, X, **asked), run(X, X, X, **asked)
+    assert len(armopt.explain(model).layers) == 2
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+class Pair(nn.Module):
+    """A product that armopt has no kernel for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.Bilinear(16, 16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pair(x, x)
+
+
+def said(model: nn.Module, x: Tensor, times: int = 2) -> list[str]:
+    """Warnings of armopt's backend over some calls."""
+    PROCESS.said.clear()
+    run = torch.compile(model.eval(), backend="armopt", options={"target": "graviton3"})
+    with warnings.catch_warnings(record=True) as found, torch.no_grad():
+        warnings.simplefilter("always")
+        for _ in range(times):
+            run(x)
+    return [str(each.message) for each in found if issubclass(each.category, ArmoptWarning)]
+
+
+def test_a_graph_in_which_nothing_is_planned_is_said_once() -> None:
+    (message,) = said(Pair(), X)
+    assert "nothing was planned" in message
+    assert "bilinear" in message
+
+
+def test_so_are_a_model_in_bf16_and_autocast() -> None:
+    (message,) = said(nn.Linear(16, 16).bfloat16(), X.bfloat16())
+    assert "works on bfloat16" in message
+    assert "in FP32" in message
+    torch._dynamo.reset()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (message,) = said(nn.Linear(16, 16), X)
+    assert "outside of torch.autocast" in message
+
+
+def test_where_something_is_planned_nothing_is_said() -> None:
+    assert said(nn.Sequential(nn.Linear(16, 16), Pair()), X) == []
