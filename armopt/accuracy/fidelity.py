@@ -80,6 +80,11 @@ def _difference(a: torch.Tensor, b: torch.Tensor, exact: torch.Tensor | None) ->
         wrong = int((a != b).sum())
         unsure = int((b != exact).sum()) if exact is not None and exact.shape == b.shape else 0
         return f"differs in {wrong} of {a.numel()} values" if wrong > 2 * unsure else ""
+    return _beyond_rounding(a, b, exact)
+
+
+def _beyond_rounding(a: torch.Tensor, b: torch.Tensor, exact: torch.Tensor | None) -> str:
+    """In words, how far `b` is off, where that is more than rounding explains."""
     rounding = max(_SIZE, 4 * torch.finfo(a.dtype).eps)
     left, right = real_values(a), real_values(b)
     finite = torch.isfinite(left) & torch.isfinite(right)
@@ -203,7 +208,19 @@ def _in_eval_mode(module: torch.nn.Module) -> Iterator[None]:
 
 def _first_layer(eager: Eager, graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> str:
     """The first module to finish whose result is in none of the nodes that the capture has of it."""
-    seen: dict[str, torch.Tensor | None] = {}  # None: called twice, or no tensor
+    seen = _results(eager, tensors)
+    types = {path: type(module).__name__ for path, module in eager.module.named_modules()}
+    watch = _Watch(graph_module, {path: y for path, y in seen.items() if y is not None})
+    runs.run_with(watch, tensors)
+    first = next((path for path in watch.wanted if path in watch.unmatched and path not in watch.matched), "")
+    if not first:
+        first = next((path for path in watch.called if path not in seen and path in types), "")
+    return f"{first} ({types[first]})" if first else ""
+
+
+def _results(eager: Eager, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    """The first tensor that each module gives, by path, in the order they finish; None: called twice, or no tensor."""
+    seen: dict[str, torch.Tensor | None] = {}
 
     def note(path: str) -> Any:
         def hook(module: torch.nn.Module, args: Any, result: Any) -> None:
@@ -213,7 +230,6 @@ def _first_layer(eager: Eager, graph_module: fx.GraphModule, tensors: Sequence[t
 
         return hook
 
-    types = {path: type(module).__name__ for path, module in eager.module.named_modules()}
     handles = [
         module.register_forward_hook(note(path))
         for path, module in eager.module.named_modules()
@@ -224,12 +240,7 @@ def _first_layer(eager: Eager, graph_module: fx.GraphModule, tensors: Sequence[t
     finally:
         for handle in handles:
             handle.remove()
-    watch = _Watch(graph_module, {path: y for path, y in seen.items() if y is not None})
-    runs.run_with(watch, tensors)
-    first = next((path for path in watch.wanted if path in watch.unmatched and path not in watch.matched), "")
-    if not first:
-        first = next((path for path in watch.called if path not in seen and path in types), "")
-    return f"{first} ({types[first]})" if first else ""
+    return seen
 
 
 class _Watch(fx.Interpreter):

@@ -159,10 +159,14 @@ def _difference(trial: _Trial, checker: Checker) -> str:
     for reason, suspect in suspects(trial.subject.module):
         with suspect:
             reference = trial.reference(trial.inputs)
-        again = Checker(lambda _, found=reference: found, None, checker.gates, checker.task, checker.source)
+        again = Checker(_always(reference), None, checker.gates, checker.task, checker.source)
         if _passed(again, again.figures(_BUCKET, [trial.inputs], trial.found)):
             return f"likely reason: {reason}"
     return ""
+
+
+def _always(outputs: Outputs) -> Callable[[Outputs], Outputs]:
+    return lambda _: outputs
 
 
 def _repair(trial: _Trial, checker: Checker, checks: Checks) -> Repair:
