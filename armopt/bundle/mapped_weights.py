@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+import weakref
 from io import BufferedIOBase
 from pathlib import Path
 
@@ -75,8 +76,9 @@ class MappedTensors:
         try:
             with contextlib.nullcontext(file) if file is not None else path.open("rb") as opened:
                 self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-                self._file = os.fdopen(os.dup(opened.fileno()), "rb", buffering=0)
-            self._stamp = opened_as or stamp(self._file.fileno())
+                self._file = os.dup(opened.fileno())
+            weakref.finalize(self, os.close, self._file)
+            self._stamp = opened_as or stamp(self._file)
             self._address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
             self.tensors = self._read()
         except OSError:
@@ -110,7 +112,7 @@ class MappedTensors:
         Raises:
             BundleError: It was.
         """
-        if stamp(self._file.fileno()) != self._stamp:
+        if stamp(self._file) != self._stamp:
             raise changed(self._path)
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -127,7 +129,7 @@ class MappedTensors:
         made = torch.empty_like(tensor)
         left, at = made.reshape(-1).view(torch.uint8).numpy().data, begin
         while left:
-            count = os.preadv(self._file.fileno(), [left], at)
+            count = os.preadv(self._file, [left], at)
             if not count:
                 raise changed(self._path)
             left, at = left[count:], at + count
