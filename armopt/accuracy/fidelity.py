@@ -70,40 +70,36 @@ def compare(reference: Outputs, captured: Outputs, exact: Outputs | None = None)
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor, exact: torch.Tensor | None) -> str:
+    """How far off `b` is, in words; empty where it is FP32's own rounding."""
     if a.shape != b.shape:
         return f"has shape {list(b.shape)} instead of {list(a.shape)}"
     if a.dtype != b.dtype:
         return f"is {b.dtype} instead of {a.dtype}".replace("torch.", "")
-    if a.numel() == 0:
-        return ""
+    if exact is not None and exact.shape != a.shape:
+        exact = None
     if is_discrete(a):
-        wrong = int((a != b).sum())
-        unsure = int((b != exact).sum()) if exact is not None and exact.shape == b.shape else 0
+        wrong, unsure = int((a != b).sum()), 0 if exact is None else int((b != exact).sum())
         return f"differs in {wrong} of {a.numel()} values" if wrong > 2 * unsure else ""
-    return _beyond_rounding(a, b, exact)
-
-
-def _beyond_rounding(a: torch.Tensor, b: torch.Tensor, exact: torch.Tensor | None) -> str:
-    """In words, how far `b` is off, where that is more than rounding explains."""
-    rounding = max(_SIZE, 4 * torch.finfo(a.dtype).eps)
     left, right = real_values(a), real_values(b)
     finite = torch.isfinite(left) & torch.isfinite(right)
     if bool((~finite & (left != right) & ~(left.isnan() & right.isnan())).any()):
         return "has values that are not finite elsewhere"
-    known = None if exact is None or exact.shape != a.shape else real_values(exact)[finite]
-    left, right = left[finite], right[finite]
-    if not left.numel():
+    rounding = max(_SIZE, 4 * torch.finfo(a.dtype).eps)
+    return _noise(left[finite], right[finite], None if exact is None else real_values(exact)[finite], rounding)
+
+
+def _noise(a: torch.Tensor, b: torch.Tensor, exact: torch.Tensor | None, rounding: float) -> str:
+    """The same for finite values, flat, in FP64; `rounding` is relative to their size."""
+    if not a.numel():
         return ""
-    noise, spread = left - right, left - left.mean()
-    own = torch.zeros_like(noise) if known is None else right - known
-    allowed = _SPREAD * float(spread.norm()) + rounding * float(left.norm()), _OWN * float(own.norm())
-    most = (
-        _TAIL * (_SPREAD * float(spread.abs().max()) + rounding * float(left.abs().max())),
-        _OWN * float(own.abs().max()),
-    )
-    if float(noise.norm()) <= max(allowed) and float(noise.abs().max()) <= max(most):
+    noise, spread = a - b, a - a.mean()
+    own = torch.zeros_like(noise) if exact is None else b - exact
+    allowed = max(_SPREAD * float(spread.norm()) + rounding * float(a.norm()), _OWN * float(own.norm()))
+    tail = _TAIL * (_SPREAD * float(spread.abs().max()) + rounding * float(a.abs().max()))
+    most = max(tail, _OWN * float(own.abs().max()))
+    if float(noise.norm()) <= allowed and float(noise.abs().max()) <= most:
         return ""
-    size = float(left.norm())
+    size = float(a.norm())
     return f"differs by {float(noise.norm()) / size:.2g} of its size" if size else "differs where the model gives zeros"
 
 
@@ -127,7 +123,9 @@ class Fidelity:
         found = compare(reference, captured, exact)
         if found is not None:
             return Difference(*found, *self._explain(tensors, captured))
-        if not g.written_constants(self._graph_module.graph) and not self._eager.keeps_state(tensors):
+        with runs.seeded():
+            keeps_state = self._eager.keeps_state(tensors)
+        if not keeps_state and not g.written_constants(self._graph_module.graph):
             return None
         found = compare(self._model(tensors, times=2), self._capture(tensors, times=2))
         if found is None:
@@ -209,32 +207,30 @@ def _in_eval_mode(module: torch.nn.Module) -> Iterator[None]:
 def _first_layer(eager: Eager, graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> str:
     """The first module to finish whose result is in none of the nodes that the capture has of it."""
     seen = _results(eager, tensors)
-    types = {path: type(module).__name__ for path, module in eager.module.named_modules()}
     watch = _Watch(graph_module, {path: y for path, y in seen.items() if y is not None})
     runs.run_with(watch, tensors)
-    first = next((path for path in watch.wanted if path in watch.unmatched and path not in watch.matched), "")
-    if not first:
-        first = next((path for path in watch.called if path not in seen and path in types), "")
+    types = {path: type(module).__name__ for path, module in eager.module.named_modules()}
+    differing = [path for path in watch.wanted if path in watch.unmatched - watch.matched]
+    never_called = [path for path in watch.called if path not in seen and path in types]
+    first = next(iter(differing or never_called), "")
     return f"{first} ({types[first]})" if first else ""
 
 
 def _results(eager: Eager, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    """The first tensor that each module gives, by path, in the order they finish; None: called twice, or no tensor."""
+    """The first tensor that each module gives, in the order in which they finish; None where it is called again."""
     seen: dict[str, torch.Tensor | None] = {}
 
     def note(path: str) -> Any:
         def hook(module: torch.nn.Module, args: Any, result: Any) -> None:
-            first = next((leaf for leaf in torch.utils._pytree.tree_leaves(result)), None)
-            plain = isinstance(first, torch.Tensor) and not first.is_nested and path not in seen
-            seen[path] = first.clone() if plain and isinstance(first, torch.Tensor) else None
+            first = next(iter(torch.utils._pytree.tree_leaves(result)), None)
+            known = path in seen or not isinstance(first, torch.Tensor) or first.is_nested
+            seen[path] = None if known or first is None else first.clone()
 
         return hook
 
-    handles = [
-        module.register_forward_hook(note(path))
-        for path, module in eager.module.named_modules()
-        if path and not isinstance(module, torch.jit.ScriptModule)
-    ]
+    parts = [(path, part) for path, part in eager.module.named_modules() if path]
+    hooked = [(path, part) for path, part in parts if not isinstance(part, torch.jit.ScriptModule)]
+    handles = [part.register_forward_hook(note(path)) for path, part in hooked]
     try:
         runs.run_eager(eager, tensors)
     finally:

@@ -68,8 +68,8 @@ def errors(
 
     Args:
         program: The lowered graph.
-        reference: The prepared FP32 graph, whose layers have the same names; None for the program's own in FP32,
-            which leaves the rounding of weights out.
+        reference: The prepared FP32 graph, whose layers have the same names, or a lowered one, which runs in FP32 with
+            the weights that it holds; None for the program's own, which leaves the rounding of weights out.
         tensors: Inputs of both.
         progress: Told of each node.
 
@@ -78,7 +78,9 @@ def errors(
     """
     planned = list(layers(program.graph_module.graph))
     exact = program.graph_module if reference is None else reference
-    runner = InFp32(exact) if reference is None else fx.Interpreter(exact)
+    calls = [call_of(layer) for layer in layers(exact.graph)]
+    lowered = any(call.kernel != table.plain(call.op).name for call in calls)
+    runner = InFp32(exact) if lowered else fx.Interpreter(exact)
     found = []
     with true_fp32(), unchanged_buffers(exact), unchanged_buffers(program.graph_module):
         left, right = Steps(runner, tensors), Steps(fx.Interpreter(program.graph_module), tensors)

@@ -13,10 +13,12 @@ from torch import fx
 
 from armopt import capture
 from armopt.accuracy import runs
+from armopt.accuracy.metrics import relative_error
 from armopt.capture import files
 from armopt.capture.eager import Eager
 from armopt.capture.files.format import TrustedFile
 from armopt.errors import InputError
+from armopt.ir import graph as g
 
 if TYPE_CHECKING:
     from armopt.bundle.program import Part, Program
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Cosine similarity of the rows of a weight: what BF16 makes of one is off by 2^-9 at most.
 _SAME_WEIGHTS = 1 - 2.0**-12
+#: How far off a weight is that was rounded to BF16 and not scaled.
+_ROUNDED = 2.0**-8
 #: From flat inputs to flat outputs.
 FlatRun = Callable[[Sequence[torch.Tensor]], Sequence[Any]]
 
@@ -112,11 +116,11 @@ def _whole(read: Bundle, against: Against, model: str) -> Original:
 def _of_module(read: Bundle, part: Part, module: torch.nn.Module, source: str) -> Original:
     signature = part.signature
     capture.check_dtypes(module, source)
-    _check_weights(part.programs[0], {**dict(module.named_parameters()), **dict(module.named_buffers())}, source)
+    weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     eager = Eager.of_module(module, signature.inputs, signature.outputs, source)
     drawn = runs.random_nodes(part.programs[0].graph_module)
     anchor = None if drawn else functools.partial(runs.run_eager, eager.in_fp64)
-    return _eager(read, eager, anchor)
+    return _eager(read, eager, anchor, _with_weights(part.programs[0], weights, source))
 
 
 def _of_program(read: Bundle, program: torch.export.ExportedProgram, source: str) -> Original:
@@ -127,23 +131,23 @@ def _of_program(read: Bundle, program: torch.export.ExportedProgram, source: str
         other = next((name for name in names if name not in taken), "")
         what = f"takes no input {other!r}" if other else f"takes {len(taken)} inputs, the bundle {len(names)}"
         raise InputError(what, where=source, hint=f"Its inputs are: {', '.join(taken)}. Is the bundle made from it?")
-    _check_weights(read.programs[0], program.state_dict, source)
+    prepared = _with_weights(read.programs[0], program.state_dict, source)
     eager = Eager.of_program(program, read.whole.signature.outputs, source)
     places = [names.index(name) for name in taken]
 
     def ordered(tensors: Sequence[torch.Tensor], *, times: int = 1) -> Sequence[Any]:
         return eager([tensors[place] for place in places], times=times)
 
-    return replace(_eager(read, eager, None), reference=functools.partial(runs.run_eager, ordered))
+    return replace(_eager(read, eager, None, prepared), reference=functools.partial(runs.run_eager, ordered))
 
 
-def _eager(read: Bundle, eager: Eager, anchor: FlatRun | None) -> Original:
+def _eager(read: Bundle, eager: Eager, anchor: FlatRun | None, prepared: fx.GraphModule) -> Original:
     return Original(
         said=f"the original in FP32 ({eager.source})",
         source=eager.source,
         reference=functools.partial(runs.run_eager, eager),
         anchor=anchor,
-        prepared=None if read.reference is None else read.reference.graph_module,
+        prepared=prepared if read.reference is None else read.reference.graph_module,
     )
 
 
@@ -154,21 +158,23 @@ def _runs(graph_module: fx.GraphModule) -> tuple[Any, Any]:
     )
 
 
-def _check_weights(program: Program, weights: Mapping[str, torch.Tensor], source: str) -> None:
-    """Refuses an original whose layers have other weights than those that the bundle was made of.
+def _with_weights(program: Program, weights: Mapping[str, torch.Tensor], source: str) -> fx.GraphModule:
+    """The bundle's graph with the original's own FP32 weights, for errors of single layers.
 
-    Those are compared that have the name and the shape of a layer's; batch norm, folded, scales their rows.
+    Those are taken that have the name and the shape of a layer's. Batch norm, folded, scales their rows: then the
+    stored ones stay.
 
     Raises:
-        InputError: Naming the first layer that has other weights.
+        InputError: Naming the first layer that has other weights: it is another model.
     """
-    named = {name.replace(".", "_"): tensor for name, tensor in weights.items()}
+    named = {name.replace(".", "_"): tensor.detach() for name, tensor in weights.items()}
+    made = g.copy(program.graph_module)
     for site in program.sites.values():
         exact = named.get(f"{site.node}_weight")
         stored = getattr(program.graph_module, site.weight_key)
         if exact is None or exact.shape != stored.shape:
             continue
-        a, b = exact.detach().float().flatten(1), stored.detach().float().flatten(1)
+        a, b = exact.float().flatten(1), stored.detach().float().flatten(1)
         alike = torch.nn.functional.cosine_similarity(a, b).abs()
         empty = (a.norm(dim=1) == 0) | (b.norm(dim=1) == 0)
         if bool((alike[~empty] < _SAME_WEIGHTS).any()):
@@ -177,3 +183,6 @@ def _check_weights(program: Program, weights: Mapping[str, torch.Tensor], source
                 where=source,
                 hint="Is the bundle made from this model?",
             )
+        if relative_error(exact, stored) <= _ROUNDED:
+            setattr(made, site.weight_key, exact)
+    return made

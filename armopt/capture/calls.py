@@ -111,13 +111,15 @@ def describe_inputs(
 
 
 def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> None:
-    """Runs the model, whose own error on unfit inputs says more than an export's; buffers stay as they were.
+    """Runs the model, whose own error on unfit inputs says more than an export's.
+
+    Buffers, and the random numbers to come, stay as they were.
 
     Raises:
         InputError: The model fails.
     """
     try:
-        with unchanged(model, attributes=False):
+        with unchanged(model, attributes=False), torch.random.fork_rng(devices=[]):
             model(*args, **kwargs)
     except ArmoptError:
         raise

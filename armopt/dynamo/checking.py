@@ -159,14 +159,15 @@ def _difference(trial: _Trial, checker: Checker) -> str:
     for reason, suspect in suspects(trial.subject.module):
         with suspect:
             reference = trial.reference(trial.inputs)
-        again = Checker(_always(reference), None, checker.gates, checker.task, checker.source)
+        again = _against(checker, reference)
         if _passed(again, again.figures(_BUCKET, [trial.inputs], trial.found)):
             return f"likely reason: {reason}"
     return ""
 
 
-def _always(outputs: Outputs) -> Callable[[Outputs], Outputs]:
-    return lambda _: outputs
+def _against(checker: Checker, reference: Outputs) -> Checker:
+    """The same judge with other results of the original."""
+    return Checker(lambda _: reference, None, checker.gates, checker.task, checker.source)
 
 
 def _repair(trial: _Trial, checker: Checker, checks: Checks) -> Repair:

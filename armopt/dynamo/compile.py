@@ -146,13 +146,11 @@ def _usable(checks: Checks | None) -> Checks | None:
     if checks is None:
         return None
     if checks.inputs is not None:
-        raise InputError(
-            "a compiled model is checked on its example inputs", where="checks.inputs", hint="Pass example_inputs"
-        )
+        what = "a compiled model is checked on its example inputs"
+        raise InputError(what, where="checks.inputs", hint="Pass example_inputs")
     if checks.against != "model":
-        raise InputError(
-            "a compiled model has no capture to be compared with", where="checks.against", hint="Leave it out"
-        )
+        what = "a compiled model has no capture to be compared with"
+        raise InputError(what, where="checks.against", hint="Leave it out")
     checks.bounds()
     return checks
 
@@ -261,6 +259,8 @@ class Forward:
 
     def check_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compares the whole module, hooks and all, with what PyTorch makes of it, and repairs what breaks a gate."""
+        with _thread.set(checked=True, inside=True):
+            capture.try_once(self.owner, args, kwargs, self.title)
         self._pending = True
         self._check(self.owner, self.owner, args, kwargs)
         if self._common.release:

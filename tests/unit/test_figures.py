@@ -77,7 +77,7 @@ def test_a_common_value_hides_no_error() -> None:
     assert found.column_at == "[..., 2]"
     result = judged(found)
     assert result.passed
-    assert "in boxes[..., 2] is 0.3" in result.remarks[0]
+    assert "less its mean, the cosine in boxes[..., 2] is 0." in result.remarks[0]
     assert not judged(found, texts=("column>=0.99",)).passed
     assert judged(accuracy.compare("boxes", boxes, boxes + 1e-4)).remarks == ()
 
@@ -94,7 +94,7 @@ def test_a_shift_of_a_column_is_an_error_too() -> None:
     [
         ((2, 3, 8, 8), (slice(None), 1), "[:, 1]"),
         ((4, 6, 10), (..., 7), "[..., 7]"),
-        ((1, 1000), (..., 5), ""),  # one value for each column: the whole
+        ((1, 1000), (..., slice(0, 300)), ""),  # one value for each column: the whole
         ((3, 20), (..., 5), ""),  # too few values to judge a column by itself
         ((50,), (slice(0, 20),), ""),
     ],
