@@ -110,15 +110,26 @@ def _uncertain(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _is_uncertain(node: fx.Node, uncertain: set[fx.Node]) -> bool:
-    if node.target in _OWN_LAYOUT:
+    if node.target in _OWN_LAYOUT and not _is_product(node):
         return True
-    if node.target in _PRODUCTS:
-        return any(other.target in _PRODUCTS for operand in node.all_input_nodes for other in _others(operand, node))
+    if _is_product(node):
+        return any(_is_product(other) for operand in node.all_input_nodes for other in _others(operand, node))
     if node.target in _CONTIGUOUS:
         return False
     if _moves(node):
         return True
     return any(operand in uncertain for operand in node.all_input_nodes)
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether it is, or becomes, a Linear: a product with a constant matrix."""
+    if node.target is not _aten.matmul.default:
+        return node.target in _PRODUCTS
+    factor: Any = node.args[1]
+    matrix = g.fake_value(factor).dim() == 2
+    while strides.is_view(factor):
+        factor = factor.args[0]
+    return matrix and factor.op == "get_attr"
 
 
 def _others(operand: fx.Node, node: fx.Node) -> list[fx.Node]:
@@ -136,6 +147,6 @@ def _moves(node: fx.Node) -> bool:
     if strides.fixes_layout(node):
         return True
     if node.target in _SUMS:
-        product = any(each.target in _PRODUCTS for each in node.all_input_nodes)
+        product = any(map(_is_product, node.all_input_nodes))
         return product and any(not strides.are_equal(each, value) for each in tensors if each.dim() == value.dim())
     return not strides.is_view(node) and node.target in _COPIES and not strides.are_equal(tensors[0], value)

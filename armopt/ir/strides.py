@@ -56,7 +56,7 @@ def fixes_layout(node: fx.Node) -> bool:
 
 
 def through_views(node: fx.Node) -> Iterator[fx.Node]:
-    """What reads a node's memory as it lies there, views and what reads them included; a copy in another layout ends it."""
+    """What reads a node's memory, views and what reads them included, up to a copy in another layout."""
     for user in node.users:
         yield user
         if is_view(user) and not fixes_layout(user):

@@ -62,7 +62,7 @@ def test_the_order_of_all_passes_is_known() -> None:
 
 @pytest.mark.parametrize("change", [Pipeline().without, Pipeline().until, Recipe.of("graviton3").without])
 def test_an_unknown_pass_is_named(change: object) -> None:
-    with pytest.raises(InputError, match=r"there is no pass 'FoldBatchnorm'\. They are RemoveIdentities, "):
+    with pytest.raises(InputError, match=r"there is no pass 'FoldBatchnorm'\. They are KeepStrides, "):
         change("FoldBatchnorm")  # type: ignore[operator]
 
 
