@@ -319,7 +319,8 @@ def _drive(waiting: queue.SimpleQueue[str]) -> None:
         with contextlib.suppress(queue.Empty):
             name = waiting.get_nowait()
             process = process or _process()
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             process.stdin.write(name + "\n")
             process.stdin.flush()
             timer = threading.Timer(LIMIT, process.kill)
@@ -362,7 +363,7 @@ def page(found: Sequence[Outcome]) -> str:
     modules, _ = _databases()
     lines = [
         "# Torch's own databases\n",
-        "`python -m benchmarks.torch_databases --write` writes this page. It runs every entry of `module_db` and `op_db`,",
+        "`python -m benchmarks.torch_databases --write` writes this page. It runs all of `module_db` and `op_db`,",
         'with which PyTorch tests itself, in FP32 through `torch.compile(backend="armopt")`, `armopt.compile` and a',
         "bundle for graviton2. Values, dtypes, shapes and strides are compared with the model's own in eager mode. In",
         "front of an operation stands a layer that gives what it gets, in the layout of a packed convolution.\n",

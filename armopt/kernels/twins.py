@@ -12,7 +12,7 @@ import torch
 
 from armopt.ir.calls import ConvCall, LinearCall
 from armopt.ir.operations import LIBRARY
-from armopt.ir.records import Backend, Layout
+from armopt.ir.records import Layout
 from armopt.kernels import post_ops, table
 from armopt.kernels.base import Kernel
 from armopt.kernels.geometry import output_size
@@ -77,12 +77,10 @@ def _conv(*args: Any) -> torch.Tensor:
 
 
 def _laid_out(kernel: Kernel, y: torch.Tensor) -> torch.Tensor:
-    """A convolution's result in memory as the kernel gives it; plain ATen's is the model's own. One dimension is taken
-    as two."""
-    if kernel.backend == Backend.ATEN:
-        return y
+    """A convolution's result in memory as the kernel gives it: where it has no layout of its own, as ATen does. One
+    dimension is taken as two."""
     if kernel.layout != Layout.CHANNELS_LAST:
-        return y.contiguous()
+        return y
     if y.dim() == 3:
         return y.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
     return y.contiguous(memory_format=torch.channels_last if y.dim() == 4 else torch.channels_last_3d)

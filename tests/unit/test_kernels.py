@@ -144,10 +144,10 @@ def agree(kernel: Any, site: Site, twin: Any, x: Tensor, weight: Tensor, bias: T
         pytest.skip("oneDNN packs BF16 on x86 with AVX-512 alone; this host has none")
     given = weight.to(kernel.rounding.weights)
     packed = kernel.packed_weight(given, site)
-    expected = twin(x.to(kernel.activations), given, bias, None if other is None else other.to(kernel.activations))
     run = bind.single(kernel, site, packed, kernel.packed_bias(bias, site))
     for tensor, value in zip(run.inputs, (x, other) if other is not None else (x,), strict=True):
         tensor.copy_(value)
+    expected = twin(run.inputs[0].clone(), given, bias, None if other is None else run.inputs[1].clone())
     with torch.no_grad():
         found = run()
     found = found[0] if isinstance(found, (tuple, list)) else found
