@@ -19,6 +19,16 @@ _READ_STRIDES = frozenset(
         *(_aten.view.dtype, _aten.view_copy.dtype, _aten._reshape_alias.default, _aten._reshape_alias_copy.default),
         *(_aten.sym_stride.int, _aten.sym_stride.default, _aten.sym_storage_offset.default),
         *(_aten.sym_is_contiguous.default, _aten.is_contiguous.memory_format, _aten.is_contiguous.default),
+        *(_aten.native_group_norm.default, _aten.kron.default),  # fail on what is not contiguous
+    }
+)
+#: Views in all but their schema.
+_UNSAFE_VIEWS = frozenset(
+    {
+        _aten.unsafe_split.Tensor,
+        _aten.unsafe_split_with_sizes.default,
+        _aten.unsafe_chunk.default,
+        _aten._unsafe_view.default,
     }
 )
 _FORMATS = {(0, 2, 3, 1): torch.channels_last, (0, 2, 3, 4, 1): torch.channels_last_3d}
@@ -47,7 +57,7 @@ def is_view(node: Any) -> bool:
         return False
     if node.target is operator.getitem:
         return is_view(node.args[0])
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+    return isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or node.target in _UNSAFE_VIEWS)
 
 
 def fixes_layout(node: fx.Node) -> bool:
