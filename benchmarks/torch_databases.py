@@ -178,7 +178,7 @@ def _judged(way: str, sample: Sample, expected: Any) -> tuple[str, str]:
         with _quietly():
             result = _RUN[way](sample)
     except ArmoptError as error:
-        return "refused", _said(error)
+        return "refused", _said(error.what)
     except Exception as error:
         if way != "bundle" and _fails_in_torch(sample):
             return "torch", _said(error)
@@ -270,7 +270,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> str:
     return "" if torch.allclose(a, b, rtol=TOLERANCE, atol=bound, equal_nan=True) else "other values"
 
 
-def _said(error: BaseException) -> str:
+def _said(error: BaseException | str) -> str:
     """A message's first line without what differs between runs."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     first = re.sub(r"/tmp/\S+|0x[0-9a-f]+", "…", first)
