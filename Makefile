@@ -4,7 +4,7 @@ MODEL ?= torchvision:resnet50
 TARGET ?= graviton3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-quick test-full fuzz bench-arm64 arm64 lint coverage clean
+.PHONY: help demo test test-quick test-full fuzz bench-arm64 arm64 lint coverage databases clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,9 @@ lint: $(BIN)/.ready-dev  ## ruff, mypy --strict, import-linter
 
 coverage: $(BIN)/.ready-dev  ## optimize the whole model zoo and write docs/coverage.md
 	$(BIN)/python benchmarks/coverage.py --write
+
+databases: $(BIN)/.ready-dev  ## run torch's own databases of modules and operations and write docs/databases.md
+	$(BIN)/python -m benchmarks.torch_databases --write
 
 clean:  ## remove what make built
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -18,6 +18,7 @@ from armopt.passes.fold_constants import FoldConstants
 from armopt.passes.fold_stride import FoldStride
 from armopt.passes.fuse_attention import FuseAttention
 from armopt.passes.fuse_pointwise import FusePointwise
+from armopt.passes.keep_strides import KeepStrides
 from armopt.passes.merge_projections import MergeProjections
 from armopt.passes.merge_shortcut import MergeShortcut
 from armopt.passes.pack_conv import PackConv
@@ -31,6 +32,7 @@ Pass = Callable[[fx.GraphModule], PassResult]
 
 #: What is true whatever the shapes: runs once, before the plan is made.
 PREPARE: tuple[Pass, ...] = (
+    KeepStrides(),
     RemoveIdentities(),
     RelaxViews(),
     CanonicaliseSplit(),

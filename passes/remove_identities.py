@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 
 from armopt.ir import graph as g
+from armopt.ir import strides
 from armopt.ir.records import PassResult
 
 _aten = torch.ops.aten
@@ -24,8 +26,6 @@ _COPIES = (
 )
 _PADS = (_aten.pad.default, _aten.constant_pad_nd.default)
 _VIEWS = (_aten.alias.default, _aten.detach.default, _aten.detach_.default)
-#: Read strides, which a copy may change.
-_STRIDED = (_aten.as_strided.default, _aten.view_as_complex.default, _aten.view.dtype)
 _CASTS = (_aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout)
 
 
@@ -35,7 +35,7 @@ class RemoveIdentities:
     checks: x -> x.
 
     Leaves every cast that changes the dtype, and a copy that matters: of an input or weight that the model returns, of
-    a buffer that it writes to, or in front of an operation that reads strides.
+    a buffer that it writes to, or in another layout where that is seen: see KeepStrides.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -67,12 +67,13 @@ def _is_identity(node: fx.Node, source: fx.Node, written: set[str]) -> bool:
         return False
     if node.target in _VIEWS:
         return True
-    root, readers = _root(source), _through_views(node)
-    if root.op in ("placeholder", "get_attr") and any(reader.op == "output" for reader in readers):
+    root = _root(source)
+    if root.op in ("placeholder", "get_attr") and any(reader.op == "output" for reader in _sharing(node)):
         return False  # the caller may write into what it gets back
     if root.op == "get_attr" and str(root.target) in written:
         return False  # the copy keeps the value from before the write
-    return not any(reader.target in _STRIDED for reader in readers)
+    lies_otherwise = strides.fixes_layout(node) or not strides.are_equal(g.fake_value(source), g.fake_value(node))
+    return not (lies_otherwise and any(map(strides.reads_strides, strides.through_views(node))))
 
 
 def _keeps_values(node: fx.Node, source: fx.Node) -> bool:
@@ -89,17 +90,15 @@ def _keeps_values(node: fx.Node, source: fx.Node) -> bool:
 
 def _root(node: fx.Node) -> fx.Node:
     """What owns the memory that a node is a view of."""
-    while isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
+    while strides.is_view(node):
         assert isinstance(node.args[0], fx.Node)
         node = node.args[0]
     return node
 
 
-def _through_views(node: fx.Node) -> list[fx.Node]:
-    """What reads a node's memory, views and what reads them included."""
-    found: list[fx.Node] = []
+def _sharing(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a node's memory, what may be a view of it and what reads that included."""
     for user in node.users:
-        found.append(user)
-        if isinstance(user.target, torch._ops.OpOverload) and user.target.is_view:
-            found += _through_views(user)
-    return found
+        yield user
+        if strides.is_view(user):
+            yield from _sharing(user)

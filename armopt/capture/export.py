@@ -115,6 +115,7 @@ def exported(
             )
         args, kwargs = program.example_inputs
     kwargs = dict(kwargs or {})
+    _check_dense(program.graph, source)
     given = program
     with torch.no_grad(), quiet():
         program = program.run_decompositions({})
@@ -268,6 +269,19 @@ def _check_tensors(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]
                 f"input {node.target} is {found}, the model takes {wanted}",
                 where=source,
                 hint="Give it with --input or --inputs as the model takes it",
+            )
+
+
+def _check_dense(graph: fx.Graph, source: str) -> None:
+    """Refuses sparse tensors among what goes in and out: a bundle's values lie in memory one by one."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        seen = node.op == "placeholder" or any(user.op == "output" for user in node.users)
+        if seen and isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+            raise CaptureError(
+                f"{node.name} is a sparse tensor ({value.layout})".replace("torch.", ""),
+                where=source,
+                hint="Let the model take and give dense ones, with .to_dense()",
             )
 
 

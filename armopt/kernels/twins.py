@@ -12,6 +12,7 @@ import torch
 
 from armopt.ir.calls import ConvCall, LinearCall
 from armopt.ir.operations import LIBRARY
+from armopt.ir.records import Layout
 from armopt.kernels import post_ops, table
 from armopt.kernels.base import Kernel
 from armopt.kernels.geometry import output_size
@@ -72,7 +73,17 @@ def _conv(*args: Any) -> torch.Tensor:
         y = _conv_in_blocks(call, x, bias)
     else:
         y = torch.convolution(x, weight.float(), bias, *call.geometry)
-    return post_ops.apply(call.post_op, y.to(kernel.activations), call.other)
+    return _laid_out(kernel, post_ops.apply(call.post_op, y.to(kernel.activations), call.other))
+
+
+def _laid_out(kernel: Kernel, y: torch.Tensor) -> torch.Tensor:
+    """A convolution's result in memory as the kernel gives it: where it has no layout of its own, as ATen does. One
+    dimension is taken as two."""
+    if kernel.layout != Layout.CHANNELS_LAST:
+        return y
+    if y.dim() == 3:
+        return y.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
+    return y.contiguous(memory_format=torch.channels_last if y.dim() == 4 else torch.channels_last_3d)
 
 
 def _fake_linear(*args: Any) -> torch.Tensor:
@@ -86,7 +97,8 @@ def _fake_conv(*args: Any) -> torch.Tensor:
     x, weight = call.x, call.weight
     channels = weight.shape[1] * call.groups if call.transposed else weight.shape[0]
     spatial = output_size(x.shape[2:], weight.shape[2:], *call.geometry[:-1])
-    return x.new_empty((x.shape[0], channels, *spatial), dtype=table.get(call.kernel).activations)
+    kernel = table.get(call.kernel)
+    return _laid_out(kernel, x.new_empty((x.shape[0], channels, *spatial), dtype=kernel.activations))
 
 
 LIBRARY.impl("linear", _linear, "CPU")

@@ -23,6 +23,7 @@ from armopt.ir.records import Captured, Decision, PassResult, Plan
 from armopt.kernels import sites, table
 from armopt.passes import PREPARE, Pass
 from armopt.passes import _pipeline as pipeline
+from armopt.passes.keep_strides import KeepStrides
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -46,9 +47,12 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def until(last: type | None) -> tuple[Pass, ...]:
-    """The passes of PREPARE in front of `last`; all of them for None."""
-    kinds = [type(step) for step in PREPARE]
-    return PREPARE if last is None else PREPARE[: kinds.index(last)]
+    """The passes of PREPARE in front of `last`; all of them for None.
+
+    KeepStrides is left out: of a graph that ends in a convolution it would add to each text the same call.
+    """
+    steps = tuple(step for step in PREPARE if type(step) is not KeepStrides)
+    return steps if last is None else steps[: [type(step) for step in steps].index(last)]
 
 
 def plan_for(target: str, graph_module: fx.GraphModule, rows: int = 64) -> Plan:

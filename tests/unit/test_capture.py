@@ -207,3 +207,12 @@ def test_what_torch_prints_of_a_failed_export_is_not_shown(capfd: pytest.Capture
     with pytest.raises(CaptureError):
         capture.module(Selecting(), (torch.randn(3, 4),), {}, source="Selecting")
     assert capfd.readouterr().err == ""
+
+
+def test_sparse_inputs_and_outputs_are_refused_by_name() -> None:
+    class Sparse(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.to_sparse()
+
+    with pytest.raises(CaptureError, match=r"to_sparse is a sparse tensor \(sparse_coo\)"):
+        capture.module(Sparse(), (torch.eye(2),))

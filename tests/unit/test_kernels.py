@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
 from armopt.errors import InputError
+from armopt.ir import strides
 from armopt.ir.operations import CONV, LINEAR
 from armopt.ir.records import Op, Site
 from armopt.kernels import post_ops, sites, table
@@ -143,14 +144,15 @@ def agree(kernel: Any, site: Site, twin: Any, x: Tensor, weight: Tensor, bias: T
         pytest.skip("oneDNN packs BF16 on x86 with AVX-512 alone; this host has none")
     given = weight.to(kernel.rounding.weights)
     packed = kernel.packed_weight(given, site)
-    expected = twin(x.to(kernel.activations), given, bias, None if other is None else other.to(kernel.activations))
     run = bind.single(kernel, site, packed, kernel.packed_bias(bias, site))
     for tensor, value in zip(run.inputs, (x, other) if other is not None else (x,), strict=True):
         tensor.copy_(value)
+    expected = twin(run.inputs[0].clone(), given, bias, None if other is None else run.inputs[1].clone())
     with torch.no_grad():
         found = run()
     found = found[0] if isinstance(found, (tuple, list)) else found
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert strides.are_equal(found, expected)
     # FP32: sums of at most 72 terms in another order. BF16: the product, and a post-op on it, may each fall to the
     # neighbour of 8 bits. Fast math is off on this host, so those kernels differ by the rounding of their operands.
     bits = {"bf16": 2**-6, "bf16-weights": 2**-20, "fp32": 2**-20}[kernel.precision]

@@ -99,6 +99,7 @@ def test_the_record_says_what_each_did(graph_module: fx.GraphModule) -> None:
 def test_the_order_is_one_visible_tuple() -> None:
     assert isinstance(passes.PREPARE, tuple)
     assert [type(step).__name__ for step in passes.PREPARE] == [
+        "KeepStrides",
         "RemoveIdentities",
         "RelaxViews",
         "CanonicaliseSplit",

@@ -1,0 +1,81 @@
+"""On this host's own kernels, whose convolutions give channels_last: whoever looks at strides sees the model's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import armopt
+from armopt.errors import ArmoptWarning
+from armopt.ir import strides
+
+
+class Seen(nn.Module):
+    """Gives a convolution's image, rows that are read by their strides, and complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(16, 32, 3, padding=1), nn.ConvTranspose2d(32, 16, 2, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.first(x).relu()
+        z = self.second(y).contiguous()  # which is no copy where `x` is contiguous
+        pairs = torch.view_as_complex(z.view(*z.shape[:-1], -1, 2))
+        return y, z.as_strided((4, 8), (8, 1), 3).sum(1), pairs.abs()
+
+
+def _bundle(model: nn.Module, x: Tensor, place: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    armopt.optimize(model, (x,), output=place, target="host")
+    return armopt.load(place)  # type: ignore[return-value]
+
+
+WAYS: dict[str, Callable[[nn.Module, Tensor, Path], Callable[[Tensor], tuple[Tensor, ...]]]] = {
+    "bundle": _bundle,
+    "compile": lambda model, x, place: armopt.compile(model, target="host"),
+    "backend": lambda model, x, place: torch.compile(model, backend="armopt", options={"target": "host"}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_hosts_kernels_and_strides(way: str, memory_format: torch.memory_format, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Seen().eval()
+    x = torch.randn(2, 16, 6, 6).contiguous(memory_format=memory_format)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ArmoptWarning)
+        expected = model(x)
+        found = WAYS[way](model, x, tmp_path / "bundle")(x)
+    for one, other in zip(found, expected, strict=True):
+        assert strides.are_equal(one, other)
+        assert torch.allclose(one, other, atol=0.03 * float(other.abs().max()))  # BF16, where the host has it
+    if memory_format == torch.contiguous_format:
+        assert found[0].view(2, -1).shape == (2, 32 * 36)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dims"),
+    [
+        (torch.zeros(2, 3, 4), (0, 1, 2)),
+        (torch.zeros(4, 2, 3).permute(1, 2, 0), (2, 0, 1)),
+        (torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), (0, 2, 3, 1)),
+        (torch.zeros(2, 3, 1, 1).contiguous(memory_format=torch.channels_last), (0, 1, 2, 3)),
+        (torch.zeros(2, 6)[:, ::2], None),
+        (torch.zeros(1, 3).expand(2, 3), None),
+        (torch.zeros(2, 2).to_sparse(), None),
+        (torch.zeros(()), ()),
+    ],
+)
+def test_the_order_of_dimensions_in_memory(tensor: Tensor, dims: tuple[int, ...] | None) -> None:
+    assert strides.order(tensor) == dims
+    if dims is not None:
+        same = torch.randn(tensor.shape)
+        for target, more, kwargs in strides.calls(dims):
+            same = target(same, *more, **kwargs)
+        assert strides.are_equal(same, tensor)
