@@ -17,10 +17,9 @@ $(BIN)/.ready: pyproject.toml
 	$(INSTALL) .
 	touch $@
 
-$(BIN)/.ready-dev: pyproject.toml
-	$(PYTHON) -m venv .venv
+$(BIN)/.ready-dev: $(BIN)/.ready
 	$(INSTALL) '.[dev]'
-	touch $(BIN)/.ready $@
+	touch $@
 
 demo: $(BIN)/.ready  ## install into .venv and optimize ResNet-50 for Graviton3
 	rm -rf build/demo && mkdir -p build/demo

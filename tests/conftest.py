@@ -57,13 +57,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """How to run alone what failed."""
     failed = [report.nodeid for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, ())]
     if failed:
         terminalreporter.section("to run them alone")
+        options = "--full " if config.getoption("--full") else ""  # without, what is marked `full` would be left out
         for nodeid in dict.fromkeys(failed):
-            terminalreporter.line(f".venv/bin/python -m pytest {shlex.quote(nodeid)}")
+            terminalreporter.line(f".venv/bin/python -m pytest {options}{shlex.quote(nodeid)}")
 
 
 class Mlp(torch.nn.Module):

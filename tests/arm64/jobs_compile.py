@@ -21,37 +21,28 @@ class Branches(nn.Module):
         return getattr(self, self.way(x))(self.trunk(x).mean((2, 3)))
 
 
-def branches(bundle, state, images):
-    """Loads a bundle of kind "module" with the Python of Branches around it; runs each image, with the log on."""
-    import armopt
-    from armopt.runtime import onednn_log
-
-    model = armopt.load(bundle, model=lambda: with_state(Branches(), state))
-    with onednn_log.capture_verbose() as log:
-        found = [model(image) for image in images]
-    kernels = [[(b.node, b.planned, b.kernel, b.reason) for b in bucket] for bucket in model.kernels]
-    return {"found": found, "log": log.text, "kernels": kernels}
-
-
-def with_state(model, state):
-    """The module with that state, as a server has it."""
-    model.load_state_dict(state)
-    return model.eval()
+def branches(bundle, images):
+    """Loads a bundle of kind "module" with the Python of Branches around it; runs it on each image."""
+    return _run_parts(bundle, Branches, images)
 
 
 def detect(bundle, images, size):
-    """Loads a bundle of kind "module" with this checkout's own Mask R-CNN around it; runs it once, with the log on."""
-    import armopt
-    from armopt.runtime import onednn_log
+    """Loads a bundle of kind "module" with this checkout's own Mask R-CNN around it; runs it once."""
     from tests import detection
 
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        model = armopt.load(bundle, model=lambda: detection.bare_mask_rcnn(size))
+    return _run_parts(bundle, lambda: detection.bare_mask_rcnn(size), [images])
+
+
+def _run_parts(bundle, build, inputs):
+    """What a bundle of kind "module" gives for each input, with the log, and the kernels of its parts."""
+    import armopt
+    from armopt.runtime import onednn_log
+
+    model = armopt.load(bundle, model=build)
     with onednn_log.capture_verbose() as log:
-        found = model(images)
+        found = [model(each) for each in inputs]
     kernels = [[(b.node, b.planned, b.kernel, b.reason) for b in bucket] for bucket in model.kernels]
-    return {"found": found, "log": log.text, "kernels": kernels, "warnings": [str(w.message) for w in said]}
+    return {"found": found, "log": log.text, "kernels": kernels}
 
 
 def generate(config, state, prompt, tokens):
