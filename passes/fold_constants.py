@@ -52,20 +52,19 @@ class FoldConstants:
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
-def _evaluated(graph_module: fx.GraphModule, node: fx.Node, like: object) -> torch.Tensor:
-    """The value of a node; of `like` nothing but the dtype is looked at."""
+def _evaluated(graph_module: fx.GraphModule, node: fx.Node, like: object) -> Any:
+    """The value of a node, or its values; of `like` nothing but the dtype is looked at."""
     if (source := _source(node)) is not node:
-        several: Any = _evaluated(graph_module, source, like)
-        chosen: torch.Tensor = several[node.args[1]]
-        return chosen
+        return _evaluated(graph_module, source, like)[node.args[1]]
     known = {n: g.find_constant(graph_module, n) for n in node.all_input_nodes}
     if isinstance(like, fx.Node):
         known[like] = torch.empty((), dtype=g.fake_value(like).dtype)
     target: Any = node.target
     with torch.no_grad():
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-        value: torch.Tensor = target(*args, **kwargs)
-    return value.resolve_conj().resolve_neg()  # their bits are no values: they would not be stored
+        value: Any = target(*args, **kwargs)
+    # the bits of what is conjugated or negated later are no values: they would not be stored
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.resolve_conj().resolve_neg(), value)
 
 
 def _source(node: fx.Node) -> fx.Node:

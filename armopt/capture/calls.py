@@ -151,7 +151,7 @@ def unchanged(module: torch.nn.Module, *, attributes: bool = True) -> Iterator[C
     parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
     held_by = [(part, dict(part.__dict__)) for part in parts] if attributes else []
     registered = [(part._buffers, dict(part._buffers)) for part in parts]
-    values = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers() if _may_change(buffer)]
 
     def changed() -> bool:
         return (
@@ -172,6 +172,11 @@ def unchanged(module: torch.nn.Module, *, attributes: bool = True) -> Iterator[C
             for buffer, value in values:
                 if not _same(buffer, value):
                     buffer.copy_(value)
+
+
+def _may_change(buffer: torch.Tensor) -> bool:
+    """Whether a call may write into a buffer: not into an inference tensor, and layers don't into sparse ones."""
+    return buffer.layout is torch.strided and not buffer.is_inference()
 
 
 def _same(buffer: torch.Tensor, value: torch.Tensor) -> bool:

@@ -56,6 +56,10 @@ class EmulatedError(ArmoptError):
         self.stdout = stdout
         self.stderr = stderr
 
+    def __str__(self) -> str:
+        """Its own lines and those of the core, whose last words may be several."""
+        return f"{self.where}: {self.what}" + (f". {self.hint}" if self.hint else "")
+
 
 @dataclass(frozen=True)
 class EmulatedResult:

@@ -48,7 +48,15 @@ def reads_strides(node: fx.Node) -> bool:
         return True
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    return target.namespace not in ("aten", "prims", "armopt") or torch.Tag.nondeterministic_seeded in target.tags
+    return target.namespace not in ("aten", "prims", "armopt") or _is_random(node)
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Whether an operation draws random numbers: attention only with dropout."""
+    target: Any = node.target
+    if target is _aten.scaled_dot_product_attention.default:
+        return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0))
+    return torch.Tag.nondeterministic_seeded in target.tags
 
 
 def is_view(node: Any) -> bool:

@@ -161,6 +161,6 @@ def test_a_meta_tensor_is_refused_wherever_it_is_given(tmp_path: Path, mlp_bundl
 @pytest.mark.filterwarnings("ignore::armopt.errors.ArmoptWarning")
 def test_a_bundle_refuses_a_meta_tensor(mlp_bundle: Path, mlp_inputs: tuple[torch.Tensor, ...]) -> None:
     loaded = armopt.load(mlp_bundle)
-    with pytest.raises(InputError, match="expected a tensor on the CPU, found one on meta"):
+    with pytest.raises(InputError, match="is on the device meta, and a bundle runs on the CPU"):
         loaded(*(tensor.to("meta") for tensor in mlp_inputs))
     loaded(*mlp_inputs)

@@ -124,7 +124,8 @@ print(most - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.slow
 def test_two_copies_of_the_weights_are_never_held(tmp_path: Path) -> None:
-    """Weights stay in their mapped files; of eight equal layers no more than a few are in memory at a time."""
+    """The original's weights stay in their mapped file, a few of eight equal layers in memory at a time; those of the
+    bundle, in BF16, are read."""
     layers, width = 8, 1024
     for name, size in (("small", 64), ("large", width)):
         model = nn.Sequential(*[nn.Linear(size, size) for _ in range(layers)]).eval()
@@ -134,5 +135,5 @@ def test_two_copies_of_the_weights_are_never_held(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", MEMORY, str(tmp_path / "small"), str(tmp_path / "large")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environ)
     assert done.returncode == 0, done.stderr
-    # one layer of eight at a time, in FP64 at most and with a few copies of what compares it; not the whole model once
-    assert int(done.stdout) < 0.75 * layers * width * width * 4, int(done.stdout) / (layers * width * width * 4)
+    # half for the bundle, and one layer at a time, in FP64 at most and with copies of what compares it: not both whole
+    assert int(done.stdout) < 1.1 * layers * width * width * 4, int(done.stdout) / (layers * width * width * 4)
