@@ -159,7 +159,7 @@ def real_values(tensor: torch.Tensor) -> torch.Tensor:
     """In FP64; of complex numbers [..., n] the real and the imaginary parts beside each other, [..., 2 n]."""
     tensor = tensor.detach()
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
+        tensor = torch.view_as_real(torch.atleast_1d(tensor.resolve_conj()))  # type: ignore[no-untyped-call]
         return tensor.flatten(-2).double()
     return tensor.double()
 

@@ -20,6 +20,7 @@ from armopt.ir import graph as g
 from armopt.ir.calls import ConvCall, LayerCall, call_from
 from armopt.ir.records import Bucket, Dim, Signature
 from armopt.kernels import table
+from armopt.kernels.geometry import output_size
 
 _META = torch.device("meta")
 #: Operations whose results have sizes, or are numbers, that depend on data.
@@ -153,14 +154,22 @@ def _pointwise(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
     if not tensors or "device" in kwargs or any(each.name == "memory_format" for each in func._schema.arguments):
         return None
-    shape: torch.Size = torch.broadcast_shapes(*(each.shape for each in tensors))  # type: ignore[no-untyped-call]
+    shape = torch.broadcast_tensors(*tensors)[0].shape  # type: ignore[no-untyped-call]  # broadcast_shapes imports sympy
     found = func(*map(_one, args), **{name: _one(value) for name, value in kwargs.items()})
     if not isinstance(found, torch.Tensor):
         return None
     like = next((each for each in tensors if each.shape == shape), None)
     if like is None:
         return torch.empty(shape, dtype=found.dtype, device=_META)
-    return torch.empty_like(like, dtype=found.dtype)
+    return _like(like, found.dtype)
+
+
+def _like(x: torch.Tensor, dtype: torch.dtype, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """Dense, its dimensions in the order of `x`: empty_like, which imports sympy for the meta device."""
+    order = sorted(range(x.dim()), key=lambda dim: (-x.stride()[dim], dim))
+    sizes = x.shape if shape is None else shape
+    dense = torch.empty([sizes[dim] for dim in order], dtype=dtype, device=_META)
+    return dense.permute([order.index(dim) for dim in range(x.dim())])
 
 
 def _one(value: Any) -> Any:
@@ -192,7 +201,7 @@ def _layer_norm(
     if not size or list(x.shape[-len(size) :]) != list(size) or not x.is_floating_point():
         raise _UnfitError(f"norms {_shown(x)} over the sizes {list(size)}")
     statistics = torch.empty((*x.shape[: -len(size)], *(1 for _ in size)), dtype=x.dtype, device=_META)
-    return torch.empty_like(x), statistics, statistics.clone()
+    return _like(x, x.dtype), statistics, statistics.clone()
 
 
 def _mean(
@@ -208,7 +217,38 @@ def _mean(
 
 def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     range(max(1, x.dim()))[dim]  # IndexError where there is no such dimension
-    return torch.empty_like(x, dtype=dtype)
+    return _like(x, x.dtype if dtype is None else dtype)
+
+
+def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.dim() != 3 or b.dim() != 3 or a.dtype != b.dtype or (a.shape[0], a.shape[2]) != b.shape[:2]:
+        raise _UnfitError(f"multiplies {_shown(a)} and {_shown(b)}")
+    return torch.empty((*a.shape[:2], b.shape[2]), dtype=a.dtype, device=_META)
+
+
+def _max_pool2d(
+    x: torch.Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    ceil_mode: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    stride = stride or kernel
+    known = x.dim() == 4 and all(len(each) == 2 for each in (kernel, stride, padding, dilation)) and not ceil_mode
+    fits = (
+        known
+        and min(*kernel, *stride, *dilation) > 0
+        and all(0 <= 2 * p <= k for p, k in zip(padding, kernel, strict=True))
+    )
+    sizes = output_size(x.shape[2:], kernel, stride, padding, dilation, False, (0, 0)) if fits else [0]
+    if min(sizes) < 1:  # torch says what is wrong, and rounds up
+        found: tuple[torch.Tensor, torch.Tensor] = torch.ops.aten.max_pool2d_with_indices.default(
+            x, kernel, stride, padding, dilation, ceil_mode
+        )
+        return found
+    shape = (*x.shape[:2], *sizes)
+    return _like(x, x.dtype, shape), _like(x, torch.int64, shape)
 
 
 #: Shapes that torch works out in Python, of what most models call: for that it imports torch._dynamo, which takes
@@ -219,6 +259,8 @@ _RULES: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.native_layer_norm.default: _layer_norm,
     torch.ops.aten.mean.dim: _mean,
     torch.ops.aten._safe_softmax.default: _softmax,
+    torch.ops.aten.bmm.default: _bmm,
+    torch.ops.aten.max_pool2d_with_indices.default: _max_pool2d,
 }
 
 

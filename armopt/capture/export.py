@@ -115,7 +115,7 @@ def exported(
             )
         args, kwargs = program.example_inputs
     kwargs = dict(kwargs or {})
-    _check_dense(program.graph, source)
+    _check_dense(program, source)
     given = program
     with torch.no_grad(), quiet():
         program = program.run_decompositions({})
@@ -272,11 +272,12 @@ def _check_tensors(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]
             )
 
 
-def _check_dense(graph: fx.Graph, source: str) -> None:
+def _check_dense(program: ExportedProgram, source: str) -> None:
     """Refuses sparse tensors among what goes in and out: a bundle's values lie in memory one by one."""
-    for node in graph.nodes:
+    inputs = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
         value = node.meta.get("val")
-        seen = node.op == "placeholder" or any(user.op == "output" for user in node.users)
+        seen = node.name in inputs or any(user.op == "output" for user in node.users)
         if seen and isinstance(value, torch.Tensor) and value.layout is not torch.strided:
             raise CaptureError(
                 f"{node.name} is a sparse tensor ({value.layout})".replace("torch.", ""),

@@ -161,8 +161,8 @@ def carry_out(opened: Callable[[], CapturedModel], recipe: Recipe, checks: Check
     if output.report is not None:
         _report(judged[""], written, output, accuracy)
     steps.done()
-    _log.info("wrote %s: %s", output.path, "passed" if verdict.passed else verdict.failures())
-    return Result(output.path, written, verdict)
+    _log.info("wrote %s: %s", output.place, "passed" if verdict.passed else verdict.failures())
+    return Result(output.place, written, verdict)
 
 
 def _refuse_random_numbers(graph_module: fx.GraphModule, source: str) -> None:
@@ -218,7 +218,7 @@ def _write(optimized: describe.Optimized, output: Output, exported: Prepared | N
         reference = describe_program(prepared, part.buckets[0], part.captured.values(part.buckets[0]))
     described = optimized.manifest(variables, onnxruntime)
     return writer.write(
-        output.path,
+        output.place,
         described,
         optimized.parts(),
         optimized.texts(variables),
@@ -231,10 +231,10 @@ def _write(optimized: describe.Optimized, output: Output, exported: Prepared | N
 
 def _report(judged: Judged, written: manifest.Manifest, output: Output, accuracy: Mapping[str, Any]) -> None:
     """Writes the page that shows both sides."""
-    assert output.report is not None
+    assert output.report_place is not None
     judge, validation = judged.judge, judged.validation
     errors, evidence = judge.nodes(judged)
     outcome = {**accuracy, "nodes": nodes.entries(errors), "node_bucket": validation.worst_bucket}
     pictures = judge.samples.pictures[:1] if judge.samples is not None else ()
-    about = page.About.of(written, str(output.path))
-    page.save(output.report, outcome, about, validation, errors, evidence, pictures, accuracy["repair"])
+    about = page.About.of(written, str(output.place))
+    page.save(output.report_place, outcome, about, validation, errors, evidence, pictures, accuracy["repair"])

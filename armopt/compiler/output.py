@@ -22,11 +22,21 @@ class Output:
         report: Where to write a report: HTML, or JSON where the name ends in .json.
     """
 
-    path: Path
+    path: str | Path
     force: bool = False
     keep_reference: bool = False
     onnx: OnnxOptions | None = None
-    report: Path | None = None
+    report: str | Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """`path` as a path."""
+        return Path(self.path)
+
+    @property
+    def report_place(self) -> Path | None:
+        """`report` as a path."""
+        return None if self.report is None else Path(self.report)
 
     def check_places(self) -> None:
         """Refuses places that can't be written, before any work is done.
@@ -34,6 +44,6 @@ class Output:
         Raises:
             InputError: Naming the place.
         """
-        writer.check_place(self.path, force=self.force)
-        if self.report is not None:
-            page.check_place(self.report)
+        writer.check_place(self.place, force=self.force)
+        if self.report_place is not None:
+            page.check_place(self.report_place)

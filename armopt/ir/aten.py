@@ -1,7 +1,9 @@
 """ATen's operations that a model may call, by name: no file, no process, no state, no decomposition without an end.
 
-It is what torch.export leaves of a model for inference, and what makes the same of the same. A file may also call
-`BEFORE_CAPTURE`, which capture makes something else of or refuses by name.
+It is what torch.export leaves of a model for inference, and what makes the same of the same. Left out are operations
+that a number of a file keeps busy for ever or crashes: orthogonal polynomials (a loop of as many turns), quantile,
+matrix_rank, matrix_power. A file may also call `BEFORE_CAPTURE`, which capture makes something else of or refuses by
+name.
 """
 
 from __future__ import annotations
@@ -20,13 +22,24 @@ tan tanh threshold true_divide trunc where xlogy complex view_as_complex view_as
 __or__ __xor__ __lshift__ __rshift__ special_bessel_j0 special_bessel_j1 special_digamma special_entr special_erf
 special_erfc special_erfcx special_erfinv special_exp2 special_expit special_expm1 special_gammaln special_i0
 special_i0e special_i1 special_i1e special_log1p special_log_ndtr special_logit special_ndtr special_ndtri
-special_round special_sinc special_xlog1py special_xlogy resolve_conj resolve_neg
+special_round special_sinc special_xlog1py special_xlogy special_zeta special_airy_ai special_bessel_y0
+special_bessel_y1 special_modified_bessel_i0 special_modified_bessel_i1 special_modified_bessel_k0
+special_modified_bessel_k1 special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1
+special_spherical_bessel_j0 igamma igammac special_gammainc special_gammaincc polygamma special_polygamma
+resolve_conj resolve_neg
 """
 _REDUCTIONS = """
 all allclose amax amin aminmax any argmax argmin bincount count_nonzero cummax cummin cumprod cumsum diff dist
 frobenius_norm logcumsumexp logsumexp max mean median min mode nanmean nanmedian nansum norm nuclear_norm prod renorm
 special_logsumexp std std_mean sum trace var var_mean linalg_norm linalg_vector_norm linalg_matrix_norm
 cosine_similarity pairwise_distance cdist _cdist_forward pdist _pdist_forward _euclidean_dist is_nonzero kthvalue
+trapezoid trapz cumulative_trapezoid gradient histc
+"""
+_LOSSES = """
+binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss cross_entropy_loss hinge_embedding_loss
+huber_loss kl_div l1_loss margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss
+multilabel_margin_loss_forward nll_loss nll_loss2d nll_loss_nd nll_loss_forward nll_loss2d_forward poisson_nll_loss
+smooth_l1_loss soft_margin_loss triplet_margin_loss
 """
 _LAYERS = """
 linear bilinear addbmm addmm addmv addr baddbmm bmm mm mv dot vdot ger inner outer kron matmul linalg_matmul
@@ -70,11 +83,14 @@ _to_copy type_as
 """
 _TRANSFORMS = """
 fft_fft fft_fft2 fft_fftn fft_fftshift fft_fftfreq fft_rfft fft_rfft2 fft_rfftn fft_rfftfreq fft_ifft fft_ifft2
-fft_ifftn fft_ifftshift fft_irfft fft_irfft2 fft_irfftn fft_hfft fft_ihfft _fft_c2c _fft_c2r _fft_r2c stft istft
-linalg_cholesky linalg_cholesky_ex cholesky cholesky_solve linalg_det linalg_inv linalg_inv_ex inverse linalg_solve
-linalg_solve_ex _linalg_solve_ex linalg_solve_triangular triangular_solve linalg_lu_factor linalg_lu_factor_ex
-linalg_lu_solve linalg_qr linalg_householder_product linalg_slogdet _linalg_det _linalg_slogdet slogdet det logdet
-linalg_diagonal linalg_matrix_exp matrix_exp
+fft_ifftn fft_ifftshift fft_irfft fft_irfft2 fft_irfftn fft_hfft fft_hfft2 fft_hfftn fft_ihfft fft_ihfft2 fft_ihfftn
+_fft_c2c _fft_c2r _fft_r2c stft istft linalg_cholesky linalg_cholesky_ex cholesky cholesky_solve linalg_det linalg_inv
+linalg_inv_ex inverse linalg_solve linalg_solve_ex _linalg_solve_ex linalg_solve_triangular triangular_solve
+linalg_lu_factor linalg_lu_factor_ex linalg_lu_solve linalg_qr linalg_householder_product linalg_slogdet _linalg_det
+_linalg_slogdet slogdet det logdet linalg_diagonal linalg_matrix_exp matrix_exp linalg_eig linalg_eigh linalg_eigvals
+linalg_eigvalsh _linalg_eigh _linalg_eigvals linalg_svd linalg_svdvals _linalg_svd svd linalg_pinv pinverse qr
+cholesky_inverse linalg_lu lu_unpack lu_solve _lu_with_info linalg_ldl_factor linalg_ldl_factor_ex linalg_ldl_solve
+linalg_vander linalg_cond
 """
 #: Sizes and numbers of tensors, and checks of them.
 _NUMBERS = """
@@ -84,7 +100,9 @@ sym_constrain_range_for_size _functional_sym_constrain_range _functional_sym_con
 is_floating_point is_complex size
 """
 #: Names of ATen, of which every form is taken that writes to nothing.
-ATEN = frozenset(" ".join((_POINTWISE, _REDUCTIONS, _LAYERS, _SHAPES, _CREATION, _TRANSFORMS, _NUMBERS)).split())
+ATEN = frozenset(
+    " ".join((_POINTWISE, _REDUCTIONS, _LOSSES, _LAYERS, _SHAPES, _CREATION, _TRANSFORMS, _NUMBERS)).split()
+)
 _BEFORE_CAPTURE = """
 dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout rrelu rand rand_like randn randn_like randint
 randint_like randperm bernoulli multinomial normal uniform exponential empty empty_like empty_strided empty_permuted

@@ -132,7 +132,7 @@ def test_what_the_capture_makes_otherwise_fails(
     assert "fast path" in result.manifest.accuracy.difference
     assert accuracy.validate(tmp_path / "bundle")["passed"] is False
     chosen = armopt.optimize(
-        model, inputs, output=armopt.Output(tmp_path / "bundle", force=True), checks=Checks(against="capture")
+        model, inputs, output=armopt.Output(str(tmp_path / "bundle"), force=True), checks=Checks(against="capture")
     )
     assert chosen.passed
     assert chosen.manifest.accuracy.reference == "the captured graph in FP32"

@@ -30,6 +30,7 @@ def test_complex_numbers_have_an_imaginary_part() -> None:
     assert found.cosine == pytest.approx(0.0)  # 9 + 16 less 16 + 9
     assert found.max_abs == 8.0
     assert accuracy.compare("y", a.conj(), a.conj().clone()).cosine == pytest.approx(1.0)
+    assert accuracy.compare("y", a[0], a[0].clone()).cosine == pytest.approx(1.0)  # one number without dimensions
     broken = torch.complex(a.real, torch.tensor([4.0, math.nan]))
     assert (accuracy.compare("y", a, broken).finite, accuracy.compare("y", a, broken).nan) == (False, 1)
 
