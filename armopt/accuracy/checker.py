@@ -13,7 +13,7 @@ from armopt.accuracy import gates as gates_module
 from armopt.accuracy import runs, tasks
 from armopt.accuracy.fidelity import Difference, Fidelity
 from armopt.accuracy.gates import Figures, Gate, Verdict
-from armopt.accuracy.metrics import Accuracy, compare
+from armopt.accuracy.metrics import Accuracy, compare, of_other_sizes
 from armopt.accuracy.tasks import Outputs, Sample, Task
 from armopt.errors import InputError, first_line
 from armopt.ir import nesting
@@ -84,18 +84,28 @@ class Checker:
                 self._choose(inputs, reference)
                 task = None if self._task is None else self._task()
                 self.evidence[bucket] = Evidence(inputs, reference, result)
+            left, right = reference, result
             if task is not None:
                 memo = self._memos.setdefault((bucket, number), {}) if self.keep else {}
-                with runs.explained(f"{self.task_name} can't be measured on what both sides give"):
-                    task.update(Sample(inputs, reference, result, self.reference, found, memo))
-                    left, right = task.align(reference, result)
-                aligned = anchor if left is reference else None
-            else:
-                left, right, aligned = reference, result, anchor
+                left, right = self._measure(task, Sample(inputs, reference, result, self.reference, found, memo))
+            aligned = anchor if left is reference else None
             for name, a in left.items():
-                entry = compare(name, a, right[name], None if aligned is None else aligned[name])
+                measure = of_other_sizes if _sizes_differ(a, right[name]) else compare
+                entry = measure(name, a, right[name], None if aligned is None else aligned[name])
                 worst[name] = entry if name not in worst else worse(worst[name], entry)
         return Figures(tuple(worst.values()), {} if task is None else task.results())
+
+    def _measure(self, task: Task, sample: Sample) -> tuple[Outputs, Outputs]:
+        """Tells a task of a sample; both sides' outputs as the task puts them side by side."""
+        reference, result = sample.reference, sample.found
+        try:
+            with runs.explained(f"{self.task_name} can't be measured on what both sides give"):
+                task.update(sample)
+                return task.align(reference, result)
+        except InputError:
+            if any(_sizes_differ(a, result[name]) for name, a in reference.items()):
+                return reference, result  # what is compared then says it
+            raise
 
     def verdicts(self, figures: Mapping[str, Figures]) -> tuple[Verdict, ...]:
         """Which gates hold.
@@ -274,7 +284,9 @@ class Validation:
         said: dict[str, str] = {}
         for entry in sorted(self.entries, key=lambda entry: entry.similarity):
             name, column = entry.output, entry.column
-            if entry.equal is not None and entry.equal < 1:
+            if entry.sizes:
+                said.setdefault(name, entry.sizes)
+            elif entry.equal is not None and entry.equal < 1:
                 share = f"{100 * entry.equal:.4g} % of the values of {name} equal FP32's"
                 said.setdefault(name, f'{share}; --gate "equal[{name}]>=0.99" asks for more')
             elif column is not None and entry.cosine is not None and column < (self.min_cosine or 0) <= entry.cosine:
@@ -328,6 +340,11 @@ class Validation:
             "remarks": list(self.remarks),
             "outputs": {bucket: [_entry(entry) for entry in each.outputs] for bucket, each in self.figures.items()},
         }
+
+
+def _sizes_differ(reference: torch.Tensor, found: torch.Tensor) -> bool:
+    """Whether an output has as many dimensions but other sizes: a model's sizes may depend on data."""
+    return reference.dim() == found.dim() and reference.shape != found.shape
 
 
 def _entry(entry: Accuracy) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class Accuracy:
             common value hides from `cosine`; None where nothing varies.
         column_at: That column: ``[..., 2]``, ``[:, 5]``; empty where it is the whole output.
         equal: Share of equal values, of integers and booleans; None for all else.
+        sizes: How its shape differs from FP32's, in words; nothing agrees then. Empty where it does not.
     """
 
     output: str
@@ -83,6 +84,7 @@ class Accuracy:
     column: float | None = None
     column_at: str = ""
     equal: float | None = None
+    sizes: str = ""
 
     @property
     def discrete(self) -> bool:
@@ -131,7 +133,7 @@ def compare(output: str, reference: torch.Tensor, found: torch.Tensor, anchor: t
     a, b = (side.flatten() for side in shaped)
     both = torch.isfinite(a) & torch.isfinite(b)
     alike = both | (a == b) | (a.isnan() & b.isnan())
-    exact = None if anchor is None else real_values(anchor).flatten()
+    exact = None if anchor is None or anchor.shape != reference.shape else real_values(anchor).flatten()
     own, against_exact = 0.0, 0.0
     if exact is not None:
         known = both & torch.isfinite(exact)
@@ -148,6 +150,15 @@ def compare(output: str, reference: torch.Tensor, found: torch.Tensor, anchor: t
         return replace(entry, cosine=None, equal=equal)
     worst = columns.worst(*shaped)
     return entry if worst is None else replace(entry, column=worst.cosine, column_at=worst.place)
+
+
+def of_other_sizes(
+    output: str, reference: torch.Tensor, found: torch.Tensor, anchor: torch.Tensor | None = None
+) -> Accuracy:
+    """Metrics of an output whose sizes depend on data, as in ``x[x > 0]``, and differ by rounding: those of zeros."""
+    sizes = f"{output} has the sizes {list(found.shape)}, in FP32 {list(reference.shape)}"
+    entry = replace(compare(output, reference, torch.zeros_like(reference)), sizes=sizes)
+    return replace(entry, equal=0.0) if entry.discrete else replace(entry, cosine=0.0)
 
 
 def is_discrete(tensor: torch.Tensor) -> bool:

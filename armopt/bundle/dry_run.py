@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import functools
 import operator
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -15,14 +14,14 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from armopt.bundle.program import Program
+from armopt.bundle.shape_rules import META, RULES, UnfitError, pointwise, shown
 from armopt.errors import BundleError, first_line
 from armopt.ir import graph as g
 from armopt.ir.calls import ConvCall, LayerCall, call_from
 from armopt.ir.records import Bucket, Dim, Signature
 from armopt.kernels import table
-from armopt.kernels.geometry import output_size
 
-_META = torch.device("meta")
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 #: Operations whose results have sizes, or are numbers, that depend on data.
 _DEPENDS_ON_DATA = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
@@ -41,12 +40,8 @@ def check(program: Program, signature: Signature, sizes: Bucket, most: int, wher
         BundleError: Naming the node.
     """
     known = {each.expression: sizes[each.name] for each in signature.symbols if each.name in sizes} | dict(sizes)
-    depends = any(
-        isinstance(node.target, torch._ops.OpOverload) and not _DEPENDS_ON_DATA.isdisjoint(node.target.tags)
-        for node in program.graph_module.graph.nodes
-    )
     # the meta device is ten times as quick, and fake tensors have symbols for what depends on data
-    for on_meta in (True, False)[: 1 + depends]:
+    for on_meta in (True, False):
         run = _DryRun(program)
         try:
             with torch.no_grad(), contextlib.nullcontext() if on_meta else _fake(), _Bounded(most, on_meta=on_meta):
@@ -55,15 +50,24 @@ def check(program: Program, signature: Signature, sizes: Bucket, most: int, wher
                     for spec in signature.specs
                 ]
                 run(inputs)
-        except _UnfitError as error:
+        except UnfitError as error:
             what = str(error)
             break
         except Exception as error:  # whatever an operation says to what it can't work on
             what = f"can't run: {first_line(error)}"
+            if run.node is None or not _may_depend_on_data(run.node.target):
+                break
         else:
             return
     node = "" if run.node is None else f": node {g.shown_name(run.node)}"
     raise BundleError(what, where=f"{where}{node}", hint="Make the bundle again")
+
+
+def _may_depend_on_data(target: Any) -> bool:
+    """Whether an operation's result may have sizes that depend on data: composites have no tag that says so."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target.has_kernel_for_dispatch_key(_COMPOSITE) or not _DEPENDS_ON_DATA.isdisjoint(target.tags)
 
 
 def _fake() -> Any:
@@ -72,10 +76,6 @@ def _fake() -> Any:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     return FakeTensorMode(allow_fallback_kernels=False, shape_env=ShapeEnv())
-
-
-class _UnfitError(Exception):
-    """What does not come out."""
 
 
 class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -107,19 +107,19 @@ class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _on_meta_device(self, func: Any, args: Any, kwargs: Any) -> Any:
         schema = func._schema
         if any(each.name == "device" for each in schema.arguments):
-            kwargs = {**kwargs, "device": _META}
+            kwargs = {**kwargs, "device": META}
         if any(each.alias_info is not None for each in schema.returns):  # memory of another's
             return func(*args, **kwargs)
-        if func in _RULES:
-            return _RULES[func](*args, **kwargs)
-        if torch.Tag.pointwise in func.tags and (given := _pointwise(func, args, kwargs)) is not None:
+        if func in RULES:
+            return RULES[func](*args, **kwargs)
+        if torch.Tag.pointwise in func.tags and (given := pointwise(func, args, kwargs)) is not None:
             return given
         return self._remembered(func, args, kwargs)
 
     def _remembered(self, func: Any, args: Any, kwargs: Any) -> Any:
         key, count = (func, _fingerprint(args), _fingerprint(list(kwargs.items()))), len(func._schema.returns)
         if key in self._given:
-            made = [torch.empty_strided(*form, dtype=dtype, device=_META) for *form, dtype in self._given[key]]
+            made = [torch.empty_strided(*form, dtype=dtype, device=META) for *form, dtype in self._given[key]]
             return made[0] if count == 1 else tuple(made)
         found = func(*args, **kwargs)
         results = found if isinstance(found, tuple) else (found,)
@@ -138,7 +138,7 @@ class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._storages[place] = 0
             self._taken += size
             if self._taken > self._most:
-                raise _UnfitError(f"would take {self._taken} bytes of memory, this process may have {self._most}")
+                raise UnfitError(f"would take {self._taken} bytes of memory, this process may have {self._most}")
         self._storages[place] += 1
         weakref.finalize(tensor, self._leave, place, size)
 
@@ -147,121 +147,6 @@ class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._storages[place]:
             del self._storages[place]
             self._taken -= size
-
-
-def _pointwise(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
-    """What such an operation gives: its shape by broadcasting, its dtype by calling it on one value."""
-    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
-    if not tensors or "device" in kwargs or any(each.name == "memory_format" for each in func._schema.arguments):
-        return None
-    shape = torch.broadcast_tensors(*tensors)[0].shape  # type: ignore[no-untyped-call]  # broadcast_shapes imports sympy
-    found = func(*map(_one, args), **{name: _one(value) for name, value in kwargs.items()})
-    if not isinstance(found, torch.Tensor):
-        return None
-    like = next((each for each in tensors if each.shape == shape), None)
-    if like is None:
-        return torch.empty(shape, dtype=found.dtype, device=_META)
-    return _like(like, found.dtype)
-
-
-def _like(x: torch.Tensor, dtype: torch.dtype, shape: Sequence[int] | None = None) -> torch.Tensor:
-    """Dense, its dimensions in the order of `x`: empty_like, which imports sympy for the meta device."""
-    order = sorted(range(x.dim()), key=lambda dim: (-x.stride()[dim], dim))
-    sizes = x.shape if shape is None else shape
-    dense = torch.empty([sizes[dim] for dim in order], dtype=dtype, device=_META)
-    return dense.permute([order.index(dim) for dim in range(x.dim())])
-
-
-def _one(value: Any) -> Any:
-    """A tensor of as many dimensions and one value."""
-    return torch.ones((1,) * value.dim(), dtype=value.dtype) if isinstance(value, torch.Tensor) else value
-
-
-def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    first, *others = [each for each in tensors if each.shape != (0,)] or list(tensors)
-    place, shape = range(first.dim())[dim], list(first.shape)
-    for other in others:
-        if [*other.shape[:place], *other.shape[place + 1 :]] != [*shape[:place], *shape[place + 1 :]]:
-            raise _UnfitError(f"puts {_shown(first)} and {_shown(other)} together")
-        shape[place] += other.shape[place]
-    dtype = functools.reduce(torch.promote_types, (each.dtype for each in tensors))
-    return torch.empty(shape, dtype=dtype, device=_META)
-
-
-def _stack(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    return _cat([each.unsqueeze(dim) for each in tensors], dim)
-
-
-def _layer_norm(
-    x: torch.Tensor, size: Sequence[int], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    for each in (weight, bias):
-        if each is not None and list(each.shape) != list(size):
-            raise _UnfitError(f"its weight or bias is {_shown(each)}")
-    if not size or list(x.shape[-len(size) :]) != list(size) or not x.is_floating_point():
-        raise _UnfitError(f"norms {_shown(x)} over the sizes {list(size)}")
-    statistics = torch.empty((*x.shape[: -len(size)], *(1 for _ in size)), dtype=x.dtype, device=_META)
-    return _like(x, x.dtype), statistics, statistics.clone()
-
-
-def _mean(
-    x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    dtype = x.dtype if dtype is None else dtype
-    if not (dtype.is_floating_point or dtype.is_complex):
-        raise _UnfitError(f"takes the mean of {_shown(x)}")
-    gone = {range(max(1, x.dim()))[each] for each in dim or range(x.dim())}
-    kept = [1 if i in gone else size for i, size in enumerate(x.shape) if keepdim or i not in gone]
-    return torch.empty(kept, dtype=dtype, device=_META)
-
-
-def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    range(max(1, x.dim()))[dim]  # IndexError where there is no such dimension
-    return _like(x, x.dtype if dtype is None else dtype)
-
-
-def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    if a.dim() != 3 or b.dim() != 3 or a.dtype != b.dtype or (a.shape[0], a.shape[2]) != b.shape[:2]:
-        raise _UnfitError(f"multiplies {_shown(a)} and {_shown(b)}")
-    return torch.empty((*a.shape[:2], b.shape[2]), dtype=a.dtype, device=_META)
-
-
-def _max_pool2d(
-    x: torch.Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int] = (),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    ceil_mode: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    stride = stride or kernel
-    known = x.dim() == 4 and all(len(each) == 2 for each in (kernel, stride, padding, dilation)) and not ceil_mode
-    fits = (
-        known
-        and min(*kernel, *stride, *dilation) > 0
-        and all(0 <= 2 * p <= k for p, k in zip(padding, kernel, strict=True))
-    )
-    sizes = output_size(x.shape[2:], kernel, stride, padding, dilation, False, (0, 0)) if fits else [0]
-    if min(sizes) < 1:  # torch says what is wrong, and rounds up
-        found: tuple[torch.Tensor, torch.Tensor] = torch.ops.aten.max_pool2d_with_indices.default(
-            x, kernel, stride, padding, dilation, ceil_mode
-        )
-        return found
-    shape = (*x.shape[:2], *sizes)
-    return _like(x, x.dtype, shape), _like(x, torch.int64, shape)
-
-
-#: Shapes that torch works out in Python, of what most models call: for that it imports torch._dynamo, which takes
-#: longer than loading a bundle.
-_RULES: Mapping[Any, Callable[..., Any]] = {
-    torch.ops.aten.cat.default: _cat,
-    torch.ops.aten.stack.default: _stack,
-    torch.ops.aten.native_layer_norm.default: _layer_norm,
-    torch.ops.aten.mean.dim: _mean,
-    torch.ops.aten._safe_softmax.default: _softmax,
-    torch.ops.aten.bmm.default: _bmm,
-    torch.ops.aten.max_pool2d_with_indices.default: _max_pool2d,
-}
 
 
 def _fingerprint(value: Any) -> Hashable:
@@ -319,7 +204,7 @@ class _DryRun:
         result = call.run()
         _compare("its output", result, self._program.shapes[node.name], dtype)
         if call.other is not None and not _spreads_to(call.other.shape, result.shape):
-            raise _UnfitError(f"adds {_shown(call.other)} to {_shown(result)}")
+            raise UnfitError(f"adds {shown(call.other)} to {shown(result)}")
         return result
 
 
@@ -336,7 +221,7 @@ def _compare(what: str, found: Any, shape: Sequence[int | None], dtype: torch.dt
         for size, wanted in zip(found.shape, shape, strict=True)
     ):
         said = "x".join("?" if size is None else str(size) for size in shape)
-        raise _UnfitError(f"{what} is {_shown(found)}, and {said} {_name(dtype)} is recorded")
+        raise UnfitError(f"{what} is {shown(found)}, and {said} {_name(dtype)} is recorded")
 
 
 def _check_operands(call: LayerCall[torch.Tensor]) -> None:
@@ -348,17 +233,11 @@ def _check_operands(call: LayerCall[torch.Tensor]) -> None:
         if call.transposed:
             taken, count = count, taken
     if taken != given or not weight.is_floating_point():
-        raise _UnfitError(f"its input is {_shown(x)}, and its weight {_shown(weight)}")
+        raise UnfitError(f"its input is {shown(x)}, and its weight {shown(weight)}")
     if call.bias is not None and (call.bias.shape != (count,) or not call.bias.is_floating_point()):
-        raise _UnfitError(f"its bias is {_shown(call.bias)}, and its weight {_shown(weight)}")
+        raise UnfitError(f"its bias is {shown(call.bias)}, and its weight {shown(weight)}")
     if call.block < 0:
-        raise _UnfitError(f"it rounds after {call.block} terms")
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, torch.Tensor):
-        return f"a {type(value).__name__}"
-    return f"{'x'.join(map(str, value.shape)) or 'scalar'} {_name(value.dtype)}"
+        raise UnfitError(f"it rounds after {call.block} terms")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -389,9 +268,9 @@ def _size(size: Dim, sizes: Mapping[str, int]) -> int:
             return node.value
         if isinstance(node, ast.Name) and node.id in sizes:
             return sizes[node.id]
-        raise _UnfitError(f"there is no size for the dimension {size[:100]}")
+        raise UnfitError(f"there is no size for the dimension {size[:100]}")
 
     try:
         return value(ast.parse(size[:1000], mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise _UnfitError(f"there is no size for the dimension {size[:100]}") from None
+        raise UnfitError(f"there is no size for the dimension {size[:100]}") from None

@@ -133,6 +133,49 @@ def test_sizes_change_from_call_to_call() -> None:
             torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
 
 
+class Positive(nn.Module):
+    """How many values are positive is another number where products are rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 512)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y[y > 0]
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_rounding_that_changes_a_size_is_repaired_or_said(repair: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Positive().eval(), torch.randn(32, 64)
+    checks = armopt.Checks(repair=repair)
+    result = armopt.optimize(model, (x,), output=tmp_path / "bundle", target="graviton3", checks=checks)
+    found = armopt.load(tmp_path / "bundle")(x)
+    assert result.manifest.accuracy.passed == repair
+    assert (found.shape == model(x).shape) == repair
+    if not repair:
+        said = rf"output has the sizes \[{len(found)}\], in FP32 \[{len(model(x))}\]"
+        assert any(re.fullmatch(said, remark) for remark in result.manifest.accuracy.remarks)
+
+
+@pytest.mark.parametrize(
+    "compose", [lambda y: torch.where(y > 0)[0], lambda y: y.repeat_interleave((y[:, 0] > 0) + 1, 0)]
+)
+def test_a_bundle_holds_composites_whose_sizes_depend_on_data(compose: Any, tmp_path: Path) -> None:
+    class Composed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Any:
+            return compose(self.layer(x))
+
+    model, x = Composed().eval(), torch.randn(6, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(_bundle(model, (x,), tmp_path), model(x), atol=1e-4, rtol=1e-4)
+
+
 def test_a_check_of_the_models_holds_in_a_bundle_too(tmp_path: Path) -> None:
     model, (x, _) = models.make("check")
     armopt.optimize(model, (x, torch.tensor(3)), output=tmp_path / "bundle", target=_TARGET)

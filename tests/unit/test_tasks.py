@@ -131,6 +131,21 @@ def test_the_original_generates_once_for_all_candidates() -> None:
     assert good.calls == 1 + 1 + 7  # the logits, whether it is causal, and a token each but for the first
 
 
+def test_a_model_that_takes_fewer_tokens_than_it_gives_does_not_generate() -> None:
+    ids = torch.arange(16).reshape(1, 16)
+    good = Chain(99)
+
+    def run(given: Outputs) -> Outputs:
+        if int(given["ids"].max()) > 15:
+            raise InputError("the model fails on these inputs")
+        return good(given)
+
+    task = tasks.TASKS["language"]()
+    task.update(Sample({"ids": ids}, run({"ids": ids}), run({"ids": ids}), run, run))
+    assert task.results()["next_token"] == 1.0
+    assert "greedy_tokens" not in task.results()
+
+
 def test_a_model_that_looks_ahead_does_not_generate() -> None:
     def run(given: Outputs) -> Outputs:
         mean = given["ids"].float().mean()

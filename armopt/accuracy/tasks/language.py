@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import torch
 
 from armopt.accuracy.metrics import Metric
 from armopt.accuracy.tasks.base import Outputs, Sample, Task, last, tokens
+from armopt.errors import InputError
 
 _NAMES = ("logits", "prediction_logits", "lm_logits", "output")
 #: Greedy steps to look for a divergence.
@@ -87,9 +89,12 @@ class Language(Task):
 
 
 def _generate(sample: Sample, logits: str, given: str) -> float | None:
-    """The share of greedy tokens before the first that differs; None where the model is not causal."""
+    """The share of greedy tokens before the first that differs; None where the model is not causal, or takes other
+    tokens than it gives."""
     if "generated" not in sample.memo:
-        sample.memo["generated"] = _generate_reference(sample, logits, given)
+        sample.memo["generated"] = None
+        with contextlib.suppress(InputError):
+            sample.memo["generated"] = _generate_reference(sample, logits, given)
     wanted: torch.Tensor | None = sample.memo["generated"]
     if wanted is None:
         return None

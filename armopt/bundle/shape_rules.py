@@ -1,0 +1,141 @@
+"""Shapes and dtypes that operations give, for dry runs: of what most models call and torch works out in Python.
+
+For that torch imports sympy and torch._dynamo, which takes longer than loading a bundle.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from armopt.kernels.geometry import output_size
+
+META = torch.device("meta")
+
+
+class UnfitError(Exception):
+    """What does not come out."""
+
+
+def shown(value: Any) -> str:
+    """A tensor's shape and dtype, for messages; of all else its type."""
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    return f"{'x'.join(map(str, value.shape)) or 'scalar'} {value.dtype}".replace("torch.", "")
+
+
+def pointwise(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """What such an operation gives: its shape by broadcasting, its dtype by calling it on one value."""
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
+    if not tensors or "device" in kwargs or any(each.name == "memory_format" for each in func._schema.arguments):
+        return None
+    shape = torch.broadcast_tensors(*tensors)[0].shape  # type: ignore[no-untyped-call]  # broadcast_shapes imports sympy
+    found = func(*map(_one, args), **{name: _one(value) for name, value in kwargs.items()})
+    if not isinstance(found, torch.Tensor):
+        return None
+    like = next((each for each in tensors if each.shape == shape), None)
+    if like is None:
+        return torch.empty(shape, dtype=found.dtype, device=META)
+    return _like(like, found.dtype)
+
+
+def _like(x: torch.Tensor, dtype: torch.dtype, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """Dense, its dimensions in the order of `x`: empty_like, which imports sympy for the meta device."""
+    order = sorted(range(x.dim()), key=lambda dim: (-x.stride()[dim], dim))
+    sizes = x.shape if shape is None else shape
+    dense = torch.empty([sizes[dim] for dim in order], dtype=dtype, device=META)
+    return dense.permute([order.index(dim) for dim in range(x.dim())])
+
+
+def _one(value: Any) -> Any:
+    """A tensor of as many dimensions and one value."""
+    return torch.ones((1,) * value.dim(), dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    first, *others = [each for each in tensors if each.shape != (0,)] or list(tensors)
+    place, shape = range(first.dim())[dim], list(first.shape)
+    for other in others:
+        if [*other.shape[:place], *other.shape[place + 1 :]] != [*shape[:place], *shape[place + 1 :]]:
+            raise UnfitError(f"puts {shown(first)} and {shown(other)} together")
+        shape[place] += other.shape[place]
+    dtype = functools.reduce(torch.promote_types, (each.dtype for each in tensors))
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def _stack(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return _cat([each.unsqueeze(dim) for each in tensors], dim)
+
+
+def _layer_norm(
+    x: torch.Tensor, size: Sequence[int], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    for each in (weight, bias):
+        if each is not None and list(each.shape) != list(size):
+            raise UnfitError(f"its weight or bias is {shown(each)}")
+    if not size or list(x.shape[-len(size) :]) != list(size) or not x.is_floating_point():
+        raise UnfitError(f"norms {shown(x)} over the sizes {list(size)}")
+    statistics = torch.empty((*x.shape[: -len(size)], *(1 for _ in size)), dtype=x.dtype, device=META)
+    return _like(x, x.dtype), statistics, statistics.clone()
+
+
+def _mean(
+    x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    dtype = x.dtype if dtype is None else dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise UnfitError(f"takes the mean of {shown(x)}")
+    gone = {range(max(1, x.dim()))[each] for each in dim or range(x.dim())}
+    kept = [1 if i in gone else size for i, size in enumerate(x.shape) if keepdim or i not in gone]
+    return torch.empty(kept, dtype=dtype, device=META)
+
+
+def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    range(max(1, x.dim()))[dim]  # IndexError where there is no such dimension
+    return _like(x, x.dtype if dtype is None else dtype)
+
+
+def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.dim() != 3 or b.dim() != 3 or a.dtype != b.dtype or (a.shape[0], a.shape[2]) != b.shape[:2]:
+        raise UnfitError(f"multiplies {shown(a)} and {shown(b)}")
+    return torch.empty((*a.shape[:2], b.shape[2]), dtype=a.dtype, device=META)
+
+
+def _max_pool2d(
+    x: torch.Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    ceil_mode: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    stride = stride or kernel
+    known = x.dim() == 4 and all(len(each) == 2 for each in (kernel, stride, padding, dilation)) and not ceil_mode
+    fits = (
+        known
+        and min(*kernel, *stride, *dilation) > 0
+        and all(0 <= 2 * p <= k for p, k in zip(padding, kernel, strict=True))
+    )
+    sizes = output_size(x.shape[2:], kernel, stride, padding, dilation, False, (0, 0)) if fits else [0]
+    if min(sizes) < 1:  # torch says what is wrong, and rounds up
+        found: tuple[torch.Tensor, torch.Tensor] = torch.ops.aten.max_pool2d_with_indices.default(
+            x, kernel, stride, padding, dilation, ceil_mode
+        )
+        return found
+    shape = (*x.shape[:2], *sizes)
+    return _like(x, x.dtype, shape), _like(x, torch.int64, shape)
+
+
+#: Rules by operation; their arguments are those of the operation.
+RULES: Mapping[Any, Callable[..., Any]] = {
+    torch.ops.aten.cat.default: _cat,
+    torch.ops.aten.stack.default: _stack,
+    torch.ops.aten.native_layer_norm.default: _layer_norm,
+    torch.ops.aten.mean.dim: _mean,
+    torch.ops.aten._safe_softmax.default: _softmax,
+    torch.ops.aten.bmm.default: _bmm,
+    torch.ops.aten.max_pool2d_with_indices.default: _max_pool2d,
+}
