@@ -67,7 +67,11 @@ def _may_depend_on_data(target: Any) -> bool:
     """Whether an operation's result may have sizes that depend on data: composites have no tag that says so."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    return target.has_kernel_for_dispatch_key(_COMPOSITE) or not _DEPENDS_ON_DATA.isdisjoint(target.tags)
+    with contextlib.suppress(
+        RuntimeError
+    ):  # some overloads are TorchScript's alone, and the dispatcher has none of them
+        return target.has_kernel_for_dispatch_key(_COMPOSITE) or not _DEPENDS_ON_DATA.isdisjoint(target.tags)
+    return False
 
 
 def _fake() -> Any:

@@ -172,7 +172,8 @@ def _check_parts(described: manifest.Manifest, parts: Sequence[Part], where: str
         BundleError: Naming the part.
     """
     said = [(plan.part, plan.bucket) for plan in described.plan]
-    if said != [(part.path, program.bucket) for part in parts for program in part.programs]:
+    held = [(part.path, program.bucket) for part in parts for program in part.programs]
+    if said != held or len(parts) != len(described.model.parts):
         raise BundleError("has other graphs than the manifest's plan", where=where, hint="Make the bundle again")
     for part, taken in zip(parts, described.model.parts, strict=True):
         inputs = [(spec.name, spec.shape, spec.dtype) for spec in taken.inputs]

@@ -14,6 +14,8 @@ from armopt.errors import InputError
 from armopt.ir import buckets
 from armopt.ir.records import Bucket, ExampleSpec, InputSpec, Statistics
 
+#: No integer is as large.
+_WHOLE = 2**63 - 1
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _FORM = "Write NAME=1x3x224x224:float32, or NAME=1x128:int64:30522 for integers below 30522"
 _PATTERN = re.compile(r"(?:(?P<name>[\w.]+)=)?(?P<shape>scalar|\d+(?:x\d+)*)(?::(?P<dtype>\w+))?(?::(?P<below>\d+))?")
@@ -94,7 +96,8 @@ def like(spec: InputSpec, bucket: Bucket, generator: torch.Generator) -> torch.T
         values: torch.Tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
         values = values * known.std + known.mean
         return values.clamp(known.min, known.max).to(dtype)
-    return torch.randint(int(known.min), int(known.max) + 1, shape, generator=generator).to(dtype)
+    least, most = max(int(known.min), -_WHOLE), min(int(known.max) + 1, _WHOLE)
+    return torch.randint(least, max(most, least + 1), shape, generator=generator).to(dtype)
 
 
 def bind(

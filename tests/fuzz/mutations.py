@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import sys
@@ -108,7 +109,7 @@ def change_json(rng: random.Random, content: Any) -> None:
             holder[key], holder[other] = holder[other], value
         case 3 | 4:  # as it is elsewhere under the same key
             others = [each[k] for each, k in found if k == key]
-            holder[key] = rng.choice(others)
+            holder[key] = copy.deepcopy(rng.choice(others))
         case _:
             holder[key] = like(rng, value)
 

@@ -150,13 +150,15 @@ def test_rounding_that_changes_a_size_is_repaired_or_said(repair: bool, tmp_path
     torch.manual_seed(0)
     model, x = Positive().eval(), torch.randn(32, 64)
     checks = armopt.Checks(repair=repair)
-    result = armopt.optimize(model, (x,), output=tmp_path / "bundle", target="graviton3", checks=checks)
+    output = armopt.Output(tmp_path / "bundle", report=tmp_path / "report.html")
+    result = armopt.optimize(model, (x,), output=output, target="graviton3", checks=checks)
     found = armopt.load(tmp_path / "bundle")(x)
     assert result.manifest.accuracy.passed == repair
     assert (found.shape == model(x).shape) == repair
     if not repair:
         said = rf"output has the sizes \[{len(found)}\], in FP32 \[{len(model(x))}\]"
         assert any(re.fullmatch(said, remark) for remark in result.manifest.accuracy.remarks)
+        assert re.search(said, (tmp_path / "report.html").read_text())
 
 
 @pytest.mark.parametrize(

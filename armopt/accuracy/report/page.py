@@ -97,7 +97,7 @@ def render(
         place=place,
         rows=_ROWS,
         bucket=validation.worst_bucket,
-        outputs=[_output(name, a, found[name]) for name, a in _floats(reference).items()],
+        outputs=[_output(name, a, b) for name, a, b in _pairs(reference, found)],
         pairs=pictures.pairs(evidence, validation.task),
         winners=_winners(evidence, validation.task),
         picture=pictures.first_image(evidence) if validation.task == "classification" else "",
@@ -166,8 +166,10 @@ def figure(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-def _floats(outputs: Outputs) -> dict[str, torch.Tensor]:
-    return {name: y for name, y in outputs.items() if y.is_floating_point() and y.numel()}
+def _pairs(reference: Outputs, found: Outputs) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Outputs that can be drawn against each other: numbers, with the same sizes on both sides."""
+    drawn = {name: y for name, y in reference.items() if y.is_floating_point() and y.numel()}
+    return [(name, y, found[name]) for name, y in drawn.items() if y.shape == found[name].shape]
 
 
 def _output(name: str, reference: torch.Tensor, found: torch.Tensor) -> _Output:
@@ -186,6 +188,9 @@ def _winners(evidence: Evidence, task: str) -> list[tuple[int, float, int, float
     name = Classification.scores(evidence.reference)
     if name is None:
         return []
-    both = [side[name][0].double().topk(min(5, side[name].shape[1])) for side in (evidence.reference, evidence.found)]
+    sides = [side[name] for side in (evidence.reference, evidence.found)]
+    if sides[0].shape != sides[1].shape or not len(sides[0]):
+        return []
+    both = [side[0].double().topk(min(5, side.shape[1])) for side in sides]
     columns = [column.tolist() for top in both for column in (top.indices, top.values)]
     return list(zip(*columns, strict=True))
