@@ -96,8 +96,8 @@ def like(spec: InputSpec, bucket: Bucket, generator: torch.Generator) -> torch.T
         values: torch.Tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
         values = values * known.std + known.mean
         return values.clamp(known.min, known.max).to(dtype)
-    least, most = max(int(known.min), -_WHOLE), min(int(known.max) + 1, _WHOLE)
-    return torch.randint(least, max(most, least + 1), shape, generator=generator).to(dtype)
+    least, most = (min(max(int(bound), -_WHOLE), _WHOLE - 1) for bound in (known.min, known.max))
+    return torch.randint(least, most + 1, shape, generator=generator).to(dtype)
 
 
 def bind(

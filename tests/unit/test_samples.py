@@ -14,7 +14,7 @@ import armopt
 from armopt.accuracy import images, samples
 from armopt.capture import inputs
 from armopt.errors import InputError
-from armopt.ir.records import ExampleSpec, InputSpec
+from armopt.ir.records import ExampleSpec, InputSpec, Statistics
 
 SPECS = [InputSpec("x", ("batch", 16), "float32"), InputSpec("scale", (8,), "float32")]
 IMAGE = [InputSpec("x", (2, 3, 28, 56), "float32")]
@@ -197,3 +197,10 @@ def test_generated_inputs_have_the_examples_statistics() -> None:
     assert all(torch.equal(a, b) for a, b in zip(only.values(), next(iter(again)).values(), strict=True))
     plain = samples.generated(SPECS, {"batch": 4})
     assert plain.said == "generated: seeded random numbers, normal, or integers below two"
+
+
+def test_a_range_beyond_integers_ends_where_they_do() -> None:
+    spec = ExampleSpec("ids", (4,), "int64", Statistics(mean=0.0, std=1.0, min=-1e30, max=1e30))
+    assert inputs.like(spec, {}, torch.Generator()).shape == (4,)
+    spec = ExampleSpec("ids", (4,), "int64", Statistics(mean=1e30, std=1.0, min=1e30, max=1e30))
+    assert inputs.like(spec, {}, torch.Generator()).shape == (4,)
