@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from armopt.ir.records import PassResult, Plan
+from armopt.passes.canonicalise_contraction import CanonicaliseContraction
 from armopt.passes.canonicalise_conv import CanonicaliseConv
 from armopt.passes.canonicalise_linear import CanonicaliseLinear
 from armopt.passes.canonicalise_split import CanonicaliseSplit
@@ -38,6 +39,7 @@ PREPARE: tuple[Pass, ...] = (
     CanonicaliseSplit(),
     FoldConstants(),
     FuseAttention(),
+    CanonicaliseContraction(),
     CanonicaliseLinear(),
     CanonicaliseConv(),
     FoldBatchNorm(),

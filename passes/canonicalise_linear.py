@@ -49,7 +49,7 @@ class CanonicaliseLinear:
             if bias is not None and (beta := _scale(node, "beta")) != 1:
                 scaled = g.constant(graph_module, bias) * beta
                 bias = g.add_constant(graph_module, f"{bias.target}_scaled", scaled, node, [bias]) if beta else None
-            layer_name = re.sub(r"_?weight(_t)?$", "", str(weight.target)) or node.name
+            layer_name = re.sub(r"_?weight(_matrix|_t)?$", "", str(weight.target)) or node.name
             call = LinearCall(x=x, weight=weight, bias=bias, kernel=aten.LINEAR.name)
             rewritten.append(node.name)
             g.replace_and_erase(node, call.insert(node, layer_name))

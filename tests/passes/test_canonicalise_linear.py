@@ -84,7 +84,7 @@ class TestCanonicaliseLinear(Contract):
             batch=(1, 4),
             ops={LINEAR: 2},
         ),
-        Case("matmul_forms", zoo_models.matmul_forms, (noise(2, 3, 32),), ops={LINEAR: 3}),
+        Case("matmul_forms", zoo_models.matmul_forms, (noise(2, 3, 32),), ops={LINEAR: 4}),
         Case(
             "product_of_activations",
             lambda: Forward(lambda s, x: x @ x.transpose(1, 2)),
@@ -96,8 +96,9 @@ class TestCanonicaliseLinear(Contract):
             "weight_on_the_left",
             lambda: Forward(lambda s, x: s.w @ x, w=nn.Parameter(noise(3, 4))),
             (noise(4, 5),),
-            skips=("the weight is not a constant",),
-            rewritten=0,
+            ops={LINEAR: 1},
+            absent=("aten.matmul.default",),
+            rewritten=1,
         ),
         Case(
             "batched_weight",

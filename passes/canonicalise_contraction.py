@@ -1,0 +1,273 @@
+"""Takes contractions with a constant, however they are written, for the Linear that they are."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from armopt.ir import graph as g
+from armopt.ir.records import PassResult, Skip
+
+_aten = torch.ops.aten
+
+
+#: Matrices by the constant that they hold and by how it is read.
+_Made = dict[tuple[object, ...], torch.Tensor]
+
+
+class _RefusedError(Exception):
+    """What is no Linear; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Contraction:
+    """A sum of products in Einstein's notation: a letter for each dimension of the operands and of the result."""
+
+    operands: tuple[fx.Node, ...]
+    terms: tuple[str, ...]
+    result: str
+    bias: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class CanonicaliseContraction:
+    """einsum, tensordot, inner, bilinear, mv(W, x), mm(W, x), matmul(W, x) -> linear(x', W') between permutations.
+
+    x' has what is summed last, and W' is [what W alone has, what is summed]. Of three and more operands, as a bilinear
+    layer has them, those in front of the constant and those behind it are contracted by an einsum of their own, in
+    their order. Refuses what has no constant or several, another dtype than FP32, a diagonal, a constant that is a
+    vector, and dimensions of the constant that are kept and are also the input's.
+    """
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Runs the pass."""
+        rewritten: list[str] = []
+        skipped: list[Skip] = []
+        made: _Made = {}
+        for node in g.calls_to(graph_module.graph, *_READERS):
+            try:
+                contraction = _READERS[node.target](node)
+                if contraction is None:
+                    continue
+                _check(graph_module, contraction)
+                result = _rewritten(graph_module, node, contraction, made)
+            except _RefusedError as refusal:
+                skipped.append(Skip(node.name, str(refusal)))
+                continue
+            rewritten.append(node.name)
+            g.replace_and_erase(node, result)
+        g.remove_unused(graph_module)
+        return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
+
+
+def _einsum(node: fx.Node) -> _Contraction:
+    text: Any = node.args[0]
+    operands: Any = tuple(node.args[1])  # type: ignore[arg-type]
+    left, arrow, result = text.replace(" ", "").partition("->")
+    terms = left.split(",")
+    free = [letter for letter in string.ascii_letters if letter not in text]
+    hidden = [g.fake_value(x).dim() - len(t.replace("...", "")) for x, t in zip(operands, terms, strict=True)]
+    spread = "".join(free[: max((n for n, t in zip(hidden, terms, strict=True) if "..." in t), default=0)])
+    terms = [t.replace("...", spread[len(spread) - n :]) for n, t in zip(hidden, terms, strict=True)]
+    if not arrow:
+        letters = sorted("".join(left.replace("...", "").split(",")))
+        result = "..." + "".join(letter for letter in letters if letters.count(letter) == 1)
+    return _Contraction(operands, tuple(terms), result.replace("...", spread))
+
+
+def _tensordot(node: fx.Node) -> _Contraction:
+    x, other, x_dims, other_dims = _nodes(node)
+    letters = _letters(x)
+    taken = iter(string.ascii_letters[len(letters) :])
+    pairs = {dim % g.fake_value(other).dim(): letters[i] for i, dim in zip(x_dims, other_dims, strict=True)}
+    term = "".join(pairs[dim] if dim in pairs else next(taken) for dim in range(g.fake_value(other).dim()))
+    summed = set(pairs.values())
+    return _Contraction((x, other), (letters, term), "".join(c for c in letters + term if c not in summed))
+
+
+def _inner(node: fx.Node) -> _Contraction | None:
+    x, other = _nodes(node)
+    if min(g.fake_value(x).dim(), g.fake_value(other).dim()) == 0:
+        return None
+    one, two = _letters(x), _letters(other, after=_letters(x))[:-1]
+    return _Contraction((x, other), (one, two + one[-1]), one[:-1] + two)
+
+
+def _product(node: fx.Node) -> _Contraction | None:
+    """matmul, mm and mv but for x @ V, which CanonicaliseLinear takes."""
+    x, other = _nodes(node)
+    if other.op == "get_attr" and g.fake_value(other).dim() == 2:
+        return None
+    rows, columns = g.fake_value(x).dim(), g.fake_value(other).dim()
+    spread = string.ascii_lowercase[: max(rows, columns, 2) - 2]
+    one = spread[len(spread) - (rows - 2) :] + "XY" if rows > 1 else "Y"
+    two = spread[len(spread) - (columns - 2) :] + "YZ" if columns > 1 else "Y"
+    return _Contraction((x, other), (one, two), spread + "X" * (rows > 1) + "Z" * (columns > 1))
+
+
+def _bilinear(node: fx.Node) -> _Contraction:
+    x, other, weight, bias = (*_nodes(node), None)[:4]
+    spread = _letters(x)[:-1]
+    return _Contraction((x, weight, other), (spread + "X", "OXY", spread + "Y"), spread + "O", bias)
+
+
+_READERS: Mapping[Any, Callable[[fx.Node], _Contraction | None]] = {
+    _aten.einsum.default: _einsum,
+    _aten.tensordot.default: _tensordot,
+    _aten.inner.default: _inner,
+    _aten.matmul.default: _product,
+    _aten.mm.default: _product,
+    _aten.mv.default: _product,
+    _aten.bilinear.default: _bilinear,
+}
+
+
+def _nodes(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.args)
+
+
+def _letters(node: fx.Node, after: str = "") -> str:
+    return string.ascii_letters[len(after) : len(after) + g.fake_value(node).dim()]
+
+
+def _check(graph_module: fx.GraphModule, contraction: _Contraction) -> None:
+    """Refuses what is not a product with one constant."""
+    held = [g.find_constant(graph_module, operand) for operand in contraction.operands]
+    constants = [tensor for tensor in held if tensor is not None]
+    if not constants:
+        raise _RefusedError("the weight is not a constant")
+    if len(constants) > 1 or len(held) < 2:
+        raise _RefusedError(f"{len(constants)} of its {len(held)} operands are constants")
+    if any(not g.is_float32(operand) for operand in contraction.operands):
+        raise _RefusedError("works on another dtype than FP32")
+    if any(len(set(term)) < len(term) for term in contraction.terms):
+        raise _RefusedError("takes a diagonal")
+    if min(constants[0].shape, default=0) == 0:
+        raise _RefusedError("an empty or scalar operand")
+    if contraction.bias is not None and g.find_constant(graph_module, contraction.bias) is None:
+        raise _RefusedError("the bias is not a constant")
+
+
+def _rewritten(graph_module: fx.GraphModule, node: fx.Node, contraction: _Contraction, made: _Made) -> fx.Node:
+    """The result, where the step that meets the constant is a Linear: pairs from left to right."""
+    operands, terms = list(contraction.operands), list(contraction.terms)
+    at = next(i for i, operand in enumerate(operands) if operand.op == "get_attr")
+    if at > 1:
+        kept = _kept(terms[:at], "".join(terms[at:]) + contraction.result)
+        before = f"{','.join(terms[:at])}->{kept}"
+        x = g.insert_call(node.graph, node, _aten.einsum.default, (before, operands[:at]))
+        operands[:at], terms[:at] = [x], [kept]
+        at = 1
+    last = len(operands) == 2
+    kept = contraction.result if last else _kept(terms[:2], "".join(terms[2:]) + contraction.result)
+    y = _linear(graph_module, node, _Pair(operands[1 - at], terms[1 - at], operands[at], terms[at], kept), made)
+    if not last:
+        behind = f"{','.join([kept, *terms[2:]])}->{contraction.result}"
+        y = g.insert_call(node.graph, node, _aten.einsum.default, (behind, [y, *operands[2:]]))
+    if contraction.bias is not None:
+        y = g.insert_call(node.graph, node, _aten.add.Tensor, (y, contraction.bias))
+    return y
+
+
+def _kept(terms: Sequence[str], needed: str) -> str:
+    """The letters of some operands that the rest needs, each once."""
+    return "".join(letter for letter in dict.fromkeys("".join(terms)) if letter in needed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """An input and a constant to be contracted, by letters."""
+
+    x: fx.Node
+    x_term: str
+    weight: fx.Node
+    weight_term: str
+    result: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the constant."""
+        return dict(zip(self.weight_term, g.fake_value(self.weight).shape, strict=True))
+
+    @property
+    def gone(self) -> str:
+        """What the input alone sums over, and its dimensions of 1 of which the constant has more."""
+        sizes, own = self.sizes, g.symbolic_shape(g.fake_value(self.x).shape)
+        broadcast = [c for c, size in zip(self.x_term, own, strict=True) if size == 1 and sizes.get(c, 1) != 1]
+        return "".join(c for c in self.x_term if c in broadcast or c not in self.weight_term + self.result)
+
+    @property
+    def kept(self) -> str:
+        """The input's term without these."""
+        return "".join(c for c in self.x_term if c not in self.gone)
+
+    @property
+    def summed(self) -> str:
+        """What both are summed over, in the order of the input."""
+        return "".join(c for c in self.kept if c in self.weight_term and c not in self.result)
+
+    @property
+    def outputs(self) -> str:
+        """What the constant alone has of the result, in the order of the result."""
+        return "".join(c for c in self.result if c in self.weight_term and c not in self.kept)
+
+    def check(self) -> None:
+        """Refuses what is no Linear."""
+        sizes = self.sizes
+        own = dict(zip(self.x_term, g.symbolic_shape(g.fake_value(self.x).shape), strict=True))
+        if unequal := [c for c in self.kept if own[c] != sizes.get(c, own[c])]:
+            raise _RefusedError(f"its sizes {own[unequal[0]]} and {sizes[unequal[0]]} are not known to be equal")
+        if shared := [c for c in self.result if c in self.kept and c in self.weight_term]:
+            raise _RefusedError(f"it has another matrix for each of {math.prod(sizes[c] for c in shared)} products")
+        if not self.summed:
+            raise _RefusedError("it sums over nothing that both operands have")
+        if not self.outputs:
+            raise _RefusedError("the weight is a vector")
+
+
+def _linear(graph_module: fx.GraphModule, node: fx.Node, pair: _Pair, made: _Made) -> fx.Node:
+    """Inserts permute, flatten, linear, unflatten and permute, each only where it does something."""
+    pair.check()
+    graph, x, kept, sizes = graph_module.graph, pair.x, pair.kept, pair.sizes
+    if gone := [pair.x_term.index(c) for c in pair.gone]:
+        x = g.insert_call(graph, node, _aten.sum.dim_IntList, (x, gone))
+    rows = "".join(c for c in kept if c not in pair.summed)
+    x = _permuted(graph, node, x, kept, rows + pair.summed)
+    if len(pair.summed) > 1:
+        x = g.insert_call(graph, node, _aten.flatten.using_ints, (x, len(rows), -1))
+    if pair.weight_term == pair.summed + pair.outputs and len(pair.weight_term) == 2:
+        y = g.insert_call(graph, node, _aten.matmul.default, (x, pair.weight))
+    else:
+        y = g.insert_call(graph, node, _aten.linear.default, (x, _matrix(graph_module, node, pair, made)))
+    if len(pair.outputs) > 1:
+        y = g.insert_call(graph, node, _aten.unflatten.int, (y, -1, [sizes[c] for c in pair.outputs]))
+    return _permuted(graph, node, y, rows + pair.outputs, pair.result)
+
+
+def _matrix(graph_module: fx.GraphModule, node: fx.Node, pair: _Pair, made: _Made) -> fx.Node:
+    """The constant as [outputs, summed], made once for each way in which it is read."""
+    order = pair.outputs + pair.summed
+    if pair.weight_term == order and len(order) == 2:
+        return pair.weight
+    name = str(pair.weight.target)
+    key = (name, len(pair.outputs), *(order.find(c) for c in pair.weight_term))
+    if key not in made:
+        held = g.constant(graph_module, pair.weight)
+        if alone := [i for i, c in enumerate(pair.weight_term) if c not in order]:
+            held = held.sum(alone)
+        term = [c for c in pair.weight_term if c in order]
+        held = held.permute([term.index(c) for c in order])
+        made[key] = held.flatten(0, len(pair.outputs) - 1).flatten(1).contiguous()
+    return g.add_constant(graph_module, f"{name}_matrix", made[key], node, [pair.weight])
+
+
+def _permuted(graph: fx.Graph, node: fx.Node, x: fx.Node, term: str, order: str) -> fx.Node:
+    if term == order:
+        return x
+    return g.insert_call(graph, node, _aten.permute.default, (x, [term.index(c) for c in order]))
