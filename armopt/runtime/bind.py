@@ -142,7 +142,7 @@ class Binder:
         """The layer as a primitive of its kernel's own, with right numbers; None where it can't be had."""
         if kernel.own is None or None in layer.output or own.unavailable():
             return None
-        for fused in (True, False) if kernel.fuses(layer.site) else (False,):
+        for fused in own.forms(kernel, layer.site):
             made = self._own_as(kernel, layer, constants, fused)
             if made is not None:
                 return made
@@ -276,30 +276,35 @@ class Single:
         return self.graph_module.forward(*self.inputs)
 
 
-def single(kernel: Kernel, site: Site, weight: torch.Tensor, bias: torch.Tensor | None) -> Single:
+def single(kernel: Kernel, site: Site, weight: torch.Tensor | Layer, bias: torch.Tensor | None) -> Single:
     """The kernel's own calls for one site alone, on zeros.
 
     Args:
         kernel: The kernel.
         site: The site; its shape is that of the input.
-        weight: Packed by the kernel.
-        bias: In the kernel's dtype.
+        weight: Packed by the kernel, or the kernel's own primitive.
+        bias: In the kernel's dtype; that of a primitive is part of it.
     """
     graph = fx.Graph()
-    constants = {"weight": weight}
+    constants: dict[str, torch.Tensor] = {}
     x = graph.placeholder("x")
     inputs = [torch.zeros(site.shape, dtype=kernel.activations)]
     other = None
     if site.post_op in (post_ops.ADD, post_ops.ADD_RELU):
         other = graph.placeholder("other")
         inputs.append(torch.zeros(_output_shape(site), dtype=kernel.activations))
-    weight_node = graph.get_attr("weight")
-    bias_node = None
-    if bias is not None:
-        constants["bias"] = bias
-        bias_node = graph.get_attr("bias")
     place = graph.call_function(_aten.alias.default, (x,))
-    graph.output(kernel.emit(KernelCall(kernel, site, place, x, weight_node, bias_node, other, _output_shape(site))))
+    end = graph.output(place)
+    call = functools.partial(KernelCall, kernel, site, place, x, other=other, shape=_output_shape(site))
+    if isinstance(weight, Layer):
+        calls = own.Calls(graph, Workspaces())
+        result = calls.emit(call(weight=None, bias=None), weight)
+        calls.finish()
+    else:
+        weight_node = _attribute(constants, place, "weight", weight)
+        bias_node = None if bias is None else _attribute(constants, place, "bias", bias)
+        result = kernel.emit(call(weight=weight_node, bias=bias_node))
+    end.args = (result,)
     graph.erase_node(place)
     # a convolution's neighbours hand it channels_last
     if site.op == Op.CONV:

@@ -12,6 +12,7 @@ from armopt.ir.records import Op, Site
 from armopt.kernels.base import Kernel, KernelCall
 from armopt.kernels.onednn import primitives
 from armopt.kernels.onednn.layer import Layer, Workspaces, describe
+from armopt.runtime import numbers
 from armopt.runtime.packings import Packings
 
 _aten = torch.ops.aten
@@ -21,6 +22,21 @@ def unavailable() -> str:
     """Why no kernel can own its primitive in this process; empty where they can."""
     api = primitives.api()
     return api if isinstance(api, str) else ""
+
+
+def forms(kernel: Kernel, site: Site) -> tuple[bool, ...]:
+    """Whether a primitive takes the site's post-op: what is to be tried, in order."""
+    return (True, False) if kernel.fuses(site) else (False,)
+
+
+def proven(kernel: Kernel, site: Site, stored: torch.Tensor, bias: torch.Tensor | None) -> Layer | None:
+    """A layer alone as its kernel's own primitive, with right numbers; None where it can't be had."""
+    values = kernel.weight_values(stored, site)
+    for fused in forms(kernel, site):
+        made = make(kernel, site, lambda: stored, bias, lambda layout: [], fused=fused)
+        if made is not None and numbers.refusal(kernel, site, alone(made, site), values, bias, fused=fused) is None:
+            return made
+    return None
 
 
 def make(

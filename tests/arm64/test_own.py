@@ -10,7 +10,9 @@ from tests.arm64 import kernel_cases
 JOBS = "tests.arm64.jobs_own"
 KERNELS = ("conv1x1_bf16", "conv1x1_fastmath", "conv_bf16", "conv_fastmath", "conv_fp32", "conv_merged_fp32")
 #: Every third layer that a kernel names for itself.
-CASES = [case for name in KERNELS for case in [c for c in kernel_cases.examples()["graviton3"] if c.kernel == name][::3]]
+CASES = [
+    case for name in KERNELS for case in [c for c in kernel_cases.examples()["graviton3"] if c.kernel == name][::3]
+]
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,10 @@ def results(server):
     arguments = {"cases": CASES, "target": "graviton3"}
     own = server("graviton3").submit(f"{JOBS}:run", **arguments)
     called = server("graviton3").submit(f"{JOBS}:run", **arguments, own=False, fast_math=True)
-    return {True: dict(zip(CASES, own.result().value, strict=True)), False: dict(zip(CASES, called.result().value, strict=True))}
+    return {
+        True: dict(zip(CASES, own.result().value, strict=True)),
+        False: dict(zip(CASES, called.result().value, strict=True)),
+    }
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -119,15 +119,28 @@ def describe(api: Api, wanted: Wanted, *, bias: bool) -> Description | None:
     return None if chosen is None else Description(api, *chosen)
 
 
-class Arguments(NamedTuple):
-    """What a call of a layer needs of its own: no other call may use it meanwhile."""
+@dataclass(slots=True)
+class Arguments:
+    """What a call of a layer needs of its own: no other call may use it meanwhile.
 
-    primitive: Handle
-    source: Handle
-    result: Handle
+    Attributes:
+        primitive: For oneDNN.
+        array: The address of its arguments, `count` of them.
+        source: The memory that is its input.
+        result: The memory that is its output.
+        x: Where its input was last.
+        y: Where its output was last.
+        kept: What these point to.
+    """
+
+    primitive: ctypes.c_void_p
     count: int
-    address: int
+    array: ctypes.c_void_p
+    source: ctypes.c_void_p
+    result: ctypes.c_void_p
     kept: Any
+    x: int = 0
+    y: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +216,15 @@ class Layer:
             memories[BIAS] = api.memory(bias, self._bias.data_ptr())
         if made.scratch:
             memories[SCRATCHPAD] = api.memory(api.part(made.description.handle, SCRATCHPAD_DESC), aligned(scratch))
-        array = (Argument * len(memories))(*(Argument(which, memory.address) for which, memory in memories.items()))
-        address = ctypes.addressof(array)
-        kept = (array, memories, scratch, made)
-        return Arguments(made.primitive, memories[SRC], memories[DST], len(memories), address, kept)
+        array = (Argument * len(memories))(*(Argument(which, memory.pointer) for which, memory in memories.items()))
+        return Arguments(
+            made.primitive.pointer,
+            len(memories),
+            ctypes.c_void_p(ctypes.addressof(array)),
+            memories[SRC].pointer,
+            memories[DST].pointer,
+            (array, memories, scratch, made),
+        )
 
     def call(
         self, index: int, shape: tuple[int, ...], *, channels_last: bool
@@ -219,21 +237,25 @@ class Layer:
             channels_last: Whether input and result lie so; else their rows are in their order.
         """
         api, wanted = self._api, self.wanted
-        execute, stream, set_data, empty = api.execute, api.stream, api.set_data, torch.empty_strided
-        size, dtype = math.prod(wanted.source) * wanted.activations.itemsize, wanted.activations
-        strides = wanted.strides(shape) if channels_last else in_rows(shape)
+        execute, set_data, stream, empty = api.execute, api.set_data, api.stream.pointer, torch.empty_like
+        size = math.prod(wanted.source) * wanted.activations.itemsize
+        like = _shape_alone(shape, wanted.strides(shape) if channels_last else in_rows(shape), wanted.activations)
         layout = _LAYOUTS[len(shape)] if channels_last else torch.contiguous_format
 
         def run(workspace: Workspace, x: torch.Tensor) -> torch.Tensor:
-            if not x.is_contiguous(memory_format=layout):
+            if not (x.is_contiguous(memory_format=layout) if channels_last else x.is_contiguous()):
                 x = x.contiguous(memory_format=layout)
             if x.nbytes != size:
                 raise ValueError(f"expected {size} bytes for {wanted.source}, found {x.nbytes}")
-            primitive, source, result, count, address, _ = workspace.arguments[index]
-            y = empty(shape, strides, dtype=dtype)
-            set_data(source, x.data_ptr())
-            set_data(result, y.data_ptr())
-            if status := execute(primitive, stream, count, address):
+            y = empty(like)
+            arguments = workspace.arguments[index]
+            if arguments.x != (at := x.data_ptr()):
+                set_data(arguments.source, at)
+                arguments.x = at
+            if arguments.y != (at := y.data_ptr()):
+                set_data(arguments.result, at)
+                arguments.y = at
+            if status := execute(arguments.primitive, stream, arguments.count, arguments.array):
                 check(status, "primitive_execute")
             return y
 
@@ -279,6 +301,13 @@ class Workspaces:
 
 
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _shape_alone(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without memory, to make others like it: that takes less than telling how they lie."""
+    tensor = torch.empty_strided(shape, strides, dtype=dtype)
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
 def in_rows(shape: Sequence[int]) -> tuple[int, ...]:

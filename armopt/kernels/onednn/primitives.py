@@ -83,17 +83,17 @@ class Handle:
 
     __slots__ = ("_as_parameter_", "_destroy")
 
-    def __init__(self, at: c.c_void_p, destroy: Callable[[c.c_void_p], int]) -> None:
-        self._as_parameter_ = at
+    def __init__(self, pointer: c.c_void_p, destroy: Callable[[c.c_void_p], int]) -> None:
+        self._as_parameter_ = pointer
         self._destroy = destroy
 
     def __del__(self) -> None:
         self._destroy(self._as_parameter_)
 
     @property
-    def address(self) -> int:
-        """Where it is."""
-        return self._as_parameter_.value or 0
+    def pointer(self) -> c.c_void_p:
+        """Where it is; valid as long as this lives."""
+        return self._as_parameter_
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ class Api:
         create = "reorder_primitive_desc_create"
         description = self._new("primitive_desc", create, given, self.engine, wanted, self.engine, None)
         memories = self.memory(given, address), self.memory(wanted, aligned(packed))
-        arguments = (Argument * 2)(*(Argument(arg, m.address) for arg, m in zip((SRC, DST), memories, strict=True)))
+        arguments = (Argument * 2)(*(Argument(arg, m.pointer) for arg, m in zip((SRC, DST), memories, strict=True)))
         self._call("primitive_execute", self.primitive(description), self.stream, 2, c.addressof(arguments))
         return packed
 
