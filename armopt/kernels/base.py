@@ -74,7 +74,8 @@ class Kernel:
         emit: Inserts the call in front of a node of armopt::linear or armopt::conv; returns the node with the result.
         layout: Of the activations it works on.
         uses: Who chooses it.
-        fast_math: Whether it needs DNNL_DEFAULT_FPMATH_MODE=BF16, read when oneDNN is first used.
+        fast_math: Whether without a primitive of its own it needs DNNL_DEFAULT_FPMATH_MODE=BF16, read when oneDNN is
+            first used.
         fuses: Whether a site's post-op is part of the call. Pure.
         own: Of the kernel and a site of fixed sizes, the primitive that takes the place of the call where this build of
             oneDNN lets it be made; None for a kernel that has none. Pure.

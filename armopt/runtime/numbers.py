@@ -13,8 +13,7 @@ from armopt.kernels import post_ops
 from armopt.kernels.base import Kernel
 from armopt.kernels.onednn.primitives import OneDnnError
 
-#: Results in BF16 are rounded, with a long sum more than once; sums in FP32 of BF16 products that some flush or round to
-#: odd are far closer. FP32 multiplied in BF16 by mistake would be off by 3e-3.
+#: Results in BF16 are rounded, with a long sum more than once. FP32 multiplied in BF16 by mistake would be off by 3e-3.
 _MOST_APART = {Precision.BF16: 1e-2, Precision.FP32: 1e-4}
 #: Output channels of a dense layer that are looked at.
 _CHANNELS = 24
@@ -74,7 +73,10 @@ class _Exact:
         for share in (0, 0.5, 1):
             image, *place = (int(share * (size - 1)) for size in (found.shape[0], *found.shape[2:]))
             patches.append(_patch(x[image].to(self.kernel.rounding.products), place, steps))
-            results.append(found[(image, picked, *place)])
+            result = found[image, picked]
+            for at in place:
+                result = result[:, at]
+            results.append(result)
         ones = [1] * len(steps)
         bias = None if self.bias is None else self.bias.double()
         of_groups = (ones, [0] * len(ones), ones, False, ones, site.groups)

@@ -200,7 +200,7 @@ class Api:
 
     def advance(self, description: Handle) -> bool:
         """Goes on to the next implementation; False where there is none."""
-        return self._functions["primitive_desc_next_impl"](description) == 0
+        return bool(self._functions["primitive_desc_next_impl"](description) == 0)
 
     def part(self, description: Handle, which: int) -> View:
         """The descriptor of one of a primitive's tensors."""

@@ -89,21 +89,26 @@ def addresses(library: Loaded, names: Sequence[str], cache: Path | None = None) 
     Returns:
         Addresses by name; empty where the file is another than the one loaded, or lacks any of the functions.
     """
-    with contextlib.suppress(OSError, ValueError, struct.error, IndexError):
+    try:
         with open(library.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
             table = _Table.of(image)
             if table is None or not library.build_id or _build_id(table.notes) != library.build_id:
                 return {}
-            path = _cache_file(library, cache)
-            places = _remembered(path)
-            found = {name: table.value(places[name], name) for name in names if name in places}
-            if set(names) != {name for name, value in found.items() if value}:
-                places = {name: place for name in names if (place := table.find(name)) is not None}
-                found = {name: table.value(place, name) for name, place in places.items()}
-                _remember(path, places)
-            if all(found.get(name) for name in names):
-                return {name: library.bias + value for name, value in found.items()}
-    return {}
+            found = _values(table, names, _cache_file(library, cache))
+    except (OSError, ValueError, struct.error, IndexError):
+        return {}
+    return {name: library.bias + found[name] for name in names} if all(map(found.get, names)) else {}
+
+
+def _values(table: _Table, names: Sequence[str], path: Path | None) -> Mapping[str, int]:
+    """Values of symbols, by the places that are remembered where these are right; those sought are remembered."""
+    places = _remembered(path)
+    found = {name: table.value(places[name], name) for name in names if name in places}
+    if not all(map(found.get, names)):
+        places = {name: place for name in names if (place := table.find(name)) is not None}
+        found = {name: table.value(place, name) for name, place in places.items()}
+        _remember(path, places)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
