@@ -2,16 +2,15 @@
 
 import torch
 
-from armopt.kernels.onednn import primitives
 from armopt.runtime.bind import Binder
-from tests.arm64 import kernel_cases
+from tests.arm64 import jobs_bundles, kernel_cases
 
 
 def run(cases, target, fast_math=False, own=True, threads=1):
     """For each case what the kernel gave, and what the layer got; with primitives of its own or without."""
-    before, api = torch.get_num_threads(), primitives.api
+    before = torch.get_num_threads()
     if not own:
-        primitives.api = lambda: "not asked for"
+        jobs_bundles.turn_off_own_primitives()
     torch.set_num_threads(threads)
     found = []
     try:
@@ -23,5 +22,4 @@ def run(cases, target, fast_math=False, own=True, threads=1):
             found.append((result.contiguous(), bound))
     finally:
         torch.set_num_threads(before)
-        primitives.api = api
     return found

@@ -16,7 +16,7 @@ import armopt
 from armopt import environment
 from armopt.ir.records import Site
 from armopt.kernels.base import Kernel
-from armopt.runtime import host_check, probe, probe_cache
+from armopt.runtime import host_check, numbers, probe, probe_cache
 
 SITE = Site("fc", "linear", 8, 64, 32, (8, 64), (32, 64), weight_key="fc_weight", source="x")
 
