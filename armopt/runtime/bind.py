@@ -140,7 +140,7 @@ class Binder:
 
     def _own(self, kernel: Kernel, layer: _Layer, constants: dict[str, torch.Tensor]) -> Layer | None:
         """The layer as a primitive of its kernel's own, with right numbers; None where it can't be had."""
-        if kernel.own is None or None in layer.output or own.unavailable():
+        if kernel.own is None or own.unavailable():
             return None
         for fused in own.forms(kernel, layer.site):
             made = self._own_as(kernel, layer, constants, fused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -9,9 +10,11 @@ import torch
 from torch import fx
 
 from armopt.ir.records import Op, Site
+from armopt.kernels import post_ops
 from armopt.kernels.base import Kernel, KernelCall
 from armopt.kernels.onednn import primitives
-from armopt.kernels.onednn.layer import Layer, Workspaces, describe
+from armopt.kernels.onednn.any_size import AnySize
+from armopt.kernels.onednn.layer import Layer, Wanted, Workspaces, describe
 from armopt.runtime import numbers
 from armopt.runtime.packings import Packings
 
@@ -52,7 +55,7 @@ def make(
 
     Args:
         kernel: The kernel.
-        site: The site, whose sizes are fixed.
+        site: The site.
         stored: Gives the weight as the bundle stores it.
         bias: In the kernel's dtype.
         packings: Of a layout, what is packed so already; what is packed here is added.
@@ -73,7 +76,7 @@ def make(
         if packed is None:
             packed = description.pack(kernel.arrange(kernel.weight_values(stored(), site), site).reshape(wanted.weight))
             held.append(((), packed))
-        return Layer(wanted, description, packed, bias)
+        return Layer(wanted, description, packed, None if bias is None else bias.detach().clone())
     except primitives.OneDnnError:
         return None
 
@@ -96,6 +99,36 @@ def alone(layer: Layer, site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
     return run
 
 
+def of_any_size(kernel: Kernel, site: Site, layer: Layer) -> AnySize:
+    """A layer of dynamic size; its weight is shared by all sizes that want it in one layout."""
+    is_conv, fused = site.op == Op.CONV, layer.wanted.post_op
+
+    def wanted(shape: tuple[int, ...]) -> tuple[Wanted, tuple[int, ...]]:
+        assert kernel.own is not None
+        own_shape = (*shape[:2], *shape[3:]) if is_conv and len(site.shape) == 3 else tuple(shape)
+        made = kernel.own(kernel, replace(site, shape=own_shape, m=math.prod(shape[:-1])))
+        made = replace(made, post_op=fused)
+        return made, made.result if is_conv else (*shape[:-1], site.n)
+
+    def otherwise(x: torch.Tensor) -> torch.Tensor:
+        weight = layer.weight().float()
+        bias = None if layer.bias is None else layer.bias.float()
+        x = x.to(kernel.rounding.products).float()
+        if is_conv:
+            assert layer.wanted.geometry is not None
+            stride, dilation, padding = (list(part) for part in layer.wanted.geometry)
+            groups = weight.shape[0] if weight.dim() > x.dim() else 1
+            weight = weight.flatten(0, 1) if groups > 1 else weight
+            ones = [0] * len(stride)
+            y = torch.convolution(x, weight, bias, stride, padding, [d + 1 for d in dilation], False, ones, groups)
+        else:
+            y = torch.nn.functional.linear(x, weight.reshape(site.weight), bias)
+        y = y.to(kernel.activations)
+        return post_ops.apply(fused, y, None) if fused else y
+
+    return AnySize(layer, wanted, otherwise)
+
+
 @dataclass(slots=True)
 class Calls:
     """The calls of own primitives in one graph: each takes the workspace of the call of the program."""
@@ -108,10 +141,15 @@ class Calls:
         """Inserts the call of a layer in front of its node, and its post-op where the primitive doesn't take it."""
         is_conv = call.site.op == Op.CONV
         flat = is_conv and len(call.site.shape) == 3
-        shape = layer.wanted.result if is_conv else tuple(call.shape)
-        run = layer.call(len(self.workspaces.layers), shape, channels_last=is_conv)
+        index, dims = len(self.workspaces.layers), len(call.shape) + flat
+        if any(size is None for size in call.shape):
+            sized = of_any_size(call.kernel, call.site, layer)
+            run = sized.call(index, dims, channels_last=is_conv)
+            self.workspaces.layers.append(sized)
+        else:
+            run = layer.call(index, layer.wanted.result if is_conv else tuple(call.shape), channels_last=is_conv)
+            self.workspaces.layers.append(layer)
         run.__name__ = call.node.name
-        self.workspaces.layers.append(layer)
         x = call.call(_aten.unsqueeze.default, call.x, 2) if flat else call.x
         y = call.call(run, self._taken(), x)
         y = call.call(_aten.squeeze.dim, y, 2) if flat else y

@@ -58,7 +58,8 @@ def layer(api: primitives.Api, rows: int = 8, bias: bool = True) -> tuple[Layer,
     wanted = replace(WANTED, source=(rows, 32), result=(rows, 16))
     description = describe(api, wanted, bias=bias)
     assert description is not None
-    return Layer(wanted, description, description.pack(weight), added), weight, added
+    kept = None if added is None else added.clone()
+    return Layer(wanted, description, description.pack(weight), kept), weight, added
 
 
 class Net(nn.Module):
@@ -97,11 +98,52 @@ def test_a_program_gives_what_pytorchs_calls_give(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(module(nchw)[0], found)
 
 
-def test_a_program_of_dynamic_size_runs_pytorchs_calls() -> None:
-    program = lowered(nn.Linear(16, 8), random(4, 16))
-    program = replace(program, shapes={name: (None, *shape[1:]) for name, shape in program.shapes.items()})
-    _, (entry,) = bind.Binder(False).bind(program)
-    assert (entry.kernel, entry.implementation) == (entry.planned, "")
+def of_any_size(model: nn.Module, x: torch.Tensor, *dynamic: int) -> Program:
+    """Lowered with some dimensions of all results dynamic."""
+    program = lowered(model, x)
+    shapes = {
+        name: tuple(None if i in dynamic else size for i, size in enumerate(shape))
+        for name, shape in program.shapes.items()
+    }
+    return replace(program, shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    ("model", "dynamic", "shapes"),
+    [
+        (nn.Sequential(nn.Linear(32, 16), nn.ReLU()), [0], [(8, 32), (1, 32), (0, 32), (50, 32)]),
+        (nn.Linear(32, 16), [0, 1], [(2, 8, 32), (3, 1, 32), (2, 0, 32)]),
+        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.SiLU()), [0, 2, 3], [(1, 3, 9, 9), (2, 3, 5, 20), (0, 3, 9, 9)]),
+        (nn.Conv2d(16, 16, 3, groups=16), [0, 2, 3], [(1, 16, 9, 9), (2, 16, 5, 20)]),
+        (nn.Conv1d(16, 8, 3), [2], [(2, 16, 12), (2, 16, 40)]),
+    ],
+)
+@pytest.mark.parametrize("offered", [True, False])
+def test_a_layer_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, dynamic: list[int], shapes: list[tuple[int, ...]], offered: bool
+) -> None:
+    """Also where oneDNN offers nothing for another size."""
+    program = of_any_size(model, random(*shapes[0]), *dynamic)
+    module, entries = bind.Binder(False).bind(program)
+    assert all(entry.implementation for entry in entries)
+    if not offered:
+        monkeypatch.setattr(Layer, "resized", lambda self, wanted: None)
+    for shape in (*shapes, *shapes):
+        x = random(*shape)
+        with torch.no_grad():
+            expected = model(x)
+        found = module(x)[0]
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_are_forgotten_in_order() -> None:
+    module, _ = bind.Binder(False).bind(of_any_size(nn.Linear(32, 16), random(8, 32), 0))
+    x = random(100, 32)
+    whole = module(x)[0]
+    for _ in range(2):
+        for rows in range(1, 100):
+            torch.testing.assert_close(module(x[:rows])[0], whole[:rows], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [k.name for k in table.kernels() if k.own and k.precision == Precision.FP32])

@@ -6,8 +6,8 @@ import ctypes
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
@@ -65,6 +65,13 @@ class Wanted:
         batch, channels, *spatial = shape
         first, *others, last = in_rows((batch, *spatial, channels))
         return (first, last, *others)
+
+    def like(self, shape: tuple[int, ...], *, channels_last: bool) -> torch.Tensor:
+        """A result without memory, to make others like it: that takes less than telling how they lie."""
+        strides = self.strides(shape) if channels_last else in_rows(shape)
+        tensor = torch.empty_strided(shape, strides, dtype=self.activations)
+        tensor.untyped_storage().resize_(0)
+        return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,16 +177,17 @@ class Layer:
             wanted: The primitive.
             description: What was chosen for it, in this thread.
             packed: The weight, packed for that.
-            bias: In the dtype of the activations, and copied: nothing else may free it.
+            bias: In the dtype of the activations; nothing else may change or free its memory.
 
         Raises:
             OneDnnError: oneDNN can't make it.
         """
         self.wanted, self.implementation = wanted, description.implementation
         self._api = description.api
-        self._bias = None if bias is None else bias.detach().clone()
+        self._bias = bias
         self._first = self._make(description, packed)
         self._made = {torch.get_num_threads(): self._first}
+        self._packed = {self._api.key(description.layout): packed}
 
     def _make(self, description: Description, packed: torch.Tensor) -> _Made:
         api = self._api
@@ -193,15 +201,47 @@ class Layer:
             OneDnnError: oneDNN offers nothing for that number.
         """
         if threads not in self._made:
-            first, api = self._first, self._api
-            description = describe(api, self.wanted, bias=self._bias is not None)
+            description = describe(self._api, self.wanted, bias=self._bias is not None)
             if description is None:
                 raise OneDnnError(f"nothing but a reference for {self.wanted} on {threads} threads")
-            same = api.key(description.layout) == api.key(first.description.layout)
-            layout = first.description.layout
-            packed = first.packed if same else api.reorder(layout, aligned(first.packed), description.layout)
-            self._made[threads] = self._make(description, packed)
+            self._made[threads] = self._make(description, self._packed_for(description))
         return self._made[threads].scratch
+
+    def _packed_for(self, description: Description) -> torch.Tensor:
+        """The weight in the layout of another primitive; packed again at most once for each layout."""
+        key = self._api.key(description.layout)
+        if key not in self._packed:
+            first = self._first
+            self._packed[key] = self._api.reorder(first.description.layout, aligned(first.packed), description.layout)
+        return self._packed[key]
+
+    def resized(self, wanted: Wanted) -> Layer | None:
+        """The same layer for other sizes; None where oneDNN offers nothing for them.
+
+        With a post-op only by the same implementation: others may swallow NaN in it.
+        """
+        wanted = replace(wanted, preferred=(self.implementation,))
+        description = describe(self._api, wanted, bias=self._bias is not None)
+        if description is None or (wanted.post_op and description.implementation != self.implementation):
+            return None
+        made = Layer(wanted, description, self._packed_for(description), self._bias)
+        made._packed = self._packed
+        return made
+
+    def weight(self) -> torch.Tensor:
+        """The values of the packed weight, in the shape that is wanted."""
+        api, first = self._api, self._first
+        dtype = torch.bfloat16 if api.is_bf16(first.description.layout) else torch.float32
+        plain = api.strided(self.wanted.weight, in_rows(self.wanted.weight), dtype)
+        values = api.reorder(first.description.layout, aligned(first.packed), plain)
+        start = aligned(values) - values.data_ptr()
+        size = math.prod(self.wanted.weight) * dtype.itemsize
+        return values[start : start + size].view(dtype).view(self.wanted.weight)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """As it was given."""
+        return self._bias
 
     def arguments(self, threads: int, scratch: torch.Tensor) -> Arguments:
         """What one call at a time needs, after :meth:`prepare`; `scratch` holds what it asked for."""
@@ -236,11 +276,10 @@ class Layer:
             shape: Of the result, as PyTorch has it.
             channels_last: Whether input and result lie so; else their rows are in their order.
         """
-        api, wanted = self._api, self.wanted
-        execute, set_data, stream, empty = api.execute, api.set_data, api.stream.pointer, torch.empty_like
+        wanted, execute, empty = self.wanted, self.executor(), torch.empty_like
         size = math.prod(wanted.source) * wanted.activations.itemsize
-        like = _shape_alone(shape, wanted.strides(shape) if channels_last else in_rows(shape), wanted.activations)
-        layout = _LAYOUTS[len(shape)] if channels_last else torch.contiguous_format
+        like = wanted.like(shape, channels_last=channels_last)
+        layout = memory_format(shape, channels_last=channels_last)
 
         def run(workspace: Workspace, x: torch.Tensor) -> torch.Tensor:
             if not (x.is_contiguous(memory_format=layout) if channels_last else x.is_contiguous()):
@@ -248,7 +287,17 @@ class Layer:
             if x.nbytes != size:
                 raise ValueError(f"expected {size} bytes for {wanted.source}, found {x.nbytes}")
             y = empty(like)
-            arguments = workspace.arguments[index]
+            execute(workspace.arguments[index], x, y)
+            return y
+
+        return run
+
+    def executor(self) -> Callable[[Arguments, torch.Tensor, torch.Tensor], None]:
+        """What executes the primitive on an input, and a result to be, of the sizes and strides that are wanted."""
+        api = self._api
+        execute, set_data, stream = api.execute, api.set_data, api.stream.pointer
+
+        def run(arguments: Arguments, x: torch.Tensor, y: torch.Tensor) -> None:
             if arguments.x != (at := x.data_ptr()):
                 set_data(arguments.source, at)
                 arguments.x = at
@@ -257,9 +306,18 @@ class Layer:
                 arguments.y = at
             if status := execute(arguments.primitive, stream, arguments.count, arguments.array):
                 check(status, "primitive_execute")
-            return y
 
         return run
+
+
+class _Callable(Protocol):
+    """A layer of one size, or of any."""
+
+    def prepare(self, threads: int) -> int:
+        """Makes it for as many threads as this thread works with; returns the size of its scratchpad."""
+
+    def arguments(self, threads: int, scratch: torch.Tensor) -> Any:
+        """What one call at a time needs."""
 
 
 class Workspace:
@@ -267,7 +325,7 @@ class Workspace:
 
     __slots__ = ("arguments", "free")
 
-    def __init__(self, arguments: list[Arguments], free: list[Workspace]) -> None:
+    def __init__(self, arguments: list[Any], free: list[Workspace]) -> None:
         self.arguments, self.free = arguments, free
 
 
@@ -275,7 +333,7 @@ class Workspaces:
     """The layers of one program, and the workspaces in which calls run: as many as there were calls at once."""
 
     def __init__(self) -> None:
-        self.layers: list[Layer] = []
+        self.layers: list[_Callable] = []
         self._free: defaultdict[int, list[Workspace]] = defaultdict(list)
 
     def take(self) -> Workspace:
@@ -300,14 +358,10 @@ class Workspaces:
             workspace.free.append(workspace)
 
 
-_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def _shape_alone(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor without memory, to make others like it: that takes less than telling how they lie."""
-    tensor = torch.empty_strided(shape, strides, dtype=dtype)
-    tensor.untyped_storage().resize_(0)
-    return tensor
+def memory_format(shape: Sequence[int], *, channels_last: bool) -> torch.memory_format:
+    """How PyTorch calls the layout of a tensor of that many dimensions."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return layouts[len(shape)] if channels_last else torch.contiguous_format
 
 
 def in_rows(shape: Sequence[int]) -> tuple[int, ...]:
