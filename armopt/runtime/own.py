@@ -129,6 +129,14 @@ def of_any_size(kernel: Kernel, site: Site, layer: Layer) -> AnySize:
     return AnySize(layer, wanted, otherwise)
 
 
+def packed_weights(graph: fx.Graph) -> tuple[torch.Tensor, ...]:
+    """The weights that the primitives of a bound graph hold."""
+    owners = (getattr(node.target, "__self__", None) for node in graph.nodes)
+    return tuple(
+        tensor for owner in owners if isinstance(owner, Workspaces) for layer in owner.layers for tensor in layer.packed
+    )
+
+
 @dataclass(slots=True)
 class Calls:
     """The calls of own primitives in one graph: each takes the workspace of the call of the program."""

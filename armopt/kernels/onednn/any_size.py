@@ -49,6 +49,11 @@ class AnySize:
         self.layer, self._wanted, self._otherwise = layer, wanted, otherwise
         self._layers: dict[Shape, Layer | None] = {}
 
+    @property
+    def packed(self) -> tuple[torch.Tensor, ...]:
+        """The bytes of its weight, in each layout that is wanted."""
+        return self.layer.packed
+
     def prepare(self, threads: int) -> int:
         """Makes the layer at its planned size; returns the size of its scratchpad."""
         return self.layer.prepare(threads)

@@ -228,6 +228,11 @@ class Layer:
         made._packed = self._packed
         return made
 
+    @property
+    def packed(self) -> tuple[torch.Tensor, ...]:
+        """The bytes of its weight, in each layout that is wanted."""
+        return tuple(self._packed.values())
+
     def weight(self) -> torch.Tensor:
         """The values of the packed weight, in the shape that is wanted."""
         api, first = self._api, self._first
@@ -312,6 +317,10 @@ class Layer:
 
 class _Callable(Protocol):
     """A layer of one size, or of any."""
+
+    @property
+    def packed(self) -> tuple[torch.Tensor, ...]:
+        """The bytes of its weight, in each layout that is wanted."""
 
     def prepare(self, threads: int) -> int:
         """Makes it for as many threads as this thread works with; returns the size of its scratchpad."""
