@@ -73,7 +73,10 @@ class AnySize:
             if x.dtype != dtype:
                 raise ValueError(f"expected {dtype}, found {x.dtype}")
             if not x.is_contiguous(memory_format=layout):
-                x = x.contiguous(memory_format=layout)
+                if channels_last and arguments is not None:
+                    x = arguments.channels_last(x)
+                else:
+                    x = x.contiguous(memory_format=layout)
             y = empty(like)
             if arguments is not None:
                 execute(arguments, x, y)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from armopt.kernels.onednn import implementations
+from armopt.kernels.onednn.images import ChannelsLast
 from armopt.kernels.onednn.primitives import (
     BIAS,
     DST,
@@ -138,6 +139,7 @@ class Arguments:
         x: Where its input was last.
         y: Where its output was last.
         kept: What these point to.
+        channels_last: Lays out an input that lies otherwise.
     """
 
     primitive: ctypes.c_void_p
@@ -146,6 +148,7 @@ class Arguments:
     source: ctypes.c_void_p
     result: ctypes.c_void_p
     kept: Any
+    channels_last: ChannelsLast
     x: int = 0
     y: int = 0
 
@@ -269,6 +272,7 @@ class Layer:
             memories[SRC].pointer,
             memories[DST].pointer,
             (array, memories, scratch, made),
+            ChannelsLast(api, wanted.source, wanted.strides(wanted.source), wanted.activations),
         )
 
     def call(
@@ -287,12 +291,16 @@ class Layer:
         layout = memory_format(shape, channels_last=channels_last)
 
         def run(workspace: Workspace, x: torch.Tensor) -> torch.Tensor:
-            if not (x.is_contiguous(memory_format=layout) if channels_last else x.is_contiguous()):
-                x = x.contiguous(memory_format=layout)
             if x.nbytes != size:
                 raise ValueError(f"expected {size} bytes for {wanted.source}, found {x.nbytes}")
+            arguments = workspace.arguments[index]
+            if channels_last:
+                if not x.is_contiguous(memory_format=layout):
+                    x = arguments.channels_last(x)
+            elif not x.is_contiguous():
+                x = x.contiguous()
             y = empty(like)
-            execute(workspace.arguments[index], x, y)
+            execute(arguments, x, y)
             return y
 
         return run

@@ -217,11 +217,15 @@ class Api:
         """A tensor with this descriptor at an address, or at one that is given later."""
         return self._new("memory", "memory_create", desc, self.engine, address)
 
+    def reordering(self, given: Handle | View, wanted: Handle | View) -> Handle:
+        """The descriptor of a reorder."""
+        create = "reorder_primitive_desc_create"
+        return self._new("primitive_desc", create, given, self.engine, wanted, self.engine, None)
+
     def reorder(self, given: Handle | View, address: int, wanted: Handle | View) -> torch.Tensor:
         """The tensor with the descriptor `given` at an address, laid out as another says, from :func:`aligned` on."""
         packed = buffer(self.size(wanted))
-        create = "reorder_primitive_desc_create"
-        description = self._new("primitive_desc", create, given, self.engine, wanted, self.engine, None)
+        description = self.reordering(given, wanted)
         memories = self.memory(given, address), self.memory(wanted, aligned(packed))
         arguments = (Argument * 2)(*(Argument(arg, m.pointer) for arg, m in zip((SRC, DST), memories, strict=True)))
         self._call("primitive_execute", self.primitive(description), self.stream, 2, c.addressof(arguments))

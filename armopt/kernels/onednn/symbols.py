@@ -18,12 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from armopt.files import cache_folder, read_regular, write_whole
 
 LIBRARY = "libtorch_cpu.so"
 _SCHEMA = 1
 _MOST_BYTES = 1 << 20
 _SYMTAB, _NOTE, _BUILD_ID = 2, 4, 3
+#: With which the names of all functions of oneDNN begin.
+_PREFIX = b"dnnl_"
+#: How much of the names is looked through at once, and more than the longest name sought has.
+_PIECE, _LONGEST = 1 << 20, 256
 _ENTRY = struct.Struct("<IBBHQQ")  # name, info, other, section, value, size
 
 
@@ -90,7 +96,7 @@ def addresses(library: Loaded, names: Sequence[str], cache: Path | None = None) 
         Addresses by name; empty where the file is another than the one loaded, or lacks any of the functions.
     """
     try:
-        with open(library.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
+        with open(library.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as image:
             table = _Table.of(image)
             if table is None or not library.build_id or _build_id(table.notes) != library.build_id:
                 return {}
@@ -105,7 +111,7 @@ def _values(table: _Table, names: Sequence[str], path: Path | None) -> Mapping[s
     places = _remembered(path)
     found = {name: table.value(places[name], name) for name in names if name in places}
     if not all(map(found.get, names)):
-        places = {name: place for name in names if (place := table.find(name)) is not None}
+        places = table.find(names)
         found = {name: table.value(place, name) for name, place in places.items()}
         _remember(path, places)
     return found
@@ -138,16 +144,26 @@ class _Table:
                 return _Table(image, section[4], section[4] + section[5], names[4], names[4] + names[5], notes)
         return None
 
-    def find(self, name: str) -> int | None:
-        """The place of a symbol in the table."""
-        at = self.image.find(b"\0" + name.encode() + b"\0", self.names, self.names_end)
-        if at < 0:
-            return None
-        sought = struct.pack("<I", at + 1 - self.names)
-        place = self.image.find(sought, self.start, self.end)
-        while place >= 0 and (place - self.start) % _ENTRY.size:
-            place = self.image.find(sought, place + 1, self.end)
-        return None if place < 0 else (place - self.start) // _ENTRY.size
+    def find(self, names: Sequence[str]) -> Mapping[str, int]:
+        """The places of symbols in the table, by name, of those that it has.
+
+        All begin alike, and few others do: one pass over the names finds them.
+        """
+        prefix, wanted = b"\0" + _PREFIX, {name.encode() for name in names}
+        offsets: dict[str, int] = {}
+        for start in range(self.names, self.names_end, _PIECE):
+            piece = self.image[start : min(start + _PIECE + _LONGEST, self.names_end)]
+            at = piece.find(prefix)
+            while at >= 0:
+                name = piece[at + 1 : piece.find(b"\0", at + 1)]
+                if name in wanted:
+                    offsets[name.decode()] = start + at + 1 - self.names
+                at = piece.find(prefix, at + 1)
+        size = _ENTRY.size // 4
+        count = (self.end - self.start) // _ENTRY.size * size
+        entries = torch.frombuffer(self.image, dtype=torch.int32, offset=self.start, count=count)[::size]
+        places = {name: (entries == offset).nonzero() for name, offset in offsets.items()}
+        return {name: int(found[0]) for name, found in places.items() if len(found)}
 
     def value(self, place: int, name: str) -> int:
         """The value of the symbol at a place; 0 where that is another symbol, or none."""
