@@ -162,8 +162,9 @@ class _Table:
         size = _ENTRY.size // 4
         count = (self.end - self.start) // _ENTRY.size * size
         entries = torch.frombuffer(self.image, dtype=torch.int32, offset=self.start, count=count)[::size]
-        places = {name: (entries == offset).nonzero() for name, offset in offsets.items()}
-        return {name: int(found[0]) for name, found in places.items() if len(found)}
+        found = torch.isin(entries, torch.tensor(sorted(offsets.values()), dtype=torch.int32)).nonzero().flatten()
+        at_offsets = {int(entries[place]): place for place in found.tolist()}
+        return {name: at_offsets[offset] for name, offset in offsets.items() if offset in at_offsets}
 
     def value(self, place: int, name: str) -> int:
         """The value of the symbol at a place; 0 where that is another symbol, or none."""
