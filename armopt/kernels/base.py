@@ -77,7 +77,7 @@ class Kernel:
         fast_math: Whether without a primitive of its own it needs DNNL_DEFAULT_FPMATH_MODE=BF16, read when oneDNN is
             first used.
         fuses: Whether a site's post-op is part of the call. Pure.
-        own: Of the kernel and a site of fixed sizes, the primitive that takes the place of the call where this build of
+        own: Of the kernel and a site, the primitive that takes the place of the call where this build of
             oneDNN lets it be made; None for a kernel that has none. Pure.
         arrange: Weight in its dtype and site -> the same as its own primitive has it, but for its shape.
         block: Terms after which the sum is rounded to BF16 on a target; 0 where it stays in FP32. Pure.
