@@ -175,3 +175,15 @@ def read_or_empty(path: str | Path) -> str:
         return Path(path).read_text(errors="replace")
     except OSError:
         return ""
+
+
+def cache_folder() -> Path | None:
+    """Where what was found out about a host is kept: ``$ARMOPT_CACHE`` or ``~/.cache/armopt``.
+
+    None where neither is: a user without a home and without an entry in passwd.
+    """
+    root = os.environ.get("ARMOPT_CACHE")
+    try:
+        return Path(root) if root else Path.home() / ".cache" / "armopt"
+    except RuntimeError:
+        return None

@@ -41,7 +41,7 @@ def _row(kernel: Kernel) -> list[str]:
         weights += ", widened at load"
     what = [kernel.summary]
     if kernel.fast_math:
-        what.append("needs DNNL_DEFAULT_FPMATH_MODE=BF16")
+        what.append("without a primitive of its own needs DNNL_DEFAULT_FPMATH_MODE=BF16")
     if kernel.uses == {Use.REPAIR}:
         what.append("chosen by repair alone")
     total = "FP32" if kernel.block is whole_sum else "FP32, rounded to BF16 between blocks of K"

@@ -136,6 +136,12 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.fixture
+def pytorchs_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel owns its primitive: what a build without oneDNN's symbols does."""
+    monkeypatch.setattr("armopt.kernels.onednn.primitives.api", lambda: "turned off by a test")
+
+
+@pytest.fixture
 def bf16_calls() -> None:
     """Skips where oneDNN can't pack BF16: on x86 without AVX-512. The emulated core runs the same calls anyway."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -25,7 +25,7 @@ from armopt.ir.records import Target
 if TYPE_CHECKING:
     from armopt.bundle.reader import Bundle
     from armopt.runtime.bind import Bound
-from armopt.deploy.smoke_tests import Check, smoke_tests
+from armopt.deploy.smoke_tests import OWN, Check, smoke_tests
 
 _WHERE_FEATURES = ("asimd", "asimddp", "sve", "sve2", "i8mm", "svei8mm", "bf16", "svebf16")
 _RESTART = "Start the process with: armopt run BUNDLE -- CMD"
@@ -174,6 +174,8 @@ def _unprobed(differences: Sequence[Difference], checks: Sequence[Check], late: 
     drop = {"BF16 in BLAS"} if status.get("BLAS BF16") == "failed" else set()
     if answers:  # its library may have another name, or none of its own
         drop.add("Arm Compute Library")
+    if status.get(OWN) == "ok":
+        differences = [_left_to_aten(d) if d.what == FPMATH else d for d in differences]
     if status.get("fast math") == "ok" or (status.get("fast math") == "failed" and FPMATH in late):
         drop.add(FPMATH)
     return [d for d in differences if d.what not in drop]
@@ -189,9 +191,9 @@ def _broken(
     """What failed smoke tests mean."""
     failed = {check.name: check.found for check in checks if check.status == "failed"}
     found = [*_no_torch(failed), *_no_acl(failed, host, facts)]
-    if not _failed_acl(failed):
+    if not _failed_acl(failed) and OWN in failed:
         found += _no_fast_math(failed, environ, late)
-    return [*found, *_no_bf16_in_blas(failed, facts), *_wrong_numbers(failed)]
+    return [*found, *_no_own_primitives(failed), *_no_bf16_in_blas(failed, facts), *_wrong_numbers(failed)]
 
 
 _ANOTHER_TORCH = f"Install another torch, e.g. torch=={environment.CPU_TORCH}"
@@ -221,6 +223,18 @@ def _no_fast_math(failed: Mapping[str, str], environ: Mapping[str, str], late: S
         cause = f"{FPMATH} was set after torch was imported" if FPMATH in late else failed["fast math"]
         cost = "layers on FP32 activations multiply in FP32: 2.2 times the time at batch 256 (tutorial, Graviton3)"
         yield Difference("soft", "fast math", "BF16 weights", cause, cost, _RESTART)
+
+
+def _left_to_aten(missing: Difference) -> Difference:
+    """Fast math by the environment, where layers have it by themselves."""
+    cost = "products that are no layers, as in attention, stay in FP32; layers are told by themselves"
+    return replace(missing, severity="info", cost=cost)
+
+
+def _no_own_primitives(failed: Mapping[str, str]) -> Iterator[Difference]:
+    if OWN in failed:
+        cost = "layers run PyTorch's calls of oneDNN: about a hundred thousand instructions more each"
+        yield Difference("info", OWN, "made through oneDNN's C API", failed[OWN], cost, _ANOTHER_TORCH)
 
 
 def _no_bf16_in_blas(failed: Mapping[str, str], facts: Mapping[str, str]) -> Iterator[Difference]:

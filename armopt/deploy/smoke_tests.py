@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 
+#: The smoke test of layers as primitives of armopt's own.
+OWN = "own primitives"
 #: Rows, terms and columns of the smoke tests: large enough for every backend, small enough for an emulated core.
 _SHAPE = (32, 64, 96)
 #: Least cosine similarity to FP64 of a product of BF16 operands: 8 bits of mantissa leave 5 nines, zeros leave none.
@@ -46,14 +48,18 @@ def smoke_tests(host: Target, facts: Mapping[str, str]) -> tuple[Check, ...]:
     if not is_arm(host):
         names = ("ACL BF16", "fast math", "ACL FP32", "BLAS BF16", "BLAS BF16, one row")
         skipped = tuple(Check(name, "skipped", "not an Arm server: portable twins run") for name in names)
-        return (*skipped, _run("BLAS FP32", _blas_fp32))
+        return (*skipped, _run("BLAS FP32", _blas_fp32), _run(OWN, lambda: _own("conv1x1_fp32")))
     half: dict[str, Callable[[], str]] = {
         "ACL BF16": lambda: _kernel("conv1x1_bf16"),
         "fast math": lambda: _kernel("conv1x1_fastmath"),
         "BLAS BF16": lambda: _blas_bf16(_SHAPE[0]),
         "BLAS BF16, one row": lambda: _blas_bf16(1),
     }
-    whole: dict[str, Callable[[], str]] = {"ACL FP32": lambda: _kernel("conv1x1_fp32"), "BLAS FP32": _blas_fp32}
+    whole: dict[str, Callable[[], str]] = {
+        "ACL FP32": lambda: _kernel("conv1x1_fp32"),
+        "BLAS FP32": _blas_fp32,
+        OWN: lambda: _own("conv1x1_bf16" if host.bf16 else "conv1x1_fp32"),
+    }
     found = []
     for name, test in half.items():
         if not host.bf16:
@@ -132,6 +138,30 @@ def _kernel(name: str) -> str:
     if not any(e.is_acl for e in ran):
         raise _WrongError(f"{what} answers, not the Arm Compute Library")
     return _agrees(result, exact, what)
+
+
+def _own(name: str) -> str:
+    """A Linear as the primitive of one of armopt's kernels; returns what answers.
+
+    Raises:
+        _WrongError: This build lets none be made, or the numbers are wrong.
+    """
+    import torch
+
+    from armopt.ir.records import Op, Site
+    from armopt.kernels import table
+    from armopt.runtime import own
+
+    if reason := own.unavailable():
+        raise _WrongError(reason)
+    kernel = table.get(name)
+    rows, terms, columns = _SHAPE
+    x, weight, exact = _operands(rows)
+    site = Site("smoke_test", Op.LINEAR, rows, terms, columns, (rows, terms), (columns, terms))
+    layer = own.proven(kernel, site, weight, torch.zeros(columns, dtype=kernel.activations))
+    if layer is None:
+        raise _WrongError("oneDNN offers none but a reference, or its numbers are wrong")
+    return _agrees(own.alone(layer, site)(x.to(kernel.activations)), exact, layer.implementation)
 
 
 def _call(kernel: Any, site: Any, packed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

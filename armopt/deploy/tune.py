@@ -19,7 +19,7 @@ from armopt.ir.records import Op, Site
 from armopt.kernels import table
 from armopt.kernels.base import Kernel, Use
 from armopt.kernels.timings import Timings, site_key
-from armopt.runtime import probe
+from armopt.runtime import own, probe
 from armopt.runtime.bind import single
 
 #: Linear shapes for a host without a bundle: rows, then (K, N).
@@ -61,14 +61,20 @@ def measure(
 
 def _prepare(kernel: Kernel, site: Site, fast_math: bool) -> Callable[[], Any] | None:
     """A kernel ready to call on a site; None where this host can't run it properly."""
-    if kernel.refuses(site) is not None or (kernel.fast_math and not fast_math):
+    if kernel.refuses(site) is not None:
         return None
     stored = torch.randn(site.weight, generator=torch.Generator().manual_seed(0)) / math.sqrt(max(1, site.k))
+    bias = torch.zeros(site.n, dtype=kernel.activations)
+    primitive = own.proven(kernel, site, stored, bias)
+    if primitive is not None:
+        return single(kernel, site, primitive, bias)
+    if kernel.fast_math and not fast_math:
+        return None
     try:
         weight = kernel.packed_weight(stored, site)
     except RuntimeError:  # e.g. oneDNN on x86 packs BF16 with AVX-512 alone
         return None
-    run = single(kernel, site, weight, torch.zeros(site.n, dtype=kernel.activations))
+    run = single(kernel, site, weight, bias)
     return run if probe.refusal(kernel, site, run) is None else None
 
 

@@ -20,7 +20,7 @@ from armopt.ir import graph as g
 from armopt.ir.calls import call_of
 from armopt.ir.records import Bucket, Decision, Plan, Site
 from armopt.kernels import table
-from armopt.runtime import host_check
+from armopt.runtime import host_check, own
 from armopt.runtime.bind import Binder, Bound
 
 Forward = Callable[..., Sequence[Any]]
@@ -135,4 +135,5 @@ def _check_host(settings: Settings, decisions: Sequence[Decision]) -> None:
 
 
 def _constants(bound: fx.GraphModule) -> Iterator[torch.Tensor]:
-    return (getattr(bound, str(node.target)) for node in bound.graph.nodes if node.op == "get_attr")
+    yield from (getattr(bound, str(node.target)) for node in bound.graph.nodes if node.op == "get_attr")
+    yield from own.packed_weights(bound.graph)

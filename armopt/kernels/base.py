@@ -13,6 +13,7 @@ from torch import fx
 from armopt.ir.records import Backend, Layout, Op, Precision, Site, Target
 from armopt.kernels import post_ops
 from armopt.kernels.examples import Example
+from armopt.kernels.onednn.layer import Wanted
 
 _aten = torch.ops.aten
 
@@ -51,6 +52,11 @@ def fuses_nothing(site: Site) -> bool:
     return False
 
 
+def as_it_is(weight: torch.Tensor, site: Site) -> torch.Tensor:
+    """A weight as its primitive has it already."""
+    return weight
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
     """One way to call a backend, and all that is said of it elsewhere.
@@ -68,8 +74,12 @@ class Kernel:
         emit: Inserts the call in front of a node of armopt::linear or armopt::conv; returns the node with the result.
         layout: Of the activations it works on.
         uses: Who chooses it.
-        fast_math: Whether it needs DNNL_DEFAULT_FPMATH_MODE=BF16, read when oneDNN is first used.
+        fast_math: Whether without a primitive of its own it needs DNNL_DEFAULT_FPMATH_MODE=BF16, read when oneDNN is
+            first used.
         fuses: Whether a site's post-op is part of the call. Pure.
+        own: Of the kernel and a site, the primitive that takes the place of the call where this build of
+            oneDNN lets it be made; None for a kernel that has none. Pure.
+        arrange: Weight in its dtype and site -> the same as its own primitive has it, but for its shape.
         block: Terms after which the sum is rounded to BF16 on a target; 0 where it stays in FP32. Pure.
         colour: Of its boxes where a plan is drawn: blue for BF16 in the Compute Library, orange for products in BF16 on
             FP32 activations, green for BLAS, grey for plain ATen, purple for all else.
@@ -90,6 +100,8 @@ class Kernel:
     uses: frozenset[Use] = frozenset({Use.PLAN, Use.FALLBACK})
     fast_math: bool = False
     fuses: Callable[[Site], bool] = fuses_nothing
+    own: Callable[[Kernel, Site], Wanted] | None = None
+    arrange: Callable[[torch.Tensor, Site], torch.Tensor] = as_it_is
     block: Callable[[Site, Target], int] = whole_sum
     colour: str = "#7c3aed"
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
@@ -118,6 +130,10 @@ class Kernel:
         values = stored.float() if self.backend == Backend.ATEN else stored.to(self.rounding.weights)
         return self.pack(self._scaled(values, site), site)
 
+    def weight_values(self, stored: torch.Tensor, site: Site) -> torch.Tensor:
+        """A weight as the bundle stores it, with the values that a site's call multiplies with."""
+        return self._scaled(stored.to(self.rounding.weights), site)
+
     def packed_bias(self, stored: torch.Tensor, site: Site) -> torch.Tensor:
         """A bias as a site's call takes it."""
         return self._scaled(stored.to(self.activations), site)
@@ -142,7 +158,7 @@ class KernelCall:
         site: What is known of the node.
         node: The armopt node.
         x: Its input.
-        weight: The packed weight, a get_attr node.
+        weight: The packed weight, a get_attr node; None where a primitive has it.
         bias: In the kernel's dtype, a get_attr node; or None.
         other: The second tensor of ``add`` and ``add_relu``.
         shape: Output shape with -1 for the one dynamic dimension, or nodes where more are.
@@ -152,7 +168,7 @@ class KernelCall:
     site: Site
     node: fx.Node
     x: fx.Node
-    weight: fx.Node
+    weight: fx.Node | None
     bias: fx.Node | None
     other: fx.Node | None
     shape: Sequence[Any]
@@ -163,9 +179,13 @@ class KernelCall:
             return self.node.graph.call_function(target, args, kwargs)
 
     def with_post_op(self, y: fx.Node) -> fx.Node:
-        """Inserts the post-op as in-place operations on the fresh tensor `y`, unless it is part of the call."""
+        """Inserts the post-op, unless it is part of the call."""
+        return y if self.kernel.fuses(self.site) else self.post_op(y)
+
+    def post_op(self, y: fx.Node) -> fx.Node:
+        """Inserts the post-op, if any, as in-place operations on the fresh tensor `y`."""
         name = self.site.post_op
-        if name == post_ops.NONE or self.kernel.fuses(self.site):
+        if name == post_ops.NONE:
             return y
         if name in (post_ops.ADD, post_ops.ADD_RELU):
             y = self.call(_aten.add_.Tensor, y, self.other)

@@ -35,6 +35,7 @@ KERNEL = Kernel(
     refuses=onednn.refuses_linear,
     pack=onednn.pack_linear_as_convolution,
     emit=onednn.emit_linear,
+    own=onednn.own_linear,
     block=onednn.bf16_block,
     colour="#2563eb",
     examples={"graviton3": (*_SIZES, *_WITH_POST_OPS), "yitian710": (*_SIZES[4:13:2], *_SIZES[13:])},

@@ -28,6 +28,7 @@ KERNEL = Kernel(
     refuses=onednn.refuses_linear,
     pack=_pack,
     emit=onednn.emit_linear,
+    own=onednn.own_linear,
     uses=frozenset(Use),
     fast_math=True,
     fuses=onednn.fuses,

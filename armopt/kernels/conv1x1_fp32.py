@@ -20,6 +20,7 @@ KERNEL = Kernel(
     refuses=onednn.refuses_linear,
     pack=onednn.pack_linear_as_convolution,
     emit=onednn.emit_linear,
+    own=onednn.own_linear,
     uses=frozenset({Use.PLAN}),
     fuses=onednn.fuses,
     examples={"graviton2": linear((64, 64, 64), (8, 2048, 33), (64, 100, 3))},

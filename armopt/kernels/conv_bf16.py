@@ -52,6 +52,7 @@ KERNEL = Kernel(
     refuses=_refuses,
     pack=onednn.pack_convolution,
     emit=onednn.emit_conv,
+    own=onednn.own_convolution,
     layout=Layout.CHANNELS_LAST,
     block=onednn.bf16_block,
     colour="#1d4ed8",

@@ -30,6 +30,7 @@ KERNEL = Kernel(
     refuses=onednn.refuses_dense_2d,
     pack=_pack,
     emit=onednn.emit_conv,
+    own=onednn.own_convolution,
     layout=Layout.CHANNELS_LAST,
     uses=frozenset(Use),
     fast_math=True,

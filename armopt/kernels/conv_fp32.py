@@ -46,6 +46,7 @@ KERNEL = Kernel(
     refuses=_refuses,
     pack=onednn.pack_convolution,
     emit=onednn.emit_conv,
+    own=onednn.own_convolution,
     layout=Layout.CHANNELS_LAST,
     fuses=onednn.fuses,
     examples={

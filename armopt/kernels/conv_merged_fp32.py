@@ -15,6 +15,7 @@ from armopt.ir.records import Backend, Layout, Op, Site
 from armopt.kernels import onednn_convolution as onednn
 from armopt.kernels.base import Kernel, KernelCall, Rounding
 from armopt.kernels.examples import Example
+from armopt.kernels.onednn.layer import Wanted
 
 
 def _factor(site: Site) -> int:
@@ -39,7 +40,7 @@ def _merged(site: Site) -> Site:
     return replace(site, groups=site.groups // factor, weight=(outputs, channels * factor, *filters))
 
 
-def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
+def _merge(weight: torch.Tensor, site: Site) -> torch.Tensor:
     factor = _factor(site)
     outputs, channels = weight.shape[:2]
     merged = weight.new_zeros(
@@ -48,7 +49,15 @@ def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
     parts = weight.reshape(site.groups // factor, factor, outputs // site.groups, channels, *weight.shape[2:])
     for i in range(factor):
         merged[:, i, :, i] = parts[:, i]
-    return onednn.pack_convolution(merged.reshape(outputs, factor * channels, *weight.shape[2:]), _merged(site))
+    return merged.reshape(outputs, factor * channels, *weight.shape[2:])
+
+
+def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
+    return onednn.pack_convolution(_merge(weight, site), _merged(site))
+
+
+def _own(kernel: Kernel, site: Site) -> Wanted:
+    return onednn.own_convolution(kernel, _merged(site))
 
 
 def _emit(call: KernelCall) -> fx.Node:
@@ -66,6 +75,8 @@ KERNEL = Kernel(
     refuses=_refuses,
     pack=_pack,
     emit=_emit,
+    own=_own,
+    arrange=_merge,
     layout=Layout.CHANNELS_LAST,
     fuses=onednn.fuses,
     # without SVE of 256 bits all groups are `gemm:ref`, unless depthwise

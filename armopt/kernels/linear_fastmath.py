@@ -13,6 +13,7 @@ from torch import fx
 from armopt.ir.records import Backend, Op, Site
 from armopt.kernels.base import Kernel, KernelCall, Rounding, Use
 from armopt.kernels.examples import FAST_LINEAR, Example
+from armopt.kernels.onednn.layer import Wanted
 from armopt.kernels.onednn_convolution import refuses_linear
 
 _mkldnn = torch.ops.mkldnn
@@ -28,6 +29,11 @@ def _emit(call: KernelCall) -> fx.Node:
     return call.with_post_op(y)
 
 
+def _own(kernel: Kernel, site: Site) -> Wanted:
+    shapes = ((site.m, site.k), (site.n, site.k), (site.m, site.n))
+    return Wanted(*shapes, kernel.activations, kernel.rounding.products, None)
+
+
 KERNEL = Kernel(
     name="linear_fastmath",
     op=Op.LINEAR,
@@ -39,6 +45,7 @@ KERNEL = Kernel(
     refuses=refuses_linear,
     pack=_pack,
     emit=_emit,
+    own=_own,
     uses=frozenset({Use.PLAN}),
     fast_math=True,
     colour="#b45309",

@@ -18,8 +18,9 @@ from torch import fx
 
 from armopt.ir.records import Op, Site, Target
 from armopt.kernels import post_ops
-from armopt.kernels.base import KernelCall
+from armopt.kernels.base import Kernel, KernelCall
 from armopt.kernels.geometry import output_size
+from armopt.kernels.onednn.layer import Wanted
 
 _mkldnn = torch.ops.mkldnn
 
@@ -113,6 +114,41 @@ def _as_image(call: KernelCall, x: fx.Node, channels: int) -> fx.Node:
     """[*, C] as [1, C, M, 1] in channels_last: a view where x is contiguous."""
     x = call.call(torch.ops.aten.reshape.default, x, [1, -1, 1, channels])
     return call.call(torch.ops.aten.permute.default, x, [0, 3, 1, 2])
+
+
+def own_convolution(kernel: Kernel, site: Site) -> Wanted:
+    """The primitive of a convolution; one dimension is taken as two."""
+    flat = len(site.shape) == 3
+    lead = (1,) if flat else ()
+    outputs, channels, *filters = site.weight
+    groups = (site.groups, outputs // site.groups) if site.groups > 1 else (outputs,)
+    size = output_size(site.shape[2:], filters, site.stride, site.padding, site.dilation, False, [0] * len(filters))
+    return Wanted(
+        source=(*site.shape[:2], *lead, *site.shape[2:]),
+        weight=(*groups, channels, *lead, *filters),
+        result=(site.shape[0], outputs, *lead, *size),
+        activations=kernel.activations,
+        products=kernel.rounding.products,
+        geometry=(
+            (*lead, *site.stride),
+            (*([0] * len(lead)), *(step - 1 for step in site.dilation)),
+            (*([0] * len(lead)), *site.padding),
+        ),
+        post_op=site.post_op if kernel.fuses(site) else "",
+    )
+
+
+def own_linear(kernel: Kernel, site: Site) -> Wanted:
+    """The primitive of a Linear, a convolution as in :func:`emit_linear`."""
+    return Wanted(
+        source=(1, site.k, site.m, 1),
+        weight=(site.n, site.k, 1, 1),
+        result=(1, site.n, site.m, 1),
+        activations=kernel.activations,
+        products=kernel.rounding.products,
+        geometry=((1, 1), (0, 0), (0, 0)),
+        post_op=site.post_op if kernel.fuses(site) else "",
+    )
 
 
 def refuses_linear(site: Site) -> str | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,14 +15,14 @@ from torch import fx
 from armopt.bundle.program import Program
 from armopt.errors import first_line
 from armopt.ir import graph as g
-from armopt.ir.bf16_flow import ATTENTION, operands, producer
-from armopt.ir.calls import LayerCall, call_of, is_layer, layers
+from armopt.ir.calls import LayerCall, call_of, layers
 from armopt.ir.records import Op, Precision, Site
-from armopt.kernels import max_pool, post_ops, table
+from armopt.kernels import post_ops, table
 from armopt.kernels.base import Kernel, KernelCall, Use
 from armopt.kernels.geometry import output_size
+from armopt.kernels.onednn.layer import Layer, Workspaces
 from armopt.kernels.timings import Timings
-from armopt.runtime import probe, probe_cache
+from armopt.runtime import between, numbers, own, packings, probe, probe_cache
 from armopt.runtime.python_calls import rebind
 
 _aten = torch.ops.aten
@@ -31,36 +31,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What one node runs on this host: the kernel planned, the kernel chosen, and why where they differ."""
+    """What one node runs on this host: the kernel planned, the kernel chosen, and why where they differ.
+
+    `implementation` is oneDNN's name for what runs, where the kernel has a primitive of its own.
+    """
 
     node: str
     planned: str
     kernel: str
     reason: str = ""
-
-
-class Packings(Protocol):
-    """One weight packed by one kernel: pairs of the shape that it was packed for and the packed tensor."""
-
-    def __iter__(self) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]: ...
-
-    def append(self, entry: tuple[tuple[int, ...], torch.Tensor], /) -> None:
-        """Adds one more."""
-
-
-class PackedWeights(Protocol):
-    """Packed weights by kernel, weight and geometry; what is not there yet is an empty list."""
-
-    def __getitem__(self, key: tuple[Any, ...], /) -> Packings: ...
+    implementation: str = ""
 
 
 def _by_name(name: str, weight: torch.Tensor) -> Hashable:
     return name
-
-
-def _nothing_packed() -> PackedWeights:
-    found: defaultdict[tuple[Any, ...], list[tuple[tuple[int, ...], torch.Tensor]]] = defaultdict(list)
-    return found
 
 
 def _as_it_is(weight: torch.Tensor) -> torch.Tensor:
@@ -88,7 +72,7 @@ class Binder:
     verdicts: dict[str, str | None] = field(default_factory=dict)
     remembered: set[str] = field(default_factory=set)
     identify: Callable[[str, torch.Tensor], Hashable] = _by_name
-    packed: PackedWeights = field(default_factory=_nothing_packed)
+    packed: packings.PackedWeights = field(default_factory=packings.nothing)
     bf16_attention: bool = True
     copy: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
     _biases: dict[tuple[str, torch.dtype, float], torch.Tensor] = field(default_factory=dict)
@@ -104,35 +88,45 @@ class Binder:
         constants = dict(source.named_buffers(remove_duplicate=False))
         found = list(layers(source.graph))
         bound: dict[fx.Node, Bound] = {}
+        calls = own.Calls(graph, Workspaces())
         # the largest first: what packing and probing it takes meanwhile comes before the rest is in memory
         for old in sorted(found, key=lambda layer: -_work_space(program.sites[layer.name])):
             node = mapping[old]
             layer = _Layer(node, call_of(node), program.sites[old.name], program.shapes[old.name])
             kernel, weight, reasons = self._first_proven(layer, constants)
-            bound[old] = Bound(layer.site.node, layer.call.kernel, kernel.name, "; ".join(reasons))
+            answers = weight.implementation if isinstance(weight, Layer) else ""
+            bound[old] = Bound(layer.site.node, layer.call.kernel, kernel.name, "; ".join(reasons), answers)
             if kernel.name != layer.call.kernel:
                 _log.info(
                     "%s runs %s, planned %s: %s", layer.site.node, kernel.name, layer.call.kernel, bound[old].reason
                 )
-            _replace(layer, kernel, weight, self._bias(layer, kernel, constants), constants)
-        _pool_as_integers(source, mapping, program.shapes)
+            bias = self._bias(layer, kernel, constants)
+            _replace(layer, kernel, weight, bias, constants, calls)
+        between.pool_as_integers(source, mapping, program.shapes)
         if not self.bf16_attention:
-            _attend_in_fp32(source, mapping)
+            between.attend_in_fp32(source, mapping)
+        calls.finish()
         return finish(root, graph, constants), [bound[node] for node in found]
 
     def _first_proven(
         self, layer: _Layer, constants: dict[str, torch.Tensor]
-    ) -> tuple[Kernel, torch.Tensor, list[str]]:
-        """The first kernel that is available, takes the site and passes its probe; with its packed weight."""
+    ) -> tuple[Kernel, torch.Tensor | Layer, list[str]]:
+        """The first kernel that is available, takes the site and passes its probe; with its packed weight.
+
+        Of a kernel the primitive of its own comes first, then PyTorch's call.
+        """
         site, planned = layer.site, table.get(layer.call.kernel)
         times = self.tuning.of(site) if self.tuning is not None else {}
         quicker, fallbacks = _alternatives(planned, times)
         reasons: list[str] = []
         for kernel in dict.fromkeys((*quicker, planned, *fallbacks)):
-            reason = self._unavailable(kernel) or kernel.refuses(site)
+            weight: torch.Tensor | Layer | None = None
+            reason = kernel.refuses(site)
             if reason is None:
-                weight, reason = self._prove(kernel, layer, constants)
-                if reason is None:
+                weight = self._own(kernel, layer, constants)
+                if weight is None and (reason := self._unavailable(kernel)) is None:
+                    weight, reason = self._prove(kernel, layer, constants)
+                if weight is not None and reason is None:
                     if kernel in quicker:
                         reasons.append(f"tuned: {times[planned.name] / times[kernel.name]:.2f}x the speed")
                     return kernel, weight, reasons
@@ -143,6 +137,36 @@ class Binder:
     def _unavailable(self, kernel: Kernel) -> str | None:
         missing = kernel.fast_math and not self.fast_math
         return "DNNL_DEFAULT_FPMATH_MODE=BF16 was not set when oneDNN started" if missing else None
+
+    def _own(self, kernel: Kernel, layer: _Layer, constants: dict[str, torch.Tensor]) -> Layer | None:
+        """The layer as a primitive of its kernel's own, with right numbers; None where it can't be had."""
+        if kernel.own is None or own.unavailable():
+            return None
+        for fused in own.forms(kernel, layer.site):
+            made = self._own_as(kernel, layer, constants, fused)
+            if made is not None:
+                return made
+        return None
+
+    def _own_as(self, kernel: Kernel, layer: _Layer, constants: dict[str, torch.Tensor], fused: bool) -> Layer | None:
+        """The same, with the post-op that the kernel fuses as part of the primitive or behind it."""
+        site, stored = layer.site, constants[layer.site.weight_key]
+        key = probe_cache.key(kernel.name, site, (int(fused),))
+        if self.verdicts.get(key) is not None and key not in self.remembered:
+            return None
+        bias = self._bias(layer, kernel, constants)
+        facts = (self.identify(site.weight_key, stored), kernel.scale(site), kernel.rounding.weights)
+        weight = functools.partial(self.copy, stored)
+        made = own.make(kernel, site, weight, bias, lambda layout: self.packed[(layout, *facts)], fused=fused)
+        if made is None:
+            return None
+        if key not in self.verdicts or key in self.remembered:
+            values = kernel.weight_values(weight(), site)
+            refusal = numbers.refusal(kernel, site, own.alone(made, site), values, bias, fused=fused)
+            self._compare(key, refusal)
+            self.verdicts[key] = refusal
+            _log.debug("%s as %s for %s: %s", kernel.name, made.implementation, site.node, refusal or "proven")
+        return made if self.verdicts[key] is None else None
 
     def _prove(
         self, kernel: Kernel, layer: _Layer, constants: dict[str, torch.Tensor]
@@ -252,30 +276,35 @@ class Single:
         return self.graph_module.forward(*self.inputs)
 
 
-def single(kernel: Kernel, site: Site, weight: torch.Tensor, bias: torch.Tensor | None) -> Single:
+def single(kernel: Kernel, site: Site, weight: torch.Tensor | Layer, bias: torch.Tensor | None) -> Single:
     """The kernel's own calls for one site alone, on zeros.
 
     Args:
         kernel: The kernel.
         site: The site; its shape is that of the input.
-        weight: Packed by the kernel.
-        bias: In the kernel's dtype.
+        weight: Packed by the kernel, or the kernel's own primitive.
+        bias: In the kernel's dtype; that of a primitive is part of it.
     """
     graph = fx.Graph()
-    constants = {"weight": weight}
+    constants: dict[str, torch.Tensor] = {}
     x = graph.placeholder("x")
     inputs = [torch.zeros(site.shape, dtype=kernel.activations)]
     other = None
     if site.post_op in (post_ops.ADD, post_ops.ADD_RELU):
         other = graph.placeholder("other")
         inputs.append(torch.zeros(_output_shape(site), dtype=kernel.activations))
-    weight_node = graph.get_attr("weight")
-    bias_node = None
-    if bias is not None:
-        constants["bias"] = bias
-        bias_node = graph.get_attr("bias")
     place = graph.call_function(_aten.alias.default, (x,))
-    graph.output(kernel.emit(KernelCall(kernel, site, place, x, weight_node, bias_node, other, _output_shape(site))))
+    end = graph.output(place)
+    call = functools.partial(KernelCall, kernel, site, place, x, other=other, shape=_output_shape(site))
+    if isinstance(weight, Layer):
+        calls = own.Calls(graph, Workspaces())
+        result = calls.emit(call(weight=None, bias=None), weight)
+        calls.finish()
+    else:
+        weight_node = _attribute(constants, place, "weight", weight)
+        bias_node = None if bias is None else _attribute(constants, place, "bias", bias)
+        result = kernel.emit(call(weight=weight_node, bias=bias_node))
+    end.args = (result,)
     graph.erase_node(place)
     # a convolution's neighbours hand it channels_last
     if site.op == Op.CONV:
@@ -299,58 +328,30 @@ def _output_shape(site: Site) -> list[int]:
 
 
 def _replace(
-    layer: _Layer, kernel: Kernel, weight: torch.Tensor, bias: torch.Tensor | None, constants: dict[str, torch.Tensor]
+    layer: _Layer,
+    kernel: Kernel,
+    weight: torch.Tensor | Layer,
+    bias: torch.Tensor | None,
+    constants: dict[str, torch.Tensor],
+    calls: own.Calls,
 ) -> None:
     """Puts a kernel's calls in the place of an armopt node, with casts where its dtype is not the planned one's."""
     node, call = layer.node, layer.call
     planned = table.get(call.kernel)
     x, other = call.x, call.other
     if kernel.activations != planned.activations:
-        x = _cast(node, x, kernel.activations)
-        other = None if other is None else _cast(node, other, kernel.activations)
-    weight_node = _attribute(constants, node, f"{node.name}_packed", weight)
-    bias_node = None if bias is None else _attribute(constants, node, f"{node.name}_bias", bias)
-    shape = _dynamic_shape(node, x, layer.output)
-    result = kernel.emit(KernelCall(kernel, layer.site, node, x, weight_node, bias_node, other, shape))
+        x = between.cast(node, x, kernel.activations)
+        other = None if other is None else between.cast(node, other, kernel.activations)
+    if isinstance(weight, Layer):
+        result = calls.emit(KernelCall(kernel, layer.site, node, x, None, None, other, layer.output), weight)
+    else:
+        weight_node = _attribute(constants, node, f"{node.name}_packed", weight)
+        bias_node = None if bias is None else _attribute(constants, node, f"{node.name}_bias", bias)
+        shape = _dynamic_shape(node, x, layer.output)
+        result = kernel.emit(KernelCall(kernel, layer.site, node, x, weight_node, bias_node, other, shape))
     if kernel.activations != planned.activations:
-        result = _cast(node, result, planned.activations)
+        result = between.cast(node, result, planned.activations)
     g.replace_and_erase(node, result)
-
-
-def _pool_as_integers(
-    source: fx.GraphModule, mapping: Mapping[fx.Node, fx.Node], shapes: Mapping[str, Sequence[int | None]]
-) -> None:
-    """Max pools right behind a layer in BF16 that gives nothing negative, where the size of its image is known."""
-    for old in g.calls_to(source.graph, _aten.max_pool2d.default):
-        layer = old.args[0]
-        if not isinstance(layer, fx.Node) or not is_layer(layer):
-            continue
-        height, width = shapes[layer.name][-2:]
-        window = max_pool.window(old)
-        positive = call_of(layer).post_op in max_pool.NOT_NEGATIVE and _is_planned_in_bf16(layer)
-        if positive and window is not None and height is not None and width is not None:
-            max_pool.emit(mapping[old], window, (height, width))
-
-
-def _is_planned_in_bf16(layer: fx.Node) -> bool:
-    return table.get(call_of(layer).kernel).activations == torch.bfloat16
-
-
-def _attend_in_fp32(source: fx.GraphModule, mapping: Mapping[fx.Node, fx.Node]) -> None:
-    """Attention planned in BF16, between casts: without a BF16 product in BLAS torch 2.13 calls oneDNN's ``ref`` for
-    each head, 27 times the instructions of FP32 (12 heads of 128x64)."""
-    for old in g.calls_to(source.graph, ATTENTION):
-        made = producer(old.args[0])
-        if not is_layer(made) or not _is_planned_in_bf16(made):
-            continue
-        node = mapping[old]
-        wide = tuple(_cast(node, x, torch.float32) for x in operands(node))
-        node.args = (*wide, *node.args[len(wide) :])
-        users = list(node.users)
-        with node.graph.inserting_after(node):
-            narrow = node.graph.call_function(_aten._to_copy.default, (node,), {"dtype": torch.bfloat16})
-        for user in users:
-            user.replace_input_with(node, narrow)
 
 
 def _dynamic_shape(node: fx.Node, x: fx.Node, output: Sequence[int | None]) -> list[Any]:
@@ -363,11 +364,6 @@ def _dynamic_shape(node: fx.Node, x: fx.Node, output: Sequence[int | None]) -> l
         return [
             graph.call_function(_aten.sym_size.int, (x, i)) if size is None else size for i, size in enumerate(output)
         ]
-
-
-def _cast(before: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
-    with before.graph.inserting_before(before):
-        return before.graph.call_function(_aten._to_copy.default, (source,), {"dtype": dtype})
 
 
 def _attribute(constants: dict[str, torch.Tensor], before: fx.Node, name: str, value: torch.Tensor) -> fx.Node:

@@ -81,8 +81,11 @@ class Model(Loaded):
         try:
             if not torch.is_grad_enabled():
                 return self._select(tensors)(*tensors)
-            with torch.no_grad():
+            torch._C._set_grad_enabled(False)  # a fifth of what torch.no_grad() takes
+            try:
                 return self._select(tensors)(*tensors)
+            finally:
+                torch._C._set_grad_enabled(True)
         except ArmoptError:
             raise
         except Exception as error:  # an index beyond a table, too little memory…

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from armopt.errors import HostError
+from armopt.kernels.onednn.implementations import is_reference
 
 _PREFIX = re.compile(r"(?:onednn|dnnl|mkldnn)_verbose,")
 _ENGINES = ("cpu", "gpu")
@@ -57,7 +58,7 @@ class Execution:
     @property
     def is_reference(self) -> bool:
         """Whether a reference kernel ran (``ref:any``, ``gemm:ref``): correct, and far too slow to deploy."""
-        return any(part.startswith("ref") for part in re.split(r"[:_+]", self.implementation))
+        return is_reference(self.implementation)
 
     @property
     def is_acl(self) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from armopt.files import read_regular, write_whole
+from armopt.files import cache_folder, read_regular, write_whole
 from armopt.ir.records import Site
 
 _SCHEMA = 1
@@ -28,17 +27,10 @@ def key(kernel: str, site: Site, packed_for: tuple[int, ...]) -> str:
 
 
 def path_for(facts: Mapping[str, str]) -> Path | None:
-    """The file for a host and build described by `facts`, in ``$ARMOPT_CACHE`` or ``~/.cache/armopt``.
-
-    None where neither is: a user without a home and without an entry in passwd.
-    """
+    """The file for a host and build described by `facts`; None where there is no folder for it."""
     digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()[:16]
-    root = os.environ.get("ARMOPT_CACHE")
-    try:
-        folder = Path(root) if root else Path.home() / ".cache" / "armopt"
-    except RuntimeError:
-        return None
-    return folder / "probe" / f"{digest}.json"
+    folder = cache_folder()
+    return None if folder is None else folder / "probe" / f"{digest}.json"
 
 
 def read(path: Path) -> dict[str, str | None]:

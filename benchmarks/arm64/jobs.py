@@ -22,6 +22,7 @@ from armopt.ir.records import Site
 from armopt.kernels import table
 from armopt.kernels.base import KernelCall
 from armopt.kernels.geometry import output_size
+from armopt.runtime import own
 from armopt.runtime.bind import Single, finish, single
 from armopt.runtime.python_calls import BINDINGS, CASTS
 
@@ -213,12 +214,14 @@ def conv_site(
 
 
 def kernel_call(name: str, site: Site) -> Single:
-    """The calls that a kernel emits for one site, as a graph of their own."""
+    """The calls that a kernel emits for one site, as a graph of their own: of its own primitive, where it has one."""
     kernel = table.get(name)
     if reason := kernel.refuses(site):
         raise ValueError(f"{name} refuses: {reason}")
     stored = torch.ones(site.weight, dtype=kernel.rounding.weights)
-    return single(kernel, site, kernel.packed_weight(stored, site), torch.ones(site.n, dtype=kernel.activations))
+    bias = torch.ones(site.n, dtype=kernel.activations)
+    weight = own.proven(kernel, site, stored, bias)
+    return single(kernel, site, kernel.packed_weight(stored, site) if weight is None else weight, bias)
 
 
 def pointwise(operation: str, dtype: str, elements: int) -> Prepared:

@@ -48,16 +48,25 @@ def seen_environment():
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
-def run(bundle, calls, captured=1, environ=None, strict=False):
+def turn_off_own_primitives():
+    """As a build without oneDNN's symbols has it."""
+    from armopt.kernels.onednn import primitives
+
+    primitives.api = lambda: "turned off by a test"
+
+
+def run(bundle, calls, captured=1, environ=None, strict=False, own=True):
     """Loads a bundle, makes all calls once, then each again with oneDNN's log on.
 
-    `environ` is set first: too late, since torch is imported.
+    `environ` is set first: too late, since torch is imported. Without `own` no kernel owns its primitive.
     """
     import torch
 
     import armopt
     from armopt.runtime import onednn_log
 
+    if not own:
+        turn_off_own_primitives()
     os.environ.update(environ or {})
     start = time.monotonic()
     try:
@@ -87,10 +96,12 @@ def run(bundle, calls, captured=1, environ=None, strict=False):
     }
 
 
-def load_error(bundle, strict=False):
-    """The error that loading ends with: its class, exit code and text."""
+def load_error(bundle, strict=False, own=True):
+    """The error that loading ends with: its class, exit code and text; None where there is none."""
     import armopt
 
+    if not own:
+        turn_off_own_primitives()
     try:
         armopt.load(bundle, strict=strict)
     except armopt.ArmoptError as error:

@@ -90,15 +90,6 @@ def test_the_twin_rounds_as_the_kernel(results, figure, target, case):
         assert max(real, apart) <= FP32_ERROR
 
 
-@_of({"graviton3": (Case("conv_fp32", examples.MIDDLE),)})
-def test_a_dense_convolution_called_fp32_is_none_with_fast_math(results, target, case):
-    """Why repair has a kernel of its own: oneDNN multiplies this one in BF16 all the same."""
-    found, kernel, reason = results(case, target)
-    assert kernel == "conv_fp32", reason
-    exact = kernel_cases.exact(case)
-    assert _norm(found.double() - exact) / _norm(exact) > 100 * FP32_ERROR
-
-
 @_of({"graviton3": SPECIAL})
 def test_special_values_are_those_of_the_twin(results, target, case):
     found, kernel, reason = results(case, target)

@@ -29,10 +29,27 @@ def environ(request):
     return request.param
 
 
+def test_own_primitives_need_no_fast_math_in_the_environment(server, made, environ):
+    """They have it by themselves, or not at all: what is planned runs, and nothing is said."""
+    bundle = made("fast-math", "graviton3")
+    host, job = server("graviton3-no-fpmath"), f"{JOBS}:run"
+    value = host.call(job, bundle=bundle.path, calls=bundle.calls, environ=environ).value
+    assert value["warnings"] == []
+    assert all(kernel == planned for _, planned, kernel, _ in value["kernels"][0])
+    executions = onednn_log.parse(value["runs"][0]["log"]).executions
+    assert not onednn_log.references(executions)
+    fast = [e for e in executions if e.primitive == "convolution" and e.attributes.get("fpmath") == "bf16"]
+    planned = Counter(node.kernel for node in bundle.manifest.plan[0].nodes)
+    assert len(fast) == planned["conv_fastmath"] + planned["conv1x1_fastmath"] > 0
+    assert host.call(f"{JOBS}:load_error", bundle=bundle.path, strict=True).value is None
+
+
 def test_without_fast_math_the_load_says_so_and_the_bf16_kernels_run(server, made, environ):
     bundle = made("convnet", "graviton3")
     value = (
-        server("graviton3-no-fpmath").call(f"{JOBS}:run", bundle=bundle.path, calls=bundle.calls, environ=environ).value
+        server("graviton3-no-fpmath")
+        .call(f"{JOBS}:run", bundle=bundle.path, calls=bundle.calls, environ=environ, own=False)
+        .value
     )
     (said,) = [text for text in value["warnings"] if text.startswith(FPMATH)]
     assert "armopt run" in said
@@ -46,7 +63,9 @@ def test_without_fast_math_the_load_says_so_and_the_bf16_kernels_run(server, mad
 def test_without_fast_math_its_kernels_give_way_and_say_why(server, made, environ):
     bundle = made("fast-math", "graviton3")
     value = (
-        server("graviton3-no-fpmath").call(f"{JOBS}:run", bundle=bundle.path, calls=bundle.calls, environ=environ).value
+        server("graviton3-no-fpmath")
+        .call(f"{JOBS}:run", bundle=bundle.path, calls=bundle.calls, environ=environ, own=False)
+        .value
     )
     assert any("another kernel than planned" in text for text in value["warnings"])
     assert any(FPMATH in text for text in value["warnings"])
@@ -66,7 +85,9 @@ def test_without_fast_math_its_kernels_give_way_and_say_why(server, made, enviro
 
 def test_strict_refuses_to_load_without_fast_math(server, made):
     bundle = made("convnet", "graviton3")
-    kind, code, text = server("graviton3-no-fpmath").call(f"{JOBS}:load_error", bundle=bundle.path, strict=True).value
+    kind, code, text = (
+        server("graviton3-no-fpmath").call(f"{JOBS}:load_error", bundle=bundle.path, strict=True, own=False).value
+    )
     assert (kind, code) == ("HostError", 3)
     assert FPMATH in text
 

@@ -14,6 +14,8 @@ from armopt.runtime import bind, probe
 from tests.attention import query_dtypes
 from tests.planning import programs
 
+pytestmark = pytest.mark.usefixtures("pytorchs_calls")
+
 
 def lowered(model: nn.Module, *inputs: torch.Tensor, target: str = "graviton3", rows: int = 1) -> Program:
     return programs(model.eval(), *inputs, target=target, policy=threshold_policy.ThresholdPolicy(rows))[0]

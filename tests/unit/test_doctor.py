@@ -44,6 +44,9 @@ NVPL = {"torch": "2.13.0+cu130", "torch_build": "cuda 13.0", "blas": "NVPL", "sb
 GOOD = {v: e.value for v, e in environment.wanted(targets.load("graviton3"), build=FACTS).items()}
 
 
+NO_FAST_MATH = {"conv1x1_fastmath": "gemm:acl runs on f32 weights", "own": "no symbols"}
+
+
 class Backends:
     """Stands in for the smoke tests; what is in `wrong` fails with that message."""
 
@@ -52,6 +55,9 @@ class Backends:
 
     def kernel(self, name: str) -> str:
         return self._answer(name, "gemm:acl on bf16 weights")
+
+    def own(self, name: str) -> str:
+        return self._answer("own", "indirect_gemm:acl")
 
     def bf16(self, rows: int) -> str:
         return self._answer("gemv" if rows == 1 else "sbgemm", "sbgemm")
@@ -66,6 +72,7 @@ class Backends:
 def backends(monkeypatch: pytest.MonkeyPatch) -> Backends:
     stand_in = Backends()
     monkeypatch.setattr(smoke_tests, "_kernel", stand_in.kernel)
+    monkeypatch.setattr(smoke_tests, "_own", stand_in.own)
     monkeypatch.setattr(smoke_tests, "_blas_bf16", stand_in.bf16)
     monkeypatch.setattr(environment, "late_variables", lambda names, environ: ())
     return stand_in
@@ -100,7 +107,7 @@ def test_each_product_is_healthy_unless_it_lacks_bf16(product: str, backends: Ba
 def test_each_trouble_has_its_own_message(backends: Backends) -> None:
     texts = {}
     texts["bf16"] = str(named(examine("altra"))["CPU features"])
-    backends.wrong = {"conv1x1_fastmath": "gemm:acl runs on f32 weights"}
+    backends.wrong = NO_FAST_MATH
     unset = named(examine(environ={}))
     assert "fast math" not in unset
     texts["unset"] = str(unset["DNNL_DEFAULT_FPMATH_MODE"])
@@ -123,10 +130,30 @@ def test_what_was_set_late(backends: Backends, monkeypatch: pytest.MonkeyPatch) 
     late = (environment.FPMATH,)
     monkeypatch.setattr(environment, "late_variables", lambda names, environ: late)
     assert examine().findings == ()  # late, but before torch was imported: it works, so nothing is wrong
-    backends.wrong = {"conv1x1_fastmath": "gemm:acl runs on f32 weights"}
+    backends.wrong = NO_FAST_MATH
     found = named(examine())
-    assert set(found) == {"fast math"}
+    assert set(found) == {"fast math", "own primitives"}
     assert found["fast math"].found == "DNNL_DEFAULT_FPMATH_MODE was set after torch was imported"
+
+
+def test_a_build_without_symbols(backends: Backends) -> None:
+    backends.wrong = {"own": "libtorch_cpu.so has no symbols of oneDNN's C API"}
+    report = examine()
+    assert report.healthy
+    found = named(report)
+    assert set(found) == {"own primitives"}
+    assert "no symbols" in str(found["own primitives"])
+
+
+def test_own_primitives_need_no_variable(backends: Backends) -> None:
+    """It matters for what is left to ATen alone."""
+    backends.wrong = {"conv1x1_fastmath": "gemm:acl runs on f32 weights"}
+    assert examine().findings == ()
+    report = examine(environ={name: value for name, value in GOOD.items() if "FPMATH" not in name})
+    assert report.healthy
+    found = named(report)
+    assert set(found) == {environment.FPMATH}
+    assert "attention" in found[environment.FPMATH].cost
 
 
 def test_a_backend_that_answers_is_there_whatever_its_file_is_called(backends: Backends) -> None:

@@ -16,7 +16,7 @@ import armopt
 from armopt import environment
 from armopt.ir.records import Site
 from armopt.kernels.base import Kernel
-from armopt.runtime import host_check, probe, probe_cache
+from armopt.runtime import host_check, numbers, probe, probe_cache
 
 SITE = Site("fc", "linear", 8, 64, 32, (8, 64), (32, 64), weight_key="fc_weight", source="x")
 
@@ -149,6 +149,7 @@ def conv_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("pytorchs_calls")
 @pytest.mark.filterwarnings("error::armopt.errors.ArmoptWarning")
 @pytest.mark.parametrize("lie", ["refused", "proven", None])
 def test_one_probe_tells_whether_the_rest_can_be_trusted(
@@ -178,4 +179,23 @@ def test_one_probe_tells_whether_the_rest_can_be_trusted(
         return
     assert armopt.load(conv_bundle).kernels == expected
     assert len(probes) == (1 if lie is None else len(true))
+    assert probe_cache.read(file) == true
+
+
+@pytest.mark.parametrize("lie", ["refused", None])
+def test_of_own_primitives_one_is_compared_again(
+    conv_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: str | None
+) -> None:
+    monkeypatch.setenv("ARMOPT_CACHE", str(tmp_path))
+    expected = armopt.load(conv_bundle).kernels
+    assert all(entry.implementation for entries in expected for entry in entries)
+    (file,) = (tmp_path / "probe").iterdir()
+    true = probe_cache.read(file)
+    compared: list[str] = []
+    refusal = numbers.refusal
+    monkeypatch.setattr(numbers, "refusal", lambda *a, **k: compared.append(a[1].node) or refusal(*a, **k))
+    if lie:
+        probe_cache.write(file, dict.fromkeys(true, "gives wrong numbers"), forget=True)
+    assert armopt.load(conv_bundle).kernels == expected
+    assert len(compared) == (len(true) if lie else 1)
     assert probe_cache.read(file) == true

@@ -1,0 +1,178 @@
+"""Layers as primitives of their own: made and proven as a program is bound, and called in its graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from armopt.ir.records import Op, Site
+from armopt.kernels import post_ops
+from armopt.kernels.base import Kernel, KernelCall
+from armopt.kernels.onednn import primitives
+from armopt.kernels.onednn.any_size import AnySize
+from armopt.kernels.onednn.layer import Layer, Wanted, Workspaces, describe
+from armopt.runtime import numbers
+from armopt.runtime.packings import Packings
+
+_aten = torch.ops.aten
+
+
+def unavailable() -> str:
+    """Why no kernel can own its primitive in this process; empty where they can."""
+    api = primitives.api()
+    return api if isinstance(api, str) else ""
+
+
+def forms(kernel: Kernel, site: Site) -> tuple[bool, ...]:
+    """Whether a primitive takes the site's post-op: what is to be tried, in order."""
+    return (True, False) if kernel.fuses(site) else (False,)
+
+
+def proven(kernel: Kernel, site: Site, stored: torch.Tensor, bias: torch.Tensor | None) -> Layer | None:
+    """A layer alone as its kernel's own primitive, with right numbers; None where it can't be had."""
+    values = kernel.weight_values(stored, site)
+    for fused in forms(kernel, site):
+        made = make(kernel, site, lambda: stored, bias, lambda layout: [], fused=fused)
+        if made is not None and numbers.refusal(kernel, site, alone(made, site), values, bias, fused=fused) is None:
+            return made
+    return None
+
+
+def make(
+    kernel: Kernel,
+    site: Site,
+    stored: Callable[[], torch.Tensor],
+    bias: torch.Tensor | None,
+    packings: Callable[[bytes], Packings],
+    *,
+    fused: bool,
+) -> Layer | None:
+    """A layer as its kernel's own primitive; None where the kernel has none or this build offers none.
+
+    Args:
+        kernel: The kernel.
+        site: The site.
+        stored: Gives the weight as the bundle stores it.
+        bias: In the kernel's dtype.
+        packings: Of a layout, what is packed so already; what is packed here is added.
+        fused: Whether the primitive takes the post-op that its kernel fuses.
+    """
+    api = primitives.api()
+    if kernel.own is None or isinstance(api, str):
+        return None
+    wanted = kernel.own(kernel, site)
+    if not fused:
+        wanted = replace(wanted, post_op="")
+    try:
+        description = describe(api, wanted, bias=bias is not None)
+        if description is None:
+            return None
+        held = packings(api.key(description.layout))
+        packed = next((tensor for _, tensor in held), None)
+        if packed is None:
+            packed = description.pack(kernel.arrange(kernel.weight_values(stored(), site), site).reshape(wanted.weight))
+            held.append(((), packed))
+        return Layer(wanted, description, packed, None if bias is None else bias.detach().clone())
+    except primitives.OneDnnError:
+        return None
+
+
+def alone(layer: Layer, site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A layer, without what its call does not take of the post-op, as a function of its input."""
+    workspaces = Workspaces()
+    workspaces.layers.append(layer)
+    is_conv = site.op == Op.CONV
+    shape = layer.wanted.result if is_conv else (*site.shape[:-1], site.n)
+    call = layer.call(0, shape, channels_last=is_conv)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        workspace = workspaces.take()
+        flat = is_conv and x.dim() == 3
+        y = call(workspace, x.unsqueeze(2) if flat else x)
+        workspaces.give(workspace)
+        return y.squeeze(2) if flat else y
+
+    return run
+
+
+def of_any_size(kernel: Kernel, site: Site, layer: Layer) -> AnySize:
+    """A layer of dynamic size; its weight is shared by all sizes that want it in one layout."""
+    is_conv, fused = site.op == Op.CONV, layer.wanted.post_op
+
+    def wanted(shape: tuple[int, ...]) -> tuple[Wanted, tuple[int, ...]]:
+        assert kernel.own is not None
+        own_shape = (*shape[:2], *shape[3:]) if is_conv and len(site.shape) == 3 else tuple(shape)
+        made = kernel.own(kernel, replace(site, shape=own_shape, m=math.prod(shape[:-1])))
+        made = replace(made, post_op=fused)
+        return made, made.result if is_conv else (*shape[:-1], site.n)
+
+    def otherwise(x: torch.Tensor) -> torch.Tensor:
+        weight = layer.weight().float()
+        bias = None if layer.bias is None else layer.bias.float()
+        x = x.to(kernel.rounding.products).float()
+        if is_conv:
+            assert layer.wanted.geometry is not None
+            stride, dilation, padding = (list(part) for part in layer.wanted.geometry)
+            groups = weight.shape[0] if weight.dim() > x.dim() else 1
+            weight = weight.flatten(0, 1) if groups > 1 else weight
+            ones = [0] * len(stride)
+            y = torch.convolution(x, weight, bias, stride, padding, [d + 1 for d in dilation], False, ones, groups)
+        else:
+            y = torch.nn.functional.linear(x, weight.reshape(site.weight), bias)
+        y = y.to(kernel.activations)
+        return post_ops.apply(fused, y, None) if fused else y
+
+    return AnySize(layer, wanted, otherwise)
+
+
+def packed_weights(graph: fx.Graph) -> tuple[torch.Tensor, ...]:
+    """The weights that the primitives of a bound graph hold."""
+    owners = (getattr(node.target, "__self__", None) for node in graph.nodes)
+    return tuple(
+        tensor for owner in owners if isinstance(owner, Workspaces) for layer in owner.layers for tensor in layer.packed
+    )
+
+
+@dataclass(slots=True)
+class Calls:
+    """The calls of own primitives in one graph: each takes the workspace of the call of the program."""
+
+    graph: fx.Graph
+    workspaces: Workspaces
+    _workspace: fx.Node | None = None
+
+    def emit(self, call: KernelCall, layer: Layer) -> fx.Node:
+        """Inserts the call of a layer in front of its node, and its post-op where the primitive doesn't take it."""
+        is_conv = call.site.op == Op.CONV
+        flat = is_conv and len(call.site.shape) == 3
+        index, dims = len(self.workspaces.layers), len(call.shape) + flat
+        if any(size is None for size in call.shape):
+            sized = of_any_size(call.kernel, call.site, layer)
+            run = sized.call(index, dims, channels_last=is_conv)
+            self.workspaces.layers.append(sized)
+        else:
+            run = layer.call(index, layer.wanted.result if is_conv else tuple(call.shape), channels_last=is_conv)
+            self.workspaces.layers.append(layer)
+        run.__name__ = call.node.name
+        x = call.call(_aten.unsqueeze.default, call.x, 2) if flat else call.x
+        y = call.call(run, self._taken(), x)
+        y = call.call(_aten.squeeze.dim, y, 2) if flat else y
+        return y if layer.wanted.post_op else call.post_op(y)
+
+    def _taken(self) -> fx.Node:
+        if self._workspace is None:
+            first = next(node for node in self.graph.nodes if node.op != "placeholder")
+            with self.graph.inserting_before(first):
+                self._workspace = self.graph.call_function(self.workspaces.take)
+        return self._workspace
+
+    def finish(self) -> None:
+        """Gives the workspace back at the end, and has a first one ready."""
+        if self._workspace is not None:
+            with self.graph.inserting_before(self.graph.output_node()):
+                self.graph.call_function(Workspaces.give, (self._workspace,))
+            Workspaces.give(self.workspaces.take())

@@ -1,0 +1,45 @@
+"""Layers as primitives of their own, on the emulated core: who answers, and with which numbers."""
+
+import pytest
+import torch
+
+from armopt.ir.records import Precision
+from armopt.kernels import examples, table
+from tests.arm64 import kernel_cases
+
+JOBS = "tests.arm64.jobs_own"
+KERNELS = ("conv1x1_bf16", "conv1x1_fastmath", "conv_bf16", "conv_fastmath", "conv_fp32", "conv_merged_fp32")
+#: Every third layer that a kernel names for itself.
+CASES = [
+    case for name in KERNELS for case in [c for c in kernel_cases.examples()["graviton3"] if c.kernel == name][::3]
+]
+
+
+@pytest.fixture(scope="module")
+def results(server):
+    """By whether primitives are their own: what each case gave. They are where the environment has no fast math."""
+    arguments = {"cases": CASES, "target": "graviton3"}
+    own = server("graviton3-no-fpmath").submit(f"{JOBS}:run", **arguments)
+    called = server("graviton3").submit(f"{JOBS}:run", **arguments, own=False, fast_math=True)
+    return {name: dict(zip(CASES, job.result().value, strict=True)) for name, job in (("own", own), ("called", called))}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_own_primitive_gives_what_the_call_of_pytorch_gives(results, case):
+    found, bound = results["own"][case]
+    called, other = results["called"][case]
+    assert (bound.kernel, other.kernel, other.implementation) == (case.kernel, case.kernel, ""), (bound, other)
+    assert any(name in bound.implementation for name in ("acl", "sve")), bound
+    if table.get(case.kernel).precision == Precision.BF16:
+        assert torch.equal(found, called)
+    else:
+        assert (found - called).norm() <= 2e-6 * called.norm()
+
+
+def test_a_dense_convolution_planned_in_fp32_is_in_fp32(server):
+    """Whatever the environment says: PyTorch's call multiplies it in BF16 where that asks for fast math."""
+    case = kernel_cases.Case("conv_fp32", examples.MIDDLE)
+    ((found, bound),) = server("graviton3").call(f"{JOBS}:run", cases=[case], target="graviton3").value
+    assert (bound.kernel, "acl" in bound.implementation or "sve" in bound.implementation) == ("conv_fp32", True)
+    exact = kernel_cases.exact(case)
+    assert (found.double() - exact).norm() <= 2e-6 * exact.norm()

@@ -1,0 +1,385 @@
+"""Layers as primitives of their own, with the oneDNN of this machine's PyTorch."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+from armopt.bundle.program import Program
+from armopt.ir.records import Op, Precision, Site
+from armopt.kernels import table
+from armopt.kernels.examples import Example
+from armopt.kernels.onednn import implementations, primitives, symbols
+from armopt.kernels.onednn.layer import Layer, Wanted, Workspaces, describe
+from armopt.plan import threshold_policy
+from armopt.runtime import bind, numbers, own
+from tests.planning import programs
+
+SITE = Site("fc", Op.LINEAR, 8, 32, 16, (8, 32), (16, 32))
+FP32 = table.get("conv1x1_fp32")
+WANTED = Wanted((8, 32), (16, 32), (8, 16), torch.float32, torch.float32, None)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def api() -> primitives.Api:
+    found = primitives.api()
+    if isinstance(found, str):
+        pytest.skip(f"NOT TESTED: {found}")
+    return found
+
+
+@pytest.fixture
+def of_another_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    primitives.api.cache_clear()
+    yield
+    monkeypatch.undo()
+    primitives.api.cache_clear()
+
+
+def lowered(model: nn.Module, *inputs: torch.Tensor) -> Program:
+    return programs(model.eval(), *inputs, target="graviton2", policy=threshold_policy.ThresholdPolicy(1))[0]
+
+
+def layer(api: primitives.Api, rows: int = 8, bias: bool = True) -> tuple[Layer, torch.Tensor, torch.Tensor | None]:
+    weight, added = random(16, 32, seed=1), random(16, seed=2) if bias else None
+    wanted = replace(WANTED, source=(rows, 32), result=(rows, 16))
+    description = describe(api, wanted, bias=bias)
+    assert description is not None
+    kept = None if added is None else added.clone()
+    return Layer(wanted, description, description.pack(weight), kept), weight, added
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1, groups=16)
+        self.grouped, self.line = nn.Conv2d(16, 32, 3, groups=4), nn.Conv1d(32, 8, 3, dilation=2)
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.silu(self.deep(torch.relu(self.stem(x))))
+        x = torch.sigmoid(self.line(torch.relu(self.grouped(x)).flatten(2)))
+        return self.head(x[..., :16]) + 1
+
+
+NET = Net().eval()
+IMAGE = random(2, 3, 16, 16)
+
+
+def test_a_program_gives_what_pytorchs_calls_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = lowered(NET, IMAGE)
+    module, entries = bind.Binder(False).bind(program)
+    assert all(entry.kernel == entry.planned for entry in entries)
+    owned = [entry for entry in entries if entry.implementation]
+    assert len(owned) >= 4
+    assert not any(implementations.is_reference(entry.implementation) for entry in owned)
+    monkeypatch.setattr(primitives, "api", lambda: "no symbols")
+    called, others = bind.Binder(False).bind(program)
+    assert not any(entry.implementation for entry in others)
+    assert "mkldnn" not in str(module.graph)
+    found, expected = module(IMAGE)[0], called(IMAGE)[0]
+    assert found.stride() == expected.stride()
+    # sums of up to 144 terms, in another order where another implementation answers
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    # however the input lies in memory
+    for x in (IMAGE.contiguous(memory_format=torch.channels_last), IMAGE.mT.contiguous().mT):
+        assert torch.equal(module(x)[0], found)
+
+
+def of_any_size(model: nn.Module, x: torch.Tensor, *dynamic: int) -> Program:
+    """Lowered with some dimensions of all results dynamic."""
+    program = lowered(model, x)
+    shapes = {
+        name: tuple(None if i in dynamic else size for i, size in enumerate(shape))
+        for name, shape in program.shapes.items()
+    }
+    return replace(program, shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    ("model", "dynamic", "shapes"),
+    [
+        (nn.Sequential(nn.Linear(32, 16), nn.ReLU()), [0], [(8, 32), (1, 32), (0, 32), (50, 32)]),
+        (nn.Linear(32, 16), [0, 1], [(2, 8, 32), (3, 1, 32), (2, 0, 32)]),
+        (nn.Sequential(nn.Conv2d(3, 16, 3), nn.SiLU()), [0, 2, 3], [(1, 3, 9, 9), (2, 3, 5, 20), (0, 3, 9, 9)]),
+        (nn.Conv2d(16, 16, 3, groups=16), [0, 2, 3], [(1, 16, 9, 9), (2, 16, 5, 20)]),
+        (nn.Conv1d(16, 8, 3), [2], [(2, 16, 12), (2, 16, 40)]),
+    ],
+)
+@pytest.mark.parametrize("offered", [True, False])
+def test_a_layer_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, dynamic: list[int], shapes: list[tuple[int, ...]], offered: bool
+) -> None:
+    """Also where oneDNN offers nothing for another size."""
+    program = of_any_size(model, random(*shapes[0]), *dynamic)
+    module, entries = bind.Binder(False).bind(program)
+    assert all(entry.implementation for entry in entries)
+    if not offered:
+        monkeypatch.setattr(Layer, "resized", lambda self, wanted: None)
+    for shape in (*shapes, *shapes):
+        x = random(*shape)
+        with torch.no_grad():
+            expected = model(x)
+        found = module(x)[0]
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_are_forgotten_in_order() -> None:
+    module, _ = bind.Binder(False).bind(of_any_size(nn.Linear(32, 16), random(8, 32), 0))
+    x = random(100, 32)
+    whole = module(x)[0]
+    for _ in range(2):
+        for rows in range(1, 100):
+            torch.testing.assert_close(module(x[:rows])[0], whole[:rows], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [k.name for k in table.kernels() if k.own and k.precision == Precision.FP32])
+def test_numbers_are_those_of_the_sums_in_fp64(name: str) -> None:
+    kernel = table.get(name)
+    for listed in kernel.examples.values():
+        for example in listed[:4]:
+            site = _site(kernel.op, example)
+            weight = random(*site.weight)
+            bias = random(site.n)
+            assert own.proven(kernel, site, weight, bias) is not None, example
+            assert own.proven(kernel, site, weight, None) is not None, example
+
+
+def _site(op: Op, example: Example) -> Site:
+    if op == Op.LINEAR:
+        rows = torch.Size(example.shape[:-1]).numel()
+        shape = (example.outputs, example.shape[-1])
+        return Site("a", op, rows, example.shape[-1], example.outputs, example.shape, shape, post_op=example.post_op)
+    weight = (example.outputs, example.shape[1] // example.groups, *example.filters)
+    dims = len(example.filters)
+    return Site(
+        *("a", op, 1, 1, example.outputs, example.shape, weight),
+        stride=(example.stride,) * dims,
+        padding=(example.padding,) * dims,
+        dilation=(example.dilation,) * dims,
+        groups=example.groups,
+        output_padding=(0,) * dims,
+        post_op=example.post_op,
+    )
+
+
+@pytest.mark.parametrize("wrong", ["weight", "bias"])
+def test_wrong_numbers_are_refused(api: primitives.Api, wrong: str) -> None:
+    made, weight, bias = layer(api)
+    assert bias is not None
+    run = own.alone(made, SITE)
+    assert numbers.refusal(FP32, SITE, run, weight, bias, fused=False) is None
+    (weight if wrong == "weight" else bias).flatten()[0] += 1
+    refusal = numbers.refusal(FP32, SITE, run, weight, bias, fused=False)
+    assert refusal is not None
+    assert refusal.startswith("gives wrong numbers")
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+def test_a_relu_that_swallows_nan_is_refused(api: primitives.Api, swallows: bool) -> None:
+    made, weight, bias = layer(api)
+    run = own.alone(made, SITE)
+
+    def relu(x: torch.Tensor) -> torch.Tensor:
+        return run(x).relu().nan_to_num() if swallows else run(x).relu()
+
+    refusal = numbers.refusal(FP32, replace(SITE, post_op="relu"), relu, weight, bias, fused=True)
+    assert (refusal is not None) == swallows
+
+
+def test_an_input_of_another_size_is_refused(api: primitives.Api) -> None:
+    run = own.alone(layer(api)[0], SITE)
+    for x in (random(7, 32), random(8, 31), random(8, 32).bfloat16()):
+        with pytest.raises(ValueError, match="expected 1024 bytes"):
+            run(x)
+
+
+def test_strides_do_not_matter(api: primitives.Api) -> None:
+    made, weight, bias = layer(api)
+    x = random(32, 8).t()
+    expected = nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(own.alone(made, SITE)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_that_is_preferred_is_chosen(api: primitives.Api) -> None:
+    """Never a reference, also where it is asked for."""
+    wanted = own_wanted()
+    first = describe(api, wanted, bias=False)
+    assert first is not None
+    offered = [first.implementation]
+    while api.advance(first.handle):
+        offered.append(api.implementation(first.handle))
+    useful = [name for name in offered if not implementations.is_reference(name)]
+    for name in useful:
+        chosen = describe(api, replace(wanted, preferred=("nobody's", name)), bias=False)
+        assert chosen is not None
+        assert chosen.implementation == name
+    refused = describe(api, replace(wanted, preferred=("ref",)), bias=False)
+    assert refused is not None
+    assert refused.implementation == useful[0]
+
+
+def own_wanted() -> Wanted:
+    assert FP32.own is not None
+    return FP32.own(FP32, SITE)
+
+
+@pytest.mark.parametrize("name", ["ref:any", "gemm:ref", "ref", "x64:ref_int8"])
+def test_references_are_known_by_name(name: str) -> None:
+    assert implementations.is_reference(name)
+    assert not implementations.is_reference("brg_prefetch:sve_256")
+
+
+def test_threads_run_one_program_at_once() -> None:
+    program = lowered(NET, IMAGE)
+    module, _ = bind.Binder(False).bind(program)
+    inputs = [random(2, 3, 16, 16, seed=seed) for seed in range(4)]
+    expected = [module(x)[0] for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        wrong.extend(i for _ in range(50) if not torch.equal(module(inputs[i])[0], expected[i]))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_another_number_of_threads_is_honoured() -> None:
+    before = torch.get_num_threads()
+    module, _ = bind.Binder(False).bind(lowered(NET, IMAGE))
+    expected = module(IMAGE)[0]
+    try:
+        for threads in (2, 3, 1):
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(module(IMAGE)[0], expected, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_workspaces_are_used_again() -> None:
+    workspaces = Workspaces()
+    one, two = workspaces.take(), workspaces.take()
+    assert one is not two
+    workspaces.give(one)
+    assert workspaces.take() is one
+
+
+def test_a_call_that_fails_leaves_the_program_usable() -> None:
+    module, _ = bind.Binder(False).bind(lowered(nn.Sequential(nn.Linear(32, 16), nn.ReLU()), random(8, 32)))
+    expected = module(random(8, 32))[0]
+    with pytest.raises(ValueError, match="expected 1024 bytes"):
+        module(random(8, 33))
+    assert torch.equal(module(random(8, 32))[0], expected)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_what_is_dropped_is_freed(api: primitives.Api) -> None:
+    x = random(8, 32)
+
+    def cycles(count: int) -> None:
+        for _ in range(count):
+            made, _, _ = layer(api)
+            own.alone(made, SITE)(x)
+            del made
+        gc.collect()
+
+    cycles(100)
+    before = resident()
+    cycles(1000)
+    assert resident() - before < 1 << 20  # a leaked primitive alone would take 4 MB, a leaked weight 2
+
+
+def test_many_shapes_leak_nothing(api: primitives.Api) -> None:
+    """More than oneDNN's own cache of primitives holds, so that each is made anew the second time."""
+
+    def shapes() -> None:
+        for rows in range(1, 1101):
+            own.alone(layer(api, rows)[0], replace(SITE, m=rows, shape=(rows, 32)))(random(rows, 32))
+        gc.collect()
+
+    shapes()
+    before = resident()
+    shapes()
+    assert resident() - before < 8 << 20
+
+
+def test_programs_share_a_weight_where_the_layout_is_the_same() -> None:
+    binder = bind.Binder(False)
+    program = lowered(nn.Linear(32, 16), random(8, 32))
+    binder.bind(program)
+    packed = cast("dict[tuple[Any, ...], list[Any]]", binder.packed)
+    (before,) = packed.values()
+    binder.bind(program)
+    assert [*packed.values()] == [before]
+    assert len(before) == 1
+
+
+# --- symbols --------------------------------------------------------------------------------------
+
+
+def test_places_are_remembered_and_checked(tmp_path: Path) -> None:
+    library = symbols.loaded()
+    assert library is not None
+    names = ["dnnl_primitive_execute", "dnnl_version"]
+    found = symbols.addresses(library, names, tmp_path)
+    assert set(found) == set(names)
+    (file,) = (tmp_path / "symbols").iterdir()
+    assert file.stem == library.build_id.hex()
+    content = json.loads(file.read_text())
+    exchanged = dict(zip(names, reversed([content["places"][name] for name in names]), strict=True))
+    for places in (content["places"], exchanged, dict.fromkeys(names, -5), dict.fromkeys(names, 1 << 70), {}, 3):
+        file.write_text(json.dumps({**content, "places": places}))
+        assert symbols.addresses(library, names, tmp_path) == found
+        assert json.loads(file.read_text()) == content
+    for text in ("", "{", "[]", '{"schema": 0}', "[" * 100_000):
+        file.write_text(text)
+        assert symbols.addresses(library, names, tmp_path) == found
+    assert symbols.addresses(library, [*names, "dnnl_nothing"], tmp_path) == {}
+
+
+@pytest.mark.usefixtures("of_another_library")
+@pytest.mark.parametrize("case", ["another build", "no build id", "another library", "no library", "no file", "no ELF"])
+def test_a_build_without_symbols_runs_pytorchs_calls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
+) -> None:
+    monkeypatch.setenv("ARMOPT_CACHE", str(tmp_path))
+    library = symbols.loaded()
+    assert library is not None
+    other = symbols.loaded("libtorch_python.so")
+    assert other is not None
+    (tmp_path / "no.so").write_bytes(b"\x7fELF" + bytes(10))
+    found = {
+        "another build": replace(library, build_id=b"1"),
+        "no build id": replace(library, build_id=b""),
+        "another library": other,
+        "no library": None,
+        "no file": replace(library, path=str(tmp_path / "gone.so")),
+        "no ELF": replace(library, path=str(tmp_path / "no.so")),
+    }[case]
+    monkeypatch.setattr(symbols, "loaded", lambda: found)
+    assert own.unavailable()
+    program = lowered(nn.Linear(32, 16), random(8, 32))
+    module, (entry,) = bind.Binder(False).bind(program)
+    assert (entry.kernel, entry.implementation) == (entry.planned, "")
+    torch.testing.assert_close(module(random(8, 32)), program.graph_module(random(8, 32)), rtol=1e-5, atol=1e-6)
