@@ -93,9 +93,32 @@ def _mean(
     return torch.empty(kept, dtype=dtype, device=META)
 
 
+def _plain_softmax(x: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
+    if half_to_float or not x.is_floating_point():
+        raise UnfitError(f"takes the softmax of {shown(x)}")
+    return _softmax(x, dim)
+
+
 def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     range(max(1, x.dim()))[dim]  # IndexError where there is no such dimension
-    return _like(x, x.dtype if dtype is None else dtype)
+    return torch.empty(x.shape, dtype=x.dtype if dtype is None else dtype, device=META)
+
+
+def _embedding(weight: torch.Tensor, indices: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+    if weight.dim() != 2 or indices.dtype not in (torch.int64, torch.int32):
+        raise UnfitError(f"looks up {shown(indices)} in {shown(weight)}")
+    return torch.empty((*indices.shape, weight.shape[1]), dtype=weight.dtype, device=META)
+
+
+def _index(x: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    tensors = [each for each in indices if each is not None and each.dtype == torch.int64]
+    before, end = len(indices) - len(tensors), len(indices)
+    fits = len(tensors) > 0 and end <= x.dim() and all(each is None for each in indices[:before])
+    if not fits or not x.is_contiguous():  # masks, and dimensions that are left out between
+        found: torch.Tensor = torch.ops.aten.index.Tensor(x, indices)
+        return found
+    shape = torch.broadcast_tensors(*tensors)[0].shape  # type: ignore[no-untyped-call]
+    return torch.empty((*x.shape[:before], *shape, *x.shape[end:]), dtype=x.dtype, device=META)
 
 
 def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -136,6 +159,10 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.native_layer_norm.default: _layer_norm,
     torch.ops.aten.mean.dim: _mean,
     torch.ops.aten._safe_softmax.default: _softmax,
+    torch.ops.aten._softmax.default: _plain_softmax,
+    torch.ops.aten._log_softmax.default: _plain_softmax,
     torch.ops.aten.bmm.default: _bmm,
+    torch.ops.aten.index.Tensor: _index,
+    torch.ops.aten.embedding.default: _embedding,
     torch.ops.aten.max_pool2d_with_indices.default: _max_pool2d,
 }
