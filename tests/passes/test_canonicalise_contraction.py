@@ -35,7 +35,7 @@ class TestCanonicaliseContraction(Contract):
         return pipeline.run(graph_module, BEFORE)[0]
 
     def make(self, graph_module: fx.GraphModule) -> Pass:
-        return CanonicaliseContraction()
+        return CanonicaliseContraction(least=64 * 64)  # golden files of small models
 
     cases = (
         Case(
@@ -113,6 +113,38 @@ class TestCanonicaliseContraction(Contract):
             ),
             (noise(2, 4),),
             ops={LINEAR: 1, EINSUM: 2},
+        ),
+        Case(
+            "batch_of_matrices",
+            lambda: Forward(
+                lambda s, x: torch.baddbmm(s.b, torch.bmm(x, s.w), s.v),
+                w=nn.Parameter(noise(3, 64, 80)),
+                v=nn.Parameter(noise(3, 80, 64)),
+                b=nn.Parameter(noise(3, 1, 64)),
+            ),
+            (noise(3, 2, 64),),
+            ops={LINEAR: 6, "aten.stack.default": 2, "aten.add.Tensor": 1},
+            absent=("aten.bmm.default", "aten.baddbmm.default"),
+            rewritten=2,
+        ),
+        Case(
+            "heads_of_their_own",
+            lambda: Forward(
+                lambda s, x: torch.einsum("bhsk,hkd->bshd", x, s.w) + (x @ s.w).transpose(1, 2),
+                w=nn.Parameter(noise(2, 64, 64)),
+            ),
+            (noise(2, 2, 3, 64),),
+            batch=(1, 4),
+            ops={LINEAR: 4},
+            absent=(EINSUM, MATMUL),
+            rewritten=2,
+        ),
+        Case(
+            "small_matrices",
+            einsum("bhk,hkd->bhd", 2, 4, 6),
+            (noise(3, 2, 4),),
+            skips=("2 matrices of 24 values: their calls would cost more than they save",),
+            rewritten=0,
         ),
         Case(
             "activations",

@@ -90,6 +90,15 @@ CONTRACTIONS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         ),
         noise(4, 32),
     ),
+    "batches": (
+        lambda: Function(
+            lambda x, a, b, c: torch.baddbmm(c, torch.bmm(x.expand(2, 3, 512), a), b),
+            (2, 512, 520),
+            (2, 520, 512),
+            (512,),
+        ),
+        noise(3, 512),
+    ),
     "tensordots": (
         lambda: Function(
             lambda x, a, b: torch.tensordot(torch.tensordot(x, a, 1), b, ([1, 3], [0, 1])), (32, 2, 16), (5, 16, 8)
@@ -127,7 +136,7 @@ def test_a_bilinear_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name", ["attention", "bilinear"])
+@pytest.mark.parametrize("name", ["attention", "batches", "bilinear"])
 def test_contractions_are_linears_under_compile(name: str) -> None:
     build, x = {**CONTRACTIONS, "bilinear": (Pair, noise(2, 3, 40))}[name]
     torch.manual_seed(0)

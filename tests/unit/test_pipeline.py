@@ -105,6 +105,7 @@ def test_the_order_is_one_visible_tuple() -> None:
         "CanonicaliseSplit",
         "FoldConstants",
         "FuseAttention",
+        "CanonicaliseContraction",
         "CanonicaliseLinear",
         "CanonicaliseConv",
         "FoldBatchNorm",
