@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from armopt.errors import HostError
-from armopt.kernels.onednn.implementations import is_reference
+from armopt.ir.onednn_names import is_reference
 
 _PREFIX = re.compile(r"(?:onednn|dnnl|mkldnn)_verbose,")
 _ENGINES = ("cpu", "gpu")

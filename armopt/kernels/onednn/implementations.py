@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
+from armopt.ir.onednn_names import is_reference
 from armopt.kernels.onednn.primitives import Api, Handle
-
-
-def is_reference(name: str) -> bool:
-    """Whether an implementation is correct and far too slow: ``ref:any``, ``gemm:ref``."""
-    return any(part.startswith("ref") for part in re.split(r"[:_+]", name))
 
 
 def choose(
