@@ -191,8 +191,12 @@ def _broken(
     """What failed smoke tests mean."""
     failed = {check.name: check.found for check in checks if check.status == "failed"}
     found = [*_no_torch(failed), *_no_acl(failed, host, facts)]
-    if not _failed_acl(failed) and OWN in failed:
-        found += _no_fast_math(failed, environ, late)
+    if not _failed_acl(failed):
+        slow = list(_no_fast_math(failed, environ, late))
+        if OWN in failed:
+            found += slow
+        elif FPMATH in late:
+            found += map(_left_to_aten, slow)
     return [*found, *_no_own_primitives(failed), *_no_bf16_in_blas(failed, facts), *_wrong_numbers(failed)]
 
 
