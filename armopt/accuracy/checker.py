@@ -185,6 +185,7 @@ def worse(a: Accuracy, b: Accuracy) -> Accuracy:
         column=column.column,
         column_at=column.column_at,
         equal=None if a.equal is None or b.equal is None else min(a.equal, b.equal),
+        sizes=a.sizes or b.sizes,
     )
 
 

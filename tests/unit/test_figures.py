@@ -174,3 +174,11 @@ def test_indices_drive_repair_where_they_are_asked_for(tmp_path: Path) -> None:
     assert asked.passed
     assert asked.manifest.accuracy.repair is not None
     assert asked.manifest.accuracy.remarks == ()
+
+
+def test_sizes_of_one_sample_that_differ_are_said() -> None:
+    wanted = iter([torch.ones(3), torch.ones(3)])
+    found = iter([torch.ones(3), torch.ones(2)])
+    checker = accuracy.Checker(lambda _: {"y": next(wanted)}, None, (), "none")
+    (entry,) = checker.figures("static", [{}, {}], lambda _: {"y": next(found)}).outputs
+    assert (entry.cosine, entry.sizes) == (0.0, "y has the sizes [2], in FP32 [3]")

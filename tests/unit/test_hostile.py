@@ -56,6 +56,15 @@ def rewrite(bundle: Path, change: Callable[[Graph], Any] | None = None) -> None:
     (bundle / "manifest.json").write_bytes(hashed(content))
 
 
+def check_refused(bundle: Path, change: Callable[[Graph], Any], said: str) -> None:
+    """A changed graph.json is refused, with these words and its place."""
+    rewrite(bundle, change)
+    with pytest.raises(BundleError) as found:
+        reader.read(bundle)
+    assert said in str(found.value)
+    assert found.value.where.startswith(str(bundle / "graph.json"))
+
+
 def programs(graph: Graph) -> list[Graph]:
     return [program for part in graph["parts"] for program in part["programs"]]
 
@@ -214,12 +223,7 @@ REFUSED: dict[str, tuple[Callable[[Graph], None], str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_do_harm_is_refused_by_name(bundle: Path, marker: Path, name: str) -> None:
-    change, said = REFUSED[name]
-    rewrite(bundle, change)
-    with pytest.raises(BundleError) as found:
-        reader.read(bundle)
-    assert said in str(found.value)
-    assert found.value.where.startswith(str(bundle / "graph.json"))
+    check_refused(bundle, *REFUSED[name])
     assert not marker.exists()
 
 
