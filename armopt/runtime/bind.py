@@ -14,13 +14,15 @@ from torch import fx
 
 from armopt.bundle.program import Program
 from armopt.errors import first_line
+from armopt.ir import arena
 from armopt.ir import graph as g
 from armopt.ir.calls import LayerCall, call_of, layers
 from armopt.ir.records import Op, Precision, Site
 from armopt.kernels import post_ops, table
 from armopt.kernels.base import Kernel, KernelCall, Use
 from armopt.kernels.geometry import output_size
-from armopt.kernels.onednn.layer import Layer, Workspaces
+from armopt.kernels.onednn.layer import Layer
+from armopt.kernels.onednn.workspaces import Workspaces
 from armopt.kernels.timings import Timings
 from armopt.runtime import between, numbers, own, packings, probe, probe_cache
 from armopt.runtime.python_calls import rebind
@@ -89,6 +91,7 @@ class Binder:
         found = list(layers(source.graph))
         bound: dict[fx.Node, Bound] = {}
         calls = own.Calls(graph, Workspaces())
+        owned: dict[fx.Node, int] = {}
         # the largest first: what packing and probing it takes meanwhile comes before the rest is in memory
         for old in sorted(found, key=lambda layer: -_work_space(program.sites[layer.name])):
             node = mapping[old]
@@ -101,11 +104,14 @@ class Binder:
                     "%s runs %s, planned %s: %s", layer.site.node, kernel.name, layer.call.kernel, bound[old].reason
                 )
             bias = self._bias(layer, kernel, constants)
+            if isinstance(weight, Layer):
+                owned[old] = len(owned)
             _replace(layer, kernel, weight, bias, constants, calls)
         between.pool_as_integers(source, mapping, program.shapes)
         if not self.bf16_attention:
             between.attend_in_fp32(source, mapping)
-        calls.finish()
+        memory = arena.plan(source.graph, {old: calls.workspaces.layers[index].size for old, index in owned.items()})
+        calls.finish(memory.size, {owned[old]: place for old, place in memory.places.items()})
         return finish(root, graph, constants), [bound[node] for node in found]
 
     def _first_proven(

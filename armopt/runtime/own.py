@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import fx
@@ -14,7 +15,8 @@ from armopt.kernels import post_ops
 from armopt.kernels.base import Kernel, KernelCall
 from armopt.kernels.onednn import primitives
 from armopt.kernels.onednn.any_size import AnySize
-from armopt.kernels.onednn.layer import Layer, Wanted, Workspaces, describe
+from armopt.kernels.onednn.layer import Layer, Wanted, describe
+from armopt.kernels.onednn.workspaces import OneSize, Workspaces
 from armopt.runtime import numbers
 from armopt.runtime.packings import Packings
 
@@ -84,10 +86,10 @@ def make(
 def alone(layer: Layer, site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
     """A layer, without what its call does not take of the post-op, as a function of its input."""
     workspaces = Workspaces()
-    workspaces.layers.append(layer)
     is_conv = site.op == Op.CONV
     shape = layer.wanted.result if is_conv else (*site.shape[:-1], site.n)
-    call = layer.call(0, shape, channels_last=is_conv)
+    workspaces.layers.append(OneSize(layer, shape, channels_last=is_conv))
+    call = workspaces.layers[0].function(0)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         workspace = workspaces.take()
@@ -99,8 +101,8 @@ def alone(layer: Layer, site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
     return run
 
 
-def of_any_size(kernel: Kernel, site: Site, layer: Layer) -> AnySize:
-    """A layer of dynamic size; its weight is shared by all sizes that want it in one layout."""
+def of_any_size(kernel: Kernel, site: Site, layer: Layer, dims: int) -> AnySize:
+    """A layer of dynamic size, of so many dimensions; all sizes that want its weight in one layout share it."""
     is_conv, fused = site.op == Op.CONV, layer.wanted.post_op
 
     def wanted(shape: tuple[int, ...]) -> tuple[Wanted, tuple[int, ...]]:
@@ -126,7 +128,7 @@ def of_any_size(kernel: Kernel, site: Site, layer: Layer) -> AnySize:
         y = y.to(kernel.activations)
         return post_ops.apply(fused, y, None) if fused else y
 
-    return AnySize(layer, wanted, otherwise)
+    return AnySize(layer, wanted, otherwise, dims, channels_last=is_conv)
 
 
 def packed_weights(graph: fx.Graph) -> tuple[torch.Tensor, ...]:
@@ -149,14 +151,13 @@ class Calls:
         """Inserts the call of a layer in front of its node, and its post-op where the primitive doesn't take it."""
         is_conv = call.site.op == Op.CONV
         flat = is_conv and len(call.site.shape) == 3
-        index, dims = len(self.workspaces.layers), len(call.shape) + flat
+        layers = self.workspaces.layers
         if any(size is None for size in call.shape):
-            sized = of_any_size(call.kernel, call.site, layer)
-            run = sized.call(index, dims, channels_last=is_conv)
-            self.workspaces.layers.append(sized)
+            layers.append(of_any_size(call.kernel, call.site, layer, len(call.shape) + flat))
         else:
-            run = layer.call(index, layer.wanted.result if is_conv else tuple(call.shape), channels_last=is_conv)
-            self.workspaces.layers.append(layer)
+            shape = layer.wanted.result if is_conv else tuple(call.shape)
+            layers.append(OneSize(layer, shape, channels_last=is_conv))
+        run = layers[-1].function(len(layers) - 1)
         run.__name__ = call.node.name
         x = call.call(_aten.unsqueeze.default, call.x, 2) if flat else call.x
         y = call.call(run, self._taken(), x)
@@ -170,9 +171,15 @@ class Calls:
                 self._workspace = self.graph.call_function(self.workspaces.take)
         return self._workspace
 
-    def finish(self) -> None:
-        """Gives the workspace back at the end, and has a first one ready."""
+    def finish(self, arena: int = 0, places: Mapping[int, int] = MappingProxyType({})) -> None:
+        """Gives the workspace back at the end, and has a first one ready.
+
+        Args:
+            arena: Bytes that results share.
+            places: The first byte of a layer's result there, by its index.
+        """
         if self._workspace is not None:
+            self.workspaces.arena, self.workspaces.places = arena, places
             with self.graph.inserting_before(self.graph.output_node()):
                 self.graph.call_function(Workspaces.give, (self._workspace,))
             Workspaces.give(self.workspaces.take())

@@ -19,7 +19,8 @@ from armopt.ir.records import Op, Precision, Site
 from armopt.kernels import table
 from armopt.kernels.examples import Example
 from armopt.kernels.onednn import implementations, primitives, symbols
-from armopt.kernels.onednn.layer import Layer, Wanted, Workspaces, describe
+from armopt.kernels.onednn.layer import Layer, Wanted, describe
+from armopt.kernels.onednn.workspaces import Workspaces
 from armopt.plan import threshold_policy
 from armopt.runtime import bind, numbers, own
 from tests.planning import programs

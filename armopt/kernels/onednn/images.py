@@ -27,6 +27,7 @@ class ChannelsLast:
         self._memories = [api.memory(desc) for desc in descs]
         pairs = zip((SRC, DST), self._memories, strict=True)
         self._array = (Argument * 2)(*(Argument(which, memory.pointer) for which, memory in pairs))
+        self._place = ctypes.c_void_p(ctypes.addressof(self._array))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """A copy of `x` whose channels are last."""
@@ -40,5 +41,5 @@ class ChannelsLast:
         api = self._api
         for memory, tensor in zip(self._memories, (x, y), strict=True):
             check(api.set_data(memory, tensor.data_ptr()), "memory_set_data_handle")
-        check(api.execute(self._primitive, api.stream, 2, ctypes.addressof(self._array)), "primitive_execute")
+        check(api.execute(self._primitive.pointer, api.stream.pointer, 2, self._place), "primitive_execute")
         return y

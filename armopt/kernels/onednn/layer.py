@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 import torch
 
 from armopt.kernels.onednn import implementations
+from armopt.kernels.onednn.arguments import Arguments
 from armopt.kernels.onednn.images import ChannelsLast
 from armopt.kernels.onednn.primitives import (
     BIAS,
@@ -27,12 +27,7 @@ from armopt.kernels.onednn.primitives import (
     OneDnnError,
     View,
     aligned,
-    buffer,
-    check,
 )
-
-#: More workspaces than calls at once are not kept.
-_MOST_WORKSPACES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +61,11 @@ class Wanted:
         batch, channels, *spatial = shape
         first, *others, last = in_rows((batch, *spatial, channels))
         return (first, last, *others)
+
+    @property
+    def result_size(self) -> int:
+        """Bytes of the output."""
+        return math.prod(self.result) * self.activations.itemsize
 
     def like(self, shape: tuple[int, ...], *, channels_last: bool) -> torch.Tensor:
         """A result without memory, to make others like it: that takes less than telling how they lie."""
@@ -125,32 +125,6 @@ def describe(api: Api, wanted: Wanted, *, bias: bool) -> Description | None:
     except OneDnnError:
         return None
     return None if chosen is None else Description(api, *chosen)
-
-
-@dataclass(slots=True)
-class Arguments:
-    """What a call of a layer needs of its own: no other call may use it meanwhile.
-
-    Attributes:
-        primitive: For oneDNN.
-        array: The address of its arguments, `count` of them.
-        source: The memory that is its input.
-        result: The memory that is its output.
-        x: Where its input was last.
-        y: Where its output was last.
-        kept: What these point to.
-        channels_last: Lays out an input that lies otherwise.
-    """
-
-    primitive: ctypes.c_void_p
-    count: int
-    array: ctypes.c_void_p
-    source: ctypes.c_void_p
-    result: ctypes.c_void_p
-    kept: Any
-    channels_last: ChannelsLast
-    x: int = 0
-    y: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +225,7 @@ class Layer:
         """As it was given."""
         return self._bias
 
-    def arguments(self, threads: int, scratch: torch.Tensor) -> Arguments:
+    def arguments(self, threads: int, scratch: torch.Tensor, like: torch.Tensor) -> Arguments:
         """What one call at a time needs, after :meth:`prepare`; `scratch` holds what it asked for."""
         made, api, wanted = self._made[threads], self._api, self.wanted
         memories = {
@@ -265,120 +239,16 @@ class Layer:
         if made.scratch:
             memories[SCRATCHPAD] = api.memory(api.part(made.description.handle, SCRATCHPAD_DESC), aligned(scratch))
         array = (Argument * len(memories))(*(Argument(which, memory.pointer) for which, memory in memories.items()))
+        place = ctypes.c_void_p(ctypes.addressof(array))
         return Arguments(
-            made.primitive.pointer,
-            len(memories),
-            ctypes.c_void_p(ctypes.addressof(array)),
+            functools.partial(api.execute, made.primitive.pointer, api.stream.pointer, len(memories), place),
+            api.set_data,
             memories[SRC].pointer,
             memories[DST].pointer,
             (array, memories, scratch, made),
             ChannelsLast(api, wanted.source, wanted.strides(wanted.source), wanted.activations),
+            like,
         )
-
-    def call(
-        self, index: int, shape: tuple[int, ...], *, channels_last: bool
-    ) -> Callable[[Workspace, torch.Tensor], torch.Tensor]:
-        """The layer as a function of a workspace, in which its arguments are at `index`, and its input.
-
-        Args:
-            index: That of the layer in its :class:`Workspaces`.
-            shape: Of the result, as PyTorch has it.
-            channels_last: Whether input and result lie so; else their rows are in their order.
-        """
-        wanted, execute, empty = self.wanted, self.executor(), torch.empty_like
-        size = math.prod(wanted.source) * wanted.activations.itemsize
-        like = wanted.like(shape, channels_last=channels_last)
-        layout = memory_format(shape, channels_last=channels_last)
-
-        def run(workspace: Workspace, x: torch.Tensor) -> torch.Tensor:
-            if x.nbytes != size:
-                raise ValueError(f"expected {size} bytes for {wanted.source}, found {x.nbytes}")
-            arguments = workspace.arguments[index]
-            if channels_last:
-                if not x.is_contiguous(memory_format=layout):
-                    x = arguments.channels_last(x)
-            elif not x.is_contiguous():
-                x = x.contiguous()
-            y = empty(like)
-            execute(arguments, x, y)
-            return y
-
-        return run
-
-    def executor(self) -> Callable[[Arguments, torch.Tensor, torch.Tensor], None]:
-        """What executes the primitive on an input, and a result to be, of the sizes and strides that are wanted."""
-        api = self._api
-        execute, set_data, stream = api.execute, api.set_data, api.stream.pointer
-
-        def run(arguments: Arguments, x: torch.Tensor, y: torch.Tensor) -> None:
-            if arguments.x != (at := x.data_ptr()):
-                set_data(arguments.source, at)
-                arguments.x = at
-            if arguments.y != (at := y.data_ptr()):
-                set_data(arguments.result, at)
-                arguments.y = at
-            if status := execute(arguments.primitive, stream, arguments.count, arguments.array):
-                check(status, "primitive_execute")
-
-        return run
-
-
-class _Callable(Protocol):
-    """A layer of one size, or of any."""
-
-    @property
-    def packed(self) -> tuple[torch.Tensor, ...]:
-        """The bytes of its weight, in each layout that is wanted."""
-
-    def prepare(self, threads: int) -> int:
-        """Makes it for as many threads as this thread works with; returns the size of its scratchpad."""
-
-    def arguments(self, threads: int, scratch: torch.Tensor) -> Any:
-        """What one call at a time needs."""
-
-
-class Workspace:
-    """What one call of a program needs of its own: arguments of each layer, and a scratchpad that they share."""
-
-    __slots__ = ("arguments", "free")
-
-    def __init__(self, arguments: list[Any], free: list[Workspace]) -> None:
-        self.arguments, self.free = arguments, free
-
-
-class Workspaces:
-    """The layers of one program, and the workspaces in which calls run: as many as there were calls at once."""
-
-    def __init__(self) -> None:
-        self.layers: list[_Callable] = []
-        self._free: defaultdict[int, list[Workspace]] = defaultdict(list)
-
-    def take(self) -> Workspace:
-        """A workspace that no other call uses, for as many threads as this thread works with now.
-
-        Raises:
-            OneDnnError: oneDNN offers no primitive for that number.
-        """
-        # asking is also what tells OpenMP's runtime of a new thread how many it has
-        threads = torch.get_num_threads()
-        free = self._free[threads]
-        try:
-            return free.pop()
-        except IndexError:
-            scratch = buffer(max((layer.prepare(threads) for layer in self.layers), default=0))
-            return Workspace([layer.arguments(threads, scratch) for layer in self.layers], free)
-
-    @staticmethod
-    def give(workspace: Workspace) -> None:
-        """Gives a workspace back."""
-        if len(workspace.free) < _MOST_WORKSPACES:
-            workspace.free.append(workspace)
-
-
-def memory_format(shape: Sequence[int], *, channels_last: bool) -> torch.memory_format:
-    """How PyTorch calls the layout of a tensor of that many dimensions."""
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return layouts[len(shape)] if channels_last else torch.contiguous_format
 
 
 def in_rows(shape: Sequence[int]) -> tuple[int, ...]:

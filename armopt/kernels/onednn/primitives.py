@@ -121,8 +121,9 @@ class Api:
             raise OneDnnError(f"oneDNN is version {'.'.join(map(str, self.version))}, known is {_VERSION}")
         self._functions = {name: function(name, _INT, *types) for name, types in (_CREATE | _CALLS).items()}
         self._destroy = {kind: function(f"{kind}_destroy", _INT, _P) for kind in _DESTROY}
-        #: Unchecked, for calls of layers: primitive, stream, number of arguments, their address -> status.
-        self.execute = self._functions["primitive_execute"]
+        #: Unchecked, for calls of layers: pointers to primitive and stream, number of arguments, a pointer to them ->
+        #: status. Types that are declared are asked of each argument, in each call.
+        self.execute = c.CFUNCTYPE(_INT)(addresses("dnnl_primitive_execute"))
         #: Unchecked: memory, address -> status.
         self.set_data = self._functions["memory_set_data_handle"]
         self.engine = self._new("engine", "engine_create", _CPU, 0)

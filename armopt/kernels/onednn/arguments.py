@@ -1,0 +1,75 @@
+"""What one call of a primitive needs of its own: where its tensors lie, as oneDNN and as PyTorch have it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from armopt.kernels.onednn.images import ChannelsLast
+from armopt.kernels.onednn.primitives import check
+
+#: The attribute of tensors that are the result of a layer in every call of a workspace.
+_KEPT = "_armopt_kept"
+_empty_like: Any = torch._C._VariableFunctions.empty_like
+
+
+@dataclass(slots=True)
+class Arguments:
+    """What a call of a layer needs of its own: no other call may use it meanwhile.
+
+    Attributes:
+        execute: Executes the primitive and returns oneDNN's status.
+        place: Says where the memory of a tensor is.
+        source: The memory that is its input.
+        result: The memory that is its output.
+        owned: What these point to.
+        channels_last: Lays out an input that lies otherwise.
+        like: A result without memory, to make others like it.
+        kept: The result, where it has a place in the arena: the same for each call. Else each call makes one.
+        seen: The input of the last call where that was such a result: it lies where it did, and as it did.
+        x: Where its input was last.
+        y: Where its output was last.
+    """
+
+    execute: Callable[[], int]
+    place: Callable[[ctypes.c_void_p, int], int]
+    source: ctypes.c_void_p
+    result: ctypes.c_void_p
+    owned: Any
+    channels_last: ChannelsLast
+    like: torch.Tensor
+    kept: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+    x: int = 0
+    y: int = 0
+
+    def take(self, x: torch.Tensor) -> None:
+        """Makes a tensor of the size and strides that are wanted the input."""
+        if self.x != (at := x.data_ptr()):
+            self.place(self.source, at)
+            self.x = at
+        self.seen = x if hasattr(x, _KEPT) else None
+
+    def keep(self, arena: torch.Tensor | None) -> None:
+        """Gives the result the first bytes of a part of an arena, where it fits."""
+        size = self.like.numel() * self.like.element_size()
+        if arena is not None and size <= arena.numel():
+            self.kept = arena[:size].view(self.like.dtype).as_strided(self.like.shape, self.like.stride())
+            setattr(self.kept, _KEPT, True)
+            self.place(self.result, self.kept.data_ptr())
+
+    def run(self) -> torch.Tensor:
+        """The result for the input that was taken last."""
+        y = self.kept
+        if y is None:
+            y = _empty_like(self.like)
+            if self.y != (at := y.data_ptr()):
+                self.place(self.result, at)
+                self.y = at
+        if status := self.execute():
+            check(status, "primitive_execute")
+        return y

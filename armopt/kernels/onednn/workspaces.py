@@ -1,0 +1,158 @@
+"""The layers of a program as functions, and what its calls need of their own: one workspace for each call at a time."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from armopt.kernels.onednn.arguments import Arguments
+from armopt.kernels.onednn.layer import Layer
+from armopt.kernels.onednn.primitives import aligned, buffer
+
+#: More workspaces than calls at once are not kept.
+_MOST_WORKSPACES = 64
+
+
+class Call(Protocol):
+    """A layer, of one size or of any, in a program."""
+
+    @property
+    def packed(self) -> tuple[torch.Tensor, ...]:
+        """The bytes of its weight, in each layout that is wanted."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of its result, at the size that was planned."""
+
+    def prepare(self, threads: int) -> int:
+        """Makes it for as many threads as this thread works with; returns the size of its scratchpad."""
+
+    def arguments(self, threads: int, scratch: torch.Tensor, place: torch.Tensor | None) -> Any:
+        """What one call at a time needs; `place` is where results that fit may lie."""
+
+    def function(self, index: int) -> Callable[[Workspace, torch.Tensor], torch.Tensor]:
+        """A function of a workspace, in which its arguments are at `index`, and the input."""
+
+
+class OneSize:
+    """A layer for inputs of one size."""
+
+    def __init__(self, layer: Layer, shape: tuple[int, ...], *, channels_last: bool) -> None:
+        """Takes what a call needs to know.
+
+        Args:
+            layer: The layer.
+            shape: Of the result, as PyTorch has it.
+            channels_last: Whether input and result lie so; else their rows are in their order.
+        """
+        self._layer, self._channels_last = layer, channels_last
+        self._layout = memory_format(shape, channels_last=channels_last)
+        self._like = layer.wanted.like(shape, channels_last=channels_last)
+
+    @property
+    def packed(self) -> tuple[torch.Tensor, ...]:
+        """See :class:`Call`."""
+        return self._layer.packed
+
+    @property
+    def size(self) -> int:
+        """See :class:`Call`."""
+        return self._layer.wanted.result_size
+
+    def prepare(self, threads: int) -> int:
+        """See :class:`Call`."""
+        return self._layer.prepare(threads)
+
+    def arguments(self, threads: int, scratch: torch.Tensor, place: torch.Tensor | None) -> Arguments:
+        """See :class:`Call`."""
+        made = self._layer.arguments(threads, scratch, self._like)
+        made.keep(place)
+        return made
+
+    def function(self, index: int) -> Callable[[Workspace, torch.Tensor], torch.Tensor]:
+        """See :class:`Call`."""
+        wanted, channels_last, layout = self._layer.wanted, self._channels_last, self._layout
+        size = math.prod(wanted.source) * wanted.activations.itemsize
+
+        def run(workspace: Workspace, x: torch.Tensor) -> torch.Tensor:
+            arguments: Arguments = workspace.arguments[index]
+            if x is not arguments.seen:
+                if x.nbytes != size:
+                    raise ValueError(f"expected {size} bytes for {wanted.source}, found {x.nbytes}")
+                if channels_last:
+                    if not x.is_contiguous(memory_format=layout):
+                        x = arguments.channels_last(x)
+                elif not x.is_contiguous():
+                    x = x.contiguous()
+                arguments.take(x)
+            return arguments.run()
+
+        return run
+
+
+class Workspace:
+    """What one call of a program needs of its own: arguments of each layer, and a scratchpad that they share."""
+
+    __slots__ = ("arguments", "free")
+
+    def __init__(self, arguments: list[Any], free: list[Workspace]) -> None:
+        self.arguments, self.free = arguments, free
+
+
+class Workspaces:
+    """The layers of one program, and the workspaces in which calls run: as many as there were calls at once.
+
+    Attributes:
+        layers: In the order in which programs have them.
+        arena: Bytes that results share.
+        places: The first byte of a layer's result there, by the layer's index; those of what a caller gets have none.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[Call] = []
+        self.arena = 0
+        self.places: Mapping[int, int] = {}
+        self._free: defaultdict[int, list[Workspace]] = defaultdict(list)
+
+    def take(self) -> Workspace:
+        """A workspace that no other call uses, for as many threads as this thread works with now.
+
+        Raises:
+            OneDnnError: oneDNN offers no primitive for that number.
+        """
+        # asking is also what tells OpenMP's runtime of a new thread how many it has
+        threads = torch.get_num_threads()
+        free = self._free[threads]
+        try:
+            return free.pop()
+        except IndexError:
+            return Workspace(self._arguments(threads), free)
+
+    def _arguments(self, threads: int) -> list[Any]:
+        """Those of a new workspace. With it go its scratchpad and its arena."""
+        scratch = buffer(max((layer.prepare(threads) for layer in self.layers), default=0))
+        arena = buffer(self.arena) if self.places else None
+        made = []
+        for index, layer in enumerate(self.layers):
+            place = None
+            if arena is not None and index in self.places:
+                first = aligned(arena) - arena.data_ptr() + self.places[index]
+                place = arena[first : first + layer.size]
+            made.append(layer.arguments(threads, scratch, place))
+        return made
+
+    @staticmethod
+    def give(workspace: Workspace) -> None:
+        """Gives a workspace back."""
+        if len(workspace.free) < _MOST_WORKSPACES:
+            workspace.free.append(workspace)
+
+
+def memory_format(shape: Sequence[int], *, channels_last: bool) -> torch.memory_format:
+    """How PyTorch calls the layout of a tensor of that many dimensions."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return layouts[len(shape)] if channels_last else torch.contiguous_format
