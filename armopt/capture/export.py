@@ -18,6 +18,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
+from armopt.capture import decompositions
 from armopt.capture.calls import (
     Args,
     Kwargs,
@@ -117,8 +118,8 @@ def exported(
     kwargs = dict(kwargs or {})
     _check_dense(program, source)
     given = program
-    with torch.no_grad(), quiet():
-        program = program.run_decompositions({})
+    with quiet():
+        program = decompositions.without_writes(program)
     graph_module = unlift(program, source)
     inputs, tensors = describe_inputs(args, kwargs, signature or _signature_names(program, args), defaults)
     names = _input_names(graph_module, tensors)

@@ -1,0 +1,78 @@
+"""Takes the writing out of an exported program, as torch does, in a fraction of its time.
+
+``run_decompositions({})`` keeps composite operations whole. To do so it gives each of the hundreds that torch has
+another implementation for a while, which takes longer than all else in the capture of a small model. Those that a
+program doesn't reach need none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch.export import ExportedProgram, exported_program
+
+_aten = torch.ops.aten
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+#: Composites that torch takes apart, since they may show memory of their inputs or write to it; of other composites
+#: they reach none. A program with others is decomposed as torch does it.
+_TAKEN_APART = frozenset(
+    {
+        *(_aten.batch_norm, _aten.chunk, _aten.contiguous, _aten.dropout, _aten.dropout_, _aten.expand_as),
+        *(_aten.flatten, _aten.reshape, _aten.to, _aten.unflatten),
+    }
+)
+_COLLECT = "_collect_all_valid_cia_ops"
+_lock = threading.Lock()
+
+Operations = frozenset[torch._ops.OpOverload]
+
+
+def without_writes(program: ExportedProgram) -> ExportedProgram:
+    """The program without operations that write or alias, where torch can tell; what else is composite stays whole."""
+    kept = _reached(program)
+    with torch.no_grad(), contextlib.nullcontext() if kept is None else _collected(kept):
+        decomposed: ExportedProgram = program.run_decompositions({})
+    return decomposed
+
+
+def _reached(program: ExportedProgram) -> Operations | None:
+    """The composites that are to stay whole; None where they can't be told."""
+    try:
+        from torch._export.utils import _is_preservable_cia_op
+    except ImportError:  # it is torch's own affair, and may go
+        return None
+    reached = set()
+    for node in program.graph_module.graph.nodes:
+        target = node.target
+        if node.op == "get_attr":  # the graph of a branch or a loop
+            return None
+        if not isinstance(target, torch._ops.OpOverload):
+            continue
+        if _is_preservable_cia_op(target):
+            reached.add(target)
+        elif _is_composite(target) and target.overloadpacket not in _TAKEN_APART:
+            return None
+    return frozenset(reached)
+
+
+def _is_composite(target: torch._ops.OpOverload) -> bool:
+    return _COMPOSITE in target.py_kernels or target.has_kernel_for_dispatch_key(_COMPOSITE)
+
+
+@contextlib.contextmanager
+def _collected(kept: Operations) -> Iterator[None]:
+    """Tells torch, in this thread, of no composites but these."""
+    collect = getattr(exported_program, _COLLECT, None)
+    if collect is None:
+        yield
+        return
+    thread = threading.get_ident()
+    with _lock:
+        setattr(exported_program, _COLLECT, lambda: set(kept) if threading.get_ident() == thread else collect())
+        try:
+            yield
+        finally:
+            setattr(exported_program, _COLLECT, collect)
