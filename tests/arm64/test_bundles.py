@@ -43,7 +43,10 @@ RUNS = (
     "windows@graviton3",
     "windows@graviton3-torch2.13",
 )
-LONG = ("mlp-full-size@graviton3",)
+LONG = (
+    *("mlp-full-size@graviton3", "mlp@yitian710", "bert@graviton3"),
+    *("mlp@graviton3-torch2.13", "fast-math@graviton3-torch2.13"),
+)
 #: Where a second PyTorch may answer otherwise than the plan expects: then the load says so, and nothing is `ref`.
 OTHER_BUILD = "graviton3-torch2.13"
 #: Least cosine similarity to FP32 of any model on the core.

@@ -23,6 +23,7 @@ from armopt.onnx_export.options import OnnxOptions
 from armopt.plan.threshold_policy import ThresholdPolicy
 from armopt.targets.emulated import core_named
 from tests.arm64 import bundles
+from tests.sampling import sampled
 
 JOBS = "tests.arm64.jobs_onnx"
 FLAG = {session.FAST_MATH: "1"}
@@ -134,7 +135,7 @@ def _rounded(values: np.ndarray) -> np.ndarray:
     return values.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", sampled(FORMS, 3))
 def test_what_the_flag_takes_effect_on(name, core, tmp_path):
     form = FORMS[name]
     path, in_fp32, in_bf16 = _make(form, tmp_path / "form.onnx")
@@ -225,7 +226,7 @@ def _attention() -> torch.nn.Module:
 _LONG = bundles.Example(_attention, ({"": torch.randn(1, 300, 64, generator=torch.Generator().manual_seed(1))},))
 
 
-@pytest.mark.parametrize("example", ["convnet", "bert", "gpt2", "mobilenet", "long attention"])
+@pytest.mark.parametrize("example", sampled(["bert", "gpt2", "mobilenet", "long attention", "convnet"], 4))
 def test_an_exported_model(example, core, tmp_path, figure, monkeypatch):
     """In FP32 it gives what it gives here, and with the session options of its manifest it multiplies in BF16."""
     monkeypatch.setitem(bundles.EXAMPLES, "long attention", _LONG)

@@ -14,6 +14,8 @@ import pytest
 import torch
 from e2e_helpers import Cli, Models, armopt, listing
 
+from tests.sampling import sampled
+
 NET = ("--model", "mynets.nets:net")
 X = ("--input", "x=1x3x16x16")
 
@@ -181,7 +183,7 @@ def check_message(err: str, *words: str) -> None:
         assert word in lines[0]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sampled(CASES, 3))
 def test_optimize_refuses(name: str, models: Models, bad: Path, cli: Cli, tmp_path: Path) -> None:
     arguments, words = (
         [text.replace("{m}", str(models.folder)).replace("{b}", str(bad)) for text in texts] for texts in CASES[name]

@@ -59,6 +59,7 @@ def check(bundle: Path, model: nn.Module, calls: Sequence[Tensor], source: str, 
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_tutorial_mlp(tmp_path: Path) -> None:
     """examples/tutorial_mlp_cli.sh as it stands, and what it leaves."""
     script = subprocess.run(

@@ -11,6 +11,8 @@ from e2e_helpers import Cli, Models, listing
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.sampling import sampled
+
 #: Arguments of `armopt validate BUNDLE`, and words that its message must hold.
 CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown metric": (("--gate", "topl>=1"), ("--gate", "'topl'", "top1")),
@@ -61,7 +63,7 @@ def bad(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sampled(CASES, 3))
 def test_what_can_not_be_is_one_line(
     name: str, bundle: Path, models: Models, bad: Path, cli: Cli, tmp_path: Path
 ) -> None:

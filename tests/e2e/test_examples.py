@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from e2e_helpers import ROOT, environment
 
+from tests.sampling import only
+
 EXAMPLES = ROOT / "examples"
 #: Example -> what its output must hold.
 EXPECTED = {
@@ -24,7 +26,7 @@ def test_none_is_left_out() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", only(EXPECTED, ["tutorial_mlp.py", "bert.py"]))
 def test_runs_as_it_stands(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name)],

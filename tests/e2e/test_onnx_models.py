@@ -23,6 +23,7 @@ from armopt.onnx_export.options import OnnxOptions
 from armopt.plan import threshold_policy
 from armopt.runtime import load
 from benchmarks.random_weights import randomize
+from tests.sampling import only
 
 #: Against the FP32 model: the rounding of weights to BF16 (2^-9 each) is the only difference but the order of sums.
 LEAST_COSINE = 0.9995
@@ -112,7 +113,7 @@ EXAMPLES = {
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", only(EXAMPLES, ["resnet50", "gpt2"]))
 def test_a_model_in_onnx_runtime(name: str, tmp_path: Path) -> None:
     example = EXAMPLES[name]
     with torch.random.fork_rng(devices=[]):

@@ -15,6 +15,7 @@ import armopt
 from armopt import accuracy
 from benchmarks import coverage  # how models are built
 from tests import zoo_models
+from tests.sampling import only
 
 TORCHVISION = ("resnet18", "mobilenet_v3_small", "squeezenet1_1", "convnext_tiny", "lraspp_mobilenet_v3_large")
 #: Long, and each with a smaller relative above or among the models of the tests.
@@ -58,7 +59,7 @@ def compare(expected: Any, found: Any, path: str = "") -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*TORCHVISION, *zoo_models.MODELS, *(pytest.param(name, marks=pytest.mark.full) for name in LONG)]
+    "name", only([*TORCHVISION, *zoo_models.MODELS, *LONG], [*TORCHVISION[:3], *list(zoo_models.MODELS)[::3]])
 )
 def test_optimizes_loads_and_agrees(name: str, tmp_path: Path) -> None:
     if name in zoo_models.NETS:

@@ -306,7 +306,7 @@ READERS = {
     each.name: each
     for each in (
         Reader("bundle", _seeds, _run, change_bundle),
-        Reader("bundle in a zip", _zips, _run, change_zip),
-        Reader("commands on a bundle", _seeds, _command, change_bundle),
+        Reader("bundle in a zip", _zips, _run, change_zip, share=2),
+        Reader("commands on a bundle", _seeds, _command, change_bundle, share=1),
     )
 }

@@ -286,8 +286,8 @@ def _module(path: Path) -> object:
 READERS = {
     reader.name: reader
     for reader in (
-        Reader("pt2", _pt2, _capture, _change_zip),
-        Reader("torchscript", _torchscript, _capture, _change_zip),
+        Reader("pt2", _pt2, _capture, _change_zip, share=1),
+        Reader("torchscript", _torchscript, _capture, _change_zip, share=1),
         Reader("state_dict", _state_dicts, _module, _change_state),
         Reader("safetensors", _safetensors, _module, _change_safetensors),
         Reader("samples", _samples, sample_files.read, _change_sample),

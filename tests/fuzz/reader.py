@@ -17,9 +17,11 @@ class Reader:
         seeds: Writes small valid files or folders into a folder, and says which.
         read: Reads one the way the product does, up to and including load and one run on its recorded inputs.
         mutate: Changes one in place so that it stays well-formed; None where bytes alone are changed.
+        share: How many of its inputs are among so many of all readers': fewer where reading one takes long.
     """
 
     name: str
     seeds: Callable[[Path], list[Path]]
     read: Callable[[Path], object]
     mutate: Callable[[random.Random, Path], None] | None
+    share: int = 8

@@ -223,8 +223,8 @@ class Ranks(torch.nn.Module):
         return self.fc(x)
 
 
-@pytest.mark.slow
-def test_past_dynamos_limit_it_still_compiles() -> None:
+def test_past_dynamos_limit_it_still_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     torch.manual_seed(0)
     layer = Ranks().eval()
     made = armopt.compile(layer, target="graviton3")
@@ -364,6 +364,7 @@ def test_constants_of_equal_values() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_memory_stays_flat_over_a_thousand_shapes(model: Classifier) -> None:
     made = armopt.compile(model, target="graviton3", policy="cost=2.10")
     shapes = [(batch, length) for batch in range(2, 42) for length in range(2, 27)]

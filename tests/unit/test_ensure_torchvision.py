@@ -54,6 +54,7 @@ print(ViTModel.__name__, torchvision.models.resnet18.__name__)
 """
         assert run_python(code) == "ViTModel resnet18"
 
+    @pytest.mark.full
     def test_from_many_threads(self) -> None:
         code = """
 import threading
@@ -72,6 +73,7 @@ print(failed)
 """
         assert run_python(code) == "[]"
 
+    @pytest.mark.full
     def test_leaves_working_operators_alone(self, tmp_path: Path) -> None:
         package = tmp_path / "torchvision"
         package.mkdir()
@@ -87,7 +89,10 @@ print(torchvision_ops._OPERATORS.library, hasattr(torch.ops.torchvision, "nms"))
 
     @pytest.mark.parametrize(
         ("broken", "message"),
-        [("raise ValueError('torn page')", "torn page"), ("import not_there", "not_there")],
+        [
+            ("raise ValueError('torn page')", "torn page"),
+            pytest.param("import not_there", "not_there", marks=pytest.mark.full),
+        ],
     )
     def test_another_failure_is_told(self, tmp_path: Path, broken: str, message: str) -> None:
         package = tmp_path / "torchvision"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import armopt
 from armopt.dynamo.process import PROCESS
 from armopt.errors import ArmoptWarning
+from tests.sampling import sampled
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -28,7 +29,7 @@ def encoder(layers: int = 2, **options: Any) -> nn.Module:
 
 @pytest.mark.parametrize("options", [{}, {"norm_first": True, "activation": "gelu"}])
 @pytest.mark.parametrize("named", [{}, {"src_key_padding_mask": PADDED}])
-@pytest.mark.parametrize("way", ["compile", "backend"])
+@pytest.mark.parametrize("way", sampled(["compile", "backend"], 2))
 def test_an_encoder_is_planned_layer_by_layer(options: Any, named: Any, way: str) -> None:
     model = encoder(**options)
     made: Any = armopt.compile(model, target="graviton2")

@@ -14,6 +14,7 @@ from armopt.kernels import table
 from tests import nan_cases
 from tests.arm64.kernel_cases import Case
 from tests.planning import programs
+from tests.sampling import sampled
 
 
 def test_a_linear_on_many_dimensions_fuses_its_relu() -> None:
@@ -58,7 +59,7 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", sampled(FUNCTIONS, 3))
 def test_between_layers(name: str) -> None:
     model, x = _Between(FUNCTIONS[name]).eval(), nan_cases.special((64, 48), torch.float32)
     (program,) = programs(model, torch.randn(64, 48))

@@ -311,6 +311,7 @@ def test_what_is_dropped_is_freed(api: primitives.Api) -> None:
     assert resident() - before < 1 << 20  # a leaked primitive alone would take 4 MB, a leaked weight 2
 
 
+@pytest.mark.full
 def test_many_shapes_leak_nothing(api: primitives.Api) -> None:
     """More than oneDNN's own cache of primitives holds, so that each is made anew the second time."""
 

@@ -29,6 +29,7 @@ def run(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_what_is_printed_for_a_failed_test_runs_it(tmp_path: Path) -> None:
     (tmp_path / "test_failing.py").write_text(FAILING)
     lines = run(tmp_path, "--full").splitlines()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import torch_databases as databases
+from tests.sampling import sampled
 
 #: Layers whose layout is not PyTorch's, and operations that look at it or pass it on, first; then every 150th entry.
 CHOSEN = (
@@ -19,7 +20,7 @@ CHOSEN = (
 SAMPLE = tuple(dict.fromkeys((*CHOSEN, *databases.entries()[::150])))
 
 
-@pytest.mark.parametrize("entry", SAMPLE)
+@pytest.mark.parametrize("entry", sampled(SAMPLE, 2))
 def test_an_entry_is_right_or_refused_as_the_page_says(entry: str) -> None:
     found = databases.run(entry, most=1)
     assert {outcome.way for outcome in found} >= set(databases.WAYS)
