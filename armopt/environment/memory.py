@@ -9,7 +9,7 @@ from armopt.files import read_or_empty
 
 
 def memory_for_process(*, root: Path = Path("/")) -> int:
-    """Bytes: the least of the machine's memory, its cgroups' limits (v1 and v2) and the limit of its address space.
+    """Bytes: the least of the machine's memory, its cgroups' limits (v1 and v2) and what is left of its address space.
 
     Args:
         root: Where /proc and /sys are found; for tests.
@@ -20,7 +20,15 @@ def memory_for_process(*, root: Path = Path("/")) -> int:
     except ImportError:  # no POSIX
         return min(limits)
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return min(limits) if address_space == resource.RLIM_INFINITY else min(*limits, address_space)
+    if address_space == resource.RLIM_INFINITY:
+        return min(limits)
+    return min(*limits, max(0, address_space - _address_space_taken(root)))
+
+
+def _address_space_taken(root: Path) -> int:
+    """Bytes: mostly libraries and memory that was set aside, of which little was touched."""
+    pages = read_or_empty(root / "proc/self/statm").split()
+    return int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
 
 
 def _cgroup_limits(root: Path) -> list[int]:

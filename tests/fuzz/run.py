@@ -45,8 +45,9 @@ BEGIN, END = "<!-- fuzz: make fuzz -->", "<!-- end of fuzz -->"
 OUTCOMES = ("read", "refused", "traceback", "crash", "hang", "allocation", "touched")
 GOOD = ("read", "refused")
 SECONDS = 20
-#: Bytes beyond what a child has when it begins: of address space, and of memory that it may touch.
-ADDRESS_SPACE, MEMORY = 4 << 30, 1 << 30
+#: Bytes beyond what a child has when it begins: of address space, which is what a bundle may ask for, and of memory
+#: that it may touch.
+ADDRESS_SPACE, MEMORY = 1 << 30, 1 << 30
 #: Inputs of one child; a leak of armopt's would show at its end, and a fork costs as much as an input.
 BATCH = 50
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -198,3 +199,17 @@ def test_the_memory_of_a_process(tmp_path: Path) -> None:
     (tmp_path / "sys/fs/cgroup/memory/c").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/memory/c/memory.limit_in_bytes").write_text("4096\n")
     assert memory_for_process(root=tmp_path) == 4096
+
+
+def test_a_limit_of_address_space_counts_what_is_left_of_it() -> None:
+    """In a process of its own: what is lowered stays so."""
+    code = """
+import resource
+from pathlib import Path
+from armopt.environment import memory_for_process
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (300 << 20), resource.RLIM_INFINITY))
+print(memory_for_process())
+"""
+    left = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 200 << 20 < left <= 300 << 20
