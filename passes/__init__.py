@@ -14,6 +14,7 @@ from armopt.passes.canonicalise_linear import CanonicaliseLinear
 from armopt.passes.canonicalise_split import CanonicaliseSplit
 from armopt.passes.convert_pixel_conv import ConvertPixelConv
 from armopt.passes.convert_transposed_conv import ConvertTransposedConv
+from armopt.passes.convert_volume_conv import ConvertVolumeConv
 from armopt.passes.fold_batch_norm import FoldBatchNorm
 from armopt.passes.fold_constants import FoldConstants
 from armopt.passes.fold_stride import FoldStride
@@ -45,6 +46,7 @@ PREPARE: tuple[Pass, ...] = (
     FoldBatchNorm(),
     FusePointwise(),
     ConvertTransposedConv(),
+    ConvertVolumeConv(),
     ConvertPixelConv(),
     MergeShortcut(),
     FoldStride(),
