@@ -29,6 +29,7 @@ from armopt.passes.pack_linear import PackLinear
 from armopt.passes.propagate_bf16 import PropagateBf16
 from armopt.passes.relax_views import RelaxViews
 from armopt.passes.remove_identities import RemoveIdentities
+from armopt.passes.split_recurrence import SplitRecurrence
 
 Pass = Callable[[fx.GraphModule], PassResult]
 
@@ -40,6 +41,7 @@ PREPARE: tuple[Pass, ...] = (
     CanonicaliseSplit(),
     FoldConstants(),
     FuseAttention(),
+    SplitRecurrence(),
     CanonicaliseContraction(),
     CanonicaliseLinear(),
     CanonicaliseConv(),
