@@ -188,10 +188,9 @@ class _Layer:
     def _split(self, rows: fx.Node, start: int, volume: fx.Node) -> fx.Node:
         """The opposite of :meth:`_flattened`, with the sizes that `volume` has there."""
         one, two = g.fake_value(volume).shape[start : start + 2]
-        if g.is_fixed(two):
-            sizes = [int(one) if g.is_fixed(one) else -1, int(two)]
-        else:
-            sizes = [int(one) if g.is_fixed(one) else self._inserted(_aten.sym_size.int, volume, start), -1]
+        sizes: list[Any] = [int(one) if g.is_fixed(one) else -1, int(two) if g.is_fixed(two) else -1]
+        if sizes == [-1, -1]:
+            sizes[0] = self._inserted(_aten.sym_size.int, volume, start)
         return self._inserted(_aten.unflatten.int, rows, start, sizes)
 
     def _sliced(self, x: fx.Node, dim: int, start: int, end: int, step: int = 1) -> fx.Node:

@@ -23,7 +23,6 @@ _CELLS: Mapping[Any, str] = {
     _aten.rnn_tanh.input: "rnn_tanh",
     _aten.rnn_relu.input: "rnn_relu",
 }
-_PACKED = (_aten.lstm.data, _aten.gru.data, _aten.rnn_tanh.data, _aten.rnn_relu.data)
 
 
 class _RefusedError(Exception):
@@ -36,8 +35,8 @@ class SplitRecurrence:
 
     Half of the multiplications or more become one product of all steps' rows, planned and packed as any Linear is; the
     steps do what needs the step before. Gates of an LSTM are stored in the order i, f, o, g, so that one sigmoid takes
-    three. Refuses sequences of different lengths (PackedSequence), a projection of the state, dropout, weights that are
-    no constants, and another dtype than FP32.
+    three. Refuses a projection of the state, dropout, weights that are no constants, and another dtype than FP32. (Of a
+    PackedSequence, and of a number of steps that is dynamic, torch.export makes no graph.)
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -45,7 +44,7 @@ class SplitRecurrence:
         rewritten: list[str] = []
         skipped: list[Skip] = []
         made: dict[tuple[object, ...], torch.Tensor] = {}
-        for node in g.calls_to(graph_module.graph, *_CELLS, *_PACKED):
+        for node in g.calls_to(graph_module.graph, *_CELLS):
             try:
                 stack = _Stack.of(graph_module, node, made)
             except _RefusedError as refusal:
@@ -94,8 +93,6 @@ class _Stack:
         Raises:
             _RefusedError: It can't be divided.
         """
-        if node.target in _PACKED:
-            raise _RefusedError("recurrent, over sequences of different lengths (PackedSequence)")
         arguments: Any = node.args
         x, states, params, biases, layers, dropout, train, bidirectional, batch_first = arguments
         states = list(states) if isinstance(states, (list, tuple)) else [states]
