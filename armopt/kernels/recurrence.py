@@ -1,8 +1,8 @@
 """The recurrence of an LSTM, a GRU or an RNN, whose input was multiplied for all steps before.
 
 The Compute Library has none, and oneDNN's LSTM on aarch64 is its reference: 73 million instructions for 32 steps of 256
-features, which take this and the product in front of it 7. Each step's product has as few rows as the batch: BLAS takes
-it, in FP32 on every build, because the weight is [K, N].
+features, which take this and the product in front of it 8 million. Each step's product has as few rows as the batch:
+BLAS takes it, in FP32 on every build, because the weight is [K, N].
 """
 
 from __future__ import annotations
