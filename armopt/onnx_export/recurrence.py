@@ -11,16 +11,15 @@ def run(
     gates: _Tensor, weight: _Tensor, bias: _Tensor | None, h: _Tensor, c: _Tensor | None, cell: str, backwards: bool
 ) -> tuple[_Tensor, _Tensor]:
     """What :func:`armopt.kernels.recurrence.run` gives, one step after the other."""
-    size = weight.shape[0]
     results: list[_Tensor] = []
     for gate in gates.unbind()[:: -1 if backwards else 1]:
         sums = torch.mm(h, weight) if bias is None else torch.addmm(bias, h, weight)
         if c is not None:
-            i, f, o, new = (gate + sums).split(size, 1)
+            i, f, o, new = (gate + sums).chunk(4, 1)
             c = f.sigmoid() * c + i.sigmoid() * new.tanh()
             h = o.sigmoid() * c.tanh()
         elif cell == "gru":
-            r, z, new = zip(gate.split(size, 1), sums.split(size, 1), strict=True)
+            r, z, new = zip(gate.chunk(3, 1), sums.chunk(3, 1), strict=True)
             candidate = (new[0] + (r[0] + r[1]).sigmoid() * new[1]).tanh()
             h = candidate + (z[0] + z[1]).sigmoid() * (h - candidate)
         else:
