@@ -19,8 +19,8 @@ def run(
             c = f.sigmoid() * c + i.sigmoid() * new.tanh()
             h = o.sigmoid() * c.tanh()
         elif cell == "gru":
-            r, z, new = zip(gate.chunk(3, 1), sums.chunk(3, 1), strict=True)
-            candidate = (new[0] + (r[0] + r[1]).sigmoid() * new[1]).tanh()
+            r, z, n = zip(gate.chunk(3, 1), sums.chunk(3, 1), strict=True)
+            candidate = (n[0] + (r[0] + r[1]).sigmoid() * n[1]).tanh()
             h = candidate + (z[0] + z[1]).sigmoid() * (h - candidate)
         else:
             h = (gate + sums).tanh() if cell == "rnn_tanh" else (gate + sums).relu()
