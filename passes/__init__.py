@@ -14,6 +14,7 @@ from armopt.passes.canonicalise_linear import CanonicaliseLinear
 from armopt.passes.canonicalise_split import CanonicaliseSplit
 from armopt.passes.convert_pixel_conv import ConvertPixelConv
 from armopt.passes.convert_transposed_conv import ConvertTransposedConv
+from armopt.passes.convert_volume_conv import ConvertVolumeConv
 from armopt.passes.fold_batch_norm import FoldBatchNorm
 from armopt.passes.fold_constants import FoldConstants
 from armopt.passes.fold_stride import FoldStride
@@ -28,6 +29,7 @@ from armopt.passes.pack_linear import PackLinear
 from armopt.passes.propagate_bf16 import PropagateBf16
 from armopt.passes.relax_views import RelaxViews
 from armopt.passes.remove_identities import RemoveIdentities
+from armopt.passes.split_recurrence import SplitRecurrence
 
 Pass = Callable[[fx.GraphModule], PassResult]
 
@@ -39,12 +41,14 @@ PREPARE: tuple[Pass, ...] = (
     CanonicaliseSplit(),
     FoldConstants(),
     FuseAttention(),
+    SplitRecurrence(),
     CanonicaliseContraction(),
     CanonicaliseLinear(),
     CanonicaliseConv(),
     FoldBatchNorm(),
     FusePointwise(),
     ConvertTransposedConv(),
+    ConvertVolumeConv(),
     ConvertPixelConv(),
     MergeShortcut(),
     FoldStride(),

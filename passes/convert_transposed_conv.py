@@ -22,7 +22,7 @@ class ConvertTransposedConv:
 
     Each output pixel of a patch of s x s becomes channels of one, so that no multiplication meets the zeros that the
     Compute Library puts between pixels: an s-th of the arithmetic in each dimension, and in BF16, in which oneDNN's own
-    is `ref`. Refuses groups, a dilation, and three dimensions.
+    is `ref`. Refuses groups and a dilation.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -46,9 +46,7 @@ class ConvertTransposedConv:
 def _refusal(call: ConvCall[fx.Node]) -> str | None:
     if call.groups != 1:
         return "it has groups"
-    if max(call.dilation) > 1:
-        return "it has a dilation"
-    return "it has three dimensions" if len(call.dilation) > 2 else None
+    return "it has a dilation" if max(call.dilation) > 1 else None
 
 
 @dataclass(frozen=True)

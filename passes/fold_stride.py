@@ -15,12 +15,14 @@ from armopt.ir.records import PassResult, Skip
 
 _aten = torch.ops.aten
 #: The Compute Library takes input channels in fours: with fewer the rest of each four is zeros.
-_FEW = 4
+_FOUR = 4
+#: Channels from which it does not pay: 9, as of three frames that are stacked, gain; 15 lose.
+_MANY = 12
 
 
 @dataclass(frozen=True)
 class FoldStride:
-    """conv(x [N, C, H, W], W, stride s) -> conv(x' [N, C * s * s, H / s, W / s], W'), for C < 4.
+    """conv(x [N, C, H, W], W, stride s) -> conv(x' [N, C * s * s, H / s, W / s], W'), for few channels.
 
     Space to depth: each s x s patch of pixels becomes the channels of one. Fewer filter taps have to be gathered, and
     no channel is padding; a patch embedding becomes a Linear. Done where it pays on the emulated Graviton3: filters of
@@ -48,11 +50,12 @@ class FoldStride:
 
 def _pays(call: ConvCall[fx.Node], weight: torch.Tensor) -> bool:
     """Whether it is the convolution of an image that this is for."""
-    if weight.dim() != 4 or weight.shape[1] >= _FEW:
+    channels = weight.shape[1]
+    if weight.dim() != 4 or channels >= _MANY or channels % _FOUR == 0:
         return False
     stride, filters = list(call.stride), list(weight.shape[2:])
     patches = filters == stride and max(call.padding) == 0 and min(stride) >= 8
-    return patches or (stride == [2, 2] and min(filters) >= 5)
+    return (patches and channels < _FOUR) or (stride == [2, 2] and min(filters) >= 5)
 
 
 def _refusal(call: ConvCall[fx.Node]) -> str | None:

@@ -25,7 +25,7 @@ def _overloads(names: str) -> frozenset[Any]:
 _OWN_LAYOUT = _overloads(
     """
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution _convolution_mode
-    matmul bmm baddbmm einsum tensordot bilinear scaled_dot_product_attention
+    matmul bmm baddbmm einsum tensordot bilinear scaled_dot_product_attention lstm gru rnn_tanh rnn_relu
     """
 )
 #: Products that are contiguous, whatever reads them, unless they are merged with another one of the same operand.

@@ -1,8 +1,9 @@
-"""The two operations that passes rewrite to: ``armopt::linear`` and ``armopt::conv``.
+"""The operations that passes rewrite to: ``armopt::linear``, ``armopt::conv`` and ``armopt::recurrence``.
 
-Each names its kernel. Run as they stand they are the kernel's portable twin, on any CPU (:mod:`armopt.kernels.twins`);
-the runtime replaces them by the kernel's own calls where the host has what it takes. Weights are always [N, K] or as
-torch.nn.functional.conv*d has them (transposed: [in, out / groups, …]); the activation's dtype must be the kernel's.
+The first two, the layers, name their kernel. Run as they stand they are the kernel's portable twin, on any CPU
+(:mod:`armopt.kernels.twins`); the runtime replaces them by the kernel's own calls where the host has what it takes.
+Weights are always [N, K] or as torch.nn.functional.conv*d has them (transposed: [in, out / groups, …]); the dtype of
+activations must be the kernel's. A recurrence has one form: :mod:`armopt.kernels.recurrence`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ LIBRARY.define(
     " bool transposed, int[] output_padding, int groups, str post_op, str kernel, int block) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+LIBRARY.define(
+    "recurrence(Tensor gates, Tensor weight, Tensor? bias, Tensor h, Tensor? c, str cell, bool backwards)"
+    " -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 LINEAR: torch._ops.OpOverload = torch.ops.armopt.linear.default
 CONV: torch._ops.OpOverload = torch.ops.armopt.conv.default
+RECURRENCE: torch._ops.OpOverload = torch.ops.armopt.recurrence.default

@@ -19,9 +19,10 @@ from armopt.bundle.program import Program
 from armopt.errors import InputError
 from armopt.ir import graph as g
 from armopt.ir.calls import ConvCall, LayerCall, call_of, is_layer
-from armopt.ir.operations import CONV
+from armopt.ir.operations import CONV, RECURRENCE
 from armopt.ir.records import Op, Precision, Site
 from armopt.kernels import post_ops, table
+from armopt.onnx_export import recurrence
 
 #: Values of a constant from which ONNX Runtime multiplies by it in BF16 (seen on emulated cores; its source agrees).
 LEAST_CONSTANT = 32
@@ -126,6 +127,8 @@ class _Builder:
             else:
                 call = self._graph.node_copy(node, self._new)
                 call.args, call.kwargs = _in_fp32(call.args), _in_fp32(call.kwargs)
+                if node.target is RECURRENCE:
+                    call.target = recurrence.run
             if node.op == "call_function":
                 call.meta = {"stack_trace": label(node)}
             self._made[node] = call

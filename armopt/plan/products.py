@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from armopt.ir import graph as g
 from armopt.ir.calls import ConvCall, call_of, is_layer
+from armopt.ir.operations import RECURRENCE
 from armopt.ir.records import Bucket, Product, Skip
 
 _aten = torch.ops.aten
@@ -38,6 +39,7 @@ _FORMULAS: Mapping[Any, Callable[..., int]] = {
         map(max, zip(_unsqueezed(a.shape, ea), _unsqueezed(b.shape, eb), _unsqueezed(c.shape, ec), strict=True))
     ),
     _aten._grouped_mm: lambda a, b, *_, **__: a.numel() * b.shape[-1],
+    RECURRENCE.overloadpacket: lambda gates, weight, *_: math.prod(gates.shape[:-1]) * weight.numel(),
     **dict.fromkeys((_aten.lstm, _aten.gru, _aten.rnn_tanh, _aten.rnn_relu), lambda x, *rest: _recurrent(x, rest)),
 }
 #: Products whose first argument is only added.
@@ -129,6 +131,8 @@ def _reason(node: fx.Node, held: Mapping[fx.Node, _Names], reasons: Mapping[str,
         return "depends on constants alone, and is not folded"
     if getattr(node.target, "overloadpacket", None) in _RECURRENT:
         return "recurrent: each step needs the one before, so PyTorch's own kernel runs it whole"
+    if node.target is RECURRENCE:
+        return "recurrent: each step needs the one before, and multiplies as few rows as the batch has: BLAS takes them"
     return "armopt has no kernel for this operation"
 
 

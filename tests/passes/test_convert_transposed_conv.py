@@ -82,9 +82,10 @@ class TestConvertTransposedConv(Contract):
         ),
         Case(
             "volume",
-            lambda: nn.ConvTranspose3d(4, 4, 2, 2),
+            lambda: nn.ConvTranspose3d(4, 3, (2, 3, 4), (2, 1, 2), (0, 1, 1)),
             (noise(1, 4, 3, 4, 5),),
-            skips=("it has three dimensions",),
+            ops={CONV: 1},
+            rewritten=1,
         ),
     )
 
@@ -96,8 +97,12 @@ def _sizes() -> list[tuple[int, int, int, int]]:
 
 @pytest.mark.parametrize(
     ("operation", "spatial"),
-    [(torch.ops.aten.conv_transpose1d.default, 1), (torch.ops.aten.conv_transpose2d.input, 2)],
-    ids=["1d", "2d"],
+    [
+        (torch.ops.aten.conv_transpose1d.default, 1),
+        (torch.ops.aten.conv_transpose2d.input, 2),
+        (torch.ops.aten.conv_transpose3d.input, 3),
+    ],
+    ids=["1d", "2d", "3d"],
 )
 def test_every_filter_stride_and_padding(operation: Any, spatial: int) -> None:
     """On graphs as torch.export gives them, which for so many would take a minute."""

@@ -42,6 +42,8 @@ class TestFoldStride(Contract):
         ),
         Case("stem_dynamic_batch", lambda: nn.Conv2d(3, 4, 7, 2, 3), (noise(2, 3, 9, 9),), batch=(2, 3), rewritten=1),
         Case("many_channels", lambda: nn.Conv2d(4, 8, 7, 2, 3), (noise(1, 4, 9, 9),), rewritten=0),
+        Case("frames", lambda: nn.Conv2d(9, 4, 5, 2, 2), (noise(2, 9, 8, 8),), rewritten=1),
+        Case("patches_of_frames", lambda: nn.Conv2d(9, 4, 8, 8), (noise(1, 9, 16, 16),), rewritten=0),
         Case("small_filter", lambda: nn.Conv2d(3, 8, 3, 2, 1), (noise(1, 3, 9, 9),), rewritten=0),
         Case("one_dimension", lambda: nn.Conv1d(3, 8, 7, 2), (noise(1, 3, 19),), rewritten=0),
         Case(
