@@ -44,15 +44,30 @@ def run(
         h of every step [T, B, H], and what c, or without one h, is after the last [B, H].
 
     Raises:
-        ValueError: There is no such cell, or it takes other states.
+        ValueError: There is no such cell, or it takes other states or sizes.
     """
-    if cell not in CELLS or (c is None) == (cell == "lstm"):
-        raise ValueError(f"a recurrence with the cell {cell!r}{'' if c is None else ' and a second state'}")
+    _check(gates, weight, bias, h, c, cell)
+    if h.shape[0] != gates.shape[1]:
+        raise ValueError(f"a state of {h.shape[0]} rows for {gates.shape[1]}")
     result = gates.new_empty((*gates.shape[:2], weight.shape[0]))
     order = slice(None, None, -1 if backwards else 1)
     steps = [part.unbind()[order] for part in (gates, result)]
     last = CELLS[cell](*steps, weight, bias, h, c)
     return result, last.clone()
+
+
+def _check(gates: _Tensor, weight: _Tensor, bias: _Tensor | None, h: _Tensor, c: _Tensor | None, cell: str) -> None:
+    """Refuses what would not fill all results: their memory is taken as it is found."""
+    if cell not in CELLS or (c is None) == (cell == "lstm"):
+        raise ValueError(f"a recurrence with the cell {cell!r}{'' if c is None else ' and a second state'}")
+    size = weight.shape[0]
+    width = _GATES[cell] * size
+    states = [h] if c is None else [h, c]
+    rows = [(each, size) for each in states] + [(gates, width), (weight, width)]
+    if gates.dim() != 3 or any(each.dim() != 2 for each in (weight, *states)):
+        raise ValueError("a recurrence of other dimensions")
+    if any(each.shape[-1] != last for each, last in rows) or (bias is not None and bias.shape != (width,)):
+        raise ValueError(f"a recurrence whose sizes don't fit its weight, {size} states")
 
 
 def _lstm(gates: Any, results: Any, weight: _Tensor, bias: _Tensor | None, h: _Tensor, c: _Tensor) -> _Tensor:
@@ -100,6 +115,7 @@ def _relu(gates: Any, results: Any, weight: _Tensor, bias: _Tensor | None, h: _T
 
 #: By the name that the operation takes: fill the results of all steps, and give the last state.
 CELLS: Mapping[str, Callable[..., _Tensor]] = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _tanh, "rnn_relu": _relu}
+_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 def _fake(
@@ -111,6 +127,7 @@ def _fake(
     cell: str,
     backwards: bool,
 ) -> tuple[_Tensor, _Tensor]:
+    _check(gates, weight, bias, h, c, cell)
     size = (gates.shape[1], weight.shape[0])
     return gates.new_empty((gates.shape[0], *size)), gates.new_empty(size)
 

@@ -163,3 +163,33 @@ def test_onnx_gets_the_same_steps(cell: str, gates: int, backwards: bool) -> Non
         strict=True,
     ):
         torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"gates": torch.zeros(3, 2, 15)},
+        {"weight": torch.zeros(4, 12)},
+        {"h": torch.zeros(2, 5)},
+        {"h": torch.zeros(3, 4)},
+        {"c": None},
+        {"c": torch.zeros(1, 3)},
+        {"bias": torch.zeros(1)},
+        {"cell": "gru"},
+        {"cell": "none"},
+        {"gates": torch.zeros(2, 16)},
+    ],
+)
+def test_a_recurrence_of_other_sizes_gives_no_memory_as_it_was_found(changed: dict[str, Any]) -> None:
+    fits = {
+        "gates": torch.zeros(3, 2, 16),
+        "weight": torch.zeros(4, 16),
+        "bias": None,
+        "h": torch.zeros(2, 4),
+        "c": torch.zeros(2, 4),
+        "cell": "lstm",
+        "backwards": False,
+    }
+    torch.ops.armopt.recurrence.default(*fits.values())
+    with pytest.raises(ValueError, match=r"recurrence|a state of"):
+        torch.ops.armopt.recurrence.default(*(fits | changed).values())
