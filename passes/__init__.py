@@ -14,6 +14,7 @@ from armopt.passes.canonicalise_linear import CanonicaliseLinear
 from armopt.passes.canonicalise_split import CanonicaliseSplit
 from armopt.passes.convert_pixel_conv import ConvertPixelConv
 from armopt.passes.convert_transposed_conv import ConvertTransposedConv
+from armopt.passes.fill_empty import FillEmpty
 from armopt.passes.fold_batch_norm import FoldBatchNorm
 from armopt.passes.fold_constants import FoldConstants
 from armopt.passes.fold_stride import FoldStride
@@ -28,6 +29,7 @@ from armopt.passes.pack_linear import PackLinear
 from armopt.passes.propagate_bf16 import PropagateBf16
 from armopt.passes.relax_views import RelaxViews
 from armopt.passes.remove_identities import RemoveIdentities
+from armopt.passes.split_experts import SplitExperts
 
 Pass = Callable[[fx.GraphModule], PassResult]
 
@@ -35,10 +37,12 @@ Pass = Callable[[fx.GraphModule], PassResult]
 PREPARE: tuple[Pass, ...] = (
     KeepStrides(),
     RemoveIdentities(),
+    FillEmpty(),
     RelaxViews(),
     CanonicaliseSplit(),
     FoldConstants(),
     FuseAttention(),
+    SplitExperts(),
     CanonicaliseContraction(),
     CanonicaliseLinear(),
     CanonicaliseConv(),

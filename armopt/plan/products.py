@@ -72,6 +72,7 @@ def find(graph_module: fx.GraphModule, bucket: Bucket, skipped: Iterable[Skip] =
         bucket: The sizes, by the graph's own symbols.
         skipped: What passes left alone, and why.
     """
+    bucket = g.with_rows_of_parts(graph_module.graph, bucket)
     reasons = {skip.node: skip.reason for skip in skipped}
     held: dict[fx.Node, _Names] = {}
     found: list[Product] = []
