@@ -73,7 +73,9 @@ def find(graph_module: fx.GraphModule, bucket: Bucket, skipped: Iterable[Skip] =
         skipped: What passes left alone, and why.
     """
     bucket = g.with_rows_of_parts(graph_module.graph, bucket)
-    reasons = {skip.node: skip.reason for skip in skipped}
+    reasons: dict[str, str] = {}
+    for skip in skipped:  # the first pass that left it alone knows most of it
+        reasons.setdefault(skip.node, skip.reason)
     held: dict[fx.Node, _Names] = {}
     found: list[Product] = []
     for node in graph_module.graph.nodes:
