@@ -15,6 +15,7 @@ from armopt.passes.canonicalise_split import CanonicaliseSplit
 from armopt.passes.convert_pixel_conv import ConvertPixelConv
 from armopt.passes.convert_transposed_conv import ConvertTransposedConv
 from armopt.passes.convert_volume_conv import ConvertVolumeConv
+from armopt.passes.fill_empty import FillEmpty
 from armopt.passes.fold_batch_norm import FoldBatchNorm
 from armopt.passes.fold_constants import FoldConstants
 from armopt.passes.fold_stride import FoldStride
@@ -29,6 +30,7 @@ from armopt.passes.pack_linear import PackLinear
 from armopt.passes.propagate_bf16 import PropagateBf16
 from armopt.passes.relax_views import RelaxViews
 from armopt.passes.remove_identities import RemoveIdentities
+from armopt.passes.split_experts import SplitExperts
 from armopt.passes.split_recurrence import SplitRecurrence
 
 Pass = Callable[[fx.GraphModule], PassResult]
@@ -37,11 +39,13 @@ Pass = Callable[[fx.GraphModule], PassResult]
 PREPARE: tuple[Pass, ...] = (
     KeepStrides(),
     RemoveIdentities(),
+    FillEmpty(),
     RelaxViews(),
     CanonicaliseSplit(),
     FoldConstants(),
     FuseAttention(),
     SplitRecurrence(),
+    SplitExperts(),
     CanonicaliseContraction(),
     CanonicaliseLinear(),
     CanonicaliseConv(),

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from armopt.ir import graph as g
 from armopt.ir.records import PassResult, Skip
+from armopt.passes._contraction import READERS, Contraction
 
 _aten = torch.ops.aten
 
@@ -23,16 +22,6 @@ _Made = dict[tuple[object, ...], torch.Tensor]
 
 class _RefusedError(Exception):
     """What is no Linear; the message is the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Contraction:
-    """A sum of products in Einstein's notation: a letter for each dimension of the operands and of the result."""
-
-    operands: tuple[fx.Node, ...]
-    terms: tuple[str, ...]
-    result: str
-    bias: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -59,9 +48,9 @@ class CanonicaliseContraction:
         rewritten: list[str] = []
         skipped: list[Skip] = []
         made: _Made = {}
-        for node in g.calls_to(graph_module.graph, *_READERS):
+        for node in g.calls_to(graph_module.graph, *READERS):
             try:
-                contraction = _READERS[node.target](node)
+                contraction = READERS[node.target](node)
                 if contraction is None:
                     continue
                 _check(graph_module, contraction)
@@ -75,90 +64,7 @@ class CanonicaliseContraction:
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
 
-def _einsum(node: fx.Node) -> _Contraction:
-    text: Any = node.args[0]
-    operands: Any = tuple(node.args[1])  # type: ignore[arg-type]
-    left, arrow, result = text.replace(" ", "").partition("->")
-    terms = left.split(",")
-    free = [letter for letter in string.ascii_letters if letter not in text]
-    hidden = [g.fake_value(x).dim() - len(t.replace("...", "")) for x, t in zip(operands, terms, strict=True)]
-    spread = "".join(free[: max((n for n, t in zip(hidden, terms, strict=True) if "..." in t), default=0)])
-    terms = [t.replace("...", spread[len(spread) - n :]) for n, t in zip(hidden, terms, strict=True)]
-    if not arrow:
-        letters = sorted("".join(left.replace("...", "").split(",")))
-        result = "..." + "".join(letter for letter in letters if letters.count(letter) == 1)
-    return _Contraction(operands, tuple(terms), result.replace("...", spread))
-
-
-def _tensordot(node: fx.Node) -> _Contraction:
-    x, other, x_dims, other_dims = _nodes(node)
-    letters = _letters(x)
-    taken = iter(string.ascii_letters[len(letters) :])
-    pairs = {dim % g.fake_value(other).dim(): letters[i] for i, dim in zip(x_dims, other_dims, strict=True)}
-    term = "".join(pairs[dim] if dim in pairs else next(taken) for dim in range(g.fake_value(other).dim()))
-    summed = set(pairs.values())
-    return _Contraction((x, other), (letters, term), "".join(c for c in letters + term if c not in summed))
-
-
-def _inner(node: fx.Node) -> _Contraction | None:
-    x, other = _nodes(node)
-    if min(g.fake_value(x).dim(), g.fake_value(other).dim()) == 0:
-        return None
-    one, two = _letters(x), _letters(other, after=_letters(x))[:-1]
-    return _Contraction((x, other), (one, two + one[-1]), one[:-1] + two)
-
-
-def _product(node: fx.Node) -> _Contraction | None:
-    """matmul, mm and mv but for x @ V, which CanonicaliseLinear takes."""
-    x, other = _nodes(node)
-    if other.op == "get_attr" and g.fake_value(other).dim() == 2:
-        return None
-    rows, columns = g.fake_value(x).dim(), g.fake_value(other).dim()
-    spread = string.ascii_lowercase[: max(rows, columns, 2) - 2]
-    one = spread[len(spread) - (rows - 2) :] + "XY" if rows > 1 else "Y"
-    two = spread[len(spread) - (columns - 2) :] + "YZ" if columns > 1 else "Y"
-    return _Contraction((x, other), (one, two), spread + "X" * (rows > 1) + "Z" * (columns > 1))
-
-
-def _batched(node: fx.Node) -> _Contraction:
-    x, other = _nodes(node)
-    return _Contraction((x, other), ("BXY", "BYZ"), "BXZ")
-
-
-def _batched_sum(node: fx.Node) -> _Contraction | None:
-    """baddbmm; what is scaled stays."""
-    bias, x, other = _nodes(node)
-    return None if node.kwargs else _Contraction((x, other), ("BXY", "BYZ"), "BXZ", bias)
-
-
-def _bilinear(node: fx.Node) -> _Contraction:
-    x, other, weight, bias = (*_nodes(node), None)[:4]
-    spread = _letters(x)[:-1]
-    return _Contraction((x, weight, other), (spread + "X", "OXY", spread + "Y"), spread + "O", bias)
-
-
-_READERS: Mapping[Any, Callable[[fx.Node], _Contraction | None]] = {
-    _aten.einsum.default: _einsum,
-    _aten.tensordot.default: _tensordot,
-    _aten.inner.default: _inner,
-    _aten.matmul.default: _product,
-    _aten.mm.default: _product,
-    _aten.mv.default: _product,
-    _aten.bmm.default: _batched,
-    _aten.baddbmm.default: _batched_sum,
-    _aten.bilinear.default: _bilinear,
-}
-
-
-def _nodes(node: fx.Node) -> tuple[Any, ...]:
-    return tuple(node.args)
-
-
-def _letters(node: fx.Node, after: str = "") -> str:
-    return string.ascii_letters[len(after) : len(after) + g.fake_value(node).dim()]
-
-
-def _check(graph_module: fx.GraphModule, contraction: _Contraction) -> None:
+def _check(graph_module: fx.GraphModule, contraction: Contraction) -> None:
     """Refuses what is not a product with one constant."""
     held = [g.find_constant(graph_module, operand) for operand in contraction.operands]
     constants = [tensor for tensor in held if tensor is not None]
@@ -177,7 +83,7 @@ def _check(graph_module: fx.GraphModule, contraction: _Contraction) -> None:
 def _rewritten(
     graph_module: fx.GraphModule,
     node: fx.Node,
-    contraction: _Contraction,
+    contraction: Contraction,
     bounds: CanonicaliseContraction,
     made: _Made,
 ) -> fx.Node:

@@ -10,11 +10,13 @@ import torch
 from torch import fx
 
 from armopt.ir import graph as g
+from armopt.ir import strides
 from armopt.ir.records import PassResult, Skip
 
 _aten = torch.ops.aten
 #: What makes a tensor of a given shape, of another only the dtype.
 _NEW = frozenset({_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default})
+_JOINS = (_aten.stack.default, _aten.cat.default)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class FoldConstants:
                 skipped.append(Skip(node.name, f"the result takes {size} bytes, more than what it is made from"))
                 continue
             value = _evaluated(graph_module, node, like)
-            folded = g.add_constant(graph_module, f"folded_{node.name}", value, node)
+            made_of = source.all_input_nodes if _arranges(source) else ()
+            folded = g.add_constant(graph_module, f"folded_{node.name}", value, node, made_of)
             rewritten.append(node.name)
             g.replace_and_erase(node, folded)
         g.remove_unused(graph_module)
@@ -65,6 +68,11 @@ def _evaluated(graph_module: fx.GraphModule, node: fx.Node, like: object) -> Any
         value: Any = target(*args, **kwargs)
     # the bits of what is conjugated or negated later are no values: they would not be stored
     return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.resolve_conj().resolve_neg(), value)
+
+
+def _arranges(node: fx.Node) -> bool:
+    """Whether an operation only arranges values anew."""
+    return strides.is_view(node) or node.target in _JOINS
 
 
 def _source(node: fx.Node) -> fx.Node:

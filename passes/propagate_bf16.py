@@ -10,6 +10,7 @@ from torch import fx
 
 from armopt.ir import graph as g
 from armopt.ir.bf16_flow import ATTENTION, KEEPS_BF16, operands
+from armopt.ir.operations import JOIN_ROWS, SPLIT_ROWS
 from armopt.ir.records import PassResult, Skip
 from armopt.passes._pack import cast
 
@@ -22,14 +23,15 @@ class PropagateBf16:
     """cast_bf16(cast_fp32(x)) -> x; cast_bf16(f(cast_fp32(x))) -> f(x) for an f that moves or selects values.
 
     The second form reaches through gelu, silu and hardswish as well, which round once more, and casts each part of a
-    concatenation. Refuses an f whose FP32 result is used by anything but casts to BF16. Attention works in BF16 where
-    its query, key and value are, whoever reads the result: a product, which rounds it anyway.
+    concatenation. Rows that are split among experts, and joined again, are cast as a whole. Refuses an f whose FP32
+    result is used by anything but casts to BF16. Attention works in BF16 where its query, key and value are, whoever
+    reads the result: a product, which rounds it anyway.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass until nothing changes."""
         rewritten: list[str] = []
-        while changed := _cancel(graph_module) + _sink(graph_module):
+        while changed := _cancel(graph_module) + _cast_whole(graph_module) + _sink(graph_module):
             rewritten += changed
         g.remove_unused(graph_module)
         skipped = [
@@ -59,7 +61,7 @@ def _cancel(graph_module: fx.GraphModule) -> list[str]:
         source = node.args[0]
         if not is_cast(node, torch.bfloat16) or not isinstance(source, fx.Node):
             continue
-        if is_cast(source, torch.float32) and g.fake_value(_cast_from(source)).dtype == torch.bfloat16:
+        if is_cast(source, torch.float32) and _is_bf16(_cast_from(source)):
             replacement = _cast_from(source)
         elif source in seen:
             replacement = seen[source]
@@ -71,6 +73,37 @@ def _cancel(graph_module: fx.GraphModule) -> list[str]:
         if not source.users:
             graph_module.graph.erase_node(source)
     return rewritten
+
+
+def _cast_whole(graph_module: fx.GraphModule) -> list[str]:
+    """Each part of split_rows cast -> split_rows(cast(x)); join_rows of parts that are all cast -> cast(join_rows)."""
+    rewritten = []
+    for node in g.calls_to(graph_module.graph, SPLIT_ROWS):
+        casts = {part: list(part.users) for part in node.users}
+        if not casts or not all(len(found) == 1 and is_cast(found[0], torch.bfloat16) for found in casts.values()):
+            continue
+        source, ends = node.all_input_nodes
+        node.args = (cast(graph_module.graph, node, source, torch.bfloat16), ends)
+        node.meta["val"] = [part.bfloat16() for part in node.meta["val"]]
+        for part, (each,) in casts.items():
+            part.meta["val"] = each.meta["val"]
+            g.replace_and_erase(each, part)
+        rewritten.append(node.name)
+    for node in g.calls_to(graph_module.graph, JOIN_ROWS):
+        parts: Any = node.args[0]
+        if not all(is_cast(part, torch.float32) and _is_bf16(_cast_from(part)) for part in parts):
+            continue
+        half = g.insert_call(graph_module.graph, node, JOIN_ROWS, ([_cast_from(part) for part in parts], node.args[1]))
+        rewritten.append(node.name)
+        g.replace_and_erase(node, cast(graph_module.graph, node, half, torch.float32))
+        for part in parts:
+            if not part.users:
+                graph_module.graph.erase_node(part)
+    return rewritten
+
+
+def _is_bf16(node: fx.Node) -> bool:
+    return g.fake_value(node).dtype == torch.bfloat16
 
 
 def _sink(graph_module: fx.GraphModule) -> list[str]:

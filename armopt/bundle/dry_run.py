@@ -112,10 +112,10 @@ class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         schema = func._schema
         if any(each.name == "device" for each in schema.arguments):
             kwargs = {**kwargs, "device": META}
-        if any(each.alias_info is not None for each in schema.returns):  # memory of another's
-            return func(*args, **kwargs)
         if func in RULES:
             return RULES[func](*args, **kwargs)
+        if any(each.alias_info is not None for each in schema.returns):  # memory of another's
+            return func(*args, **kwargs)
         if torch.Tag.pointwise in func.tags and (given := pointwise(func, args, kwargs)) is not None:
             return given
         return self._remembered(func, args, kwargs)

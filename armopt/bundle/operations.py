@@ -24,6 +24,8 @@ OTHERS = frozenset(
         "armopt.linear.default",
         "armopt.conv.default",
         "armopt.recurrence.default",
+        "armopt.split_rows.default",
+        "armopt.join_rows.default",
         "aten.copy_.default",
         *(f"torchvision.{name}.default" for name in ("nms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")),
         "torchvision.deform_conv2d.default",

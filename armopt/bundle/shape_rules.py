@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from armopt.ir.operations import JOIN_ROWS, SPLIT_ROWS
 from armopt.kernels.geometry import output_size
 
 META = torch.device("meta")
@@ -152,8 +153,25 @@ def _max_pool2d(
     return _like(x, x.dtype, shape), _like(x, torch.int64, shape)
 
 
+def _split_rows(x: torch.Tensor, ends: torch.Tensor) -> list[torch.Tensor]:
+    """Parts that are alike, as plans have them: how many rows each has depends on data."""
+    if x.dim() == 0 or ends.dim() != 1 or ends.dtype != torch.int64:
+        raise UnfitError(f"splits {shown(x)} at {shown(ends)}")
+    count = ends.shape[0]
+    return [x[: -(-x.shape[0] // count)] for _ in range(count)]
+
+
+def _join_rows(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    kinds = {(each.shape[1:], each.dtype) for each in parts if each.dim() > 0}
+    if len(kinds) != 1 or any(each.dim() == 0 for each in (*parts, like)):
+        raise UnfitError(f"puts {', '.join(map(shown, parts))} together, as many as {shown(like)} has")
+    return torch.empty((like.shape[0], *parts[0].shape[1:]), dtype=parts[0].dtype, device=META)
+
+
 #: Rules by operation; their arguments are those of the operation.
 RULES: Mapping[Any, Callable[..., Any]] = {
+    SPLIT_ROWS: _split_rows,
+    JOIN_ROWS: _join_rows,
     torch.ops.aten.cat.default: _cat,
     torch.ops.aten.stack.default: _stack,
     torch.ops.aten.native_layer_norm.default: _layer_norm,

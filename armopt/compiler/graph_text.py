@@ -36,9 +36,14 @@ def graph_text(graph_module: fx.GraphModule) -> str:
         else:
             arguments = [_shown(arg) for arg in node.args]
             arguments += [f"{key}={_shown(value)}" for key, value in node.kwargs.items()]
-            call = f"{codec.target_name(node.target)}({', '.join(arguments)})"
+            call = f"{operation_name(node.target)}({', '.join(arguments)})"
         lines.append(f"{node.name}: {type_text(node.meta.get('val'))} = {call}")
     return "\n".join(lines)
+
+
+def operation_name(target: Any) -> str:
+    """The name of what a node calls, also of what no bundle may call."""
+    return str(target) if isinstance(target, torch._ops.OpOverload) else codec.target_name(target)
 
 
 def type_text(value: Any) -> str:

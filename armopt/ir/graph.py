@@ -16,6 +16,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from armopt.errors import CaptureError, PassError
+from armopt.ir.operations import SPLIT_ROWS
 from armopt.ir.records import Bucket, Dim
 
 
@@ -172,6 +173,16 @@ def size_at(size: Any, bucket: Bucket) -> int:
 def shape_at(shape: Sequence[Any], bucket: Bucket) -> tuple[int, ...]:
     """A shape as numbers at `bucket`."""
     return tuple(size_at(size, bucket) for size in shape)
+
+
+def with_rows_of_parts(graph: fx.Graph, bucket: Bucket) -> Bucket:
+    """A bucket with the rows of each part that data makes, as if all parts were alike: what to plan experts for."""
+    rows = dict(bucket)
+    for node in calls_to(graph, SPLIT_ROWS):
+        parts = node.meta["val"]
+        each = -(-size_at(fake_value(node.all_input_nodes[0]).shape[0], bucket) // len(parts))
+        rows |= {str(part.shape[0].node.expr): max(1, each) for part in parts}
+    return rows
 
 
 def symbolic_shape(shape: Sequence[Any]) -> tuple[Dim, ...]:

@@ -17,6 +17,7 @@ from armopt.kernels.geometry import output_size
 
 def find(graph_module: fx.GraphModule, bucket: Bucket) -> tuple[Site, ...]:
     """All sites, with shapes as they are at `bucket`."""
+    bucket = g.with_rows_of_parts(graph_module.graph, bucket)
     return tuple(_connected(node, bucket) for node in layers(graph_module.graph))
 
 

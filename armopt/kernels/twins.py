@@ -1,6 +1,6 @@
 """The portable twins: what each kernel gives, with its roundings, on any CPU.
 
-They are the two operations themselves: importing this module registers them.
+They are the operations of layers themselves: importing this module registers them.
 """
 
 from __future__ import annotations

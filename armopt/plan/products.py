@@ -74,7 +74,10 @@ def find(graph_module: fx.GraphModule, bucket: Bucket, skipped: Iterable[Skip] =
         bucket: The sizes, by the graph's own symbols.
         skipped: What passes left alone, and why.
     """
-    reasons = {skip.node: skip.reason for skip in skipped}
+    bucket = g.with_rows_of_parts(graph_module.graph, bucket)
+    reasons: dict[str, str] = {}
+    for skip in skipped:  # the first pass that left it alone knows most of it
+        reasons.setdefault(skip.node, skip.reason)
     held: dict[fx.Node, _Names] = {}
     found: list[Product] = []
     for node in graph_module.graph.nodes:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from armopt.ir.operations import JOIN_ROWS, SPLIT_ROWS, join_rows
+
 _aten = torch.ops.aten
 _functions: Any = torch._C._VariableFunctions
 _nn: Any = torch._C._nn
@@ -49,6 +51,9 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     _operation(name): getattr(place, name.split(".")[0])
     for place, names in ((_functions, _IN_TORCH), (_nn, _IN_NN), (_methods, _METHODS))
     for name in names
+} | {
+    SPLIT_ROWS: _functions.tensor_split,  # with one part more, which nothing reads
+    JOIN_ROWS: join_rows,
 }
 
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from armopt import capture, targets
-from armopt.bundle import codec
-from armopt.compiler.graph_text import graph_text, type_text
+from armopt.compiler.graph_text import graph_text, operation_name, type_text
 from armopt.ir import graph as g
 from armopt.ir.records import Captured, Decision, PassResult, Plan
 from armopt.kernels import sites, table
@@ -140,7 +139,7 @@ class Contract:
 
     def test_declared(self, case: Case) -> None:
         _, after, result, _ = self.graphs(case)
-        names = [codec.target_name(node.target) for node in after.graph.nodes if node.op == "call_function"]
+        names = [operation_name(node.target) for node in after.graph.nodes if node.op == "call_function"]
         assert {op: names.count(op) for op in case.ops} == dict(case.ops)
         assert not set(case.absent) & set(names)
         assert [skip.reason for skip in result.skipped] == list(case.skips)
@@ -207,6 +206,9 @@ class TrueMetadata(fx.Interpreter):
                 self._compare(node, part, real)
         elif isinstance(said, Tensor):
             assert said.dtype == found.dtype, f"{node.name} is {found.dtype}, its metadata says {said.dtype}"
+            for size, real in zip(said.shape, found.shape, strict=True):
+                if not isinstance(size, int) and size.node.expr.is_symbol:  # what depends on data is met here first
+                    self.sizes.setdefault(str(size.node.expr), real)
             expected = g.shape_at(said.shape, self.sizes)
             assert expected == tuple(found.shape), f"{node.name} is {tuple(found.shape)}, not {expected}"
         elif isinstance(said, (int, torch.SymInt)):

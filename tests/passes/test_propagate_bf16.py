@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo_models
-from harness import Case, Contract, Forward, check_metadata, noise, plan_for, run_pass, storages
+from harness import Case, Contract, Forward, Forward2, check_metadata, noise, plan_for, run_pass, storages
 from torch import fx, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -50,6 +50,16 @@ class TestPropagateBf16(Contract):
     cases = (
         Case(
             "chain", lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), (noise(4, 8),), ops={CAST: 2}
+        ),
+        Case(
+            "experts",
+            lambda: Forward2(
+                lambda s, x, ids: torch.bmm(torch.bmm(x.unsqueeze(1), s.a[ids]).tanh(), s.b[ids]),
+                a=nn.Parameter(noise(2, 8, 6)),
+                b=nn.Parameter(noise(2, 6, 4)),
+            ),
+            (noise(3, 8), torch.tensor([1, 0, 1])),
+            ops={CAST: 4, "armopt.split_rows.default": 2, "armopt.join_rows.default": 2},
         ),
         Case("pool", lambda: _between(lambda y: F.max_pool2d(y, 2)), (noise(1, 3, 12, 12),), ops={CAST: 2}),
         Case("residual", zoo_models.residual, (noise(1, 16, 12, 12),), ops={CAST: 2}),

@@ -101,11 +101,13 @@ def test_the_order_is_one_visible_tuple() -> None:
     assert [type(step).__name__ for step in passes.PREPARE] == [
         "KeepStrides",
         "RemoveIdentities",
+        "FillEmpty",
         "RelaxViews",
         "CanonicaliseSplit",
         "FoldConstants",
         "FuseAttention",
         "SplitRecurrence",
+        "SplitExperts",
         "CanonicaliseContraction",
         "CanonicaliseLinear",
         "CanonicaliseConv",

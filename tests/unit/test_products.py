@@ -48,7 +48,7 @@ def x(*shape: int) -> Tensor:
 ON_WEIGHTS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], tuple[str, int, int]]] = {
     "vector": (lambda: Product(lambda x, w: torch.mv(x, w), (4,)), (x(5, 4),), ("aten.mv", 20, 16)),
     "chosen_by_data": (
-        lambda: Product(lambda x, i, w: torch.bmm(x, w[i]), (4, 6, 8)),
+        lambda: Product(lambda x, i, w: torch.bmm(x.double(), w.double()[i]), (4, 6, 8)),
         (x(3, 1, 6), torch.tensor([0, 3, 0])),
         ("aten.bmm", 144, 768),
     ),
