@@ -77,6 +77,10 @@ def _cancel(graph_module: fx.GraphModule) -> list[str]:
 
 def _cast_whole(graph_module: fx.GraphModule) -> list[str]:
     """Each part of split_rows cast -> split_rows(cast(x)); join_rows of parts that are all cast -> cast(join_rows)."""
+    return [*_cast_before_splits(graph_module), *_cast_behind_joins(graph_module)]
+
+
+def _cast_before_splits(graph_module: fx.GraphModule) -> list[str]:
     rewritten = []
     for node in g.calls_to(graph_module.graph, SPLIT_ROWS):
         casts = {part: list(part.users) for part in node.users}
@@ -89,6 +93,11 @@ def _cast_whole(graph_module: fx.GraphModule) -> list[str]:
             part.meta["val"] = each.meta["val"]
             g.replace_and_erase(each, part)
         rewritten.append(node.name)
+    return rewritten
+
+
+def _cast_behind_joins(graph_module: fx.GraphModule) -> list[str]:
+    rewritten = []
     for node in g.calls_to(graph_module.graph, JOIN_ROWS):
         parts: Any = node.args[0]
         if not all(is_cast(part, torch.float32) and _is_bf16(_cast_from(part)) for part in parts):

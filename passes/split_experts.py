@@ -283,7 +283,23 @@ class _Splitter:
 
 def _gathered(graph_module: fx.GraphModule, contraction: Contraction, at: int) -> _Gathered | None:
     """An operand that is gathered from a constant, looking through permutations."""
-    node, term = contraction.operands[at], list(contraction.terms[at])
+    node, term = _before_permutations(contraction.operands[at], list(contraction.terms[at]))
+    given: Any = node.args
+    ids: Any = None
+    if node.target is _aten.index.Tensor and len(given[1]) == 1:
+        ids = given[1][0]
+    elif node.target is _aten.index_select.default and given[1] == 0:
+        ids = given[2]
+    weight: Any = given[0] if given else None
+    if not isinstance(ids, fx.Node) or g.find_constant(graph_module, weight) is None:
+        return None
+    if g.fake_value(weight).dim() != 3 or g.fake_value(ids).dtype not in (torch.int64, torch.int32):
+        return None
+    return _Gathered(weight, node, ids, "".join(term))
+
+
+def _before_permutations(node: fx.Node, term: list[str]) -> tuple[fx.Node, list[str]]:
+    """What permutations were made of, and its term."""
     while node.target in (_aten.transpose.int, _aten.permute.default):
         source, *dims = node.args
         places: Any = list(range(len(term)))
@@ -295,17 +311,7 @@ def _gathered(graph_module: fx.GraphModule, contraction: Contraction, at: int) -
         term = [term[places.index(i)] for i in range(len(term))]
         assert isinstance(source, fx.Node)
         node = source
-    ids: Any = None
-    if node.target is _aten.index.Tensor and len(node.args[1]) == 1:  # type: ignore[arg-type]
-        (ids,) = node.args[1]  # type: ignore[misc]
-    elif node.target is _aten.index_select.default and node.args[1] == 0:
-        ids = node.args[2]
-    weight: Any = node.args[0] if node.args else None
-    if not isinstance(ids, fx.Node) or g.find_constant(graph_module, weight) is None:
-        return None
-    if g.fake_value(weight).dim() != 3 or g.fake_value(ids).dtype not in (torch.int64, torch.int32):
-        return None
-    return _Gathered(weight, node, ids, "".join(term))
+    return node, term
 
 
 def _roles(contraction: Contraction, term: str, gathered: _Gathered) -> tuple[str, str]:

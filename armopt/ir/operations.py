@@ -80,7 +80,7 @@ def _any_size(x: torch.Tensor) -> Any:
     if mode is None or mode.shape_env is None:
         return torch.library.get_ctx().new_dynamic_size()  # says what is missing
     size = mode.shape_env.create_unbacked_symint()
-    torch._check(size >= 0)
+    torch._check(size >= 0)  # type: ignore[no-untyped-call]
     return size
 
 

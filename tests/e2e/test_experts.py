@@ -49,8 +49,6 @@ def test_a_bundle(form: str, tmp_path: Path) -> None:
     model, path = block(form), tmp_path / "bundle"
     result = armopt.optimize(model, (tokens(6),), output=path, target="graviton3")
     assert result.verdict is not None
-    plan = result.manifest.parts[0].programs[0] if hasattr(result.manifest, "parts") else None
-    assert plan is None or plan
     with pytest.warns(armopt.ArmoptWarning, match="portable twins"):
         loaded = armopt.load(path)
     for seed in range(3):
@@ -76,4 +74,4 @@ def test_compiled(form: str, how: str) -> None:
         found = armopt.explain(compiled)
         names = {layer.node for layer in found.layers}
         assert {f"experts_{part}_{i}" for part in ("gate_up_proj", "down_proj") for i in range(8)} <= names
-        assert not [product for product in found.not_in_bf16.products if "expert" in str(product)]
+        assert "expert" not in str(found.not_in_bf16)

@@ -50,7 +50,7 @@ ON_WEIGHTS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], tuple[s
     "chosen_by_data": (
         lambda: Product(lambda x, i, w: torch.bmm(x.double(), w.double()[i]), (4, 6, 8)),
         (x(3, 1, 6), torch.tensor([0, 3, 0])),
-        ("aten.bmm", 144, 768),
+        ("aten.bmm", 144, 1536),
     ),
     "of_double": (
         lambda: Product(lambda x, w: x.double() @ w.double(), (6, 8)),
