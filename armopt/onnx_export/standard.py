@@ -19,11 +19,13 @@ from armopt.bundle.program import Program
 from armopt.errors import InputError
 from armopt.ir import graph as g
 from armopt.ir.calls import ConvCall, LayerCall, call_of, is_layer
-from armopt.ir.operations import CONV, RECURRENCE
+from armopt.ir.operations import CONV, JOIN_ROWS, RECURRENCE, SPLIT_ROWS
 from armopt.ir.records import Op, Precision, Site
 from armopt.kernels import post_ops, table
-from armopt.onnx_export import recurrence
+from armopt.onnx_export import recurrence, rows
 
+#: armopt's own operations in those that are translated.
+_IN_STANDARD: dict[Any, Any] = {RECURRENCE: recurrence.run, SPLIT_ROWS: rows.split, JOIN_ROWS: rows.join}
 #: Values of a constant from which ONNX Runtime multiplies by it in BF16 (seen on emulated cores; its source agrees).
 LEAST_CONSTANT = 32
 #: A convolution of one pixel in this form moves every value of its input and output once more, for half of the
@@ -127,8 +129,7 @@ class _Builder:
             else:
                 call = self._graph.node_copy(node, self._new)
                 call.args, call.kwargs = _in_fp32(call.args), _in_fp32(call.kwargs)
-                if node.target is RECURRENCE:
-                    call.target = recurrence.run
+                call.target = _IN_STANDARD.get(call.target, call.target)
             if node.op == "call_function":
                 call.meta = {"stack_trace": label(node)}
             self._made[node] = call

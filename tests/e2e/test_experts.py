@@ -10,6 +10,7 @@ import torch
 
 import armopt
 from armopt.models import torchvision_ops
+from armopt.onnx_export import export
 
 torchvision_ops.ensure_torchvision_if_installed()
 transformers = pytest.importorskip("transformers")
@@ -75,3 +76,17 @@ def test_compiled(form: str, how: str) -> None:
         names = {layer.node for layer in found.layers}
         assert {f"experts_{part}_{i}" for part in ("gate_up_proj", "down_proj") for i in range(8)} <= names
         assert "expert" not in str(found.not_in_bf16)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_onnx(form: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, path = block(form), tmp_path / "bundle"
+    armopt.optimize(model, (tokens(6),), output=path, target="graviton3")
+    export.export(path, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for seed in range(3):
+        x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(seed))
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            check(torch.from_numpy(found), model(x))
