@@ -50,7 +50,7 @@ def test_blas_and_aten_are_not_probed() -> None:
         raise AssertionError
 
     for kernel in table.kernels():
-        if kernel.backend not in ("acl", "onednn"):
+        if kernel.backend != "onednn":
             assert probe.refusal(kernel, SITE, never) is None
 
 
