@@ -16,7 +16,7 @@ from armopt.bundle.program import Program
 from armopt.errors import first_line
 from armopt.ir import graph as g
 from armopt.ir.calls import LayerCall, call_of, layers
-from armopt.ir.records import Op, Precision, Site
+from armopt.ir.records import Op, Site
 from armopt.kernels import post_ops, table
 from armopt.kernels.base import Kernel, KernelCall, Use
 from armopt.kernels.geometry import output_size

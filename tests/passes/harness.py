@@ -137,7 +137,9 @@ class Contract:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(found)
         assert path.exists(), f"no {path}: look at `git diff` after pytest tests/passes --update-golden"
-        assert numbered(found) == numbered(path.read_text()), "if this change is meant: pytest tests/passes --update-golden"
+        assert numbered(found) == numbered(path.read_text()), (
+            "if this change is meant: pytest tests/passes --update-golden"
+        )
 
     def test_declared(self, case: Case) -> None:
         _, after, result, _ = self.graphs(case)

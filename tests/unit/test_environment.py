@@ -436,7 +436,10 @@ def test_installed_does_not_import_torch() -> None:
         ({"libmkl_core.so.2": b"x"}, {"blas": "MKL"}),
         # torch 2.15 on x86
         ({"libc10.so": b"x"}, {"allocator": "posix_memalign", "thp_switch": "none"}),
-        ({"libnvpl_blas_core.so.0": b"x", "libnvpl_blas_lp64_gomp.so.0": b"\0sbgemm_\0"}, {"blas": "NVPL", "sbgemm": "yes"}),
+        (
+            {"libnvpl_blas_core.so.0": b"x", "libnvpl_blas_lp64_gomp.so.0": b"\0sbgemm_\0"},
+            {"blas": "NVPL", "sbgemm": "yes"},
+        ),
         ({"libnvpl_blas_core.so.0": b"x"}, {"blas": "NVPL", "sbgemm": "no"}),
         ({"libarm_compute.so": b""}, {}),
     ],
