@@ -9,10 +9,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
+# What is worked with here, of all that armopt takes; CONSTRAINTS=/dev/null takes the newest.
+CONSTRAINTS ?= constraints.txt
 # Python compiles what is imported, when it is: of what torch brings that is a small part.
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile --editable
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable
 
-$(BIN)/.ready: pyproject.toml
+$(BIN)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(INSTALL) .
 	touch $@

@@ -2,4 +2,4 @@
 
 __version__ = "0.1.0"
 #: As pyproject.toml has it.
-TORCH_REQUIREMENT = "torch>=2.10,<2.14"
+TORCH_REQUIREMENT = "torch>=2.10,<2.16"

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from armopt.emulation.folder import NEWEST_TORCH
+
 ARM64, E2E = (Path(__file__).parent / name for name in ("arm64", "e2e"))
 #: An error of armopt's own is one here, also where a model would run without it; so it is in programs that tests start.
 os.environ["ARMOPT_RAISE"] = "1"
@@ -22,6 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--update-golden", action="store_true", help="write tests/passes/golden/ anew instead of comparing with it"
     )
     parser.addoption("--full", action="store_true", help="also what is marked `full`, see CONTRIBUTING.md")
+    parser.addoption(
+        "--newest-torch",
+        default=NEWEST_TORCH,
+        metavar="VERSION",
+        help="the release that `full` runs on emulated cores as the newest one",
+    )
     parser.addoption(
         "--arm64", action="store_true", help="prepare the emulated Arm cores first; without, their tests may be skipped"
     )

@@ -16,6 +16,10 @@ PREPARE_COMMAND = "python -m armopt.emulation.prepare"
 
 TORCH_VERSIONS = ("2.10.0", "2.13.0")  # the last CPU-only wheel with OpenBLAS, and a CUDA build with NVPL
 DEFAULT_TORCH = "2.10.0"
+#: The newest that armopt takes. Nothing prepares it unless it is asked for.
+NEWEST_TORCH = "2.15.0"
+_LAST_PAIRED = 14  # of torch 2.N, which torchvision 0.(N+15) goes with; that one goes with all later ones
+_NEWEST_TORCHVISION = "0.29.2"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ BASE_REQUIREMENTS = (
     # what armopt needs
     *("msgspec==0.22.0", "onnx==1.23.2", "packaging==26.3", "rich==15.0.0", "safetensors==0.8.0", "typer==0.29.2"),
     # what models come from and go to
-    *("onnxruntime==1.31.1", "transformers==5.23.0"),
+    *("onnxruntime==1.32.0", "transformers==5.24.0"),
 )
 TENSORFLOW_REQUIREMENTS = ("tensorflow==2.21.0",)  # with all it needs; it shares nothing with PyTorch
 _STUBS_REVISION = 2  # raise it when stubs.py writes something else than before
@@ -78,14 +82,15 @@ WRAPPERS = {"python": _WRAPPER, "python3": _WRAPPER, "python3.11": _WRAPPER, "ar
 
 
 def torch_requirements(torch_version: str) -> list[str]:
-    """Returns PyTorch and the torchvision made for it: 2.N goes with 0.(N+15)."""
+    """Returns PyTorch and the torchvision that goes with it: 0.(N+15).P with 2.N.P, and 0.29 with all from 2.14 on."""
     try:
         major, minor, patch = (int(part) for part in torch_version.split("."))
     except ValueError:
         major = minor = patch = 0
     if major != 2:
         raise InputError(f"{torch_version!r} is not a version of PyTorch 2", where="--torch", hint="Say e.g. 2.10.0")
-    return [f"torch=={torch_version}", f"torchvision==0.{minor + 15}.{patch}"]
+    vision = f"0.{minor + 15}.{patch}" if minor <= _LAST_PAIRED else _NEWEST_TORCHVISION
+    return [f"torch=={torch_version}", f"torchvision=={vision}"]
 
 
 @dataclass(frozen=True)

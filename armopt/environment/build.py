@@ -170,13 +170,14 @@ def _library_facts(library: Path, deep: bool) -> dict[str, str]:
         number = _search(library, b"OpenBLAS 0.", rb"OpenBLAS (\d+\.\d+\.\d+)")
         sbgemm = "yes" if holds(library, b"sbgemm_") else "no"
         return {"blas": f"OpenBLAS {number}" if number else "OpenBLAS", "sbgemm": sbgemm}
-    if name.startswith("libnvpl_blas"):
-        return {"blas": "NVPL", "sbgemm": "no"}
+    if name.startswith("libnvpl_blas"):  # of its two files the last one has the functions' names
+        return {"blas": "NVPL", "sbgemm": "yes" if holds(library, b"sbgemm_") else "no"}
     if name.startswith("libmkl_core"):
         return {"blas": "MKL"}
     if name.startswith("libc10.so"):
         if _search(library, b"mimalloc_") is None:
-            return {"allocator": "posix_memalign", "thp_switch": "THP_MEM_ALLOC_ENABLE"}
+            switch = "THP_MEM_ALLOC_ENABLE" if holds(library, b"THP_MEM_ALLOC_ENABLE") else "none"
+            return {"allocator": "posix_memalign", "thp_switch": switch}
         switch = "MIMALLOC_ALLOW_THP" if holds(library, b"allow_thp") else "none"
         return {"allocator": "mimalloc", "thp_switch": switch}
     if name.startswith("libarm_compute") or (deep and name.startswith("libtorch_cpu")):

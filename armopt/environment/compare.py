@@ -149,11 +149,6 @@ def _backends(required: Collection[str], host: Target, record: Mapping[str, str]
     if not is_arm(host) or not record.get("torch"):
         return []
     differences = []
-    if not record.get("acl"):
-        cost = "Linears and convolutions run reference or FP32 kernels"
-        remedy = "Install torch from PyPI: its aarch64 wheels hold ACL"
-        found = "none in this torch"
-        differences.append(Difference("soft", "Arm Compute Library", "present", found, cost, remedy))
     if "bf16" in required and record.get("sbgemm") == "no":
         differences.append(
             Difference(

@@ -1,6 +1,6 @@
 """The variables that a target wants, each with its value and why.
 
-True to the builds of torch 2.10 to 2.13, found in their libraries and under emulation:
+True to the builds of torch 2.10 to 2.15, found in their libraries and under emulation:
 
 - ``DNNL_DEFAULT_FPMATH_MODE`` is read while torch is imported; set from Python later, it is lost silently.
   oneDNN also takes the prefix ``ONEDNN_``, which wins where both are set.
@@ -108,7 +108,7 @@ def wanted(
         chosen["TORCH_MKLDNN_MATMUL_MIN_DIM"] = Variable(
             "64", "small Linears left to ATen go to OpenBLAS: oneDNN would pack their weights on each call"
         )
-    if build and build.get("allocator") == "posix_memalign":
+    if build and (build.get("allocator"), build.get("thp_switch")) == ("posix_memalign", "THP_MEM_ALLOC_ENABLE"):
         chosen["THP_MEM_ALLOC_ENABLE"] = Variable("1", "torch asks for huge pages for large tensors: fewer TLB misses")
     if allocator:
         chosen[PRELOAD] = Variable(allocator, _PRELOAD_WHY)

@@ -46,7 +46,6 @@ class Precision(StrEnum):
 class Backend(StrEnum):
     """Whose code does a kernel's arithmetic."""
 
-    ACL = "acl"
     ONEDNN = "onednn"
     BLAS = "blas"
     ATEN = "aten"

@@ -123,7 +123,7 @@ class Kernel:
     @property
     def is_onednns(self) -> bool:
         """Whether oneDNN runs it, and its log says how."""
-        return self.backend in (Backend.ACL, Backend.ONEDNN)
+        return self.backend == Backend.ONEDNN
 
     def packed_weight(self, stored: torch.Tensor, site: Site) -> torch.Tensor:
         """A weight as the bundle stores it, packed for a site's call and its post-op."""

@@ -20,7 +20,7 @@ def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
 KERNEL = Kernel(
     name="conv1x1_fastmath",
     op=Op.LINEAR,
-    backend=Backend.ACL,
+    backend=Backend.ONEDNN,
     activations=torch.float32,
     rounding=Rounding(torch.bfloat16, torch.bfloat16),
     covers="Linear",

@@ -12,7 +12,7 @@ from armopt.kernels.examples import linear
 KERNEL = Kernel(
     name="conv1x1_fp32",
     op=Op.LINEAR,
-    backend=Backend.ACL,
+    backend=Backend.ONEDNN,
     activations=torch.float32,
     rounding=Rounding(torch.float32, torch.float32),
     covers="Linear",

@@ -44,7 +44,7 @@ def _refuses(site: Site) -> str | None:
 KERNEL = Kernel(
     name="conv_bf16",
     op=Op.CONV,
-    backend=Backend.ACL,
+    backend=Backend.ONEDNN,
     activations=torch.bfloat16,
     rounding=Rounding(torch.bfloat16, torch.bfloat16),
     covers="dense convolution, 1-d and 2-d",

@@ -22,7 +22,7 @@ def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
 KERNEL = Kernel(
     name="conv_fastmath",
     op=Op.CONV,
-    backend=Backend.ACL,
+    backend=Backend.ONEDNN,
     activations=torch.float32,
     rounding=Rounding(torch.bfloat16, torch.bfloat16),
     covers="dense convolution, 1-d and 2-d",

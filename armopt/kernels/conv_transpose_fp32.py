@@ -56,7 +56,7 @@ def _emit(call: KernelCall) -> fx.Node:
 KERNEL = Kernel(
     name="conv_transpose_fp32",
     op=Op.CONV,
-    backend=Backend.ACL,
+    backend=Backend.ONEDNN,
     activations=torch.float32,
     rounding=Rounding(torch.float32, torch.float32),
     covers="transposed with a dilation, 2-d",

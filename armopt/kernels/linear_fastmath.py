@@ -37,7 +37,7 @@ def _own(kernel: Kernel, site: Site) -> Wanted:
 KERNEL = Kernel(
     name="linear_fastmath",
     op=Op.LINEAR,
-    backend=Backend.ACL,
+    backend=Backend.ONEDNN,
     activations=torch.float32,
     rounding=Rounding(torch.bfloat16, torch.bfloat16),
     covers="Linear",

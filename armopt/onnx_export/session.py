@@ -11,7 +11,7 @@ from armopt.onnx_export.options import NAME, OPSET, OnnxOptions
 from armopt.onnx_export.standard import takes_fast_math
 
 #: The version that all this was seen with, on emulated cores (tests/arm64/test_onnx_runtime.py).
-SEEN_WITH = "1.31.1"
+SEEN_WITH = "1.32.0"
 FAST_MATH = "mlas.enable_gemm_fastmath_arm64_bfloat16"
 _ENGAGES = (
     "multiplies in BF16 (BFMMLA) in MatMul alone, not in Gemm, Conv, or a MatMul with a fused scale; "

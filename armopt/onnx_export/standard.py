@@ -113,8 +113,8 @@ class _Builder:
         self._attributes: dict[tuple[str, str], fx.Node] = {}
         self._weights: dict[str, Callable[[], torch.Tensor]] = {}
         filters = [ConvCall.of(node).weight_name for node in g.calls_to(source.graph, CONV)]
-        tables = [str(node.all_input_nodes[0].target) for node in g.calls_to(source.graph, _EMBEDDING)]
-        self._whole = {*filters, *tables}
+        self._tables = {str(node.all_input_nodes[0].target) for node in g.calls_to(source.graph, _EMBEDDING)}
+        self._whole = {*filters, *self._tables}
 
     def build(self, fast_math: bool) -> Standard:
         fast = []
@@ -142,8 +142,11 @@ class _Builder:
         return made
 
     def _constant(self, node: fx.Node, form: str, *, is_weight: bool = False) -> fx.Node:
-        """A constant in some form; each form of each constant is there once."""
+        """A constant in some form; each form of each constant is there once. A matrix that is an embedding's table too
+        is that table turned, which ONNX Runtime does once, when it loads."""
         key = str(node.target), form
+        if key not in self._attributes and form == "kn" and key[0] in self._tables:
+            self._attributes[key] = self._call(torch.t, self._constant(node, "", is_weight=True))
         if key not in self._attributes:
             stored = self._constants[key[0]]
             shown = self._names.get(key[0], key[0])

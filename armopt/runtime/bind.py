@@ -17,7 +17,7 @@ from armopt.errors import first_line
 from armopt.ir import arena
 from armopt.ir import graph as g
 from armopt.ir.calls import LayerCall, call_of, layers
-from armopt.ir.records import Op, Precision, Site
+from armopt.ir.records import Op, Site
 from armopt.kernels import post_ops, table
 from armopt.kernels.base import Kernel, KernelCall, Use
 from armopt.kernels.geometry import output_size
@@ -259,8 +259,8 @@ def _alternatives(planned: Kernel, times: Mapping[str, float]) -> tuple[list[Ker
     others = [kernel for kernel in table.kernels(planned.op, Use.FALLBACK) if kernel is not planned]
     # the planned arithmetic first, then the planned dtype of activations, which needs no casts
     others.sort(key=lambda k: (k.precision != planned.precision, k.activations != planned.activations))
-    # a node planned in FP32 stays in FP32
-    allowed = [k for k in others if planned.precision != Precision.FP32 or k.precision == Precision.FP32]
+    # nothing that the plan has in FP32, and that was validated so, is rounded here
+    allowed = [k for k in others if k.steps_out_of_bf16 >= planned.steps_out_of_bf16]
     quicker = [k for k in allowed if k.activations == planned.activations and _is_quicker(k, planned, times)]
     return sorted(quicker, key=lambda kernel: times[kernel.name]), allowed
 

@@ -39,7 +39,7 @@ class Execution:
 
     Attributes:
         primitive: ``matmul``, ``convolution``, ``inner_product``, ``reorder``…
-        implementation: Its name in oneDNN, e.g. ``gemm:acl``, ``jit_dw:sve_256``, ``ref:any``.
+        implementation: Its name in oneDNN, e.g. ``gemm:acl``, ``jit_dw:sve_256``, ``ref:any``; others elsewhere.
         prop_kind: ``forward_inference``… or ``undef``.
         tensors: By role: ``src``, ``wei``, ``bia``, ``dst``, ``data``…
         attributes: Without the prefix ``attr-``: ``fpmath``, ``post-ops``, ``scratchpad``…
@@ -59,11 +59,6 @@ class Execution:
     def is_reference(self) -> bool:
         """Whether a reference kernel ran (``ref:any``, ``gemm:ref``): correct, and far too slow to deploy."""
         return is_reference(self.implementation)
-
-    @property
-    def is_acl(self) -> bool:
-        """Whether Arm Compute Library did the work."""
-        return "acl" in re.split(r"[:_+]", self.implementation)
 
     @property
     def weight_dtype(self) -> str:

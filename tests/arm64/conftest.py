@@ -4,14 +4,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from armopt.emulation import EmulatedResult, EmulatedWorker, PreparedFolder
+from armopt.emulation import TORCH_VERSIONS, EmulatedResult, EmulatedWorker, PreparedFolder
 from armopt.emulation.prepare import prepare
 from armopt.errors import HostError
 from armopt.targets.emulated import core_named
@@ -50,8 +50,9 @@ def require_torch(pytestconfig: pytest.Config) -> RequireTorch:
     """require_torch("2.10.0"): the prepared folder, or a loud skip. With ``--arm64`` it is prepared here."""
     is_required, is_full = pytestconfig.getoption("--arm64"), pytestconfig.getoption("--full")
     if is_required:
+        releases = (*TORCH_VERSIONS, pytestconfig.getoption("--newest-torch")) if is_full else TORCH_VERSIONS
         with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            prepare(report=lambda line: print(line, file=sys.stderr, flush=True), tensorflow=is_full)
+            prepare(releases, report=lambda line: print(line, file=sys.stderr, flush=True), tensorflow=is_full)
 
     def require(torch_version: str) -> PreparedFolder:
         folder = PreparedFolder.default()
@@ -95,7 +96,7 @@ def arm64(require_torch: RequireTorch, verdicts: dict[str, str]) -> Iterator[Cal
 
 @dataclass(frozen=True)
 class Host:
-    """A kind of server: what it is, which PyTorch it has, and what its environment lacks."""
+    """A kind of server: what it is, which PyTorch it has ("" is the newest), and what its environment lacks."""
 
     cpu: str
     torch_version: str = "2.10.0"
@@ -108,6 +109,9 @@ HOSTS = {
     "graviton3-no-fpmath": Host("graviton3", lacks=("DNNL_DEFAULT_FPMATH_MODE",)),
     "yitian710": Host("yitian710"),
     "graviton2": Host("graviton2"),
+    "graviton3-newest": Host("graviton3", ""),
+    "yitian710-newest": Host("yitian710", ""),
+    "graviton2-newest": Host("graviton2", ""),
 }
 
 
@@ -144,6 +148,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], bundl
 
 @pytest.fixture(scope="session")
 def server(
+    pytestconfig: pytest.Config,
     require_torch: RequireTorch,
     made: Callable[[str, str], bundles.Made],
     verdicts: dict[str, str],
@@ -156,6 +161,7 @@ def server(
     def start(name: str) -> Server:
         if name not in started:
             host = HOSTS[name]
+            host = replace(host, torch_version=host.torch_version or pytestconfig.getoption("--newest-torch"))
             folder = require_torch(host.torch_version)
             if host.torch_version not in asked:
                 asked[host.torch_version] = EmulatedWorker(

@@ -107,8 +107,11 @@ def operands(case: Case) -> dict[str, torch.Tensor]:
     return found
 
 
-def program(case: Case, target: str, tensors: dict[str, torch.Tensor]) -> Program:
-    """A graph of that layer alone; as it stands, the kernel's portable twin on that target."""
+def program(case: Case, target: str, tensors: dict[str, torch.Tensor], *, in_blocks: bool = True) -> Program:
+    """A graph of that layer alone; as it stands, the kernel's portable twin on that target.
+
+    Without blocks the twin rounds once, whatever the target's library does.
+    """
     kernel, layer = table.get(case.kernel), case.layer
     root = torch.nn.Module()
     root.register_buffer("weight", tensors["weight"].to(kernel.rounding.weights))
@@ -128,7 +131,7 @@ def program(case: Case, target: str, tensors: dict[str, torch.Tensor]) -> Progra
         call = ConvCall(**operands, **dict(zip(names, _geometry(layer), strict=True)))
     node = graph.call_function(call.operation, call.args)
     site = sites.describe(node, layer.shape, tuple(root.weight.shape))
-    node.args = call.replace(block=kernel.block(site, targets.load(target))).args
+    node.args = call.replace(block=kernel.block(site, targets.load(target)) if in_blocks else 0).args
     graph.output((node,))
     size = [
         (s + 2 * layer.padding - layer.dilation * (f - 1) - 1) // layer.stride + 1
@@ -154,10 +157,10 @@ def activations(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def twin(case: Case, target: str) -> torch.Tensor:
+def twin(case: Case, target: str, *, in_blocks: bool = True) -> torch.Tensor:
     """What the portable twin gives."""
     tensors = operands(case)
-    (result,) = program(case, target, tensors).graph_module(activations(case, tensors))
+    (result,) = program(case, target, tensors, in_blocks=in_blocks).graph_module(activations(case, tensors))
     return result
 
 

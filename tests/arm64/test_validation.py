@@ -38,7 +38,9 @@ def test_the_verdict_is_that_of_the_twins(server, tmp_path, figure, kind, repair
     assert [gate["passed"] for gate in real["gates"]] == [gate["passed"] for gate in twin["gates"]]
 
 
-@pytest.mark.parametrize("host", ["graviton3", "graviton3-torch2.13"])
+@pytest.mark.parametrize(
+    "host", ["graviton3", "graviton3-torch2.13", pytest.param("graviton3-newest", marks=pytest.mark.full)]
+)
 def test_a_repaired_convolution_does_not_reach_onednn(server, tmp_path, host):
     model, x = build(CancelledBiasConv)
     written = armopt.optimize(model, (x,), output=tmp_path / "bundle", policy=ThresholdPolicy()).manifest
@@ -46,8 +48,11 @@ def test_a_repaired_convolution_does_not_reach_onednn(server, tmp_path, host):
     arguments = {"bundle": str(tmp_path / "bundle"), "inputs": {"x": x}}
     text, kernels = server(host).call(f"{JOBS}:log_of_one_call", **arguments).value
     bound = {node: kernel for node, kernel, _ in kernels}
-    assert {node: bound[node] for node in changed} == changed
-    through_blas = [node for node, kernel in changed.items() if table.get(kernel).backend == "blas"]
+    # another build may have no such kernel; then the one that runs rounds no more than what was validated
+    steps = {node: table.get(kernel).steps_out_of_bf16 for node, kernel in changed.items()}
+    assert all(table.get(bound[node]).steps_out_of_bf16 >= least for node, least in steps.items())
+    assert host != "graviton3" or {node: bound[node] for node in changed} == changed
+    through_blas = [node for node in changed if table.get(bound[node]).backend == "blas"]
     primitives = Counter(execution.primitive for execution in onednn_log.parse(text).executions)
     assert primitives["convolution"] == len(bound) - len(through_blas) > 0
     assert primitives["matmul"] == 0

@@ -9,6 +9,7 @@ from torch import nn
 from armopt.bundle.program import Program
 from armopt.ir.records import Backend, Op
 from armopt.kernels import table
+from armopt.kernels.base import Kernel
 from armopt.plan import threshold_policy
 from armopt.runtime import bind, probe
 from tests.attention import query_dtypes
@@ -93,6 +94,14 @@ def test_fast_math_kernels_need_the_variable() -> None:
     _, entry = bound(program, fast_math=False, conv1x1_bf16="ref:any")
     assert not table.get(entry.kernel).fast_math
     assert "DNNL_DEFAULT_FPMATH_MODE=BF16 was not set" in entry.reason
+
+
+@pytest.mark.parametrize("planned", table.kernels(), ids=lambda kernel: kernel.name)
+def test_a_fallback_rounds_no_more_than_the_plan(planned: Kernel) -> None:
+    """What was validated, perhaps repaired, with results in FP32 is not rounded to BF16 by a load."""
+    quicker, fallbacks = bind._alternatives(planned, {kernel.name: 1.0 for kernel in table.kernels(planned.op)})
+    assert all(kernel.steps_out_of_bf16 >= planned.steps_out_of_bf16 for kernel in (*quicker, *fallbacks))
+    assert planned.backend == Backend.ATEN or fallbacks[-1].backend == Backend.ATEN
 
 
 def test_fp32_stays_in_fp32() -> None:

@@ -74,7 +74,7 @@ def test_small_layers_go_to_blas_and_large_ones_do_not() -> None:
     policy = cost_policy.default(GRAVITON3, "2.10")
     sites = [linear(1, 64, 64), linear(64, 32, 32), linear(8, 128, 128), linear(8), linear(32), linear(256)]
     kernels = [choice.kernel and choice.kernel.backend for site in sites for choice in policy.choose([site], GRAVITON3)]
-    assert kernels == ["blas", "blas", "blas", "acl", "acl", "acl"]
+    assert kernels == ["blas", "blas", "blas", "onednn", "onednn", "onednn"]
 
 
 @pytest.mark.parametrize("rows", [1, 8, 32, 256])

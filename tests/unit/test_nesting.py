@@ -86,7 +86,12 @@ def test_what_is_described_is_built_again(tree: Any) -> None:
 
 
 _TREES = st.recursive(
-    st.builds(Leaf) | st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+    st.builds(Leaf)
+    | st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=4),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.lists(inner, max_size=3).map(tuple)

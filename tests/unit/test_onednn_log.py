@@ -56,7 +56,7 @@ def test_a_matmul_sees_a_weight_transposed() -> None:
 
 def test_eager_linear_on_arm_packs_its_weight() -> None:
     reorder, matmul = parse(section(ARM, "linear, eager")).executions
-    assert (matmul.primitive, matmul.implementation, matmul.is_acl) == ("matmul", "gemm:acl", True)
+    assert (matmul.primitive, matmul.implementation) == ("matmul", "gemm:acl")
     assert matmul.weight_dtype == "bf16"
     assert matmul.tensors["wei"] == Tensor("bf16", "BA4b4a")
     assert matmul.attributes["fpmath"] == "bf16"
@@ -69,7 +69,7 @@ def test_eager_linear_on_arm_packs_its_weight() -> None:
 def test_packed_convolution_on_arm_reorders_nothing() -> None:
     first, second = parse(section(ARM, "_convolution_pointwise, packed, relu, twice")).executions
     for execution in (first, second):
-        assert execution.is_acl
+        assert execution.implementation == "gemm:acl"
         assert not execution.is_reference
         assert execution.weight_dtype == "bf16"
         assert execution.attributes["post-ops"] == "eltwise_relu"

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from armopt.bundle.program import Program
+from armopt.ir.onednn_names import is_reference
 from armopt.ir.records import Op, Precision, Site
 from armopt.kernels import table
 from armopt.kernels.examples import Example
@@ -311,6 +312,28 @@ def test_what_is_dropped_is_freed(api: primitives.Api) -> None:
     assert resident() - before < 1 << 20  # a leaked primitive alone would take 4 MB, a leaked weight 2
 
 
+def test_names_of_implementations_decide_nothing(api: primitives.Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another release calls them: KleidiAI's are ``kai``. What runs, and what it gives, stays the same."""
+    program, x = lowered(nn.Sequential(nn.Linear(32, 16), nn.ReLU()), random(8, 32)), random(8, 32)
+
+    def run() -> tuple[torch.Tensor, str, str]:
+        module, (entry,) = bind.Binder(False).bind(program)
+        return module(x)[0], entry.kernel, entry.implementation
+
+    found, kernel, implementation = run()
+    assert implementation
+    named = primitives.Api.implementation
+
+    def renamed(self: primitives.Api, description: primitives.Handle) -> str:
+        name = named(self, description)
+        return name if is_reference(name) else f"kai_{len(name)}:sme"
+
+    monkeypatch.setattr(primitives.Api, "implementation", renamed)
+    again, other, called = run()
+    assert (other, called) == (kernel, f"kai_{len(implementation)}:sme")
+    assert torch.equal(again, found)
+
+
 @pytest.mark.full
 def test_many_shapes_leak_nothing(api: primitives.Api) -> None:
     """More than oneDNN's own cache of primitives holds, so that each is made anew the second time."""
@@ -320,10 +343,14 @@ def test_many_shapes_leak_nothing(api: primitives.Api) -> None:
             own.alone(layer(api, rows)[0], replace(SITE, m=rows, shape=(rows, 32)))(random(rows, 32))
         gc.collect()
 
+    def growth() -> int:
+        before = resident()
+        shapes()
+        return resident() - before
+
+    # oneDNN 3.13 takes three rounds until what it keeps is full; a leak would grow in each
     shapes()
-    before = resident()
-    shapes()
-    assert resident() - before < 8 << 20
+    assert any(growth() < 8 << 20 for _ in range(4))
 
 
 def test_programs_share_a_weight_where_the_layout_is_the_same() -> None:

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
+from armopt.ir.onednn_names import is_reference
 from armopt.ir.records import Site
 from armopt.kernels import table
 from armopt.runtime import bind, probe
-from armopt.runtime.onednn_log import Execution, Tensor
+from armopt.runtime.onednn_log import Execution, Tensor, parse
 
+LOGS = Path(__file__).parents[1] / "data" / "onednn"
 SITE = Site("fc", "linear", 8, 32, 16, (8, 32), (16, 32), weight_key="w")
 BF16 = table.get("conv1x1_bf16")
 
@@ -45,12 +51,35 @@ def test_fp32_weights_are_right_for_an_fp32_kernel() -> None:
     assert probe.judge(table.get("conv1x1_fp32"), SITE, (ran(weights="f32"),)) is None
 
 
+def test_names_of_implementations_decide_nothing() -> None:
+    """In another release they are others, as KleidiAI's ``kai``: only a reference has a name that counts."""
+    for path in sorted(LOGS.glob("*.log")):
+        text = path.read_text()
+        names = {e.implementation for e in parse(text).executions if not is_reference(e.implementation)}
+        assert names
+        for kernel in table.kernels():
+            for e in parse(text).executions:
+                site = replace(SITE, weight=(64, 64))
+                verdicts = [
+                    probe.judge(kernel, site, (replace(e, implementation=n),)) for n in (e.implementation, "kai")
+                ]
+                if is_reference(e.implementation):
+                    assert "reference" in str(verdicts[0]) or e.primitive == "reorder"
+                else:
+                    assert str(verdicts[0]).replace(e.implementation, "kai") == str(verdicts[1])
+        renamed = parse(re.sub(r"(?<=[,:])acl(?=[,:])", "kai", text)).executions
+        assert [replace(e, implementation="") for e in renamed] == [
+            replace(e, implementation="") for e in parse(text).executions
+        ]
+        assert not any("acl" in e.implementation for e in renamed)
+
+
 def test_blas_and_aten_are_not_probed() -> None:
     def never() -> None:
         raise AssertionError
 
     for kernel in table.kernels():
-        if kernel.backend not in ("acl", "onednn"):
+        if kernel.backend != "onednn":
             assert probe.refusal(kernel, SITE, never) is None
 
 

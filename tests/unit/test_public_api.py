@@ -7,9 +7,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import armopt
 from armopt._version import TORCH_REQUIREMENT
+from armopt.emulation.folder import NEWEST_TORCH, TORCH_VERSIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,6 +70,23 @@ print(all(callable(getattr(armopt, name)) for name in ("load", "optimize", "vali
 def test_the_range_of_torch_is_the_packages() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert [each for each in declared if re.match(r"torch\b", each)] == [TORCH_REQUIREMENT]
+    taken = Requirement(TORCH_REQUIREMENT).specifier
+    assert all(taken.contains(release) for release in (*TORCH_VERSIONS, NEWEST_TORCH))
+    newest = Version(NEWEST_TORCH)
+    assert not taken.contains(f"{newest.major}.{newest.minor + 1}.0")
+
+
+def test_make_installs_one_release_of_that_range() -> None:
+    """pip would take the newest one, a CUDA build of 5 GB."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    (pinned,) = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    (chosen,) = pinned.specifier
+    assert (pinned.name, chosen.operator) == ("torch", "==")
+    assert Requirement(TORCH_REQUIREMENT).specifier.contains(chosen.version)
+    makefile = (ROOT / "Makefile").read_text()
+    installs = [line for line in makefile.splitlines() if "pip install" in line]
+    assert installs
+    assert all("--constraint $(CONSTRAINTS)" in line for line in installs)
 
 
 def test_unknown_names_are_attribute_errors() -> None:

@@ -142,6 +142,8 @@ def test_two_at_once_do_the_work_once(tmp_path, built, monkeypatch):
 def test_requirements_pair_torchvision_with_its_pytorch():
     assert torch_requirements("2.10.0") == ["torch==2.10.0", "torchvision==0.25.0"]
     assert torch_requirements("2.9.1") == ["torch==2.9.1", "torchvision==0.24.1"]
+    assert torch_requirements("2.14.1") == ["torch==2.14.1", "torchvision==0.29.1"]
+    assert torch_requirements("2.15.0") == ["torch==2.15.0", "torchvision==0.29.2"]  # there is no 0.30
     for version in ("1.13.1", "2.10", "latest"):
         with pytest.raises(InputError, match=version):
             torch_requirements(version)

@@ -327,6 +327,32 @@ def test_dtypes_of_weights(weights: str, least: float, most: float, tmp_path: Pa
     torch.testing.assert_close(first, logits, rtol=tolerance, atol=tolerance * float(logits.abs().max()))
 
 
+class Tied(nn.Module):
+    """An embedding and an output layer of one table, large enough to be kept in BF16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.hidden = nn.Embedding(5000, 64), nn.Linear(64, 64)
+        self.out = nn.Linear(64, 5000, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.out(torch.relu(self.hidden(self.table(ids))))
+        return logits
+
+
+@pytest.mark.parametrize("fast_math", [True, False])
+@pytest.mark.parametrize(("weights", "size"), [("fp32", 4), ("bf16", 2)])
+def test_a_tied_table_is_written_once(weights: str, size: int, fast_math: bool, tmp_path: Path) -> None:
+    ids = torch.randint(0, 5000, (2, 8), generator=torch.Generator().manual_seed(1))
+    bundle = make(tmp_path, Tied(), (ids,))
+    path = tmp_path / "model.onnx"
+    done = export.export(bundle, path, OnnxOptions(weights, fast_math=fast_math))
+    assert done.files[path] <= size * (5000 * 64 + 64 * 64) + 4096
+    (found,), (expected,) = run(path, ids), reference(bundle, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_a_weight_that_a_dtype_can_not_hold_stays(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
     x = noise(3, 16)
