@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -68,7 +68,12 @@ class Service:
             Starlette(
                 routes=routes,
                 lifespan=self._lifespan,
-                exception_handlers={HTTPException: _http_error, RefusedError: _refused, ClientDisconnect: _gone},
+                exception_handlers={
+                    HTTPException: _http_error,
+                    RefusedError: _refused,
+                    ClientDisconnect: _gone,
+                    Exception: _fault,
+                },
             ),
             self,
             frozenset(route.path for route in routes),
@@ -192,7 +197,7 @@ class Service:
 
 
 class _Told:
-    """Around the application: counts, writes a line, answers for bugs, and lets no connection outlive a drain."""
+    """Around the application: counts, writes a line, and lets no connection outlive a drain."""
 
     def __init__(self, app: ASGIApp, service: Service, known: frozenset[str]) -> None:
         self._app = app
@@ -217,8 +222,6 @@ class _Told:
             await self._app(scope, receive, noted)
         except Exception as error:
             log("a request failed", level=logging.ERROR, error=error)
-            if not status:
-                await _json({"error": "internal error"}, HTTPStatus.INTERNAL_SERVER_ERROR)(scope, receive, noted)
         finally:
             route = scope["path"] if scope["path"] in self._known else "other"
             self._service.told(scope, route, status or 499, time.perf_counter() - started)
@@ -228,9 +231,6 @@ def _json(
     content: Mapping[str, Any], status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None
 ) -> Response:
     return Response(orjson.dumps(content), status, headers, media_type=protocol.JSON)
-
-
-_Handler = Callable[[Request, Exception], Awaitable[Response]]
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -244,6 +244,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     missing = error.status_code == HTTPStatus.NOT_FOUND
     what = f"there is no {printable(request.url.path)}: /docs lists what there is" if missing else error.detail
     return _json({"error": what}, error.status_code, error.headers)
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    """What went wrong is for the log alone."""
+    return _json({"error": "internal error"}, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 async def _gone(request: Request, error: Exception) -> Response:

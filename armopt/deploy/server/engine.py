@@ -191,7 +191,8 @@ class Engine:
             return [run(group[0].tensors)]
         outputs = run([torch.cat(parts) for parts in zip(*(each.tensors for each in group), strict=True)])
         rows = [each.rows for each in group]
-        split = {name: value.split(rows) for name, value in outputs.items()}  # refuses another number of rows
+        # refuses another number of rows
+        split = {name: torch.split_with_sizes(value, rows) for name, value in outputs.items()}
         return [{name: parts[i] for name, parts in split.items()} for i in range(len(group))]
 
     def _answer_probe(self, probe: asyncio.Future[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ class Served:
         model: The loaded bundle.
         inputs: Of the model, in order.
         outputs: Name, shape and dtype of each output; -1 for a size that follows from an input's.
-        most_rows: How many rows requests are put together to; 1 where they are not.
-        buckets: Planned numbers of rows, ascending.
+        buckets: Planned numbers of rows, ascending. Requests are put together up to the last, which is 1 where they
+            are not.
         remarks: What was said when it was loaded.
         changed: Why another kernel runs than planned; empty where none does.
         version: The beginning of the bundle's digest.
@@ -43,11 +43,15 @@ class Served:
     model: Model
     inputs: tuple[InputSpec, ...]
     outputs: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
-    most_rows: int
     buckets: tuple[int, ...]
     remarks: tuple[str, ...]
     changed: str
-    version: str = field(default="")
+    version: str
+
+    @property
+    def most_rows(self) -> int:
+        """How many rows run together; 1 where requests are not put together."""
+        return self.buckets[-1]
 
     def run(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Outputs by name from checked inputs.
@@ -88,7 +92,7 @@ def prepare(settings: Settings) -> Served:
     inputs, sizes = model.manifest.model.inputs, _sizes(model)
     remarks = [str(each.message) for each in said]
     outputs: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
-    most, buckets = 1, (1,)
+    buckets: tuple[int, ...] = (1,)
     try:
         outputs = _observed(model, inputs, sizes)
     except (ArmoptError, RuntimeError) as error:
@@ -99,9 +103,8 @@ def prepare(settings: Settings) -> Served:
             remarks.append(f"requests are not put together: {why_not}")
         else:
             buckets = _row_buckets(model, inputs)
-            most = buckets[-1]
     changed = host_check.changes(model.kernels)
-    return Served(model, inputs, outputs, most, buckets, tuple(remarks), changed, model.manifest.digest[:12])
+    return Served(model, inputs, outputs, buckets, tuple(remarks), changed, model.manifest.digest[:12])
 
 
 def named(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:

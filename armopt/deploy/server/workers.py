@@ -23,6 +23,7 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
 from gunicorn.workers.base import Worker
 from prometheus_client import multiprocess
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from armopt import environment
@@ -82,8 +83,8 @@ class _Server(BaseApplication):
             if name in self.cfg.settings:  # older releases lack some
                 self.cfg.set(name, value)
 
-    def load(self) -> Served:
-        """The bundle, loaded and tried; the application around it is each worker's own."""
+    def load(self) -> ASGIApp:
+        """The application around the bundle, which is loaded and tried; its threads are each worker's own."""
 
         def work() -> Served:
             torch.set_num_threads(self.threads)
@@ -95,7 +96,8 @@ class _Server(BaseApplication):
         for remark in served.remarks:
             _say(remark, logging.WARNING)
         _say(f"loaded {self.settings.bundle}, version {served.version}: {served.model!r}")
-        return served
+        self.service = Service(served, self.settings, threads=self.threads)
+        return self.service.app
 
     def reload(self) -> None:
         """Loads the bundle again; one that can't be loaded leaves the old one in place."""
@@ -119,7 +121,7 @@ class _Server(BaseApplication):
 
 
 def _child_exit(arbiter: Any, worker: Any) -> None:
-    multiprocess.mark_process_dead(worker.pid)
+    multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
 
 
 def _say(event: str, level: int = logging.INFO) -> None:
@@ -141,11 +143,9 @@ class _Worker(Worker):
 
     app: _Server
     place: int
-    wsgi: Served
 
     def run(self) -> None:
-        settings = self.app.settings
-        service = Service(self.wsgi, settings, threads=self.app.threads)
+        settings, service = self.app.settings, self.app.service
         config = uvicorn.Config(
             service.app,
             http=_protocol(settings),
