@@ -57,8 +57,11 @@ class Centred(nn.Module):
         return self.linear(x - x.mean(0, keepdim=True))
 
 
-def made(model: nn.Module, example: torch.Tensor, path: Path, batch: Sequence[int] = (1, 4)) -> Path:
-    armopt.optimize(model.eval(), (example,), output=path, batch=list(batch), checks=armopt.Checks(min_cosine=-1.0))
+def made(
+    model: nn.Module, example: torch.Tensor, path: Path, batch: Sequence[int] = (1, 4), target: str = "graviton3"
+) -> Path:
+    checks = armopt.Checks(min_cosine=-1.0)
+    armopt.optimize(model.eval(), (example,), output=path, batch=list(batch), target=target, checks=checks)
     return path
 
 

@@ -259,10 +259,11 @@ def test_sigterm_ends_it_while_clients_are_connected(bundles: list[Path]) -> Non
 
 def test_workers_share_one_copy_of_the_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    bundle = made(Rows(WIDTH), torch.rand(4, 8), tmp_path / "large")
+    bundle = made(Rows(WIDTH), torch.rand(4, 8), tmp_path / "large", target="host")
     size = (bundle / "weights.safetensors").stat().st_size
     assert size > 16 << 20
-    with served(bundle, "--workers", "2") as server:
+    # two threads each: a pool of OpenMP threads in the process that forks would keep its children waiting for ever
+    with served(bundle, "--workers", "2", "--threads", "2") as server:
         for _ in range(4):
             assert server.infer([[0.5] * 8])[0] == 200
         private = []

@@ -470,6 +470,7 @@ def test_lines_of_log_hold_no_control_characters() -> None:
     assert json.loads(line)["path"] == r"/\x7f\u202e\x00\n"
 
 
+@pytest.mark.slow
 def test_the_application_keeps_its_own_description(rows: Served, rows_bundle: Path) -> None:
     """schemathesis makes requests from the OpenAPI page, and checks every answer against it."""
     import schemathesis
@@ -483,19 +484,19 @@ def test_the_application_keeps_its_own_description(rows: Served, rows_bundle: Pa
     app = Service(rows, Settings(str(rows_bundle), max_bytes=100_000)).app
     with TestClient(app):
         schema = schemathesis.openapi.from_asgi("/openapi.json", app)
-        tried = 0
+        tried = set()
         for result in schema.get_all_operations():
             operation = result.ok()
 
             @seed(0)
-            @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy())
             def ask(case: Any) -> None:
                 case.call_and_validate(checks=checks)
 
             ask()
-            tried += 1
-    assert tried == 12
+            tried.add(operation.label)
+    assert f"POST {INFER}" in tried
 
 
 # --- around it ------------------------------------------------------------------------------------
