@@ -115,11 +115,15 @@ def test_bodies_beyond_the_limit_and_clients_that_are_slow(server: Running) -> N
 
 
 def test_connections_beyond_the_limit(server: Running) -> None:
+    given = {"name": "x", "shape": [1, 8], "datatype": "FP32", "data": [0.5] * 8}
+    body = json.dumps({"inputs": [given]}).encode()
+    ask = b"POST /v2/models/rows/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
     open_ones = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(100)]
     try:
         for connection in open_ones:
-            connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(ask)
         statuses = {connection.recv(1 << 16)[9:12] for connection in open_ones}
+        assert server.ask("GET", "/v2/health/live")[0] == 200  # it still lives
     finally:
         for connection in open_ones:
             connection.close()
@@ -257,6 +261,18 @@ def test_sigterm_ends_it_while_clients_are_connected(bundles: list[Path]) -> Non
             connection.close()
 
 
+def reloaded(server: Running) -> int:
+    """Bytes of the process that loads, after it has loaded once more."""
+    before, loads = set(server.workers()), len(server.said("^loaded "))
+    server.process.send_signal(signal.SIGHUP)
+    until = time.monotonic() + 40
+    while time.monotonic() < until and (len(server.said("^loaded ")) == loads or set(server.workers()) & before):
+        time.sleep(0.1)
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
+
+
+@pytest.mark.full
 def test_workers_share_one_copy_of_the_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     bundle = made(Rows(WIDTH), torch.rand(4, 8), tmp_path / "large", target="host")
@@ -271,6 +287,9 @@ def test_workers_share_one_copy_of_the_weights(tmp_path: Path) -> None:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
             private.append(sum(1024 * int(kb) for kb in re.findall(r"Private_\w+:\s+(\d+) kB", text)))
         held = Path(f"/proc/{server.workers()[0]}/smaps").read_text()
+        # what is exchanged goes
+        sizes = [reloaded(server) for _ in range(3)]
+        assert sizes[2] - sizes[0] < size, sizes
     # the largest mapping of weights is in both, and private to none
     regions = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", held)[1:]
     figures = [{name: int(kb) for name, kb in re.findall(r"(\w+):\s+(\d+) kB", region)} for region in regions]
@@ -279,6 +298,7 @@ def test_workers_share_one_copy_of_the_weights(tmp_path: Path) -> None:
     print(f"weights {size >> 20} MB, private {[each >> 20 for each in private]} MB")
 
 
+@pytest.mark.full
 def test_a_full_disk_for_the_log_stops_nothing(bundles: list[Path]) -> None:
     """Lines go to /dev/full, which takes none."""
     import subprocess

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from armopt._version import __version__
 from armopt.deploy.server import openapi, protocol
 from armopt.deploy.server.engine import Engine
-from armopt.deploy.server.observe import Metrics, log, start_logging
+from armopt.deploy.server.observe import Metrics, log, logging_to_stderr
 from armopt.deploy.server.protocol import RefusedError
 from armopt.deploy.server.served import Served
 from armopt.deploy.server.settings import Settings
@@ -29,6 +29,11 @@ from armopt.errors import printable
 
 #: How long a probe of the kernels counts.
 _PROBE_SECONDS = 30
+#: What else clients are told that come while too many others are there.
+_BUSY = {
+    HTTPStatus.TOO_MANY_REQUESTS: {"retry-after": "1"},
+    HTTPStatus.SERVICE_UNAVAILABLE: {"retry-after": "1", "connection": "close"},
+}
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -38,12 +43,14 @@ class Service:
     Attributes:
         app: The ASGI application.
         draining: Whether the worker ends: each answer then closes its connection.
+        connections: Tells how many the worker has.
     """
 
     def __init__(self, served: Served, settings: Settings, *, threads: int = 0) -> None:
         self.served = served
         self.settings = settings
         self.draining = False
+        self.connections: Callable[[], int] = lambda: 0
         self._threads = threads
         self._metrics = Metrics()
         self._engine: Engine | None = None
@@ -82,20 +89,19 @@ class Service:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Has the model's thread and the log while the block runs."""
-        listener = start_logging()
         settings = self.settings
-        self._engine = Engine(
-            self.served,
-            most_waiting=settings.max_waiting,
-            wait_seconds=settings.batch_wait_ms / 1000,
-            threads=self._threads,
-            ran=self._metrics.ran,
-        )
-        try:
-            yield
-        finally:
-            self._engine.stop(1)
-            listener.stop()
+        with logging_to_stderr():
+            self._engine = Engine(
+                self.served,
+                most_waiting=settings.max_waiting,
+                wait_seconds=settings.batch_wait_ms / 1000,
+                threads=self._threads,
+                ran=self._metrics.ran,
+            )
+            try:
+                yield
+            finally:
+                self._engine.stop(1)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -140,7 +146,6 @@ class Service:
         return _json(openapi.metadata(self.settings.model_name, self.served))
 
     async def _counted(self, request: Request) -> Response:
-        self._metrics.waiting.set(self.engine.waiting)
         return Response(self._metrics.text(), media_type=_PROMETHEUS)
 
     async def _openapi(self, request: Request) -> Response:
@@ -150,6 +155,9 @@ class Service:
         return HTMLResponse(openapi.page(self._pages))
 
     async def _infer(self, request: Request) -> Response:
+        if self.connections() > self.settings.max_connections:
+            what = f"more than {self.settings.max_connections} connections"
+            raise RefusedError(what, HTTPStatus.SERVICE_UNAVAILABLE)
         if request.headers.get("content-encoding", "identity") != "identity":
             raise RefusedError("compressed bodies are not read", HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
         body = await self._body(request)
@@ -185,6 +193,7 @@ class Service:
         """Counts one request and writes its line."""
         self._metrics.requests.labels(route, status).inc()
         self._metrics.seconds.labels(route).observe(seconds)
+        self._metrics.waiting.set(self.engine.waiting)
         client = scope.get("client") or ("",)
         log(
             "request",
@@ -235,8 +244,7 @@ def _json(
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, RefusedError)
-    busy = error.status == HTTPStatus.TOO_MANY_REQUESTS
-    return _json({"error": str(error)}, error.status, {"retry-after": "1"} if busy else None)
+    return _json({"error": str(error)}, error.status, _BUSY.get(error.status))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -132,7 +132,7 @@ class Engine:
         busy = False
         while not self._stopped:
             with self._changed:
-                if not self._waiting and self._to_probe is None:
+                if not (self._waiting or self._to_probe or self._stopped):
                     busy = False
                     self._changed.wait()
                 probe, self._to_probe = self._to_probe, None
@@ -144,6 +144,7 @@ class Engine:
             if group:
                 self._answer(group)
                 busy = True
+            del group  # idle, the thread holds nobody's tensors
 
     def _gather(self) -> None:
         """Waits until the next bucket is full, but not longer than the bound."""

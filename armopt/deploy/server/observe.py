@@ -9,6 +9,8 @@ import os
 import queue
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
@@ -46,7 +48,8 @@ def log(event: str, *, level: int = logging.INFO, error: BaseException | None = 
     logging.getLogger(LOGGER).log(level, event, extra={"fields": fields}, exc_info=error)
 
 
-def start_logging() -> logging.handlers.QueueListener:
+@contextmanager
+def logging_to_stderr() -> Iterator[None]:
     """Sends this process's lines to stderr by a thread: a full disk or a reader that stopped holds up no request."""
     logging.raiseExceptions = False  # a line that can't be written is lost, and nothing else is
     to_stderr = logging.StreamHandler(sys.stderr)
@@ -57,7 +60,11 @@ def start_logging() -> logging.handlers.QueueListener:
     logger.setLevel(logging.INFO)
     listener = logging.handlers.QueueListener(lines, to_stderr)
     listener.start()
-    return listener
+    try:
+        yield
+    finally:
+        with suppress(queue.Full):
+            listener.stop()
 
 
 class _Queued(logging.handlers.QueueHandler):

@@ -11,6 +11,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -39,6 +40,8 @@ from armopt.runtime import forks
 _HANGS = 60
 _KEEP_ALIVE = 15
 _BACKLOG = 2048
+#: Connections beyond the limit, so that a worker with many clients still tells that it lives.
+_SPARE = 64
 
 
 def serve(settings: Settings) -> None:
@@ -47,6 +50,10 @@ def serve(settings: Settings) -> None:
     Raises:
         ArmoptError: The bundle can't be loaded.
     """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = settings.max_connections + _SPARE + 200  # and what else a worker has open
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard >= 0 else wanted, hard))
     Arbiter(_Server(settings)).run()
 
 
@@ -91,8 +98,7 @@ class _Server(BaseApplication):
             return prepare(self.settings)
 
         served = forks.before_forks(work)
-        gc.collect()
-        gc.freeze()  # so that collecting in a worker touches no page that it shares
+        _settle()
         for remark in served.remarks:
             _say(remark, logging.WARNING)
         _say(f"loaded {self.settings.bundle}, version {served.version}: {served.model!r}")
@@ -105,6 +111,7 @@ class _Server(BaseApplication):
             self.callable = self.load()
         except (ArmoptError, RuntimeError, OSError) as error:
             _say(f"not reloaded, the old bundle stays: {error}", logging.ERROR)
+        _settle()  # the old one goes: graphs are cycles
 
     def _when_ready(self, arbiter: Any) -> None:
         for listener in arbiter.LISTENERS:
@@ -118,6 +125,13 @@ class _Server(BaseApplication):
     def _post_fork(self, arbiter: Any, worker: Any) -> None:
         if self.cores:
             os.sched_setaffinity(0, self.cores[worker.place])
+
+
+def _settle() -> None:
+    """Frees what nothing uses, and has later collections in workers touch no page that they share."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _child_exit(arbiter: Any, worker: Any) -> None:
@@ -155,7 +169,7 @@ class _Worker(Worker):
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=settings.max_connections,
+            limit_concurrency=settings.max_connections + _SPARE,
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_notify=int(self.timeout),
             callback_notify=self._notify,
@@ -189,6 +203,7 @@ class _Uvicorn(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        service.connections = lambda: len(self.server_state.connections)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no new connections, and closes open ones behind their next answer, or when they were idle for long."""
