@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from typer.testing import CliRunner
 
@@ -270,6 +271,19 @@ def test_the_bill_of_materials(written: package.Package) -> None:
     assert parts["torch"]["hashes"] == [{"alg": "SHA-256", "content": SHA}]
     described = files.read_manifest(written.path / "bundle")
     assert found["metadata"]["component"]["hashes"][0]["content"] == described.digest
+
+
+def test_the_manifest_for_kserve_fits_the_image(written: package.Package) -> None:
+    manifest = yaml.safe_load((Path(__file__).parents[2] / "examples/kserve.yaml").read_text())
+    (container,) = manifest["spec"]["predictor"]["containers"]
+    lines = dict(parse((written.path / "Dockerfile").read_text()))
+    assert container["ports"][0]["containerPort"] == int(lines["EXPOSE"])
+    assert str(container["securityContext"]["runAsUser"]) == lines["USER"].split(":")[0]
+    for probe in ("readinessProbe", "livenessProbe"):
+        asked = container[probe]["httpGet"]
+        assert asked["port"] == int(lines["EXPOSE"])
+        assert asked["path"].startswith("/v2/health/")
+    assert container["readinessProbe"]["httpGet"]["path"] in lines["HEALTHCHECK"]
 
 
 # --- its server, on loopback ----------------------------------------------------------------------
