@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import armopt
-from benchmarks import serving_rivals as rivals
+from benchmarks import serving_fastapi as eager
 from benchmarks.serving_clients import Figures, load, request
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/serving.md"
@@ -97,25 +97,24 @@ def measure(seconds: float, rounds: int) -> dict[tuple[str, int], list[Figures]]
     own, others = cores()
     os.sched_setaffinity(0, others)
     torch.set_num_threads(1)
-    model = rivals.model()
-    rows = torch.randn(max(CLIENTS), rivals.INPUTS, generator=torch.Generator().manual_seed(0))
+    model = eager.model()
+    rows = torch.randn(max(CLIENTS), eager.INPUTS, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = model(rows)
-    described = {"name": "input", "shape": [1, rivals.INPUTS], "datatype": "FP32"}
+    described = {"name": "input", "shape": [1, eager.INPUTS], "datatype": "FP32"}
     of_protocol = [json.dumps({"inputs": [described | {"data": row.tolist()}]}).encode() for row in rows]
     plain = [json.dumps({"x": [row.tolist()]}).encode() for row in rows]
     found: dict[tuple[str, int], list[Figures]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         bundle = Path(folder) / "model"
-        armopt.optimize(model, (rows[:8],), output=bundle, target="host", batch=[1, 8, rivals.MOST])
+        armopt.optimize(model, (rows[:8],), output=bundle, target="host", batch=[1, 8, eager.MOST])
         ports = {name: free_port() for name in NAMES}
         serve = [sys.executable, "-m", "armopt", "serve", str(bundle), "--port"]
-        rival = [sys.executable, "-m", "benchmarks.serving_rivals"]
         commands = {
             ARMOPT: [*serve, str(ports[ARMOPT])],
             ALONE: [*serve, str(ports[ALONE]), "--no-batching"],
-            "FastAPI": [*rival, "fastapi", str(ports["FastAPI"])],
-            "LitServe": [*rival, "litserve", str(ports["LitServe"])],
+            "FastAPI": [sys.executable, "-m", "benchmarks.serving_fastapi", str(ports["FastAPI"])],
+            "LitServe": [sys.executable, "-m", "benchmarks.serving_litserve", str(ports["LitServe"])],
         }
         for name, command in commands.items():
             running.enter_context(started(command, ports[name], own))
