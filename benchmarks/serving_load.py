@@ -33,7 +33,7 @@ from benchmarks.serving_clients import Figures, load, request
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/serving.md"
 BEGIN, END = "<!-- load: made by python -m benchmarks.serving_load --write -->\n", "<!-- end of load -->\n"
-PATH, LIMIT = "/v2/models/model/infer", 1 << 20
+PATH, LIMIT = "/v2/models/model/infer", 2 << 20
 
 
 class Words(nn.Module):
@@ -83,8 +83,7 @@ def malformed(port: int) -> list[str]:
 
 
 def limits(port: int) -> list[str]:
-    full = body([1, 2, 3, 4], id="x" * LIMIT)
-    full = body([1, 2, 3, 4], id="x" * (2 * LIMIT - len(full)))
+    full = body([1, 2, 3, 4], id="x" * (LIMIT - len(body([1, 2, 3, 4], id=""))))
     at = [wrong(port, request(PATH, full), 200) for _ in range(20)]
     return at + [wrong(port, request(PATH, full + b" "), 413) for _ in range(20)]
 
@@ -173,25 +172,19 @@ def held(clients: int, seconds: float) -> tuple[Figures, dict[str, list[str]], l
             killed: list[int] = []
 
             def ill() -> None:
-                time.sleep(seconds * 0.1)
+                time.sleep(seconds * 0.15)
+                sizes.append(memory(workers(port)))
                 for name, (_, treat) in ILL.items():
                     found[name] = treat(port)
+                time.sleep(seconds * 0.3)
+                sizes.append(memory(workers(port)))
+                killed.append(workers(port)[0])
+                os.kill(killed[0], signal.SIGKILL)
 
-            def watch() -> None:
-                for i in range(10):
-                    time.sleep(seconds / 10)
-                    if i == 7:
-                        killed.append(workers(port)[0])
-                        os.kill(killed[0], signal.SIGKILL)
-                    elif i > 1 and i != 8:
-                        sizes.append(memory(workers(port)))
-
-            threads = [threading.Thread(target=each) for each in (ill, watch)]
-            for thread in threads:
-                thread.start()
+            treating = threading.Thread(target=ill)
+            treating.start()
             figures = load(port, [request(PATH, body(row.tolist())) for row in ids], seconds, judge)
-            for thread in threads:
-                thread.join()
+            treating.join()
     return figures, found, sizes, len(killed)
 
 
@@ -207,7 +200,7 @@ def table(clients: int, seconds: float, result: tuple[Figures, dict[str, list[st
     broken = f"{len(figures.broken)} connections broke, all others were answered"
     lines.append(f"| kill -9 of one of two workers | its connections break; another takes its place | {broken} |")
     lines.append("| a full disk for the log | nothing | nothing |")
-    grown = f"{sizes[0] >> 20} MB at first, {sizes[-1] >> 20} MB at the end"
+    grown = f"{sizes[0] >> 20} MB at first, {sizes[-1] >> 20} MB after all that"
     lines.append(f"| memory of the workers | flat | {grown} |")
     assert killed == 1
     return "\n".join(lines) + "\n"

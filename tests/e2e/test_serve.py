@@ -89,6 +89,18 @@ def raw(port: int, content: bytes, seconds: float = 10) -> bytes:
         return found
 
 
+def answered(connection: socket.socket) -> bytes:
+    """One answer on a connection that stays open."""
+    found = b""
+    while chunk := connection.recv(1 << 16):
+        found += chunk
+        head, end, rest = found.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        if end and length and len(rest) >= int(length[1]):
+            break
+    return found
+
+
 def test_requests_that_are_none(server: Running) -> None:
     line = b"POST /v2/models/rows/infer HTTP/1.1\r\nHost: x\r\n"
     both = line + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n"
@@ -122,13 +134,29 @@ def test_connections_beyond_the_limit(server: Running) -> None:
     try:
         for connection in open_ones:
             connection.sendall(ask)
-        statuses = {connection.recv(1 << 16)[9:12] for connection in open_ones}
+        statuses = {answered(connection)[9:12] for connection in open_ones}
         assert server.ask("GET", "/v2/health/live")[0] == 200  # it still lives
     finally:
         for connection in open_ones:
             connection.close()
     assert statuses == {b"200", b"503"}
     server.wait_until_ready()
+
+
+def test_connections_are_shared_out_among_workers(server: Running) -> None:
+    def sockets(pid: int) -> int:
+        return sum("socket" in os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir())
+
+    before = {pid: sockets(pid) for pid in server.workers()}
+    open_ones = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(40)]
+    for connection in open_ones:
+        connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert {answered(connection)[9:12] for connection in open_ones} == {b"200"}
+    more = [sockets(pid) - before[pid] for pid in before]
+    for connection in open_ones:
+        connection.close()
+    assert sum(more) == 40
+    assert min(more) >= 8, more
 
 
 def test_three_hundred_broken_requests_and_clients_that_leave(server: Running) -> None:
@@ -144,7 +172,7 @@ def test_three_hundred_broken_requests_and_clients_that_leave(server: Running) -
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
             connection.sendall(head + changed)
             if rng.random() < 0.5:
-                assert connection.recv(1 << 16)[9:12] in (b"200", b"400")
+                assert answered(connection)[9:12] in (b"200", b"400")
     assert server.workers() == before
     assert server.infer([[0.5] * 8])[0] == 200
 
@@ -245,14 +273,14 @@ def test_sigterm_ends_it_while_clients_are_connected(bundles: list[Path]) -> Non
     with served(bundles[0], "--drain", "5") as server:
         idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
         idle[0].sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert idle[0].recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        assert answered(idle[0]).startswith(b"HTTP/1.1 200 ")
         idle[1].sendall(b"POST /v2/models/rows/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         start = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         # whoever comes now on an open connection is still answered, and told that it is the last answer
         idle[0].sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
-        last = idle[0].recv(1 << 16)
+        last = answered(idle[0])
         assert last.startswith(b"HTTP/1.1 200 ")
         assert b"connection: close" in last
         assert server.process.wait(15) == 0

@@ -30,6 +30,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from armopt import environment
 from armopt.deploy.server.app import Service
 from armopt.deploy.server.observe import JsonLines
+from armopt.deploy.server.seats import Seats
 from armopt.deploy.server.served import Served, prepare
 from armopt.deploy.server.settings import Settings
 from armopt.deploy.server.shared import scratch
@@ -42,6 +43,10 @@ _KEEP_ALIVE = 15
 _BACKLOG = 2048
 #: Connections beyond the limit, so that a worker with many clients still tells that it lives.
 _SPARE = 64
+
+
+#: Seconds for which a worker leaves a connection to others that have fewer.
+_LEFT = 0.003
 
 
 def serve(settings: Settings) -> None:
@@ -63,6 +68,7 @@ class _Server(BaseApplication):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.cores = environment.cores_for_workers(settings.workers)
+        self.seats = Seats(4 * settings.workers)  # of old and new workers, while a bundle is exchanged
         self.threads = settings.threads or environment.threads_for_host(settings.workers)
         super().__init__()
 
@@ -84,7 +90,7 @@ class _Server(BaseApplication):
             "when_ready": self._when_ready,
             "pre_fork": self._pre_fork,
             "post_fork": self._post_fork,
-            "child_exit": _child_exit,
+            "child_exit": self._child_exit,
         }
         for name, value in chosen.items():
             if name in self.cfg.settings:  # older releases lack some
@@ -121,10 +127,15 @@ class _Server(BaseApplication):
         """The cores that fewest workers sit on: while a bundle is exchanged there are twice as many."""
         taken = [getattr(other, "place", -1) for other in arbiter.WORKERS.values()]
         worker.place = min(range(self.settings.workers), key=taken.count)
+        worker.seat = self.seats.take()
 
     def _post_fork(self, arbiter: Any, worker: Any) -> None:
         if self.cores:
             os.sched_setaffinity(0, self.cores[worker.place])
+
+    def _child_exit(self, arbiter: Any, worker: Any) -> None:
+        self.seats.leave(worker.seat)
+        multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
 
 
 def _settle() -> None:
@@ -132,10 +143,6 @@ def _settle() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-
-
-def _child_exit(arbiter: Any, worker: Any) -> None:
-    multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
 
 
 def _say(event: str, level: int = logging.INFO) -> None:
@@ -157,6 +164,7 @@ class _Worker(Worker):
 
     app: _Server
     place: int
+    seat: int
 
     def run(self) -> None:
         settings, service = self.app.settings, self.app.service
@@ -176,7 +184,7 @@ class _Worker(Worker):
             backlog=_BACKLOG,
             timeout_graceful_shutdown=max(1, round(settings.drain_seconds * 0.6)),
         )
-        server = _Uvicorn(config, service)
+        server = _Uvicorn(config, service, self.app.seats, self.seat)
         try:
             server.run(sockets=self.sockets)
         finally:
@@ -198,23 +206,81 @@ class _Worker(Worker):
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn, which tells clients of open connections before it closes them."""
+    """uvicorn, which shares connections out among workers, and tells clients of open ones before it closes them."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, seats: Seats, seat: int) -> None:
         super().__init__(config)
         self._service = service
+        self._seats, self._seat = seats, seat
+        self._accepting: set[asyncio.Task[Any]] = set()
         service.connections = lambda: len(self.server_state.connections)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes one connection at a time, and leaves it to others for a moment where they have fewer."""
+        await super().startup(sockets=[])
+        self._listeners = sockets or []
+        for listener in self._listeners:
+            listener.setblocking(False)
+            self._listen(listener)
+
+    def _listen(self, listener: socket.socket, left: bool = False) -> None:
+        if not self._service.draining:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener, left)
+
+    def _pause(self, listener: socket.socket, seconds: float, left: bool) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listener)
+        loop.call_later(seconds, self._listen, listener, left)
+
+    def _accept(self, listener: socket.socket, left: bool) -> None:
+        """Takes a connection, unless it should be `left` to others and wasn't yet."""
+        self._tell()
+        if not left and self._seats.crowded(self._seat):
+            self._pause(listener, _LEFT, left=True)
+            return
+        try:
+            connection, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # another worker took it, or the client is gone
+            pass
+        except OSError:  # too many open files
+            self._pause(listener, 0.5, left=False)
+            return
+        else:
+            connection.setblocking(False)
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection))
+            self._accepting.add(task)
+            task.add_done_callback(self._accepting.discard)
+            self._tell()
+        if left:
+            self._listen(listener)
+
+    def _tell(self) -> None:
+        if not self._service.draining:
+            self._seats.tell(self._seat, len(self._accepting) + len(self.server_state.connections))
+
+    def _protocol(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        return made
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: connections also end."""
+        self._tell()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no new connections, and closes open ones behind their next answer, or when they were idle for long."""
         self._service.draining = True
-        for server in self.servers:
-            server.close()
+        self._seats.leave(self._seat)
         loop = asyncio.get_running_loop()
+        for listener in self._listeners:
+            loop.remove_reader(listener)
+            listener.close()
         until = loop.time() + 0.2 * self._service.settings.drain_seconds
-        while self.server_state.connections and loop.time() < until and not self.force_exit:
+        while (self._accepting or self.server_state.connections) and loop.time() < until and not self.force_exit:
             await asyncio.sleep(0.02)
-        await super().shutdown()  # the sockets are closed with their servers
+        await super().shutdown()
 
 
 def _protocol(settings: Settings) -> type[asyncio.Protocol]:
