@@ -8,7 +8,21 @@ import sys
 import typer
 
 from armopt._version import __version__
-from armopt.cli import doctor, emulate, env, export_onnx, inspect, optimize, package, plan, run, targets, tune, validate
+from armopt.cli import (
+    doctor,
+    emulate,
+    env,
+    export_onnx,
+    inspect,
+    optimize,
+    package,
+    plan,
+    run,
+    serve,
+    targets,
+    tune,
+    validate,
+)
 from armopt.errors import ArmoptError
 
 app = typer.Typer(
@@ -26,6 +40,7 @@ COMMANDS = (
     validate.validate,
     env.env,
     run.run,
+    serve.serve,
     doctor.doctor,
     package.package,
     export_onnx.export_onnx,

@@ -22,7 +22,7 @@ def package(
     ] = True,
     as_json: options.Json = False,
 ) -> None:
-    """Write what an image needs: Dockerfile, requirements with hashes, entry point with a health check, the bundle."""
+    """Write what an image needs: Dockerfile with a health check, requirements with hashes, SBOM, the bundle."""
     from armopt.deploy import package
 
     out = Output(as_json)

@@ -31,19 +31,47 @@ def run(
 ) -> None:
     """Run a command in the environment that a bundle wants. The command's exit code is the exit code."""
     from armopt import environment
-    from armopt.errors import HostError, InputError
+    from armopt.errors import InputError
 
     bundle, command = (None, words) if framework or target else (Path(words[0]), words[1:])
-    limit = environment.threads_for_host(workers)
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    given = int(asked) if asked.isdecimal() and 0 < int(asked) <= limit else limit
-    wanted = env.wanted(bundle, framework, target, threads or given)
     if not command:
         raise InputError("no command", hint="Write it after --: armopt run BUNDLE -- python serve.py")
     if shutil.which(command[0]) is None:
         both = bundle is None and Path(command[0]).exists()
         hint = "With --framework or --target there is no BUNDLE" if both else "Check the words after --"
         raise InputError("there is no such command", where=command[0], hint=hint)
+    limit = environment.threads_for_host(workers)
+    become(command, bundle, framework, target, threads=threads, limit=limit)
+
+
+def become(
+    command: list[str],
+    bundle: Path | None,
+    framework: str = "",
+    target: str = "",
+    *,
+    threads: int | None,
+    limit: int,
+) -> None:
+    """Sets the environment that a bundle, or a framework on a target, wants; then the process is the command.
+
+    Args:
+        command: With its arguments.
+        bundle: The bundle; None where `framework` or `target` is given.
+        framework: See :func:`armopt.cli.env.wanted`.
+        target: See :func:`armopt.cli.env.wanted`.
+        threads: OMP_NUM_THREADS; None keeps what is set, up to `limit`.
+        limit: The threads that this host has for the process.
+
+    Raises:
+        HostError: The command can't be run.
+    """
+    from armopt import environment
+    from armopt.errors import HostError
+
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    given = int(asked) if asked.isdecimal() and 0 < int(asked) <= limit else limit
+    wanted = env.wanted(bundle, framework, target, threads or given)
     environ, remarks = environment.for_process(wanted, os.environ, limit=limit)
     for remark in remarks:
         Output(as_json=False).note(f"armopt: {remark}")

@@ -1,4 +1,4 @@
-"""What an image needs: Dockerfile, requirements with hashes, entry point, health check, armopt itself, the bundle.
+"""What an image needs: Dockerfile, requirements with hashes, bill of materials, armopt itself, the bundle.
 
 Written whole or not at all: into a temporary folder beside its place, then renamed.
 """
@@ -27,16 +27,22 @@ from armopt import environment, targets
 from armopt._version import __version__
 from armopt.bundle import manifest, reader
 from armopt.bundle.files import KEPT
+from armopt.deploy.server.settings import Settings
 from armopt.errors import BundleError, HostError, InputError
 from armopt.files import folder_beside, follow_umask, put
 
-DOCKERFILE, REQUIREMENTS, SERVE, BUNDLE, LIBRARY = "Dockerfile", "requirements.txt", "serve.py", "bundle", "lib"
+DOCKERFILE, REQUIREMENTS, BUNDLE, LIBRARY, MATERIALS = "Dockerfile", "requirements.txt", "bundle", "lib", "sbom.json"
 PYTHON = "3.11"
 PORT = 8080
 #: Debian's package of what environment.allocator_library prefers; since trixie a name that another provides.
 ALLOCATOR = "libtcmalloc-minimal4"
 #: What serving a bundle imports, beyond torch and armopt itself.
-_NEEDED = ("msgspec", "numpy", "safetensors", "typer", "packaging")
+_NEEDED = (
+    *("msgspec", "numpy", "safetensors", "typer", "packaging"),
+    *("starlette", "uvicorn", "httptools", "uvloop", "gunicorn", "orjson", "prometheus-client"),
+)
+#: The user of the image: no user of the host has its number.
+_USER = 10001
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 _MINUTES = 10
 
@@ -108,15 +114,16 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
     if not described.accuracy.passed:
         remarks.append("the bundle failed its accuracy gate: it is not meant to be deployed")
     texts = {
-        DOCKERFILE: dockerfile(described, hashes=bool(pinned)),
+        DOCKERFILE: dockerfile(described, model_name(bundle), hashes=bool(pinned)),
         REQUIREMENTS: requirements(torch, pinned),
         ".dockerignore": "**/__pycache__\n",
     }
+    if pinned:
+        texts[MATERIALS] = bill_of_materials(described, model_name(bundle), pinned)
     try:
         with folder_beside(output) as folder:
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
-            shutil.copyfile(Path(__file__).with_name("server.py"), folder / SERVE)
             _copy_bundle(bundle, folder / BUNDLE)
             _copy_armopt(folder / LIBRARY / "armopt")
             follow_umask(folder, 0o777)
@@ -145,37 +152,78 @@ def torch_version(described: manifest.Manifest) -> str:
         ) from None
 
 
-def dockerfile(described: manifest.Manifest, *, hashes: bool) -> str:
-    """The Dockerfile: the environment as ENV lines, and `armopt run` as the entry point, which sets the threads."""
+def dockerfile(described: manifest.Manifest, name: str, *, hashes: bool) -> str:
+    """The Dockerfile: the environment as ENV lines, and `armopt serve` as the entry point, which sets the threads.
+
+    Args:
+        described: The bundle's manifest.
+        name: Of the model in URLs.
+        hashes: Whether requirements.txt has them.
+    """
     wanted = environment.recorded(described.environment, manifest.NAME)
     if described.target != targets.HOST:
         wanted |= environment.wanted(targets.load(described.target))
-    check = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/health', timeout=50)"
-    command = ["python", "-m", "armopt", "run", f"/app/{BUNDLE}", "--"]
+    check = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/v2/health/ready', timeout=50)"
+    command = ["python", "-m", "armopt", "serve", f"/app/{BUNDLE}", "--name", name]
+    command += ["--host", "0.0.0.0", "--port", str(PORT)]
     install = f"pip install --no-cache-dir --only-binary=:all:{' --require-hashes' if hashes else ''}"
     return f"""\
-# For {described.target}, by armopt {__version__}. Build it for Arm:
-#   docker build --platform linux/arm64 -t model . && docker run --rm -p {PORT}:{PORT} model
+# For {described.target}, by armopt {__version__}. Build it for Arm, and run it with options of armopt serve behind it:
+#   docker build --platform linux/arm64 -t model .
+#   docker run --rm --read-only --cap-drop ALL -p {PORT}:{PORT} model --workers 2
 FROM python:{PYTHON}-slim
 
-# `armopt run` preloads it: oneDNN makes many small objects on each call
+# `armopt serve` preloads it: oneDNN makes many small objects on each call
 RUN apt-get update && apt-get install -y --no-install-recommends {ALLOCATOR} && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
 COPY {REQUIREMENTS} ./
 RUN {install} -r {REQUIREMENTS}
 COPY {LIBRARY} ./{LIBRARY}
 COPY {BUNDLE} ./{BUNDLE}
-COPY {SERVE} ./
 
 {environment.render(wanted, "docker")}\
 ENV PYTHONPATH="/app/{LIBRARY}" PYTHONDONTWRITEBYTECODE="1"
-ENV ARMOPT_BUNDLE="/app/{BUNDLE}" ARMOPT_HOST="0.0.0.0" ARMOPT_PORT="{PORT}"
-USER 10001
+USER {_USER}:{_USER}
 EXPOSE {PORT}
+STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=60s --start-period=120s CMD {json.dumps(["python", "-c", check])}
 ENTRYPOINT {json.dumps(command)}
-CMD {json.dumps(["python", SERVE])}
+CMD []
 """
+
+
+def model_name(bundle: Path) -> str:
+    """The name of a bundle's model in URLs, as ``armopt serve`` makes it from the bundle's place."""
+    return Settings(str(bundle)).model_name
+
+
+def bill_of_materials(described: manifest.Manifest, name: str, pinned: Sequence[Pinned]) -> str:
+    """All that is installed, and the bundle, as CycloneDX 1.5: names, versions, hashes; nothing of the base image."""
+    wheels = [
+        {
+            "type": "library",
+            "name": each.name,
+            "version": each.version,
+            "purl": f"pkg:pypi/{each.name}@{each.version}",
+            "hashes": [{"alg": "SHA-256", "content": each.sha256}],
+        }
+        for each in sorted(pinned, key=lambda p: p.name)
+    ]
+    model = {
+        "type": "machine-learning-model",
+        "name": name,
+        "version": described.digest[:12],
+        "hashes": [{"alg": "SHA-256", "content": described.digest}],
+    }
+    tool = {"type": "application", "name": "armopt", "version": __version__}
+    content = {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.5",
+        "version": 1,
+        "metadata": {"component": model, "tools": {"components": [tool]}},
+        "components": [{"type": "library", "name": "armopt", "version": __version__}, *wheels],
+    }
+    return json.dumps(content, indent=1) + "\n"
 
 
 def requirements(torch: str, pinned: Sequence[Pinned]) -> str:

@@ -2,6 +2,7 @@
 
 from armopt.environment.build import CPU_TORCH, installed, library_identity, package_folder, record, thp_setting
 from armopt.environment.compare import Difference, differences
+from armopt.environment.cores import cores_for_workers
 from armopt.environment.formats import FORMATS, render
 from armopt.environment.fpmath import FPMATH, FPMATH_NAMES, fast_math
 from armopt.environment.memory import memory_for_process
@@ -27,6 +28,7 @@ __all__ = [
     "Difference",
     "Variable",
     "allocator_library",
+    "cores_for_workers",
     "differences",
     "fast_math",
     "for_process",

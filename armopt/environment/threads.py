@@ -22,7 +22,7 @@ def threads_for_host(workers: int = 1, *, root: Path = Path("/")) -> int:
     """
     cpus = affinity()
     limits = [len(cpus), _physical(cpus, root)]
-    if (quota := _cgroup_quota(root)) is not None:
+    if (quota := cgroup_quota(root)) is not None:
         limits.append(int(quota))
     return max(1, min(limits) // max(1, workers))
 
@@ -42,7 +42,7 @@ def _physical(cpus: frozenset[int], root: Path) -> int:
     return len(set(siblings.values()))
 
 
-def _cgroup_quota(root: Path) -> float | None:
+def cgroup_quota(root: Path) -> float | None:
     """CPUs that the cgroups of this process allow it, None where none limits it."""
     quotas: list[float] = []
     for line in read_or_empty(root / "proc/self/cgroup").splitlines():

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 from armopt.errors import HostError
+
+_Result = TypeVar("_Result")
+_own_thread = threading.local()
 
 
 class Forks:
@@ -28,6 +35,26 @@ class Forks:
 
 
 FORKS = Forks()
+
+
+def before_forks(work: Callable[[], _Result]) -> _Result:
+    """Runs `work` on a thread of its own, which ends: bundles that it loads may be run by children forked later.
+
+    A pool of OpenMP threads belongs to the thread that started it. This one's ends with it, and a thread of a child
+    starts another. So children share the packed weights of one load. Nothing may run kernels on the thread that forks.
+    """
+
+    def marked() -> _Result:
+        _own_thread.marked = True
+        return work()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="armopt-load") as pool:
+        return pool.submit(marked).result()
+
+
+def on_own_thread() -> bool:
+    """Whether this thread is one of :func:`before_forks`."""
+    return getattr(_own_thread, "marked", False)
 
 
 def refuse(where: str) -> None:

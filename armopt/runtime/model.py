@@ -46,7 +46,7 @@ class Model(Loaded):
         self._build = nesting.builder(signature.outputs.tree)
         self._positions = signature.outputs.positions
         self._empty = empty
-        self._forks = FORKS.count
+        self._forks = None if forks.on_own_thread() else FORKS.count
         self._programs = [(dict(bucket), forward) for bucket, forward in programs]
         dynamic = _dynamic([shape for _, shape, _ in self._specs])
         # where the symbols' values are found: (symbol, tensor, dimension); and sizes that follow from them: 2*batch
@@ -60,7 +60,10 @@ class Model(Loaded):
         Raises:
             InputError: An input's name, shape or dtype is not what the model was captured with.
         """
-        results = self.run_flat(self.flatten(args, kwargs))
+        return self.nested(self.run_flat(self.flatten(args, kwargs)))
+
+    def nested(self, results: Sequence[Any]) -> Any:
+        """What the model returns, from the graph's flat outputs."""
         return self._build([results[i] for i in self._positions])
 
     def run_flat(self, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
@@ -69,7 +72,7 @@ class Model(Loaded):
         Raises:
             InputError: An operation can't take the values or the sizes that come to it.
         """
-        if self._forks != FORKS.count:
+        if self._forks != FORKS.count and self._forks is not None:
             forks.refuse(f"the bundle for {self.manifest.target}")
         FORKS.worked_at = FORKS.count
         if surroundings.differ():

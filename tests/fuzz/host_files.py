@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import io
 import json
+import logging
 import random
-import socket
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import httptools
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
+from starlette.types import ASGIApp
 from torch import nn
 
 import armopt
 from armopt.bundle.mapped_weights import MappedTensors
-from armopt.deploy import server
+from armopt.deploy.server.app import Service
+from armopt.deploy.server.observe import LOGGER
+from armopt.deploy.server.served import prepare
+from armopt.deploy.server.settings import Settings
 from armopt.ir.records import Op, Site
 from armopt.kernels import timings
 from armopt.kernels.timings import Timings
@@ -75,9 +80,17 @@ def _read_tensors(path: Path) -> object:
 
 
 @cache
-def _handler() -> type[Any]:
-    with contextlib.redirect_stderr(io.StringIO()):
-        return server.handler(server.Service(str(_served())), 1 << 20)
+def _app() -> ASGIApp:
+    settings = Settings(str(_served()), max_bytes=1 << 20)
+    service = Service(prepare(settings), settings)
+    _RUNNING.append(service.running())
+    _RUNNING[0].__enter__()
+    logging.getLogger(LOGGER).setLevel(logging.CRITICAL)
+    return service.app
+
+
+#: The thread of the model, which lives as long as the process.
+_RUNNING: list[contextlib.AbstractContextManager[None]] = []
 
 
 @cache
@@ -91,17 +104,23 @@ def _served() -> Path:
 _PLACES: list[Path] = []
 
 
-def _request(method: str, path: str, kind: str, body: bytes) -> bytes:
-    return f"{method} {path} HTTP/1.1\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+def _request(method: str, path: str, headers: str, body: bytes) -> bytes:
+    return f"{method} {path} HTTP/1.1\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def _requests(folder: Path) -> list[Path]:
     _PLACES[:] = [folder]
     _served()
+    given: dict[str, Any] = {"name": "input", "shape": [1, 4], "datatype": "FP32"}
+    as_text = json.dumps({"id": "1", "inputs": [given | {"data": [[1, 2, 3.5, 4]]}]}).encode()
+    wanted = {"name": "output", "parameters": {"binary_data": True}}
+    head = {"inputs": [given | {"parameters": {"binary_data_size": 16}}], "outputs": [wanted]}
+    binary = json.dumps(head).encode()
+    infer, length = "/v2/models/served/infer", f"Inference-Header-Content-Length: {len(binary)}\r\n"
     content = {
-        "json": _request("POST", "/predict", "application/json", b'{"inputs": {"input": [[1, 2, 3.5, 4]]}}'),
-        "tensors": _request("POST", "/predict", "application/octet-stream", save({"input": torch.ones(1, 4)})),
-        "health": _request("GET", "/health", "text/plain", b""),
+        "json": _request("POST", infer, "", as_text),
+        "tensors": _request("POST", infer, length, binary + torch.ones(4).numpy().tobytes()),
+        "model": _request("GET", "/v2/models/served", "", b""),
     }
     for name, data in content.items():
         (folder / name).write_bytes(data)
@@ -111,7 +130,7 @@ def _requests(folder: Path) -> list[Path]:
 def _change_request(rng: random.Random, path: Path) -> None:
     """Changes a request's body, and mostly says how long it is now."""
     head, _, body = path.read_bytes().partition(b"\r\n\r\n")
-    if b"json" in head and rng.random() < 0.7:
+    if b"Inference-Header" not in head and body and rng.random() < 0.7:
         content = json.loads(body)
         change_json(rng, content)
         body = as_json(content)
@@ -126,18 +145,50 @@ def _change_request(rng: random.Random, path: Path) -> None:
 
 
 def _answer(path: Path) -> bytes:
-    """What the server answers; an answer of 500 is a traceback."""
-    client, connection = socket.socketpair()
-    with client, connection:
-        client.settimeout(10)
-        client.sendall(path.read_bytes())
-        client.shutdown(socket.SHUT_WR)
-        _handler()(connection, ("127.0.0.1", 0), None)
-        connection.shutdown(socket.SHUT_WR)
-        answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
-    if b" 500 " in answer.split(b"\r\n")[0]:
+    """What the application answers to what httptools reads; an answer of 500 is a traceback."""
+    heard = _Heard()
+    try:
+        parser = httptools.HttpRequestParser(heard)
+        parser.feed_data(path.read_bytes())
+        url = httptools.parse_url(heard.url)
+    except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        return b"400"
+    scope = {"type": "http", "http_version": "1.1", "scheme": "http", "root_path": "", "headers": heard.headers}
+    scope |= {
+        "method": parser.get_method().decode(),
+        "path": url.path.decode("ascii"),
+        "query_string": url.query or b"",
+    }
+    scope |= {"client": ("127.0.0.1", 1), "server": ("x", 1)}
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": heard.body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(_app()(scope, receive, send))
+    answer = b"".join(message.get("body", b"") for message in sent)
+    if sent[0]["status"] == 500:
         raise AssertionError(answer.decode(errors="replace"))
     return answer
+
+
+class _Heard:
+    """What a parser of HTTP tells."""
+
+    def __init__(self) -> None:
+        self.url, self.body, self.headers = b"/", b"", list[tuple[bytes, bytes]]()
+
+    def on_url(self, url: bytes) -> None:
+        self.url = url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
 
 
 READERS = {
