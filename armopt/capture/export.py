@@ -33,6 +33,7 @@ from armopt.capture.calls import (
 )
 from armopt.capture.constants import unlift
 from armopt.capture.eager import Eager
+from armopt.capture.widening import is_half, widened
 from armopt.errors import CaptureError, InputError, first_line
 from armopt.ir import graph as g
 from armopt.ir import nesting
@@ -51,7 +52,8 @@ def module(
     """Captures a module with torch.export.
 
     Args:
-        model: Any module with FP32 parameters; captured as in eval mode, left as it was.
+        model: Any module with parameters in FP32, or in BF16 and FP16, which are widened in a copy; captured as in eval
+            mode, left as it was.
         args: Example positional inputs.
         kwargs: Example keyword inputs.
         batch: Sizes of the first dimension to plan for; more than one makes that dimension dynamic.
@@ -66,6 +68,10 @@ def module(
         CaptureError: torch.export can't take it whole.
     """
     kwargs = dict(kwargs or {})
+    names, defaults = _parameters(model)
+    if is_half(model):
+        args, kwargs = check_signature(model, args, kwargs, source)
+        model = widened(model, args, kwargs, source)
     check_dtypes(model, source)
     args, kwargs = check_signature(model, args, kwargs, source)
     if batch:
@@ -81,7 +87,6 @@ def module(
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             raise _explain(error, source, dynamic is not None) from error
-    names, defaults = _parameters(model)
     return exported(program, args, kwargs, source=source, signature=names, defaults=defaults, original=model)
 
 

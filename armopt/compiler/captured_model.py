@@ -99,8 +99,23 @@ def capture_model(
         model = files.Divided(model, tuple((tuple(args), {}) for args in example_inputs or ()))
     if isinstance(model, files.Divided):
         return _divided(model)
-    captured = _captured(model, example_inputs, batch)
+    captured = _captured(model, example_inputs, _checked_batch(batch))
     return CapturedModel(captured.source, (CapturedPart("", captured, find_buckets(captured, batch)),))
+
+
+def _checked_batch(batch: Any) -> Sequence[int]:
+    """The sizes of a batch.
+
+    Raises:
+        InputError: They are no sequence of whole numbers from 1.
+    """
+    hint = "Give a sequence of whole numbers from 1: batch=(8,) or batch=(1, 8, 32)"
+    if isinstance(batch, str) or not isinstance(batch, Sequence):
+        raise InputError(f"batch is {batch!r}, no sequence of sizes", where="batch", hint=hint)
+    wrong = [size for size in batch if not isinstance(size, int) or isinstance(size, bool) or size < 1]
+    if wrong:
+        raise InputError(f"{wrong[0]!r} is no size of a batch", where="batch", hint=hint)
+    return batch
 
 
 def _divided(model: files.Divided) -> CapturedModel:
@@ -131,10 +146,18 @@ def _captured(
         trusted = isinstance(model, TrustedFile)
         path = model.path if isinstance(model, TrustedFile) else model
         return files.open_model(Path(path), files.Options(samples=samples, batch=tuple(batch), trust_pickle=trusted))
+    if isinstance(example_inputs, torch.Tensor):  # whose rows are no inputs
+        example_inputs = (example_inputs,)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     args = None if example_inputs is None else () if kwargs else tuple(example_inputs)
     if isinstance(model, torch.export.ExportedProgram):
         return capture.exported(model, args, kwargs, source="exported program")
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(
+            f"expected a model, found a {type(model).__name__}",
+            where="model",
+            hint="Pass an nn.Module, an exported program or the path of a file; wrap a function in a module",
+        )
     if args is None:
         raise InputError("the model needs example inputs", where=type(model).__name__, hint="Pass example_inputs=(x,)")
     return capture.module(model, args, kwargs, batch=batch, source=type(model).__name__)

@@ -125,6 +125,8 @@ def compile(
     if release_original:
         made.register_state_dict_pre_hook(_refuse_released)  # type: ignore[no-untyped-call]
     if example_inputs is not None:
+        if isinstance(example_inputs, torch.Tensor):
+            example_inputs = (example_inputs,)
         kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
         args = () if kwargs else tuple(example_inputs)
         capture.check_signature(original, args, kwargs, name)

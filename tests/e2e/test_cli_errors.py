@@ -82,7 +82,6 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bf16 pt2": (("{b}/bfloat16.pt2",), ("bfloat16.pt2", "weight", "bfloat16", ".float()")),
     "complex pt2": (("{b}/complex64.pt2",), ("complex64.pt2", "weight", "complex64", "FP32")),
     "fp64 state dict": (("{b}/float64.pt", *NET, *X), ("float64.pt", "float64", ".float()")),
-    "fp16 module": (("--model", "mynets.nets:half", "--input", "x=8x8"), ("weight", "float16", ".float()")),
     "fp64 pickle": (("{b}/float64-module.pt", "--trust-pickle", "--input", "x=8x8"), ("float64", ".float()")),
     "fp64 TorchScript": (("{b}/float64-script.pt", "--input", "x=8x8"), ("float64", ".float()")),
     "int8 pickle": (("{b}/int8.pt", "--trust-pickle", "--input", "x=1x8"), ("int8.pt", "quantized", "FP32")),

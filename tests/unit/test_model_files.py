@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 import zipfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from armopt.capture import files, inputs
-from armopt.errors import InputError
+from armopt.errors import ArmoptWarning, InputError
 
 MODEL = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
 X = torch.randn(2, 4)
@@ -168,7 +169,7 @@ def test_a_pickle_runs_no_code_unless_trusted(tmp_path: Path) -> None:
     assert not (tmp_path / "was-here").exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
 def test_a_state_dict_of_another_dtype_is_refused(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
     state = {name: tensor.to(dtype) for name, tensor in MODEL.state_dict().items()}
@@ -181,6 +182,33 @@ def test_a_state_dict_of_another_dtype_is_refused(dtype: torch.dtype, kind: str,
         save_file(state, path)
     with pytest.raises(InputError, match=str(dtype).removeprefix("torch.") + ", not float32"):
         files.open_model(path, options("state"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_state_dict_in_half_precision_is_widened(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in MODEL.state_dict().items()}
+    path = tmp_path / f"model.{kind}"
+    torch.save(state, path) if kind == "pt" else save_file(state, path)
+    with pytest.warns(ArmoptWarning, match="widened to float32, which changes no value"):
+        captured = files.open_model(path, options("state"))
+    wide = copy.deepcopy(MODEL).to(dtype).float()
+    assert torch.equal(captured.graph_module(X)[0], wide(X))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "net.module."])
+def test_a_prefix_of_all_names_is_left_out(prefix: str, tmp_path: Path) -> None:
+    torch.save({"ema": {f"{prefix}{name}": tensor for name, tensor in MODEL.state_dict().items()}}, tmp_path / "m.pt")
+    with pytest.warns(ArmoptWarning, match=f"has the prefix '{prefix}' in all names"):
+        captured = files.open_model(tmp_path / "m.pt", options("state"))
+    assert torch.equal(captured.graph_module(X)[0], MODEL(X))
+
+
+def test_a_prefix_of_some_names_is_not(tmp_path: Path) -> None:
+    first, *others = MODEL.state_dict().items()
+    torch.save(dict([(f"module.{first[0]}", first[1]), *others]), tmp_path / "m.pt")
+    with pytest.raises(InputError, match="doesn't fit"):
+        files.open_model(tmp_path / "m.pt", options("state"))
 
 
 def test_training_checkpoints_hold_their_state_one_level_down(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 import armopt
-from armopt.errors import AccuracyError, ArmoptWarning
+from armopt.errors import AccuracyError, ArmoptWarning, InputError
 
 
 class Counter(torch.nn.Module):
@@ -57,3 +61,67 @@ def test_a_bundle_that_failed_its_gate_says_so_when_loaded(tmp_path: Path) -> No
         ).require()
     with pytest.warns(ArmoptWarning, match="not deployable"):
         armopt.load(path)
+
+
+# --- models in half precision, and arguments as people give them ---
+
+
+class Logits(nn.Module):
+    """Takes ids and a half, gives logits in FP32 as language models do, and its hidden state as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(32, 64), nn.Linear(64, 64), nn.Linear(64, 32)
+
+    def forward(self, ids: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = torch.relu(self.inner(self.embed(ids))) * scale
+        return {"logits": self.head(hidden).float(), "hidden": hidden}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_widened_and_its_dtypes_stay(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Logits().eval().to(dtype)
+    inputs = {"ids": torch.arange(8)[None], "scale": torch.full((1, 8, 1), 0.5, dtype=dtype)}
+    with pytest.warns(armopt.ArmoptWarning, match="widened to float32, which changes no value"):
+        result = armopt.optimize(model, inputs, output=tmp_path / "b", target="graviton3")
+    assert result.passed
+    assert {each.dtype for each in model.parameters()} == {dtype}  # it is the caller's
+    with pytest.warns(armopt.ArmoptWarning, match="portable twins"):
+        found = armopt.load(tmp_path / "b")(**inputs)
+    assert {name: value.dtype for name, value in found.items()} == {"logits": torch.float32, "hidden": dtype}
+    wide = copy.deepcopy(model).float()(inputs["ids"], inputs["scale"].float())
+    for name, value in found.items():
+        torch.testing.assert_close(value.float(), wide[name], atol=0.02, rtol=0.02)
+    if dtype == torch.bfloat16:  # the very bits, wherever a kernel multiplies in BF16
+        stored = [each for each in load_file(tmp_path / "b" / "weights.safetensors").values() if each.dtype == dtype]
+        held = (model.inner.weight, model.head.weight)
+        assert all(any(torch.equal(each, weight) for each in stored) for weight in held)
+
+
+def test_inputs_in_fp32_are_taken_for_half(tmp_path: Path) -> None:
+    """As the command line makes them."""
+    model = nn.Sequential(nn.Linear(8, 8)).eval().bfloat16()
+    with pytest.warns(armopt.ArmoptWarning, match="widened"):
+        result = armopt.optimize(model, (torch.randn(2, 8),), output=tmp_path / "b")
+    assert [(each.shape, each.dtype) for each in result.manifest.model.inputs] == [((2, 8), "float32")]
+
+
+def test_a_tensor_is_one_input(tmp_path: Path) -> None:
+    result = armopt.optimize(nn.Linear(8, 8).eval(), torch.randn(2, 8), output=tmp_path / "b")
+    assert [each.shape for each in result.manifest.model.inputs] == [(2, 8)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [(8, "batch is 8"), ("1,8", "batch is '1,8'"), ((0,), "0 is no size"), ((2.0,), "2.0 is no size")],
+)
+def test_a_batch_is_a_sequence_of_sizes(batch: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{said}.*batch=\\(8,\\)"):
+        armopt.optimize(nn.Linear(8, 8).eval(), (torch.randn(2, 8),), output=tmp_path / "b", batch=batch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_function_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected a model, found a function.*wrap a function in a module"):
+        armopt.optimize(lambda x: x, (torch.randn(2, 8),), output=tmp_path / "b")  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from armopt import capture
 from armopt.capture import inputs
 from armopt.capture.files.format import Options
-from armopt.errors import InputError
+from armopt.errors import ArmoptWarning, InputError
 from armopt.ir.records import Captured
 from armopt.models import references, torchvision_inputs
 
@@ -50,7 +51,6 @@ def capture_module(model: torch.nn.Module, options: Options, source: str) -> Cap
         InputError: Inputs are missing or don't fit.
         CaptureError: torch.export can't take the model whole.
     """
-    capture.check_dtypes(model, source)
     args, kwargs = example_inputs(model, options, source)
     return capture.module(model, args, kwargs, batch=options.batch, source=source)
 
@@ -74,7 +74,7 @@ def _find_state(content: Any, deep: int) -> Mapping[str, torch.Tensor] | None:
         return None
     if content and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()):
         return content
-    for key in ("state_dict", "model_state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model", "module", "ema", "ema_state_dict", "state_dict_ema"):
         if isinstance(content.get(key), Mapping):
             return _find_state(content[key], deep - 1)
     return None
@@ -83,11 +83,16 @@ def _find_state(content: Any, deep: int) -> Mapping[str, torch.Tensor] | None:
 def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: Path, reference: str) -> None:
     """Gives a model the weights of a state dict.
 
+    A prefix that all of their names have, as wrappers of a model put it there, is left out; BF16 and FP16 are widened.
+
     Raises:
-        InputError: They are not FP32, or not this model's.
+        InputError: They are of other dtypes, or not this model's.
     """
+    state = _without_prefix(state, model, path)
+    if any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in state.values()):
+        _remark(path, "holds weights in half precision: widened to float32, which changes no value")
     for name, tensor in state.items():
-        other_float = tensor.is_floating_point() and tensor.dtype != torch.float32
+        other_float = tensor.dtype == torch.float64
         if other_float or tensor.is_complex() or tensor.is_quantized:
             raise capture.wrong_dtype(name, tensor.dtype, str(path))
     expected = model.state_dict()
@@ -105,6 +110,25 @@ def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: 
         raise InputError(
             f"doesn't fit {reference}: {' '.join(lines)[:300]}", where=str(path), hint="Check --model"
         ) from None
+
+
+def _without_prefix(
+    state: Mapping[str, torch.Tensor], model: torch.nn.Module, path: Path
+) -> Mapping[str, torch.Tensor]:
+    """The state dict by the model's names, where all have one prefix more: ``module.``, ``_orig_mod.``, ``model.``…"""
+    expected = model.state_dict().keys()
+    first = next(iter(state), "")
+    if not expected or first in expected:
+        return state
+    prefix = next((first.removesuffix(name) for name in expected if first.endswith(f".{name}")), "")
+    if not prefix or not all(name.startswith(prefix) for name in state):
+        return state
+    _remark(path, f"has the prefix {prefix!r} in all names, which is left out")
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def _remark(path: Path, what: str) -> None:
+    warnings.warn(f"{path} {what}", ArmoptWarning, stacklevel=2)
 
 
 def example_inputs(
