@@ -11,6 +11,7 @@ from armopt.cli.validate import similarity
 
 if TYPE_CHECKING:
     from armopt.bundle.manifest import GateResult, Manifest, PartPlan
+    from armopt.bundle.reader import Bundle
     from armopt.ir.records import InputSpec
 
 
@@ -20,10 +21,18 @@ def inspect(bundle: options.BundlePath, as_json: options.Json = False) -> None:
 
     read = reader.read(bundle, reference=True)
     out = Output(as_json)
-    out.result(to_json(read.manifest), lambda: text(read.manifest))
+    memory = _memory(read)
+    out.result(to_json(read.manifest, memory), lambda: text(read.manifest, memory))
 
 
-def to_json(manifest: Manifest) -> dict[str, Any]:
+def _memory(read: Bundle) -> tuple[int, int]:
+    """Bytes of the largest arena of a part or bucket, and of its results without one."""
+    from armopt.runtime.memory import between_layers
+
+    return max(between_layers(program) for part in read.parts for program in part.programs)
+
+
+def to_json(manifest: Manifest, memory: tuple[int, int]) -> dict[str, Any]:
     """The bundle as one object."""
     from armopt.bundle import schema
 
@@ -42,6 +51,8 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "nodes": nodes,
         "weights_bytes": manifest.weights.bytes,
         "fp32_weights_bytes": manifest.weights.fp32_bytes,
+        "arena_bytes": memory[0],
+        "results_bytes": memory[1],
         "refused": [{"name": skip.node, "reason": skip.reason} for skip in manifest.refused],
         "not_in_bf16": [remainder.to_json(each) for each in manifest.not_in_bf16],
         "accuracy": schema.builtins(manifest.accuracy),
@@ -65,7 +76,7 @@ def _model(manifest: Manifest) -> dict[str, Any]:
     return described
 
 
-def text(manifest: Manifest) -> str:
+def text(manifest: Manifest, memory: tuple[int, int]) -> str:
     """The bundle for people."""
     model, accuracy = manifest.model, manifest.accuracy
     inputs = _inputs(model.inputs)
@@ -78,6 +89,7 @@ def text(manifest: Manifest) -> str:
         f"model     {model.source}, sha256 {model.digest[:16]}…",
         f"inputs    {inputs}",
         f"weights   {human_size(manifest.weights.bytes)}, FP32 {human_size(manifest.weights.fp32_bytes)}",
+        f"memory    {human_size(memory[0])} between layers for each call at a time, {human_size(memory[1])} unshared",
         f"accuracy  {similarity(accuracy.cosine, accuracy.gates[0].value)} against {accuracy.reference}; {verdict}",
         f"gates     {', '.join(map(_gate, accuracy.gates))}",
     ]

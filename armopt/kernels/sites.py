@@ -84,3 +84,11 @@ def describe(node: fx.Node, shape: Sequence[int], weight: Sequence[int]) -> Site
         post_op=call.post_op,
         weight_key=call.weight_name,
     )
+
+
+def result_shape(site: Site) -> tuple[int, ...]:
+    """The shape of a site's result, at the sizes that were planned."""
+    if site.op == Op.LINEAR:
+        return (*site.shape[:-1], site.n)
+    geometry = (site.stride, site.padding, site.dilation, site.transposed, site.output_padding)
+    return (site.shape[0], site.n, *output_size(site.shape[2:], site.weight[2:], *geometry))

@@ -18,9 +18,8 @@ from armopt.ir import arena
 from armopt.ir import graph as g
 from armopt.ir.calls import LayerCall, call_of, layers
 from armopt.ir.records import Op, Site
-from armopt.kernels import post_ops, table
+from armopt.kernels import post_ops, sites, table
 from armopt.kernels.base import Kernel, KernelCall, Use
-from armopt.kernels.geometry import output_size
 from armopt.kernels.onednn.layer import Layer
 from armopt.kernels.onednn.workspaces import Workspaces
 from armopt.kernels.timings import Timings
@@ -298,10 +297,10 @@ def single(kernel: Kernel, site: Site, weight: torch.Tensor | Layer, bias: torch
     other = None
     if site.post_op in (post_ops.ADD, post_ops.ADD_RELU):
         other = graph.placeholder("other")
-        inputs.append(torch.zeros(_output_shape(site), dtype=kernel.activations))
+        inputs.append(torch.zeros(list(sites.result_shape(site)), dtype=kernel.activations))
     place = graph.call_function(_aten.alias.default, (x,))
     end = graph.output(place)
-    call = functools.partial(KernelCall, kernel, site, place, x, other=other, shape=_output_shape(site))
+    call = functools.partial(KernelCall, kernel, site, place, x, other=other, shape=list(sites.result_shape(site)))
     if isinstance(weight, Layer):
         calls = own.Calls(graph, Workspaces())
         result = calls.emit(call(weight=None, bias=None), weight)
@@ -316,21 +315,6 @@ def single(kernel: Kernel, site: Site, weight: torch.Tensor | Layer, bias: torch
     if site.op == Op.CONV:
         inputs = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in inputs]
     return Single(finish(torch.nn.Module(), graph, constants), inputs)
-
-
-def _output_shape(site: Site) -> list[int]:
-    if site.op == Op.LINEAR:
-        return [*site.shape[:-1], site.n]
-    spatial = output_size(
-        site.shape[2:],
-        site.weight[2:],
-        site.stride,
-        site.padding,
-        site.dilation,
-        site.transposed,
-        site.output_padding,
-    )
-    return [site.shape[0], site.n, *spatial]
 
 
 def _replace(

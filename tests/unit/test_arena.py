@@ -21,7 +21,7 @@ from armopt.compiler.recipe import Recipe
 from armopt.ir import arena
 from armopt.kernels.onednn import primitives
 from armopt.plan.threshold_policy import ThresholdPolicy
-from armopt.runtime import bind
+from armopt.runtime import bind, memory, own
 from tests.planning import programs
 
 _aten = torch.ops.aten
@@ -247,3 +247,15 @@ def test_a_steady_call_makes_no_page_fault() -> None:
     with torch.no_grad():
         # a result of 1 MB has 256 pages
         assert faults(module) < 5 < 5 * 3 * 256 <= faults(model)
+
+
+@pytest.mark.usefixtures("api")
+def test_what_is_told_of_memory_is_what_a_call_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = lowered(nn.Sequential(*(nn.Linear(32, 32) for _ in range(6))), random(4, 32))
+    planned, alone = memory.between_layers(program)
+    assert (planned, alone) == (2 * 4 * 32 * 4, 6 * 4 * 32 * 4)
+    finished = []
+    finish = own.Calls.finish
+    monkeypatch.setattr(own.Calls, "finish", lambda calls, *given: finished.append(given) or finish(calls, *given))
+    bind.Binder(False).bind(program)
+    assert planned in [size for size, *_ in filter(None, finished)]

@@ -1,0 +1,24 @@
+"""How much memory lies between the layers of a program, on a host that makes all their primitives."""
+
+from __future__ import annotations
+
+import math
+
+from armopt.bundle.program import Program
+from armopt.ir import arena
+from armopt.ir.calls import call_of, layers
+from armopt.kernels import sites, table
+
+
+def between_layers(program: Program) -> tuple[int, int]:
+    """Bytes of the arena, and of all layers' results each by itself; at the planned sizes.
+
+    The first is what each call at a time holds, besides what it returns and what PyTorch's operations give.
+    """
+    graph = program.graph_module.graph
+    sizes = {
+        node: math.prod(sites.result_shape(program.sites[node.name]))
+        * table.get(call_of(node).kernel).activations.itemsize
+        for node in layers(graph)
+    }
+    return arena.plan(graph, sizes).size, sum(sizes.values())
