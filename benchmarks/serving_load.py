@@ -192,7 +192,9 @@ def held(clients: int, seconds: float) -> tuple[Figures, dict[str, list[str]], l
 def table(clients: int, seconds: float, result: tuple[Figures, dict[str, list[str]], list[int], int]) -> str:
     figures, found, sizes, killed = result
     lines = ["| what | expected | found |", "|---|---|---|"]
-    said = f"{len(figures.seconds)} answers, {len(figures.wrong)} wrong; p50 {figures.percentile(50):.0f} ms, "
+    refused = Counter(each[:3] for each in figures.wrong if each[:3].isdecimal())
+    said = f"{len(figures.seconds)} answers, {len(figures.wrong) - refused.total()} wrong, "
+    said += f"{refused.total()} refused {dict(refused) or ''}; p50 {figures.percentile(50):.0f} ms, "
     said += f"p99 {figures.percentile(99):.0f} ms"
     lines.append(f"| {clients} clients for {figures.elapsed:.0f} s | each gets its own answer | {said} |")
     for name, (expected, _) in ILL.items():
