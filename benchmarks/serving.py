@@ -10,8 +10,10 @@ machine does hits them alike. A figure is the median over the rounds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -58,8 +60,9 @@ def started(command: list[str], port: int, on: set[int], stderr: str = os.devnul
     """A server that runs, until it answers."""
     env = os.environ | {"OMP_NUM_THREADS": str(len(on))}
     with open(stderr, "w") as log:
+        quiet = {"stdout": log, "stderr": log}
         process = subprocess.Popen(
-            command, env=env, stdout=log, stderr=log, preexec_fn=lambda: os.sched_setaffinity(0, on)
+            command, env=env, start_new_session=True, preexec_fn=lambda: os.sched_setaffinity(0, on), **quiet
         )
     try:
         for _ in range(600):
@@ -75,8 +78,9 @@ def started(command: list[str], port: int, on: set[int], stderr: str = os.devnul
         process.terminate()
         try:
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        finally:  # LitServe leaves processes behind
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def judge(key: str, wanted: torch.Tensor) -> Callable[[int, int, bytes], str]:

@@ -31,35 +31,43 @@ def request(path: str, body: bytes, headers: str = "Content-Type: application/js
     return f"POST {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def load(port: int, requests: list[bytes], seconds: float, judge: Callable[[int, int, bytes], str]) -> Figures:
+#: Told the client, the status code and the body; says what is wrong, empty where nothing is.
+Judge = Callable[[int, int, bytes], str]
+
+
+def load(
+    port: int, requests: list[bytes], seconds: float, judge: Judge, more: Callable[[], bool] = lambda: False
+) -> Figures:
     """Has one client for each of `requests`, all at once.
 
     Args:
         port: On this machine.
         requests: What each client sends, again and again.
-        seconds: For how long.
-        judge: Told the client, the status code and the body; says what is wrong, empty where nothing is.
+        seconds: For how long, at least.
+        judge: Judges each answer.
+        more: Whether to go on for longer.
     """
-    return asyncio.run(_load(port, requests, seconds, judge))
+    return asyncio.run(_load(port, requests, seconds, judge, more))
 
 
-async def _load(port: int, requests: list[bytes], seconds: float, judge: Callable[[int, int, bytes], str]) -> Figures:
+async def _load(port: int, requests: list[bytes], seconds: float, judge: Judge, more: Callable[[], bool]) -> Figures:
     figures, start = Figures(), time.perf_counter()
-    until = start + seconds
-    await asyncio.gather(*(_client(i, port, each, until, judge, figures) for i, each in enumerate(requests)))
+
+    def on() -> bool:
+        return time.perf_counter() < start + seconds or more()
+
+    await asyncio.gather(*(_client(i, port, each, on, judge, figures) for i, each in enumerate(requests)))
     figures.elapsed = time.perf_counter() - start
     return figures
 
 
-async def _client(
-    i: int, port: int, request: bytes, until: float, judge: Callable[[int, int, bytes], str], figures: Figures
-) -> None:
-    while time.perf_counter() < until:
+async def _client(i: int, port: int, request: bytes, on: Callable[[], bool], judge: Judge, figures: Figures) -> None:
+    while on():
         writer = None
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             last = False
-            while not last and time.perf_counter() < until:
+            while not last and on():
                 start = time.perf_counter()
                 writer.write(request)
                 status, body, last = await answer(reader)
