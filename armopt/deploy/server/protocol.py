@@ -88,6 +88,20 @@ class Request(Struct, frozen=True):
 _heads = msgspec.json.Decoder(_Head)
 
 
+def _json_length(header_length: str, size: int) -> int:
+    """How much of a body is JSON.
+
+    Raises:
+        RefusedError: It is no number, or more than the body has.
+    """
+    if not (header_length.isascii() and header_length.isdecimal() and len(header_length) < 20):
+        raise RefusedError("Inference-Header-Content-Length is no number of bytes")
+    length = int(header_length)
+    if length > size:
+        raise RefusedError(f"Inference-Header-Content-Length is {length}, the body has {size} bytes")
+    return length
+
+
 def read(body: bytes | bytearray, header_length: str | None, max_json_bytes: int) -> Request:
     """A request from its body.
 
@@ -99,13 +113,7 @@ def read(body: bytes | bytearray, header_length: str | None, max_json_bytes: int
     Raises:
         RefusedError: Saying what is wrong with it.
     """
-    length = len(body)
-    if header_length is not None:
-        if not (header_length.isascii() and header_length.isdecimal() and len(header_length) < 20):
-            raise RefusedError("Inference-Header-Content-Length is no number of bytes")
-        length = int(header_length)
-        if length > len(body):
-            raise RefusedError(f"Inference-Header-Content-Length is {length}, the body has {len(body)} bytes")
+    length = len(body) if header_length is None else _json_length(header_length, len(body))
     if length > max_json_bytes:
         raise RefusedError(
             f"{length} bytes of JSON, and at most {max_json_bytes} are read: send binary tensors",
