@@ -223,8 +223,8 @@ class Ranks(torch.nn.Module):
         return self.fc(x)
 
 
-def test_past_dynamos_limit_it_still_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_past_dynamos_limit_it_still_compiles() -> None:
     torch.manual_seed(0)
     layer = Ranks().eval()
     made = armopt.compile(layer, target="graviton3")
