@@ -88,20 +88,6 @@ class Request(Struct, frozen=True):
 _heads = msgspec.json.Decoder(_Head)
 
 
-def _json_length(header_length: str, size: int) -> int:
-    """How much of a body is JSON.
-
-    Raises:
-        RefusedError: It is no number, or more than the body has.
-    """
-    if not (header_length.isascii() and header_length.isdecimal() and len(header_length) < 20):
-        raise RefusedError("Inference-Header-Content-Length is no number of bytes")
-    length = int(header_length)
-    if length > size:
-        raise RefusedError(f"Inference-Header-Content-Length is {length}, the body has {size} bytes")
-    return length
-
-
 def read(body: bytes | bytearray, header_length: str | None, max_json_bytes: int) -> Request:
     """A request from its body.
 
@@ -113,13 +99,8 @@ def read(body: bytes | bytearray, header_length: str | None, max_json_bytes: int
     Raises:
         RefusedError: Saying what is wrong with it.
     """
-    length = len(body) if header_length is None else _json_length(header_length, len(body))
-    if length > max_json_bytes:
-        raise RefusedError(
-            f"{length} bytes of JSON, and at most {max_json_bytes} are read: send binary tensors",
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-        )
     view = memoryview(body)
+    length = _length(len(body), header_length, max_json_bytes)
     try:
         head = _heads.decode(view[:length])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -148,6 +129,23 @@ def read(body: bytes | bytearray, header_length: str | None, max_json_bytes: int
         {name: wanted for name, wanted in binary.items() if wanted is not None},
         bool(flag(head.parameters, "binary_data_output")),
     )
+
+
+def _length(most: int, header_length: str | None, max_json_bytes: int) -> int:
+    """Bytes of the JSON in a body of `most`."""
+    length = most
+    if header_length is not None:
+        if not (header_length.isascii() and header_length.isdecimal() and len(header_length) < 20):
+            raise RefusedError("Inference-Header-Content-Length is no number of bytes")
+        length = int(header_length)
+        if length > most:
+            raise RefusedError(f"Inference-Header-Content-Length is {length}, the body has {most} bytes")
+    if length > max_json_bytes:
+        raise RefusedError(
+            f"{length} bytes of JSON, and at most {max_json_bytes} are read: send binary tensors",
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        )
+    return length
 
 
 def flag(parameters: Mapping[str, Any], name: str) -> bool | None:
