@@ -73,14 +73,13 @@ def test_without_fast_math_its_kernels_give_way_and_say_why(server, made, enviro
         if not planned.endswith("_fastmath"):
             assert kernel == planned
             continue
-        assert not kernel.endswith("_fastmath"), node
+        # in BF16 more would be rounded than was validated
+        assert not kernel.endswith(("_fastmath", "_bf16")), node
         assert planned in reason
         # set too late, the variable is there: what oneDNN makes of it is seen in its log alone
         assert (FPMATH if environ is None else "f32 weights") in reason
-        if node != "dilated":  # in BF16 that one is `ref` on torch 2.10
-            assert kernel in ("conv_bf16", "conv1x1_bf16"), node
     chosen = _chosen(value)
-    assert _bf16_convolutions(value) == chosen["conv_bf16"] + chosen["conv1x1_bf16"] >= 4
+    assert _bf16_convolutions(value) == chosen["conv_bf16"] + chosen["conv1x1_bf16"]
 
 
 def test_strict_refuses_to_load_without_fast_math(server, made):
