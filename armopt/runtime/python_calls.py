@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from armopt.ir.operations import JOIN_ROWS, SPLIT_ROWS, join_rows
+from armopt.ir.operations import JOIN_ROWS, SPLIT_ROWS, join_rows, split_rows
 
 _aten = torch.ops.aten
 _functions: Any = torch._C._VariableFunctions
@@ -52,7 +52,7 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     for place, names in ((_functions, _IN_TORCH), (_nn, _IN_NN), (_methods, _METHODS))
     for name in names
 } | {
-    SPLIT_ROWS: _functions.tensor_split,  # with one part more, which nothing reads
+    SPLIT_ROWS: split_rows,
     JOIN_ROWS: join_rows,
 }
 

@@ -40,7 +40,7 @@ class TestPackConv(Contract):
             rewritten=1,
         ),
         Case("conv1d", zoo_models.conv1d, (noise(1, 8, 40),), ops={CONV_NAME: 3}, rewritten=3),
-        Case("conv3d", zoo_models.conv3d, (noise(1, 3, 6, 12, 12),), ops={CONV_NAME: 3, CAST: 0}, rewritten=3),
+        Case("conv3d", zoo_models.conv3d, (noise(1, 3, 6, 12, 12),), ops={CONV_NAME: 3, CAST: 4}, rewritten=3),
         Case(
             "grouped_and_dilated",
             lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 4, 3, dilation=2)),
@@ -76,7 +76,7 @@ class TestPackConv(Contract):
 KERNELS = {
     "dense": (lambda: nn.Conv2d(3, 4, 3), noise(1, 3, 6, 6), "conv_bf16"),
     "1d": (lambda: nn.Conv1d(3, 4, 3), noise(1, 3, 6), "conv_bf16"),
-    "3d": (lambda: nn.Conv3d(3, 4, 2), noise(1, 3, 4, 4, 4), "conv_fp32"),
+    "3d grouped": (lambda: nn.Conv3d(4, 4, 2, groups=2), noise(1, 4, 4, 4, 4), "conv_fp32"),
     "grouped": (lambda: nn.Conv2d(4, 4, 3, groups=2), noise(1, 4, 6, 6), "conv_fp32"),
     "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3, dilation=2), noise(1, 3, 6, 6), "conv_transpose_fp32"),
     "transposed 1d": (lambda: nn.ConvTranspose1d(3, 4, 3, dilation=2), noise(1, 3, 6), "aten_conv"),

@@ -32,6 +32,8 @@ CALLS = {
     "gelu.default": [((X,), {}), ((X,), {"approximate": "tanh"})],
     "gelu_.default": [((X,), {}), ((X,), {"approximate": "tanh"})],
     "layer_norm.default": [((X, [4], SQUARE[0], SQUARE[1], 1e-6), {}), ((X, [4]), {})],
+    "armopt.join_rows.default": [(([X[0], X[1]], X.flatten(0, 1)), {})],
+    "armopt.split_rows.default": [((X, torch.tensor([1, 1, 2])), {})],
     "linear.default": [((X, SQUARE), {}), ((X, SQUARE, SQUARE[0]), {})],
     "matmul.default": [((X, SQUARE), {})],
     "max_pool2d.default": [((IMAGE, [3, 3], [2, 2], [1, 1]), {}), ((IMAGE, [2, 2], [2, 2], [0, 0], [1, 1], True), {})],

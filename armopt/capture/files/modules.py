@@ -12,6 +12,7 @@ import torch
 from armopt import capture
 from armopt.capture import inputs
 from armopt.capture.files.format import Options
+from armopt.capture.widening import is_half
 from armopt.errors import ArmoptWarning, InputError
 from armopt.ir.records import Captured
 from armopt.models import references, torchvision_inputs
@@ -51,6 +52,8 @@ def capture_module(model: torch.nn.Module, options: Options, source: str) -> Cap
         InputError: Inputs are missing or don't fit.
         CaptureError: torch.export can't take the model whole.
     """
+    if not is_half(model):  # which is widened
+        capture.check_dtypes(model, source)
     args, kwargs = example_inputs(model, options, source)
     return capture.module(model, args, kwargs, batch=options.batch, source=source)
 
