@@ -43,11 +43,13 @@ class Model(Loaded):
         self._plain = signature.inputs.names if _is_plain(signature.inputs) else None
         symbols = {symbol.name for symbol in signature.symbols}
         self._most = {symbol.name: symbol.most for symbol in signature.symbols if symbol.most is not None}
-        self._build = nesting.builder(signature.outputs.tree)
+        self._outputs = signature.outputs.tree
+        self._build = nesting.builder(self._outputs)
         self._positions = signature.outputs.positions
         self._empty = empty
         self._forks = None if forks.on_own_thread() else FORKS.count
         self._programs = [(dict(bucket), forward) for bucket, forward in programs]
+        self._lending = _lending(programs, len(self._specs))
         dynamic = _dynamic([shape for _, shape, _ in self._specs])
         # where the symbols' values are found: (symbol, tensor, dimension); and sizes that follow from them: 2*batch
         self._where = [entry for entry in dynamic if entry[0] in symbols]
@@ -62,12 +64,48 @@ class Model(Loaded):
         """
         return self.nested(self.run_flat(self.flatten(args, kwargs)))
 
+    def run(self, *args: Any, out: Any, **kwargs: Any) -> Any:
+        """Runs the model, and writes what it returns where the caller wants it: a steady call then makes no tensor.
+
+        A layer whose result is returned writes there itself, if the tensor lies as its result does; whatever else is
+        returned is copied there.
+
+        Args:
+            args: As in a call. An input by the name of ``out`` can be given by position alone.
+            out: Tensors nested as what the model returns, for instance what a call of the same sizes returned.
+            kwargs: As in a call.
+
+        Returns:
+            `out`.
+
+        Raises:
+            InputError: An input, or a tensor of `out`, has another shape or dtype than the model's.
+        """
+        tensors = self.flatten(args, kwargs)
+        given = nesting.flatten(self._outputs, out, "out")
+        places: list[torch.Tensor | None] = [None] * (max(self._positions, default=-1) + 1)
+        taken = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        for i, (position, tensor) in enumerate(zip(self._positions, given, strict=True)):
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_cpu or tensor.layout is not torch.strided:
+                raise _no_tensor(f"out, tensor {i}", tensor)
+            memory = tensor.untyped_storage().data_ptr()
+            if memory not in taken:  # else it is written when all inputs are read
+                taken.add(memory)
+                places[position] = tensor
+        results = self.run_flat(tensors, places)
+        for i, (position, tensor) in enumerate(zip(self._positions, given, strict=True)):
+            if results[position] is not tensor:
+                _write(results[position], tensor, f"out, tensor {i}")
+        return out
+
     def nested(self, results: Sequence[Any]) -> Any:
         """What the model returns, from the graph's flat outputs."""
         return self._build([results[i] for i in self._positions])
 
-    def run_flat(self, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
-        """The graph's flat outputs from its flat inputs, unchecked.
+    def run_flat(
+        self, tensors: Sequence[torch.Tensor], out: Sequence[torch.Tensor | None] | None = None
+    ) -> Sequence[Any]:
+        """The graph's flat outputs from its flat inputs, unchecked; in the tensors of `out` where they fit.
 
         Raises:
             InputError: An operation can't take the values or the sizes that come to it.
@@ -77,16 +115,18 @@ class Model(Loaded):
         FORKS.worked_at = FORKS.count
         if surroundings.differ():
             with surroundings.as_captured():
-                return self._run(tensors)
-        return self._run(tensors)
+                return self._run(tensors, out)
+        return self._run(tensors, out)
 
-    def _run(self, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
+    def _run(self, tensors: Sequence[torch.Tensor], out: Sequence[torch.Tensor | None] | None) -> Sequence[Any]:
         try:
+            forward = self._select(tensors)
+            given = () if out is None or forward not in self._lending else (out,)
             if not torch.is_grad_enabled():
-                return self._select(tensors)(*tensors)
+                return forward(*tensors, *given)
             torch._C._set_grad_enabled(False)  # a fifth of what torch.no_grad() takes
             try:
-                return self._select(tensors)(*tensors)
+                return forward(*tensors, *given)
             finally:
                 torch._C._set_grad_enabled(True)
         except ArmoptError:
@@ -115,7 +155,7 @@ class Model(Loaded):
         checked = list(tensors)
         for i, (tensor, (name, shape, dtype)) in enumerate(zip(tensors, self._specs, strict=True)):
             if not isinstance(tensor, torch.Tensor) or not tensor.is_cpu or tensor.layout is not torch.strided:
-                raise _no_tensor(name, tensor)
+                raise _no_tensor(f"input {name}", tensor)
             if tensor.dtype != dtype:
                 if (tensor.dtype, dtype) != (torch.int32, torch.int64):
                     raise InputError(
@@ -183,6 +223,11 @@ class Model(Loaded):
         return buckets.nearest(self._programs, values)
 
 
+def _lending(programs: Sequence[tuple[Bucket, Forward]], inputs: int) -> list[Forward]:
+    """Those with primitives of their own: they take one argument more, tensors to write to."""
+    return [forward for _, forward in programs if len(inspect.signature(forward).parameters) > inputs]
+
+
 def _dynamic(shapes: Sequence[Sequence[int | str]]) -> list[tuple[str, int, int]]:
     """Every dynamic size, with its tensor and dimension."""
     return [(size, i, d) for i, shape in enumerate(shapes) for d, size in enumerate(shape) if isinstance(size, str)]
@@ -200,9 +245,24 @@ def _is_plain(inputs: nesting.Inputs) -> bool:
     return plain and not inputs.kwargs and len(inputs.names) == len(inputs.args)
 
 
-def _no_tensor(name: str, found: Any) -> InputError:
-    """The error for an input that is no dense tensor on the CPU."""
-    where = f"input {name}"
+def _write(result: torch.Tensor, tensor: torch.Tensor, where: str) -> None:
+    """Copies a result to where its caller wants it.
+
+    Raises:
+        InputError: It has another shape or dtype, or can't be written to.
+    """
+    wanted, found = (f"{_short(each.dtype)} {_shape(each.shape)}" for each in (result, tensor))
+    hint = "Give what a call with inputs of these sizes returned"
+    if wanted != found:
+        raise InputError(f"expected {wanted}, found {found}", where=where, hint=hint)
+    try:
+        tensor.detach().copy_(result)
+    except RuntimeError as error:  # of one that is expanded, say
+        raise InputError(f"can't be written to: {first_line(error)}", where=where, hint=hint) from None
+
+
+def _no_tensor(where: str, found: Any) -> InputError:
+    """The error for what is no dense tensor on the CPU."""
     if not isinstance(found, torch.Tensor):
         hint = "Convert it with torch.from_numpy()" if type(found).__module__ == "numpy" else "Give a torch.Tensor"
         return InputError(f"expected a tensor, found a {type(found).__name__}", where=where, hint=hint)

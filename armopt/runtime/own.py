@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -146,6 +146,7 @@ class Calls:
     graph: fx.Graph
     workspaces: Workspaces
     _workspace: fx.Node | None = None
+    _results: dict[fx.Node, int] = field(default_factory=dict)
 
     def emit(self, call: KernelCall, layer: Layer) -> fx.Node:
         """Inserts the call of a layer in front of its node, and its post-op where the primitive doesn't take it."""
@@ -161,14 +162,16 @@ class Calls:
         run.__name__ = call.node.name
         x = call.call(_aten.unsqueeze.default, call.x, 2) if flat else call.x
         y = call.call(run, self._taken(), x)
+        self._results[y] = len(layers) - 1
         y = call.call(_aten.squeeze.dim, y, 2) if flat else y
         return y if layer.wanted.post_op else call.post_op(y)
 
     def _taken(self) -> fx.Node:
         if self._workspace is None:
-            first = next(node for node in self.graph.nodes if node.op != "placeholder")
-            with self.graph.inserting_before(first):
-                self._workspace = self.graph.call_function(self.workspaces.take)
+            with self.graph.inserting_after(self.graph.find_nodes(op="placeholder")[-1]):
+                given = self.graph.placeholder("out", default_value=None)
+            with self.graph.inserting_after(given):
+                self._workspace = self.graph.call_function(self.workspaces.take, (given,))
         return self._workspace
 
     def finish(self, arena: int = 0, places: Mapping[int, int] = MappingProxyType({})) -> None:
@@ -180,6 +183,13 @@ class Calls:
         """
         if self._workspace is not None:
             self.workspaces.arena, self.workspaces.places = arena, places
-            with self.graph.inserting_before(self.graph.output_node()):
+            end = self.graph.output_node()
+            given = end.args[0] if isinstance(end.args[0], (list, tuple)) else ()
+            self.workspaces.outputs = {
+                self._results[node]: at
+                for at, node in enumerate(given)
+                if isinstance(node, fx.Node) and node in self._results
+            }
+            with self.graph.inserting_before(end):
                 self.graph.call_function(Workspaces.give, (self._workspace,))
             Workspaces.give(self.workspaces.take())

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from armopt.bundle.program import Program
 from armopt.compiler.captured_model import capture_model
@@ -23,6 +22,7 @@ from armopt.ir import arena
 from armopt.kernels.onednn import primitives
 from armopt.plan.threshold_policy import ThresholdPolicy
 from armopt.runtime import bind, memory, own
+from tests.allocations import Made
 from tests.planning import programs
 
 _aten = torch.ops.aten
@@ -142,25 +142,12 @@ class Net(nn.Module):
         return self.third(torch.nn.functional.dropout(z, training=False)), z.view(-1)
 
 
-class _Made(TorchDispatchMode):
-    """What is allocated: results of operations that show no memory of others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if all(each.alias_info is None for each in func._schema.returns):
-            self.operations.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.usefixtures("api")
 def test_layers_allocate_outputs_alone() -> None:
     model, x = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6))), random(4, 32)
     module, bound = bind.Binder(False).bind(lowered(model, x))
     assert all(each.implementation for each in bound)
-    with _Made() as made:
+    with Made() as made:
         module(x)
     assert made.operations == ["aten.empty_like.default"]
 
@@ -196,7 +183,7 @@ def test_sizes_that_fit_share_the_arena_of_the_planned_one() -> None:
         torch.testing.assert_close(module(x)[0], model(x), rtol=1e-4, atol=1e-5)
     for count, results in ((3, 1), (20, 3)):
         x = random(count, 32)
-        with _Made() as made:
+        with Made() as made:
             module(x)
         assert made.operations == ["aten.empty_like.default"] * results
 

@@ -26,6 +26,7 @@ class _Sizes:
     Attributes:
         place: Where results that fit may lie, whatever their size.
         seen: The input of the last call where that lies where it did, with what was known of it.
+        asked: What the caller of the program gave for its result.
     """
 
     threads: int
@@ -33,6 +34,17 @@ class _Sizes:
     place: torch.Tensor | None
     known: dict[Shape, tuple[Arguments | None, torch.Tensor]] = field(default_factory=dict)
     seen: tuple[torch.Tensor | None, Arguments | None] = (None, None)
+    asked: torch.Tensor | None = None
+
+    def lend(self, y: torch.Tensor | None) -> None:
+        """Takes what the next result is to be, if it is of its size."""
+        self.asked = y
+
+    def run(self, arguments: Arguments) -> torch.Tensor:
+        """The result of a size."""
+        if self.asked is not arguments.asked:
+            arguments.lend(self.asked)
+        return arguments.run()
 
 
 class AnySize:
@@ -91,7 +103,7 @@ class AnySize:
             sizes: _Sizes = workspace.arguments[index]
             seen, arguments = sizes.seen
             if x is seen and arguments is not None:
-                return arguments.run()
+                return sizes.run(arguments)
             arguments, like = sizes.known.get(x.shape) or self._meet(sizes, x.shape)
             if x.dtype != dtype:
                 raise ValueError(f"expected {dtype}, found {x.dtype}")
@@ -103,7 +115,7 @@ class AnySize:
             if arguments is not None:
                 arguments.take(x)
                 sizes.seen = arguments.seen, arguments
-                return arguments.run()
+                return sizes.run(arguments)
             y = torch.empty_like(like)
             return y.copy_(self._otherwise(x)) if y.numel() else y
 

@@ -30,6 +30,8 @@ class Arguments:
         channels_last: Lays out an input that lies otherwise.
         like: A result without memory, to make others like it.
         kept: The result, where it has a place in the arena: the same for each call. Else each call makes one.
+        lent: The result of this call, where its caller gave one that lies as results do.
+        asked: What the caller gave, whether or not it does.
         seen: The input of the last call where that was such a result: it lies where it did, and as it did.
         x: Where its input was last.
         y: Where its output was last.
@@ -43,6 +45,8 @@ class Arguments:
     channels_last: ChannelsLast
     like: torch.Tensor
     kept: torch.Tensor | None = None
+    lent: torch.Tensor | None = None
+    asked: torch.Tensor | None = None
     seen: torch.Tensor | None = None
     x: int = 0
     y: int = 0
@@ -62,11 +66,17 @@ class Arguments:
             setattr(self.kept, _KEPT, True)
             self.place(self.result, self.kept.data_ptr())
 
+    def lend(self, y: torch.Tensor | None) -> None:
+        """Takes what the next result is to be, where it is as that lies; None where the call makes one."""
+        self.asked, like = y, self.like
+        fits = y is not None and (y.shape, y.stride(), y.dtype) == (like.shape, like.stride(), like.dtype)
+        self.lent = y if fits else None
+
     def run(self) -> torch.Tensor:
         """The result for the input that was taken last."""
         y = self.kept
         if y is None:
-            y = _empty_like(self.like)
+            y = _empty_like(self.like) if self.lent is None else self.lent
             if self.y != (at := y.data_ptr()):
                 self.place(self.result, at)
                 self.y = at

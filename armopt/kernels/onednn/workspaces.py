@@ -97,10 +97,10 @@ class OneSize:
 class Workspace:
     """What one call of a program needs of its own: arguments of each layer, and a scratchpad that they share."""
 
-    __slots__ = ("arguments", "free")
+    __slots__ = ("arguments", "free", "lent")
 
     def __init__(self, arguments: list[Any], free: list[Workspace]) -> None:
-        self.arguments, self.free = arguments, free
+        self.arguments, self.free, self.lent = arguments, free, False
 
 
 class Workspaces:
@@ -110,16 +110,21 @@ class Workspaces:
         layers: In the order in which programs have them.
         arena: Bytes that results share.
         places: The first byte of a layer's result there, by the layer's index; those of what a caller gets have none.
+        outputs: Which output of the program a layer's result is, by the layer's index.
     """
 
     def __init__(self) -> None:
         self.layers: list[Call] = []
         self.arena = 0
         self.places: Mapping[int, int] = {}
+        self.outputs: Mapping[int, int] = {}
         self._free: defaultdict[int, list[Workspace]] = defaultdict(list)
 
-    def take(self) -> Workspace:
+    def take(self, out: Sequence[torch.Tensor | None] | None = None) -> Workspace:
         """A workspace that no other call uses, for as many threads as this thread works with now.
+
+        Args:
+            out: What the caller gives for the outputs of the program.
 
         Raises:
             OneDnnError: oneDNN offers no primitive for that number.
@@ -128,9 +133,14 @@ class Workspaces:
         threads = torch.get_num_threads()
         free = self._free[threads]
         try:
-            return free.pop()
+            workspace = free.pop()
         except IndexError:
-            return Workspace(self._arguments(threads), free)
+            workspace = Workspace(self._arguments(threads), free)
+        if out is not None or workspace.lent:
+            for index, output in self.outputs.items():
+                workspace.arguments[index].lend(None if out is None else out[output])
+            workspace.lent = out is not None
+        return workspace
 
     def _arguments(self, threads: int) -> list[Any]:
         """Those of a new workspace. With it go its scratchpad and its arena."""
