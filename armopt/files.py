@@ -9,11 +9,15 @@ import os
 import shutil
 import stat
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from armopt.errors import InputError
+
+#: How what a zip holds may be compressed: other methods take as much memory as the zip says.
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def write(path: Path, text: str, option: str) -> None:

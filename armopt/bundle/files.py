@@ -18,6 +18,7 @@ from typing import Self, cast
 
 from armopt.bundle import manifest
 from armopt.errors import BundleError, InputError
+from armopt.files import COMPRESSIONS
 
 GRAPH, WEIGHTS, REPORT, ENV, REQUIREMENTS = (
     "graph.json",
@@ -232,6 +233,11 @@ class BundleFiles:
         assert archive.fp is not None
         self._stamps[""] = stamp(archive.fp.fileno())
         for entry in archive.infolist():
+            if entry.compress_type not in COMPRESSIONS:
+                what = (
+                    f"{entry.filename} in it is compressed by method {entry.compress_type}, which may take any memory"
+                )
+                raise BundleError(what, where=str(self._path), hint="Zip the bundle again, without compression")
             # armopt stores; who zips a bundle again compresses weights a little, and only a bomb by a lot
             if entry.file_size > MOST_JSON and entry.file_size > MOST_RATIO * entry.compress_size:
                 what = f"{entry.filename} in it would have {entry.file_size} bytes, and has {entry.compress_size}"

@@ -137,7 +137,7 @@ class Accuracy(Struct, frozen=True, omit_defaults=True):
     min_cosine: float | None
     passed: bool
     reference: Line
-    gates: tuple[GateResult, ...]
+    gates: Annotated[tuple[GateResult, ...], Meta(min_length=1)]
     inputs: Line
     inputs_given: bool
     task: TaskFigures

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from armopt.bundle.graph_file import Ref
+from armopt.bundle.graph_file import Device, DtypeName, Layout, MemoryFormat, Ref
 from armopt.ir.aten import ATEN
 
 #: Operations of other packages, and the one of ATen that writes: the new value of a buffer, where a model has a state.
@@ -52,6 +52,13 @@ _ON_NUMBERS = frozenset(
 )
 _NAMES = {function: name for name, (function, _) in FUNCTIONS.items()}
 _NAME = re.compile(r"(aten|armopt|torchvision)\.(\w+)\.(\w+)", re.ASCII)
+#: What a bundle holds for arguments that are no numbers, though PyTorch takes some.
+_RECORDS: Mapping[str, type] = {
+    "ScalarType": DtypeName,
+    "MemoryFormat": MemoryFormat,
+    "Layout": Layout,
+    "Device": Device,
+}
 _NUMBER_TYPES = ("int", "float", "bool", "number")
 #: Bits that a number may take. Those of a size fit into 64, and no model multiplies many.
 _MOST_BITS = 4096
@@ -139,8 +146,23 @@ def _check_schema(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Ma
     given |= kwargs
     if missing := [name for name, each in known.items() if name not in given and not each.has_default_value()]:
         raise UnlistedError(f"{target} without its argument {missing[0]!r}")
+    for name, value in given.items():
+        if not _fits(known[name], value):
+            raise UnlistedError(f"{target} with {value!r:.60} for its argument {name!r}")
     if torch.Tag.nondeterministic_seeded in target.tags:
         _check_certain(target, known, given)
+
+
+def _fits(argument: Any, value: Any) -> bool:
+    """Whether an argument is what PyTorch doesn't check itself.
+
+    It takes any number for a dtype, a layout or a memory format, and an empty list of tensors, and may crash on them.
+    """
+    kind = str(argument.real_type)
+    if "Tensor]" in kind and kind.startswith("List["):
+        return value != []
+    record = next((record for name, record in _RECORDS.items() if name in kind), None)
+    return record is None or value is None or isinstance(value, record)
 
 
 def _check_certain(target: torch._ops.OpOverload, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:

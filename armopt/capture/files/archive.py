@@ -13,6 +13,7 @@ from typing import IO, Any
 import torch
 
 from armopt.errors import InputError, first_line
+from armopt.files import COMPRESSIONS
 
 #: Bytes of a member that is no tensor: a graph of a hundred thousand nodes has some hundred million.
 MOST_TEXT = 1 << 28
@@ -58,6 +59,8 @@ class Archive:
     def __init__(self, file: Path | IO[bytes], size: int) -> None:
         self._zip = zipfile.ZipFile(file)
         members = [member for member in self._zip.infolist() if not member.is_dir()]
+        if any(member.compress_type not in COMPRESSIONS for member in members):
+            raise zipfile.BadZipFile("it is compressed by a method that may take any memory")
         stored = sum(member.file_size for member in members)
         if stored > max(MOST_TEXT, _MOST_RATIO * size):
             raise zipfile.BadZipFile(f"a file of {size} bytes says that it holds {stored}")
