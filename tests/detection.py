@@ -24,7 +24,7 @@ def images(*sizes: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
 
 
 def mask_rcnn(size: int = 128) -> torch.nn.Module:
-    """Mask R-CNN as torchvision builds it, on a ResNet-18 with a narrow FPN and narrow heads; images become `size`."""
+    """Mask R-CNN as torchvision builds it, narrow, on a ResNet of four blocks; images become `size`."""
     return spread(bare_mask_rcnn(size))
 
 
@@ -39,7 +39,7 @@ def bare_mask_rcnn(size: int = 128) -> torch.nn.Module:
     width, classes = 32, _CLASSES
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        resnet = torchvision.models.resnet18(weights=None)
+        resnet = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
         layers = {f"layer{i}": str(i - 2) for i in range(2, 5)}
         backbone = backbone_utils.BackboneWithFPN(resnet, layers, [128, 256, 512], width)
         anchors = AnchorGenerator(((16,), (32,), (64,), (128,)), ((1.0,),) * 4)

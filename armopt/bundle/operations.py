@@ -146,11 +146,15 @@ def _check_schema(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Ma
     given |= kwargs
     if missing := [name for name, each in known.items() if name not in given and not each.has_default_value()]:
         raise UnlistedError(f"{target} without its argument {missing[0]!r}")
+    _check_values(target, known, given)
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        _check_certain(target, known, given)
+
+
+def _check_values(target: torch._ops.OpOverload, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if not _fits(known[name], value):
             raise UnlistedError(f"{target} with {value!r:.60} for its argument {name!r}")
-    if torch.Tag.nondeterministic_seeded in target.tags:
-        _check_certain(target, known, given)
 
 
 def _fits(argument: Any, value: Any) -> bool:
@@ -160,7 +164,7 @@ def _fits(argument: Any, value: Any) -> bool:
     """
     kind = str(argument.real_type)
     if "Tensor]" in kind and kind.startswith("List["):
-        return value != []
+        return bool(value != [])
     record = next((record for name, record in _RECORDS.items() if name in kind), None)
     return record is None or value is None or isinstance(value, record)
 

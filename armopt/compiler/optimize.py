@@ -108,6 +108,8 @@ def optimize(
     """
     place = output if isinstance(output, Output) else Output(Path(output))
     recipe = Recipe.of(target, policy)
+    if kind == "module":
+        _refuse_what_needs_one_graph(checks, place)
     opened = partial(capture_model, model, example_inputs, kind=kind, batch=batch)
     result = carry_out(opened, recipe, checks, place)
     if not result.passed:

@@ -55,6 +55,7 @@ RUNS = (
     *NEWEST,
 )
 LONG = (
+    *("resnet50@graviton3", "mobilenet@graviton3", "bert@yitian710"),
     *("mlp-full-size@graviton3", "mlp@yitian710", "bert@graviton3"),
     *("mlp@graviton3-torch2.13", "fast-math@graviton3-torch2.13"),
     *NEWEST,
@@ -279,6 +280,7 @@ def _sizes(execution: onednn_log.Execution) -> dict[str, int]:
     return {name: int(size) for name, size in re.findall(r"([a-z]+)(\d+)", execution.problem)}
 
 
+@pytest.mark.full
 def test_half_the_bytes_of_fp32_and_little_more_while_loading(arm64, made, figure):
     """As the page tables have it: all of the process's data, with what probes take, and not the emulator's own."""
     small, large = made("convnet", "graviton3"), made("resnet50", "graviton3")

@@ -107,6 +107,7 @@ def gpt2_on_graviton3(server: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.full
 def test_generate_runs_acl_in_bf16_and_nothing_by_reference(gpt2_on_graviton3: dict[str, Any]) -> None:
     executions = computed(gpt2_on_graviton3["log"])
     assert not onednn_log.references(executions)
@@ -119,6 +120,7 @@ def test_generate_runs_acl_in_bf16_and_nothing_by_reference(gpt2_on_graviton3: d
     assert {1, 24} <= rows  # decode and prefill, each with plans of its own
 
 
+@pytest.mark.full
 def test_generate_gives_the_tokens_of_fp32(gpt2_on_graviton3: dict[str, Any]) -> None:
     assert gpt2_on_graviton3["expected"].shape == (1, 26)
     assert torch.equal(gpt2_on_graviton3["found"], gpt2_on_graviton3["expected"])

@@ -129,8 +129,12 @@ print(os.environ["LD_PRELOAD"], "libtcmalloc_minimal.so.4" in open("/proc/self/m
     [
         ({}, f"{TCMALLOC} True"),
         # the user's choice stays, also to have none
-        ({"LD_PRELOAD": "/usr/lib/aarch64-linux-gnu/libgomp.so.1"}, "/usr/lib/aarch64-linux-gnu/libgomp.so.1 False"),
-        ({"LD_PRELOAD": ""}, " False"),
+        pytest.param(
+            {"LD_PRELOAD": "/usr/lib/aarch64-linux-gnu/libgomp.so.1"},
+            "/usr/lib/aarch64-linux-gnu/libgomp.so.1 False",
+            marks=pytest.mark.full,
+        ),
+        pytest.param({"LD_PRELOAD": ""}, " False", marks=pytest.mark.full),
     ],
 )
 def test_armopt_run_preloads_the_hosts_allocator(require_torch, bundle, given, seen):
@@ -250,6 +254,7 @@ def mirror(source: Path, place: Path, but: dict) -> None:
             (place / entry.name).symlink_to(entry)
 
 
+@pytest.mark.full
 def test_a_wheel_without_acl(require_torch, bundle, tmp_path):
     prepared = require_torch("2.10.0")
     site = tmp_path / "site"

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys, torch
@@ -22,6 +24,19 @@ print(sys.modules["armopt"].__file__)
 """
 
 
+def run_script(folder: Path, **variables: str) -> str:
+    words, env = [sys.executable, "-c", SCRIPT], {**os.environ, **variables}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_backend_is_known_by_name(tmp_path: Path) -> None:
+    """In the environment that tests run in: armopt is installed there, in place."""
+    assert run_script(tmp_path).endswith("armopt/__init__.py")
+
+
+@pytest.mark.full
 def test_the_backend_is_known_by_name_after_an_install(tmp_path: Path) -> None:
     site = tmp_path / "site"
     flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(site)]
@@ -35,13 +50,4 @@ def test_the_backend_is_known_by_name_after_an_install(tmp_path: Path) -> None:
             else:
                 (copied / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run([sys.executable, "-m", "pip", "install", *flags, str(copied)], check=True)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().startswith(str(site))
+    assert run_script(tmp_path, PYTHONPATH=str(site)).startswith(str(site))

@@ -17,8 +17,14 @@ torchvision_ops.ensure_torchvision_if_installed()
 transformers = pytest.importorskip("transformers")
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
-OTHER_DETECTORS = (
-    *("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"),
+DETECTORS = (
+    *(
+        "fasterrcnn_mobilenet_v3_large_fpn",
+        "fasterrcnn_resnet50_fpn",
+        "maskrcnn_resnet50_fpn_v2",
+        "fcos_resnet50_fpn",
+        "ssdlite320_mobilenet_v3_large",
+    ),
     *("ssd300_vgg16", "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn"),
 )
 
@@ -35,7 +41,7 @@ def louder(model: torch.nn.Module) -> Any:
 def gpt2() -> Any:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        n_layer=2,
+        n_layer=1,
         n_head=4,
         n_embd=64,
         vocab_size=211,
@@ -49,7 +55,7 @@ def gpt2() -> Any:
 
 def llama() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 211}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 211}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     ends = {"bos_token_id": 0, "eos_token_id": 210, "pad_token_id": 210}
     return louder(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **ends)))
@@ -95,7 +101,7 @@ def test_generate_gives_the_tokens_of_fp32(make: Any) -> None:
     assert counters["stats"]["unique_graphs"] <= 8
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.full), "static"])
 def test_generate_with_padding_and_either_cache(cache: str) -> None:
     model = gpt2()
     made = armopt.compile(model, target="graviton3")
@@ -124,6 +130,7 @@ def test_torch_compile_of_forward_serves_generate_too() -> None:
     check_tokens(model, made, prompts(2, 7))
 
 
+@pytest.mark.full
 def test_whisper_like_encoder_and_decoder() -> None:
     torch.manual_seed(0)
     sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
@@ -207,13 +214,8 @@ def test_control_flow_on_data_is_followed() -> None:
     assert "Router" in {skip.node for skip in explained.left_alone}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "fasterrcnn_mobilenet_v3_large_fpn",
-        *(pytest.param(name, marks=pytest.mark.full) for name in OTHER_DETECTORS),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", DETECTORS)
 def test_detections_of_fp32_are_found_again(name: str) -> None:
     model = detection.named(name)
     made = armopt.compile(model, target="graviton3")
