@@ -44,7 +44,8 @@ BEGIN, END = "<!-- fuzz: make fuzz -->", "<!-- end of fuzz -->"
 #: What may become of an input: the first two are as it should be.
 OUTCOMES = ("read", "refused", "traceback", "crash", "hang", "allocation", "touched")
 GOOD = ("read", "refused")
-SECONDS = 20
+#: Of work, and of waiting for nothing, after which an input hangs.
+SECONDS, WAITING = 20.0, 120.0
 #: Bytes beyond what a child has when it begins: of address space, which is what a bundle may ask for, and of memory
 #: that it may touch.
 ADDRESS_SPACE, MEMORY = 1 << 30, 1 << 30
@@ -232,13 +233,17 @@ def _watched(job: Job, batch: Sequence[int], folder: Path) -> Iterator[tuple[int
         os._exit(code)
     os.close(writing)
     done, began, hung = 0, batch[0], False
+    worked, heard = 0.0, time.monotonic()
     with os.fdopen(reading, "rb", buffering=0) as pipe:
         rest = b""
         while True:
-            if not select.select([pipe], [], [], SECONDS)[0]:
-                os.kill(child, signal.SIGKILL)
-                hung = True
-                break
+            if not select.select([pipe], [], [], 1.0)[0]:
+                if _worked(child) - worked > SECONDS or time.monotonic() - heard > WAITING:
+                    os.kill(child, signal.SIGKILL)
+                    hung = True
+                    break
+                continue
+            worked, heard = _worked(child), time.monotonic()
             data = pipe.read(1 << 16)
             if not data:
                 break
@@ -252,12 +257,20 @@ def _watched(job: Job, batch: Sequence[int], folder: Path) -> Iterator[tuple[int
                     yield number, what, said
     _, status = os.waitpid(child, 0)
     if hung:
-        yield began, "hang", f"more than {SECONDS} s"
+        yield began, "hang", f"more than {SECONDS:.0f} s of work, or {WAITING:.0f} s of none"
         return done + 1
     if status:
         yield began, "crash", f"{signal.Signals(status & 127).name if status & 127 else f'exit code {status >> 8}'}"
         return done + 1
     return done
+
+
+def _worked(process: int) -> float:
+    """Seconds that a process has had a core for."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def keep(job: Job, finding: Finding) -> Path:
