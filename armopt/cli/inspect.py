@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from armopt.cli import options, remainder
+from armopt.cli import layers, options, remainder
 from armopt.cli.output import Output, human_size, text_table
 from armopt.cli.validate import similarity
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from armopt.ir.records import InputSpec
 
 
-def inspect(bundle: options.BundlePath, as_json: options.Json = False) -> None:
+def inspect(bundle: options.BundlePath, every: options.EveryLayer = False, as_json: options.Json = False) -> None:
     """Show a bundle: every layer's kernel and reason, weights, accuracy, environment. Checks all hashes."""
     from armopt.bundle import reader
 
     read = reader.read(bundle, reference=True)
     out = Output(as_json)
     memory = _memory(read)
-    out.result(to_json(read.manifest, memory), lambda: text(read.manifest, memory))
+    out.result(to_json(read.manifest, memory), lambda: text(read.manifest, memory, every=every))
 
 
 def _memory(read: Bundle) -> tuple[int, int]:
@@ -76,8 +76,8 @@ def _model(manifest: Manifest) -> dict[str, Any]:
     return described
 
 
-def text(manifest: Manifest, memory: tuple[int, int]) -> str:
-    """The bundle for people."""
+def text(manifest: Manifest, memory: tuple[int, int], *, every: bool) -> str:
+    """The bundle for people; with `every` a line for each layer, however many there are."""
     model, accuracy = manifest.model, manifest.accuracy
     inputs = _inputs(model.inputs)
     if manifest.is_module:
@@ -100,19 +100,19 @@ def text(manifest: Manifest, memory: tuple[int, int]) -> str:
         lines.append(f"repair    {accuracy.repair.said}")
     lines += [*(f"part      {part.path}: {_inputs(part.inputs)}" for part in model.parts if part.path), ""]
     for plan in manifest.plan:
-        lines += _planned(plan)
+        lines += _planned(plan, every=every)
     lines += _in_fp32(manifest)
     lines += ["environment:", *(f"  {name}={each.value}" for name, each in manifest.environment.items())]
     return "\n".join(lines)
 
 
-def _planned(plan: PartPlan) -> list[str]:
+def _planned(plan: PartPlan, *, every: bool) -> list[str]:
     """The layers of one part at one bucket."""
     lines = ["", f"{plan.part}:"] if plan.part else []
     if plan.bucket:
         lines.append(", ".join(f"{name}={value}" for name, value in plan.bucket.items()) + ":")
-    rows = [(n.node, n.op, "x".join(map(str, n.shape)), n.kernel, n.precision, n.reason) for n in plan.nodes]
-    return [*lines, text_table(("node", "op", "input", "kernel", "precision", "reason"), rows), ""]
+    rows = [layers.Row(n.node, n.op, n.shape, n.kernel, n.precision, n.reason) for n in plan.nodes]
+    return [*lines, layers.table(rows, every=every), ""]
 
 
 def _in_fp32(manifest: Manifest) -> list[str]:

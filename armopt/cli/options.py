@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from armopt.compiler.recipe import Recipe
     from armopt.ir.records import Captured
 
+EveryLayer = Annotated[
+    bool, typer.Option("--layers", help="Show each layer with its reason, also where they are many.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle: a folder, or a zip of it.")]
 ModelPath = Annotated[

@@ -6,12 +6,17 @@ Nothing that stands in a file reaches a terminal as a control character.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from armopt.errors import printable
+
+#: Characters of a name that a narrow terminal shows at least.
+_LEAST_NAME = 16
 
 
 class Output:
@@ -49,16 +54,50 @@ class Output:
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A plain table that fits a terminal and a pipe: columns two spaces apart, numbers to the right."""
+    """A plain table: columns two spaces apart, numbers to the right.
+
+    Where a terminal is narrower, the last column gets lines of its own, and the longest names are cut in the middle.
+    """
     cells = [[printable(str(cell)) for cell in row] for row in rows]
-    widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
     numeric = [bool(rows) and all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(headers))]
+    lines = _aligned([list(headers), *cells], numeric)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    if not width or all(len(line) <= width for line in lines) or len(headers) == 1:
+        return "\n".join(lines)
+    return "\n".join(_narrow(headers, cells, numeric, width))
+
+
+def _narrow(
+    headers: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool], width: int
+) -> Iterator[str]:
+    """The lines of a table that is wider than so many characters."""
+    table = [[*headers[:-1]], *([*row[:-1]] for row in cells)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    widest = widths.index(max(widths))
+    most = max(_LEAST_NAME, width - (sum(widths) + 2 * len(widths) - 2 - widths[widest]))
+    for row in table:
+        row[widest] = _cut(row[widest], most)
+    lines = _aligned(table, numeric[:-1])
+    yield from lines[:2]
+    for line, cell in zip(lines[2:], cells, strict=True):
+        yield line
+        yield from textwrap.wrap(cell[-1], width, initial_indent="    ", subsequent_indent="    ")
+
+
+def _aligned(table: Sequence[Sequence[str]], numeric: Sequence[bool]) -> list[str]:
+    """The lines of a table, whose first row is its headers."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
 
     def line(parts: Sequence[str]) -> str:
         padded = [p.rjust(w) if n else p.ljust(w) for p, w, n in zip(parts, widths, numeric, strict=True)]
         return "  ".join(padded).rstrip()
 
-    return "\n".join([line(headers), line(["-" * w for w in widths]), *(line(row) for row in cells)])
+    return [line(table[0]), line(["-" * w for w in widths]), *map(line, table[1:])]
+
+
+def _cut(name: str, most: int) -> str:
+    """A name of at most so many characters, without its middle."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) - (most - most // 2 - 1) :]}"
 
 
 def human_size(count: int) -> str:

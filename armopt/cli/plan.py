@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armopt.cli import options, remainder
-from armopt.cli.output import Output, text_table
+from armopt.cli import layers, options, remainder
+from armopt.cli.output import Output
 from armopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def plan(
         str, typer.Option("--until", metavar="PASS", help="Stop after this pass; with --text.", show_default=False)
     ] = "",
     text: Annotated[bool, typer.Option("--text", help="Print the graph after the passes, one line a node.")] = False,
+    every: options.EveryLayer = False,
     as_json: options.Json = False,
 ) -> None:
     """Show which kernel each layer would get, and why. Writes nothing but what --html asks for."""
@@ -61,7 +62,7 @@ def plan(
         from armopt.compiler import plan_page
 
         files.write(html, plan_page.render(planned), "--html")
-    out.result(to_json(planned), lambda: as_text(planned))
+    out.result(to_json(planned), lambda: as_text(planned, every=every))
 
 
 def _graphs(recipe: Recipe, part: CapturedPart) -> str:
@@ -92,16 +93,16 @@ def to_json(planned: Planned) -> dict[str, Any]:
     }
 
 
-def as_text(planned: Planned) -> str:
-    """The plan for people."""
+def as_text(planned: Planned, *, every: bool) -> str:
+    """The plan for people; with `every` a line for each layer, however many there are."""
     from armopt.plan.remainder import find
 
     parts = []
     for each in planned.plans:
         where = ", ".join(f"{name}={value}" for name, value in each.bucket.items())
         parts.append(f"{planned.target.name}, {each.policy}" + (f", {where}" if where else "") + ":")
-        rows = [(d.node, d.op, "x".join(map(str, d.shape)), d.kernel, d.precision, d.reason) for d in each.decisions]
-        parts.append(text_table(("node", "op", "input", "kernel", "precision", "reason"), rows) + "\n")
+        rows = [layers.Row(d.node, d.op, d.shape, d.kernel, d.precision, d.reason) for d in each.decisions]
+        parts.append(layers.table(rows, every=every) + "\n")
         if left := remainder.text(find(each)):
             parts.append(left + "\n")
     return "\n".join(parts)
