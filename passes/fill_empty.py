@@ -23,11 +23,14 @@ _WRITERS = (
     *(_aten.index_put.default, _aten.index_copy.default, _aten.scatter.src, _aten.scatter.value),
     *(_aten.slice_scatter.default, _aten.select_scatter.default),
 )
+#: Show a part of what they get, which is then written to.
+_VIEWS = (_aten.slice.Tensor, _aten.select.int, _aten.narrow.default, _aten.view.default, _aten.permute.default)
 
 
 @dataclass(frozen=True)
 class FillEmpty:
-    """index_put(empty_like(x), …) -> index_put(zeros_like(x), …), likewise empty, new_empty, index_copy and scatter.
+    """index_put(empty_like(x), …) -> index_put(zeros_like(x), …), likewise empty, new_empty, index_copy and scatter, and
+    copies to parts of it.
 
     A bundle calls nothing that gives whatever memory holds: where all of it is written over, zeros serve as well.
     Refuses memory that something else reads.
@@ -53,4 +56,9 @@ class FillEmpty:
 
 
 def _writes_over(user: fx.Node, node: fx.Node) -> bool:
-    return user.target in _WRITERS and user.args[0] is node and user.all_input_nodes.count(node) == 1
+    """Whether a user only writes over memory, perhaps through a view of it."""
+    if not user.args or user.args[0] is not node or user.all_input_nodes.count(node) != 1:
+        return False
+    if user.target in _VIEWS:
+        return all(_writes_over(each, user) for each in user.users)
+    return user.target in _WRITERS or user.target is _aten.copy.default

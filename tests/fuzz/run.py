@@ -89,7 +89,8 @@ class Job:
         if self.reader.mutate is None or rng.random() < 0.1:
             mutations.change_bytes(rng, path)
         else:
-            self.reader.mutate(rng, path)
+            with contextlib.suppress(RecursionError):  # of what nests deeply since the change before
+                self.reader.mutate(rng, path)
         return path
 
 

@@ -11,6 +11,14 @@ from armopt.passes.fill_empty import FillEmpty
 PERMUTATION = torch.tensor([2, 0, 1])
 
 
+def in_parts(s: object, x: torch.Tensor) -> torch.Tensor:
+    """As DeepSeek joins its keys."""
+    y = x.new_empty(3, 6)
+    y[..., :4].copy_(x)
+    y[..., 4:].copy_(x[:, :1].expand(-1, 2))
+    return y
+
+
 class TestFillEmpty(Contract):
     folder = "fill_empty"
     # The same values.
@@ -41,6 +49,21 @@ class TestFillEmpty(Contract):
             ops={"aten.zeros.default": 1, "aten.new_zeros.default": 1},
             absent=("aten.empty.memory_format", "aten.new_empty.default"),
             rewritten=2,
+        ),
+        Case(
+            "in_parts",
+            lambda: Forward(in_parts),
+            (noise(3, 4),),
+            ops={"aten.new_zeros.default": 1},
+            absent=("aten.new_empty.default",),
+            rewritten=1,
+        ),
+        Case(
+            "a_part_is_read",
+            lambda: Forward(lambda s, x: x[:2] + torch.empty_like(x)[:2].mul(0).nan_to_num(0)),
+            (noise(3, 4),),
+            skips=("what its memory holds is read, not only written over",),
+            rewritten=0,
         ),
         Case(
             "read",
