@@ -29,7 +29,7 @@ _VIEWS = (_aten.slice.Tensor, _aten.select.int, _aten.narrow.default, _aten.view
 
 @dataclass(frozen=True)
 class FillEmpty:
-    """index_put(empty_like(x), …) -> index_put(zeros_like(x), …), likewise empty, new_empty, index_copy and scatter, and
+    """index_put(empty_like(x), …) -> index_put(zeros_like(x), …), likewise empty, new_empty, index_copy, scatter, and
     copies to parts of it.
 
     A bundle calls nothing that gives whatever memory holds: where all of it is written over, zeros serve as well.
