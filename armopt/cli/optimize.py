@@ -26,6 +26,7 @@ def optimize(
     batch: options.Batch = "",
     policy: options.PolicyName = "cost",
     tuning: options.TuningFile = None,
+    keep_fp32: options.KeepFp32 = None,
     kind: options.Kind = "auto",
     min_cosine: options.MinCosine = 0.99,
     gates: options.Gates = None,
@@ -74,7 +75,7 @@ def optimize(
     exported = OnnxOptions(onnx_weights, fast_math=not onnx_plain)  # refuses an unknown dtype now
     place = Place(output, force, keep_reference, exported if onnx else None, report)
     place.check_places()
-    recipe, sizes = options.recipe_for(target, policy, tuning), options.parse_batch(batch)
+    recipe, sizes = options.recipe_for(target, policy, tuning, keep_fp32), options.parse_batch(batch)
     checks = Checks(
         gates=tuple(gates or ()),
         task=task,

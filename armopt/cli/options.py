@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,6 +58,14 @@ Kind = Annotated[
 PolicyName = Annotated[
     str,
     typer.Option("--policy", help=f"How kernels are chosen: {POLICIES.help()}."),
+]
+KeepFp32 = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep-fp32",
+        metavar="PATTERN",
+        help='Layers that stay in FP32, by name or path in the model, e.g. "head" or "layers.0.*". Repeatable.',
+    ),
 ]
 TuningFile = Annotated[
     Path | None, typer.Option("--tuning", metavar="FILE", help="Times from armopt tune, instead of the cost table.")
@@ -160,7 +169,9 @@ def parse_batch(text: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def recipe_for(target: str, policy: str, tuning: Path | None = None) -> Recipe:
+def recipe_for(
+    target: str, policy: str, tuning: Path | None = None, keep_fp32: Sequence[str] | None = None
+) -> Recipe:
     """How the options say that graphs become programs.
 
     Raises:
@@ -171,7 +182,8 @@ def recipe_for(target: str, policy: str, tuning: Path | None = None) -> Recipe:
     from armopt.plan import policies
 
     product = targets.load(target)
-    return Recipe(product, policies.find_policy(policy, product, tuning, where="--policy"))
+    found = policies.find_policy(policy, product, tuning, where="--policy")
+    return Recipe(product, found, keep_fp32=tuple(keep_fp32 or ()))
 
 
 def open_model(

@@ -26,6 +26,7 @@ def plan(
     batch: options.Batch = "",
     policy: options.PolicyName = "cost",
     tuning: options.TuningFile = None,
+    keep_fp32: options.KeepFp32 = None,
     trust_pickle: options.TrustPickle = False,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Draw the graph, coloured by kernel.")
@@ -44,7 +45,7 @@ def plan(
     if text and (as_json or html is not None):
         raise InputError("prints the graph and nothing else", where="--text", hint="Leave out --json and --html")
     out = Output(as_json)
-    recipe, sizes = options.recipe_for(target, policy, tuning), options.parse_batch(batch)
+    recipe, sizes = options.recipe_for(target, policy, tuning, keep_fp32), options.parse_batch(batch)
     if until:
         recipe = replace(recipe, pipeline=recipe.pipeline.until(until))
     with out.progress() as progress:
@@ -55,7 +56,9 @@ def plan(
         if text:
             out.text(_graphs(recipe, part))
             return
-        planned = recipe.plan_part(part)
+        prepared = recipe.prepare(part.captured.graph_module)
+        recipe.check_names({part.path: prepared})
+        planned = recipe.plan_part(part, prepared)
     if html is not None:
         from armopt import files
         from armopt.compiler import plan_page

@@ -39,6 +39,7 @@ class Checks:
         min_cosine: The least cosine similarity to FP32 of any output.
         repair: Whether layers that break a gate go back to FP32.
         evaluations: How many plans repair may measure.
+        keep_fp32: Patterns on names of layers that stay in FP32: ``("head", "encoder.layers.0.*")``.
         against: What FP32 is: ``model``, the module as its user calls it, from which a capture that differs fails;
             or ``capture``, the graph that torch.export made of it.
         first_call: Of :func:`armopt.compile` without example inputs: whether the first call is checked.
@@ -53,9 +54,13 @@ class Checks:
     evaluations: int = EVALUATIONS
     against: str = "model"
     first_call: bool = False
+    keep_fp32: tuple[str, ...] = ()
     examples: str = "the example inputs, as given"
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep_fp32, str) or not all(isinstance(each, str) for each in self.keep_fp32):
+            hint = 'Give patterns as a tuple of text: keep_fp32=("head", "layers.0.*")'
+            raise InputError(f"is {self.keep_fp32!r}, no sequence of patterns", where="keep_fp32", hint=hint)
         if self.against not in ("model", "capture"):
             raise InputError(f"can't compare with {self.against!r}", where="against", hint='Write "model" or "capture"')
 

@@ -141,6 +141,8 @@ def carry_out(opened: Callable[[], CapturedModel], recipe: Recipe, checks: Check
     prepared = [recipe.prepare(part.captured.graph_module) for part in model.parts]
     for part, graph in zip(model.parts, prepared, strict=True):
         _refuse_random_numbers(graph.graph_module, part.captured.source)
+    recipe = replace(recipe, keep_fp32=(*recipe.keep_fp32, *checks.keep_fp32))
+    recipe.check_names({part.path: graph for part, graph in zip(model.parts, prepared, strict=True)})
     steps("plan")
     planned = [recipe.plan_part(part, graph) for part, graph in zip(model.parts, prepared, strict=True)]
     steps("lower")

@@ -34,6 +34,7 @@ OPTIONS: Mapping[str, str] = {
     "policy": "as armopt optimize --policy",
     "tuning": "a file from armopt tune",
     "plans": "the most plans for one graph, 8 by default",
+    "keep_fp32": "patterns of layers that stay in FP32, as armopt optimize --keep-fp32",
 }
 #: Operations that training alone has.
 _TRAINING = (
@@ -158,7 +159,11 @@ def settings(options: Mapping[str, Any] | None = None, mode: str | None = None) 
         raise InputError(f"plans is {plans!r}", where="armopt", hint="Give a whole number from 1")
     product = target if isinstance(target, Target) else targets.load(target)
     path = Path(tuning) if tuning else None
-    return programs.Settings(Recipe(product, policies.find_policy(policy, product, path)), plans, str(tuning))
+    keep = given.get("keep_fp32") or ()
+    if isinstance(keep, str) or not all(isinstance(each, str) for each in keep):
+        raise InputError(f"keep_fp32 is {keep!r}", where="armopt", hint='Give patterns as a list: ["head", "layers.0.*"]')
+    recipe = Recipe(product, policies.find_policy(policy, product, path), keep_fp32=tuple(keep))
+    return programs.Settings(recipe, plans, str(tuning))
 
 
 def _raising(error: ArmoptError) -> Callable[..., Any]:

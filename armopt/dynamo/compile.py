@@ -28,6 +28,7 @@ from armopt.dynamo.programs import Settings
 from armopt.errors import ArmoptError, InputError
 from armopt.ir.records import Target
 from armopt.models import torchvision_ops
+from armopt.plan import pinning
 from armopt.plan.planner import Policy
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
@@ -111,8 +112,11 @@ def compile(
     original: Any = getattr(model, "_orig_mod", model)  # of torch.compile's wrapper
     name = type(original).__name__
     capture.check_dtypes(original, name)
-    options = {"target": target, "plans": plans, "policy": policy, "tuning": str(tuning or "")}
+    options: dict[str, Any] = {"target": target, "plans": plans, "policy": policy, "tuning": str(tuning or "")}
     checks = _usable(checks)
+    if checks is not None and checks.keep_fp32:
+        pinning.check(checks.keep_fp32, {path for path, part in original.named_modules() if _is_layer(part)})
+        options["keep_fp32"] = checks.keep_fp32
     common = _Common(backend.settings(options), options, release_original, checks)
     torchvision_ops.ensure_torchvision_if_installed()
     made: _Model = _clone(original)
@@ -173,6 +177,11 @@ def _parts(module: torch.nn.Module, depth: int) -> Iterator[tuple[str, torch.nn.
             yield name, child
         for path, part in _parts(child, depth if container else depth - 1):
             yield f"{name}.{path}", part
+
+
+def _is_layer(module: torch.nn.Module) -> bool:
+    """Whether a module itself holds a matrix."""
+    return any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
 
 def _own_forward(module: torch.nn.Module) -> Callable[..., Any]:

@@ -328,6 +328,7 @@ class Plan:
         decisions: One for each layer.
         refused: What runs as plain ATen: layers that no kernel takes, and products on weights that are no layers.
         products: All that multiplies: see :mod:`armopt.plan.products`.
+        pinned: Nodes that the user keeps in FP32: layers, and tables of embeddings.
     """
 
     target: Target
@@ -336,3 +337,4 @@ class Plan:
     decisions: tuple[Decision, ...]
     refused: tuple[Skip, ...] = ()
     products: tuple[Product, ...] = ()
+    pinned: frozenset[str] = frozenset()
