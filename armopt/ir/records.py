@@ -139,12 +139,14 @@ class Signature:
         outputs: How the flat outputs nest.
         specs: One for each tensor input, in order.
         symbols: The dynamic dimensions of the inputs.
+        rows: Of one run: calls with other numbers of rows run in pieces; 0 where all rows of a call run at once.
     """
 
     inputs: Inputs
     outputs: Outputs
     specs: tuple[ExampleSpec, ...]
     symbols: tuple[Symbol, ...]
+    rows: Count = 0
 
     def __post_init__(self) -> None:
         self.inputs.check_numbers(len(self.specs))

@@ -12,6 +12,7 @@ import torch
 from armopt.bundle.manifest import Manifest
 from armopt.errors import ArmoptError, InputError, first_line
 from armopt.ir import buckets, nesting
+from armopt.ir.pieces import BATCH, run_in_pieces
 from armopt.ir.records import Bucket, Signature
 from armopt.runtime import forks, surroundings
 from armopt.runtime.arguments import Arguments
@@ -43,6 +44,8 @@ class Model(Loaded):
         self._plain = signature.inputs.names if _is_plain(signature.inputs) else None
         symbols = {symbol.name for symbol in signature.symbols}
         self._most = {symbol.name: symbol.most for symbol in signature.symbols if symbol.most is not None}
+        # torch.export writes a least size of 2 where it saw no other, though one of 1 runs
+        self._least = {symbol.name: symbol.least for symbol in signature.symbols if symbol.least > 2}
         self._build = nesting.builder(signature.outputs.tree)
         self._positions = signature.outputs.positions
         self._empty = empty
@@ -51,6 +54,8 @@ class Model(Loaded):
         dynamic = _dynamic([shape for _, shape, _ in self._specs])
         # where the symbols' values are found: (symbol, tensor, dimension); and sizes that follow from them: 2*batch
         self._where = [entry for entry in dynamic if entry[0] in symbols]
+        self._rows = signature.rows
+        self._batched = [bool(shape) and shape[0] == BATCH for _, shape, _ in self._specs]
         self._following = [entry for entry in dynamic if entry[0] not in symbols]
         self.__signature__ = _signature(signature.inputs.names)
 
@@ -83,10 +88,10 @@ class Model(Loaded):
     def _run(self, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
         try:
             if not torch.is_grad_enabled():
-                return self._select(tensors)(*tensors)
+                return self._call(tensors)
             torch._C._set_grad_enabled(False)  # a fifth of what torch.no_grad() takes
             try:
-                return self._select(tensors)(*tensors)
+                return self._call(tensors)
             finally:
                 torch._C._set_grad_enabled(True)
         except ArmoptError:
@@ -94,6 +99,10 @@ class Model(Loaded):
         except Exception as error:  # an index beyond a table, too little memory…
             what = f"the model can't run on these inputs: {type(error).__name__}: {first_line(error)}"
             raise InputError(what, where=f"the bundle for {self.manifest.target}") from error
+
+    def _call(self, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
+        forward = self._select(tensors)
+        return run_in_pieces(forward, tensors, self._batched, self._rows) if self._rows else forward(*tensors)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors of a call, in the order of the graph's inputs, checked."""
@@ -157,6 +166,10 @@ class Model(Loaded):
             if size > self._most.get(symbol, size):
                 raise InputError(
                     f"dimension {d} is {size}, the model takes up to {self._most[symbol]}", where=f"input {name}"
+                )
+            if 0 < size < self._least.get(symbol, 0):
+                raise InputError(
+                    f"dimension {d} is {size}, the model takes {self._least[symbol]} and more", where=f"input {name}"
                 )
         for expression, i, d in self._following:
             size = tensors[i].shape[d]

@@ -152,4 +152,5 @@ def open_divided(path: Path | None, options: Options) -> Divided:
     if torchvision_inputs.is_detection(options.model):
         calls = torchvision_inputs.detection_calls(options.model, modules.images_of(options))
         return Divided(model, calls, options.model)
-    return Divided(model, (modules.example_inputs(model, options, options.model),), options.model)
+    args, kwargs, _ = modules.example_inputs(model, options, options.model)
+    return Divided(model, ((args, kwargs),), options.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from armopt.errors import InputError
 if TYPE_CHECKING:  # help lists formats without importing torch
     import torch
 
+    from armopt.capture.dimensions import Dimension
     from armopt.capture.inputs import InputOption
     from armopt.ir.records import Captured
 
@@ -28,6 +29,7 @@ class Options:
         inputs: ``--input`` options.
         samples: Named tensors from ``--inputs``.
         batch: Sizes of the first dimension to plan for.
+        dims: Dimensions that vary, by the names that shapes of inputs have for them.
         trust_pickle: Whether reading may run code of the file.
     """
 
@@ -35,6 +37,7 @@ class Options:
     inputs: tuple[InputOption, ...] = ()
     samples: Mapping[str, torch.Tensor] | None = None
     batch: tuple[int, ...] = ()
+    dims: Mapping[str, Dimension] = field(default_factory=dict)
     trust_pickle: bool = False
 
 

@@ -11,6 +11,7 @@ import torch
 
 from armopt import capture
 from armopt.capture import inputs
+from armopt.capture.dimensions import NO_AXES, Axes
 from armopt.capture.files.format import Options
 from armopt.capture.widening import is_half
 from armopt.errors import ArmoptWarning, InputError
@@ -54,8 +55,8 @@ def capture_module(model: torch.nn.Module, options: Options, source: str) -> Cap
     """
     if not is_half(model):  # which is widened
         capture.check_dtypes(model, source)
-    args, kwargs = example_inputs(model, options, source)
-    return capture.module(model, args, kwargs, batch=options.batch, source=source)
+    args, kwargs, axes = example_inputs(model, options, source)
+    return capture.module(model, args, kwargs, batch=options.batch, axes=axes, source=source)
 
 
 def checked_state(content: Any, path: Path) -> Mapping[str, torch.Tensor]:
@@ -136,43 +137,42 @@ def _remark(path: Path, what: str) -> None:
 
 def example_inputs(
     model: torch.nn.Module, options: Options, source: str
-) -> tuple[tuple[Any, ...], dict[str, torch.Tensor]]:
-    """The inputs that options give, or torchvision's own.
+) -> tuple[tuple[Any, ...], dict[str, torch.Tensor], Axes]:
+    """The inputs that options give, or those that the reference's library knows, and which of their dimensions vary.
 
     Raises:
         InputError: There are none, or they don't fit the model's signature.
     """
     by_position, by_name, open_ended = inputs.parameters(model)
     if options.inputs or options.samples is not None:
-        args, kwargs = arrange_inputs([*by_position, *by_name], options, source, open_ended=open_ended)
+        args, kwargs, axes = arrange_inputs([*by_position, *by_name], options, source, open_ended=open_ended)
         if by_name:  # what forward takes by name only can't be given by position
             surplus = len(args) - len(by_position)
             if surplus > 0:
                 kwargs = dict(zip(by_name, args[-surplus:], strict=False)) | kwargs
                 args = args[:-surplus]
     elif options.model.startswith("torchvision:"):
-        args, kwargs = torchvision_inputs.example_inputs(options.model), {}
+        args, kwargs, axes = torchvision_inputs.example_inputs(options.model), {}, NO_AXES
     else:
         raise InputError(
             f"needs example inputs (forward takes {', '.join([*by_position, *by_name])})",
             where=source,
             hint="Describe them with --input NAME=1x3x224x224:float32 or give --inputs FILE",
         )
-    return args, kwargs
+    return args, kwargs, axes
 
 
 def arrange_inputs(
     names: Sequence[Any], options: Options, source: str, *, open_ended: bool = False
-) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-    """The inputs that options give as a call of what takes `names`.
+) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor], Axes]:
+    """The inputs that options give as a call of what takes `names`, and which of their dimensions vary.
 
     Raises:
         InputError: They don't fit.
     """
-    positional, named = inputs.generate(options.inputs)
-    return inputs.bind(
-        [str(n) for n in names], positional, {**named, **(options.samples or {})}, source, open_ended=open_ended
-    )
+    given = inputs.generate(options.inputs, options.dims, options.samples or {})
+    args, kwargs = inputs.bind([str(n) for n in names], given.positional, given.named, source, open_ended=open_ended)
+    return args, kwargs, given.axes
 
 
 def images_of(options: Options) -> list[torch.Tensor]:
@@ -181,8 +181,8 @@ def images_of(options: Options) -> list[torch.Tensor]:
     Raises:
         InputError: One is no image.
     """
-    positional, named = inputs.generate(options.inputs)
-    images = [*positional, *named.values(), *(options.samples or {}).values()]
+    given = inputs.generate(options.inputs, options.dims, options.samples or {})
+    images = [*given.positional, *given.named.values()]
     for image in images:
         if image.dim() != 3 or image.dtype != torch.float32:
             raise InputError(

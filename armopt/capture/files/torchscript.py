@@ -34,8 +34,8 @@ def _open(path: Path, options: Options) -> Captured:
             where=str(path),
             hint="Describe them with --input NAME=1x3x224x224:float32 or give --inputs FILE",
         )
-    args, kwargs = arrange_inputs(names, options, str(path))
-    if options.batch[1:]:
+    args, kwargs, axes = arrange_inputs(names, options, str(path))
+    if options.batch[1:] or axes:
         raise InputError("TorchScript converts with fixed shapes", where=str(path), hint="Give one size with --batch")
     if options.batch:
         args, kwargs = capture.resize_batch_of(args, kwargs, options.batch[0])
