@@ -26,13 +26,13 @@ ModelPath = Annotated[
     Path | None,
     typer.Argument(
         metavar="MODEL",
-        help=f"A model file: {FORMATS.help()}. May be left out with --model.",
+        help=f"A model file: {FORMATS.help()}; or a Hugging Face folder. May be left out with --model.",
         show_default=False,
     ),
 ]
 TargetName = Annotated[str, typer.Option("--target", help="The product that will serve: see armopt targets; or host.")]
 Reference = Annotated[
-    str, typer.Option("--model", metavar="REF", help="torchvision:NAME or package.module:factory.", show_default=False)
+    str, typer.Option("--model", metavar="REF", help="torchvision:NAME, timm:NAME, hf:FOLDER or package.module:factory.", show_default=False)
 ]
 Inputs = Annotated[
     list[str] | None,

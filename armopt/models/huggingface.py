@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def build(reference: str) -> torch.nn.Module:
     described = _described(folder)
     transformers = _transformers(reference)
     names = described.get("architectures") or []
-    kind = next((found for name in names if (found := getattr(transformers, str(name), None)) is not None), None)
+    kind = next((found for name in names if (found := _class(transformers, str(name))) is not None), None)
     if kind is None:
         own = "auto_map" in described
         said = f"names the class {names[0]!r}, which transformers {transformers.__version__} lacks" if names else "names no class"
@@ -56,9 +57,9 @@ def build(reference: str) -> torch.nn.Module:
             else "Save it with save_pretrained, or give --model package.module:factory"
         )
         raise InputError(said, where=str(folder / CONFIG), hint=hint)
-    ensure_torchvision_if_installed()
     try:
-        model: torch.nn.Module = kind.from_pretrained(folder, local_files_only=True).eval()
+        with _without_bars(transformers):
+            model: torch.nn.Module = kind.from_pretrained(folder, local_files_only=True).eval()
     except ArmoptError:
         raise
     except Exception as error:
@@ -161,7 +162,28 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def _without_bars(transformers: Any) -> Iterator[None]:
+    """Keeps transformers' bars of progress from the terminal, where armopt has its own."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _class(transformers: Any, name: str) -> Any:
+    """A model's class of transformers' own; None where there is none."""
+    if not name.isidentifier():
+        return None
+    found = getattr(transformers, name, None)
+    return found if hasattr(found, "from_pretrained") and hasattr(found, "forward") else None
+
+
 def _transformers(reference: str) -> Any:
+    ensure_torchvision_if_installed()
     try:
         return importlib.import_module("transformers")
     except ImportError:

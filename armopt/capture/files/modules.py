@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 
 from armopt import capture
 from armopt.capture import inputs
-from armopt.capture.dimensions import NO_AXES, Axes
+from armopt.capture.dimensions import NO_AXES, Axes, Dimension
 from armopt.capture.files.format import Options
 from armopt.capture.widening import is_half
 from armopt.errors import ArmoptWarning, InputError
 from armopt.ir.records import Captured
-from armopt.models import references, torchvision_inputs
+from armopt.models import huggingface, references, timm_models, torchvision_inputs
+from armopt.models.huggingface import HF, Varying
+from armopt.models.timm_models import TIMM
 
 
 def capture_state(state: Mapping[str, torch.Tensor], path: Path, options: Options) -> Captured:
@@ -39,7 +42,7 @@ def build_state(state: Mapping[str, torch.Tensor], path: Path, options: Options)
         raise InputError(
             f"holds a state dict of {len(state)} tensors, which doesn't say what model it is",
             where=str(path),
-            hint="Add --model torchvision:NAME or --model package.module:factory",
+            hint="Add --model torchvision:NAME, timm:NAME, hf:FOLDER or package.module:factory",
         )
     model = references.resolve(options.model)()
     load_state(model, state, path, options.model)
@@ -151,6 +154,12 @@ def example_inputs(
             if surplus > 0:
                 kwargs = dict(zip(by_name, args[-surplus:], strict=False)) | kwargs
                 args = args[:-surplus]
+    elif options.model.startswith(HF):
+        args = ()
+        kwargs, varying = huggingface.example_inputs(model, options.model)
+        axes = _axes_of(varying, options.dims)
+    elif options.model.startswith(TIMM):
+        args, kwargs, axes = timm_models.example_inputs(model, options.model), {}, NO_AXES
     elif options.model.startswith("torchvision:"):
         args, kwargs, axes = torchvision_inputs.example_inputs(options.model), {}, NO_AXES
     else:
@@ -160,6 +169,18 @@ def example_inputs(
             hint="Describe them with --input NAME=1x3x224x224:float32 or give --inputs FILE",
         )
     return args, kwargs, axes
+
+
+def _axes_of(varying: Sequence[Varying], dims: Mapping[str, Dimension]) -> Axes:
+    """The dimensions that a library knows to vary, in the ranges and with the sizes that options give."""
+
+    def dimension(name: str, most: int) -> Dimension:
+        given = dims.get(name)
+        return Dimension(name, 1, most) if given is None else replace(given, most=given.most or most)
+
+    return {
+        id(each.tensor): {axis: dimension(*named) for axis, named in each.names.items()} for each in varying
+    }
 
 
 def arrange_inputs(
