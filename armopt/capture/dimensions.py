@@ -141,7 +141,9 @@ def resized(args: Args, kwargs: Kwargs, axes: Axes, rows: int | None = None) -> 
     With `rows` first dimensions that share the first tensor's size get this one, and do not vary.
     """
     found: dict[int, Mapping[int, Dimension]] = {}
-    current = next((leaf.shape[0] for leaf in tree_leaves((args, dict(kwargs))) if is_tensor(leaf) and leaf.dim()), None)
+    current = next(
+        (leaf.shape[0] for leaf in tree_leaves((args, dict(kwargs))) if is_tensor(leaf) and leaf.dim()), None
+    )
 
     def resize(leaf: Any) -> Any:
         if not is_tensor(leaf):

@@ -39,6 +39,7 @@ from armopt.ir import graph as g
 from armopt.ir import nesting
 from armopt.ir.pieces import BATCH
 from armopt.ir.records import Captured, Dim, InputSpec, Symbol
+from armopt.models.huggingface import without_cache
 
 
 def module(
@@ -83,7 +84,7 @@ def module(
     dynamic = dimensions.dynamic_shapes(model, args, kwargs, axes)
     if any(varying):
         dynamic = _varying_shapes(model, args, kwargs, varying)
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), without_cache(model), torch.no_grad():
         try_once(model, args, kwargs, source)
         try:
             with quiet():
@@ -133,6 +134,9 @@ def exported(
         program = decompositions.without_writes(program)
     graph_module = unlift(program, source)
     inputs, tensors = describe_inputs(args, kwargs, signature or _signature_names(program, args), defaults)
+    called = [*signature[: len(args)], *kwargs]
+    if isinstance(original, torch.jit.ScriptModule) and len(called) == len(tensors):
+        _rename(graph_module, called)  # what was converted has names of the converter's
     names = _input_names(graph_module, tensors)
     _check_tensors(graph_module, tensors, source)
     outputs = _outputs(program, source)
@@ -168,14 +172,14 @@ def _renamed(size: Dim, called: Mapping[str, str]) -> Dim:
 
 
 def check_dtypes(model: torch.nn.Module, source: str) -> None:
-    """Refuses parameters of another dtype than FP32, and those that are not on the CPU.
+    """Refuses parameters of another dtype than FP32 or its complex numbers, which no kernel rounds, and those that are not on the CPU.
 
     Raises:
         InputError: Naming the first such parameter.
     """
     for name, parameter in model.named_parameters():
         check_device(parameter, f"parameter {name}", source)
-        if parameter.dtype != torch.float32:
+        if parameter.dtype not in (torch.float32, torch.complex64):
             raise wrong_dtype(name, parameter.dtype, source)
     if any(type(part).__module__.startswith("torch.ao.nn.quantized") for part in model.modules()):
         raise InputError("the model is quantized (int8)", where=source, hint="Give the FP32 model")
@@ -281,6 +285,16 @@ def _check_dense(program: ExportedProgram, source: str) -> None:
             )
 
 
+def _rename(graph_module: fx.GraphModule, names: Sequence[str]) -> None:
+    """Gives the inputs other names, but for those that something else in the graph has."""
+    taken = {node.name for node in graph_module.graph.nodes}
+    for node, name in zip(placeholders(graph_module), names, strict=True):
+        if name.isidentifier() and name not in taken:
+            node.name = node.target = name
+            taken.add(name)
+    graph_module.recompile()
+
+
 def _input_names(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> dict[str, str]:
     nodes = list(placeholders(graph_module))
     if len(nodes) != len(tensors):
@@ -334,9 +348,7 @@ def _symbols(
     return tuple(found.values())
 
 
-def _called(
-    graph_module: fx.GraphModule, named: Sequence[Mapping[int, Dimension]], source: str
-) -> dict[str, str]:
+def _called(graph_module: fx.GraphModule, named: Sequence[Mapping[int, Dimension]], source: str) -> dict[str, str]:
     """Symbols of torch.export's by the names that users gave them."""
     called: dict[str, str] = {}
     for node, dims in zip(placeholders(graph_module), named, strict=True):
@@ -344,7 +356,9 @@ def _called(
             size = node.meta["val"].shape[axis]
             if isinstance(size, int):
                 what = f"dimension {axis} of input {node.target} is {size} in the model, so {each.name!r} can't vary"
-                raise InputError(what, where=source, hint="Write the number in its place, or export it with that dynamic")
+                raise InputError(
+                    what, where=source, hint="Write the number in its place, or export it with that dynamic"
+                )
             expression = str(size.node.expr)
             if called.setdefault(expression, each.name) != each.name:
                 what = f"{each.name!r} and {called[expression]!r} are one dimension in the model"

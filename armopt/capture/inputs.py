@@ -69,8 +69,10 @@ def parse(text: str) -> InputOption:
         raise InputError(
             f"unknown dtype {dtype!r} in {text!r}", where="--input", hint=f"Known are {', '.join(_DTYPES)}"
         )
-    shape = () if match["shape"] == "scalar" else tuple(
-        int(size) if size.isdigit() else size for size in match["shape"].split("x")
+    shape = (
+        ()
+        if match["shape"] == "scalar"
+        else tuple(int(size) if size.isdigit() else size for size in match["shape"].split("x"))
     )
     return InputOption(match["name"] or "", shape, getattr(torch, dtype), int(match["below"] or 2))
 

@@ -32,7 +32,13 @@ ModelPath = Annotated[
 ]
 TargetName = Annotated[str, typer.Option("--target", help="The product that will serve: see armopt targets; or host.")]
 Reference = Annotated[
-    str, typer.Option("--model", metavar="REF", help="torchvision:NAME, timm:NAME, hf:FOLDER or package.module:factory.", show_default=False)
+    str,
+    typer.Option(
+        "--model",
+        metavar="REF",
+        help="torchvision:NAME, timm:NAME, hf:FOLDER or package.module:factory.",
+        show_default=False,
+    ),
 ]
 Inputs = Annotated[
     list[str] | None,
@@ -203,9 +209,7 @@ def parse_dims(ranges: list[str] | None, at: list[str] | None) -> dict[str, Dime
     return dimensions.parse(ranges or (), at or ())
 
 
-def recipe_for(
-    target: str, policy: str, tuning: Path | None = None, keep_fp32: Sequence[str] | None = None
-) -> Recipe:
+def recipe_for(target: str, policy: str, tuning: Path | None = None, keep_fp32: Sequence[str] | None = None) -> Recipe:
     """How the options say that graphs become programs.
 
     Raises:

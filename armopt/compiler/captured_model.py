@@ -15,6 +15,7 @@ import torch
 from armopt import capture
 from armopt.capture import files, submodules
 from armopt.capture.dimensions import NO_AXES, Axes, Dimension, Example
+from armopt.capture.files import torchscript
 from armopt.capture.files.format import TrustedFile
 from armopt.capture.submodules import CapturedPart
 from armopt.errors import InputError
@@ -121,7 +122,7 @@ def capture_model(
         model = files.Divided(model, tuple((tuple(args), {}) for args in example_inputs or ()))
     if isinstance(model, files.Divided):
         return _divided(model)
-    captured = _captured(model, example_inputs, (*batch, 2) if batch and any_batch else batch)
+    captured = _captured(model, example_inputs, (*batch, 2) if batch and any_batch else batch, dims)
     at = {name: each.at for name, each in dims.items()} | ({BATCH: tuple(batch)} if batch else {})
     return CapturedModel(captured.source, (CapturedPart("", captured, find_buckets(captured, at)),))
 
@@ -161,14 +162,10 @@ def _captured(
     model: torch.nn.Module | torch.export.ExportedProgram | Captured | str | Path | TrustedFile,
     example_inputs: Inputs | None,
     batch: Sequence[int],
+    dims: Mapping[str, Dimension],
 ) -> Captured:
     if isinstance(model, Captured):
         return model
-    if isinstance(model, (str, Path, TrustedFile)):
-        samples = dict(example_inputs) if isinstance(example_inputs, Mapping) else None
-        trusted = isinstance(model, TrustedFile)
-        path = model.path if isinstance(model, TrustedFile) else model
-        return files.open_model(Path(path), files.Options(samples=samples, batch=tuple(batch), trust_pickle=trusted))
     axes: Axes = NO_AXES
     if isinstance(example_inputs, Example):
         axes, example_inputs = example_inputs.axes(), example_inputs.inputs
@@ -176,6 +173,10 @@ def _captured(
         example_inputs = (example_inputs,)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     args = None if example_inputs is None else () if kwargs else tuple(example_inputs)
+    if isinstance(model, (str, Path, TrustedFile)):
+        path, trusted = (model.path, True) if isinstance(model, TrustedFile) else (model, False)
+        given = {"samples": kwargs or None, "args": args or (), "axes": axes, "batch": tuple(batch), "dims": dims}
+        return files.open_model(Path(path), files.Options(**given, trust_pickle=trusted))
     if isinstance(model, torch.export.ExportedProgram):
         return capture.exported(model, args, kwargs, source="exported program", axes=axes)
     if not isinstance(model, torch.nn.Module):
@@ -186,6 +187,8 @@ def _captured(
         )
     if args is None:
         raise InputError("the model needs example inputs", where=type(model).__name__, hint="Pass example_inputs=(x,)")
+    if isinstance(model, torch.jit.ScriptModule):
+        return torchscript.capture_script(model, args, kwargs, batch=batch, axes=axes)
     return capture.module(model, args, kwargs, batch=batch, axes=axes, source=type(model).__name__)
 
 

@@ -109,9 +109,7 @@ def optimize(
     """
     place = output if isinstance(output, Output) else Output(Path(output))
     recipe = Recipe.of(target, policy)
-    opened = partial(
-        capture_model, model, example_inputs, kind=kind, batch=batch, any_batch=checks.batch_invariant
-    )
+    opened = partial(capture_model, model, example_inputs, kind=kind, batch=batch, any_batch=checks.batch_invariant)
     result = carry_out(opened, recipe, checks, place)
     if not result.passed:
         said = f"{result.path} is marked as not deployable: {result.verdict.failures()}"

@@ -161,7 +161,9 @@ def settings(options: Mapping[str, Any] | None = None, mode: str | None = None) 
     path = Path(tuning) if tuning else None
     keep = given.get("keep_fp32") or ()
     if isinstance(keep, str) or not all(isinstance(each, str) for each in keep):
-        raise InputError(f"keep_fp32 is {keep!r}", where="armopt", hint='Give patterns as a list: ["head", "layers.0.*"]')
+        raise InputError(
+            f"keep_fp32 is {keep!r}", where="armopt", hint='Give patterns as a list: ["head", "layers.0.*"]'
+        )
     recipe = Recipe(product, policies.find_policy(policy, product, path), keep_fp32=tuple(keep))
     return programs.Settings(recipe, plans, str(tuning))
 

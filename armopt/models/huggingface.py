@@ -38,7 +38,7 @@ def is_folder(path: Path) -> bool:
 
 
 def build(reference: str) -> torch.nn.Module:
-    """The model of ``hf:FOLDER``, in eval mode, without a cache among its results; nothing is downloaded.
+    """The model of ``hf:FOLDER`` in eval mode; nothing is downloaded.
 
     Raises:
         InputError: It is no such folder, needs code of its own, or its weights don't fit.
@@ -50,7 +50,11 @@ def build(reference: str) -> torch.nn.Module:
     kind = next((found for name in names if (found := _class(transformers, str(name))) is not None), None)
     if kind is None:
         own = "auto_map" in described
-        said = f"names the class {names[0]!r}, which transformers {transformers.__version__} lacks" if names else "names no class"
+        said = (
+            f"names the class {names[0]!r}, which transformers {transformers.__version__} lacks"
+            if names
+            else "names no class"
+        )
         hint = (
             "Its code is in the folder, which armopt does not run: give --model package.module:factory"
             if own
@@ -68,17 +72,27 @@ def build(reference: str) -> torch.nn.Module:
             where=str(folder),
             hint="The folder needs config.json, and model.safetensors or its shards beside model.safetensors.index.json",
         ) from error
-    without_cache(model)
     return model
 
 
-def without_cache(model: torch.nn.Module) -> None:
-    """Switches off the caches of a model and of all its parts: no bundle returns one."""
-    for part in model.modules():
+@contextlib.contextmanager
+def without_cache(model: torch.nn.Module) -> Iterator[None]:
+    """Switches off the caches of transformers' modules in a model, for a while: no bundle returns one."""
+    on = [config for part in model.modules() for config in _configs(part) if getattr(config, "use_cache", False)]
+    for config in on:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in on:
+            config.use_cache = True
+
+
+def _configs(part: torch.nn.Module) -> Iterator[Any]:
+    """The configuration of one of transformers' modules, and those inside it."""
+    if any(base.__module__.startswith("transformers.") for base in type(part).__mro__):
         config = getattr(part, "config", None)
-        for each in (config, *(getattr(config, name, None) for name in ("decoder", "encoder", "text_config"))):
-            if getattr(each, "use_cache", False):
-                each.use_cache = False  # type: ignore[union-attr]
+        yield from (config, *(getattr(config, name, None) for name in ("decoder", "encoder", "text_config")))
 
 
 def example_inputs(model: Any, reference: str, seed: int = 0) -> tuple[dict[str, torch.Tensor], list[Varying]]:
@@ -112,7 +126,9 @@ def example_inputs(model: Any, reference: str, seed: int = 0) -> tuple[dict[str,
             given["attention_mask"] = torch.ones(1, length, dtype=torch.int64)
             names["attention_mask"] = "tokens"
         if config.is_encoder_decoder and "decoder_input_ids" in taken:
-            given["decoder_input_ids"] = torch.randint(0, text.vocab_size, (1, max(2, length // 4)), generator=generator)
+            given["decoder_input_ids"] = torch.randint(
+                0, text.vocab_size, (1, max(2, length // 4)), generator=generator
+            )
             names["decoder_input_ids"] = "decoder_tokens"
         varying = [Varying(given[name], {1: (dimension, longest)}) for name, dimension in names.items()]
     if "pixel_values" in wanted:
@@ -125,7 +141,9 @@ def example_inputs(model: Any, reference: str, seed: int = 0) -> tuple[dict[str,
 
 def _longest(config: Any) -> int:
     """The most tokens of a text model."""
-    most = next((n for key in ("max_position_embeddings", "n_positions") if (n := getattr(config, key, None))), _LONGEST)
+    most = next(
+        (n for key in ("max_position_embeddings", "n_positions") if (n := getattr(config, key, None))), _LONGEST
+    )
     if config.model_type in _SHIFTED:
         most -= (config.pad_token_id or 0) + 1
     return max(2, int(most))
@@ -147,7 +165,9 @@ def _size(folder: Path, config: Any) -> tuple[int, int]:
 def _described(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise InputError(
-            f"holds no {CONFIG}", where=str(folder), hint="Give a folder that save_pretrained wrote; nothing is downloaded"
+            f"holds no {CONFIG}",
+            where=str(folder),
+            hint="Give a folder that save_pretrained wrote; nothing is downloaded",
         )
     return _read(folder / CONFIG)
 
@@ -187,4 +207,6 @@ def _transformers(reference: str) -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError:
-        raise InputError("needs transformers, which is not installed", where=reference, hint="pip install transformers") from None
+        raise InputError(
+            "needs transformers, which is not installed", where=reference, hint="pip install transformers"
+        ) from None

@@ -117,7 +117,10 @@ def test_an_exported_program_keeps_its_dimensions_and_gets_names(tmp_path: Path)
     ("asked", "said"),
     [
         ([], "dimension 'tokens': its size is not known. Say it with --dim tokens=1..512"),
-        (["--dim", "tokens=1..65", "--at", "tokens=8"], "the model does not take all sizes of tokens. Give --dim tokens=1..64"),
+        (
+            ["--dim", "tokens=1..65", "--at", "tokens=8"],
+            "the model does not take all sizes of tokens. Give --dim tokens=1..64",
+        ),
         (["--dim", "tokens=1-64"], "--dim: can't read 'tokens=1-64'. Write NAME=LEAST..MOST: tokens=1..512"),
         (["--at", "tokens=8;16"], "--at: can't read"),
         (["--dim", "tokens=1..64", "--at", "tokens=8,80"], "dimension 'tokens': 80 is not in 1..64"),

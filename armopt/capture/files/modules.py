@@ -99,8 +99,7 @@ def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: 
     if any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in state.values()):
         _remark(path, "holds weights in half precision: widened to float32, which changes no value")
     for name, tensor in state.items():
-        other_float = tensor.dtype == torch.float64
-        if other_float or tensor.is_complex() or tensor.is_quantized:
+        if tensor.dtype in (torch.float64, torch.complex128) or tensor.is_quantized:
             raise capture.wrong_dtype(name, tensor.dtype, str(path))
     expected = model.state_dict()
     for name, tensor in state.items():
@@ -147,7 +146,7 @@ def example_inputs(
         InputError: There are none, or they don't fit the model's signature.
     """
     by_position, by_name, open_ended = inputs.parameters(model)
-    if options.inputs or options.samples is not None:
+    if options.inputs or options.args or options.samples is not None:
         args, kwargs, axes = arrange_inputs([*by_position, *by_name], options, source, open_ended=open_ended)
         if by_name:  # what forward takes by name only can't be given by position
             surplus = len(args) - len(by_position)
@@ -178,9 +177,7 @@ def _axes_of(varying: Sequence[Varying], dims: Mapping[str, Dimension]) -> Axes:
         given = dims.get(name)
         return Dimension(name, 1, most) if given is None else replace(given, most=given.most or most)
 
-    return {
-        id(each.tensor): {axis: dimension(*named) for axis, named in each.names.items()} for each in varying
-    }
+    return {id(each.tensor): {axis: dimension(*named) for axis, named in each.names.items()} for each in varying}
 
 
 def arrange_inputs(
@@ -192,8 +189,9 @@ def arrange_inputs(
         InputError: They don't fit.
     """
     given = inputs.generate(options.inputs, options.dims, options.samples or {})
-    args, kwargs = inputs.bind([str(n) for n in names], given.positional, given.named, source, open_ended=open_ended)
-    return args, kwargs, given.axes
+    positional = [*options.args, *given.positional]
+    args, kwargs = inputs.bind([str(n) for n in names], positional, given.named, source, open_ended=open_ended)
+    return args, kwargs, {**options.axes, **given.axes}
 
 
 def images_of(options: Options) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ def _recognises(content: Content) -> bool:
 def _open(path: Path, options: Options) -> Captured:
     held = _load(path, options)
     args, kwargs, axes = held.args, held.kwargs, NO_AXES
-    if options.inputs or options.samples:
+    if options.inputs or options.args or options.samples:
         args, kwargs, axes = arrange_inputs(list(held.program.graph_signature.user_inputs), options, str(path))
     with one_error(str(path), "can't be captured", "Export it again with this torch", passing=ArmoptError):
         captured = capture.exported(held.program, args, kwargs, source=str(path), axes=axes)
