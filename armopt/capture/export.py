@@ -172,7 +172,7 @@ def _renamed(size: Dim, called: Mapping[str, str]) -> Dim:
 
 
 def check_dtypes(model: torch.nn.Module, source: str) -> None:
-    """Refuses parameters of another dtype than FP32 or its complex numbers, which no kernel rounds, and those that are not on the CPU.
+    """Refuses parameters that are not in FP32, or complex numbers of it, and those that are not on the CPU.
 
     Raises:
         InputError: Naming the first such parameter.
@@ -222,9 +222,9 @@ def _varying_shapes(
 ) -> Any:
     _, tensors = describe_inputs(args, kwargs)
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor, dimensions in zip(tensors, varying, strict=True):
-        if dimensions:
-            shapes[tensor] = dict.fromkeys(dimensions, torch.export.Dim.AUTO)
+    for tensor, dims in zip(tensors, varying, strict=True):
+        if dims:
+            shapes[tensor] = dict.fromkeys(dims, torch.export.Dim.AUTO)
     return shapes.dynamic_shapes(model, args, kwargs)
 
 
@@ -356,9 +356,7 @@ def _called(graph_module: fx.GraphModule, named: Sequence[Mapping[int, Dimension
             size = node.meta["val"].shape[axis]
             if isinstance(size, int):
                 what = f"dimension {axis} of input {node.target} is {size} in the model, so {each.name!r} can't vary"
-                raise InputError(
-                    what, where=source, hint="Write the number in its place, or export it with that dynamic"
-                )
+                raise InputError(what, where=source, hint="Write the number there, or export it with that dynamic")
             expression = str(size.node.expr)
             if called.setdefault(expression, each.name) != each.name:
                 what = f"{each.name!r} and {called[expression]!r} are one dimension in the model"

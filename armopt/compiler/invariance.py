@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -79,7 +80,7 @@ def check_rows(judged: Judged, sizes: Sequence[int]) -> None:
 def _tried(sizes: Sequence[int]) -> Iterator[int]:
     """The sizes, and one between each two of them."""
     ordered = sorted({1, *sizes, max(max(sizes), 2)})
-    between = {(low + high + 1) // 2 for low, high in zip(ordered, ordered[1:], strict=False)}
+    between = {(low + high + 1) // 2 for low, high in itertools.pairwise(ordered)}
     yield from sorted({*ordered, *between})
 
 

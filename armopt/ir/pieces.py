@@ -1,7 +1,7 @@
 """Calls in pieces of one number of rows, so that what comes of a row depends on no other row that came with it.
 
-A product of other sizes may sum in another order. So every run has as many rows as any other, the last one is filled up,
-and the same primitives do the same work for each.
+A product of other sizes may sum in another order. So every run has as many rows as any other, the last one is filled
+up, and the same primitives do the same work for each.
 """
 
 from __future__ import annotations

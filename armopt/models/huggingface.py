@@ -70,7 +70,7 @@ def build(reference: str) -> torch.nn.Module:
         raise InputError(
             f"transformers can't load it: {first_line(error)}",
             where=str(folder),
-            hint="The folder needs config.json, and model.safetensors or its shards beside model.safetensors.index.json",
+            hint="The folder needs config.json, and model.safetensors or shards and their index",
         ) from error
     return model
 

@@ -34,8 +34,8 @@ def resolve(reference: str) -> ModelFactory:
 
     Args:
         reference: ``torchvision:NAME``, a name from ``torchvision.models.list_models()``, or ``timm:NAME``, built
-            with random weights; ``hf:FOLDER``, which save_pretrained wrote; or ``package.module:factory``, something called without arguments that returns an
-            ``nn.Module``. The module is looked for in the current folder too.
+            with random weights; ``hf:FOLDER``, which save_pretrained wrote; or ``package.module:factory``, something
+            called without arguments that returns an ``nn.Module``. The module is looked for in the current folder too.
 
     Returns:
         A function that builds the model; it raises InputError where the factory fails or returns none.

@@ -52,7 +52,7 @@ def test_a_text_model_takes_ids_and_a_mask_of_any_length(tmp_path: Path, transfo
         torch.testing.assert_close(loaded(**given).logits, model(**given).logits, atol=2e-3, rtol=0)
     with pytest.raises(InputError, match="dimension 1 is 65, the model takes up to 64"):
         loaded(input_ids=torch.ones(1, 65).long(), attention_mask=torch.ones(1, 65).long())
-    with pytest.raises(InputError, match="whose config.json says what model it is. Leave out --model x:y"):
+    with pytest.raises(InputError, match=r"whose config\.json says what model it is\. Leave out --model x:y"):
         raise run("plan", str(tmp_path / "m"), "--model", "x:y").exception
 
 
@@ -177,9 +177,9 @@ def test_complex_parameters_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_timm_by_name_where_it_is_installed() -> None:
     if importlib.util.find_spec("timm") is None:
-        with pytest.raises(InputError, match="needs timm, which is not installed. pip install timm"):
+        with pytest.raises(InputError, match=r"needs timm, which is not installed\. pip install timm"):
             references.resolve("timm:resnet10t")
         return
-    with pytest.raises(InputError, match="unknown timm model 'resnet10'. Did you mean resnet10t"):
+    with pytest.raises(InputError, match=r"unknown timm model 'resnet10'\. Did you mean resnet10t"):
         references.resolve("timm:resnet10")
     assert run("plan", "--model", "timm:resnet10t").exit_code == 0

@@ -114,7 +114,7 @@ def test_a_compiled_model_and_the_backend_keep_them_too() -> None:
     layers = armopt.explain(made).layers
     assert len(layers) == 3
     assert sum(each.precision == Precision.FP32 and "kept in FP32" in each.reason for each in layers) == 2
-    with pytest.raises(InputError, match="no layer is called 'heads'. Did you mean head"):
+    with pytest.raises(InputError, match=r"no layer is called 'heads'\. Did you mean head"):
         armopt.compile(net(), target="graviton3", checks=Checks(keep_fp32=("heads",)))
     torch._dynamo.reset()
     run = torch.compile(net(), backend="armopt", options={"target": "graviton3", "keep_fp32": ["*"]})

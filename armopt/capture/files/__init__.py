@@ -22,9 +22,7 @@ FORMATS: Table[Format] = Table(
     Line("pt2", "armopt.capture.files.pt2:FORMAT", "torch.export's .pt2"),
     Line("torchscript", "armopt.capture.files.torchscript:FORMAT", "TorchScript"),
     Line("safetensors", "armopt.capture.files.safetensors:FORMAT", ".safetensors (a state dict)"),
-    Line(
-        "shards", "armopt.capture.files.shards:FORMAT", "model.safetensors.index.json (a state dict in several files)"
-    ),
+    Line("shards", "armopt.capture.files.shards:FORMAT", "model.safetensors.index.json (a state dict in shards)"),
     Line("torch.save", "armopt.capture.files.torch_save:FORMAT", "torch.save's .pt (a state dict or a pickled module)"),
 )
 
