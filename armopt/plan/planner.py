@@ -87,13 +87,15 @@ def make(
 
 def _choose(sites: Sequence[Site], target: Target, policy: Policy, pinned: Mapping[str, str]) -> Sequence[Choice]:
     """The policy's choice for what is free, to which a pinned layer is as any other operation in FP32."""
-    kept = [site for site in sites if site.node in pinned]
-    read = {source for site in kept for source in (site.source, site.residual)}
+    read = {source for site in sites if site.node in pinned for source in (site.source, site.residual)}
     free = [replace(s, escapes=s.escapes or s.node in read) for s in sites if s.node not in pinned]
-    chosen = dict(zip((site.node for site in free), policy.choose(free, target), strict=True))
-    for site in kept:
-        chosen[site.node] = Choice(_in_fp32(site, target, policy), f"kept in FP32, as {pinned[site.node]!r} says")
-    return [chosen[site.node] for site in sites]
+    chosen = iter(policy.choose(free, target))
+    return [
+        Choice(_in_fp32(site, target, policy), f"kept in FP32, as {pinned[site.node]!r} says")
+        if site.node in pinned
+        else next(chosen)
+        for site in sites
+    ]
 
 
 def _in_fp32(site: Site, target: Target, policy: Policy) -> Kernel | None:
