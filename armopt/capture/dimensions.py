@@ -196,13 +196,12 @@ def fixed(error: Exception, axes: Axes, source: str) -> CaptureError | None:
     text = str(error)
     if not axes or ("Constraints violated" not in text and "specialized" not in text):
         return None
-    names = {each.name for dimensions in axes.values() for each in dimensions.values()}
+    names = sorted({each.name for dimensions in axes.values() for each in dimensions.values()})
     fixes = [line.strip() for line in text.partition("Suggested fixes:")[2].splitlines() if line.strip()]
-    for name, fix in ((name, fix) for name in sorted(names) for fix in fixes):
-        if match := re.match(rf"{name} = Dim\('\w+', (?:min=(\d+))?(?:, )?(?:max=(\d+))?\)", fix):
-            hint = f"Give --dim {name}={match[1] or 1}..{match[2] or ''}"
+    for name in names:
+        if hint := _other_range(name, fixes):
             return CaptureError(f"the model does not take all sizes of {name}", where=source, hint=hint)
-    said = [name for name in sorted(names) if re.search(rf"\b{name}\b", text)]
+    said = [name for name in names if re.search(rf"\b{name}\b", text)]
     if said in ([], [BATCH]):
         return CaptureError(
             "the model fixes its batch size, so it can't serve several",
@@ -211,3 +210,10 @@ def fixed(error: Exception, axes: Axes, source: str) -> CaptureError | None:
         )
     what = f"the model fixes {' or '.join(said)}: {next(iter(fixes), first_line(error))}"
     return CaptureError(what, where=source, hint="Write that size as a number in --input, and make one bundle for each")
+
+
+def _other_range(name: str, fixes: Sequence[str]) -> str:
+    """What to give for a dimension, where torch.export knows a range: ``tokens = Dim('tokens', max=512)``."""
+    form = rf"{name} = Dim\('\w+', (?:min=(\d+))?(?:, )?(?:max=(\d+))?\)"
+    match = next(filter(None, (re.match(form, fix) for fix in fixes)), None)
+    return f"Give --dim {name}={match[1] or 1}..{match[2] or ''}" if match else ""

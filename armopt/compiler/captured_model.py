@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from armopt.capture.submodules import CapturedPart
 from armopt.errors import InputError
 from armopt.ir import graph as g
 from armopt.ir.pieces import BATCH
-from armopt.ir.records import Bucket, Captured, Skip
+from armopt.ir.records import Bucket, Captured, Skip, Symbol
 
 #: A module, an exported program, a model file (a TrustedFile where reading it may run code), or what
 #: :mod:`armopt.capture` made of one of them.
@@ -210,12 +211,22 @@ def find_buckets(captured: Captured, at: Mapping[str, Sequence[int]]) -> tuple[B
         said = f"Those that vary are {', '.join(symbols)}" if symbols else "No dimension varies"
         hint = f"{said}; name others in a shape: --input NAME=1x{unknown[0]}:int64"
         raise InputError(f"no dimension is called {unknown[0]!r}", where=captured.source, hint=hint)
-    wanted = []
-    for name, symbol in symbols.items():
-        chosen = sorted(set(at.get(name) or (sizes[name],)))
-        wanted.append([(name, size) for size in chosen])
-        for size in chosen:
-            if size < symbol.least or (symbol.most is not None and size > symbol.most):
-                said = f"{symbol.least} to {symbol.most}" if symbol.most is not None else f"{symbol.least} and more"
-                raise InputError(f"{name} can't be {size}: the model takes {said}", where=captured.source)
+    wanted = [
+        [(name, size) for size in _checked_sizes(symbol, at.get(name) or (sizes[name],), captured.source)]
+        for name, symbol in symbols.items()
+    ]
     return tuple(dict(bucket) for bucket in itertools.product(*wanted))
+
+
+def _checked_sizes(symbol: Symbol, sizes: Sequence[int], source: str) -> list[int]:
+    """Sizes of a dimension, the least first.
+
+    Raises:
+        InputError: The model does not take one.
+    """
+    most = math.inf if symbol.most is None else symbol.most
+    for size in sizes:
+        if not symbol.least <= size <= most:
+            said = f"{symbol.least} and more" if symbol.most is None else f"{symbol.least} to {symbol.most}"
+            raise InputError(f"{symbol.name} can't be {size}: the model takes {said}", where=source)
+    return sorted(set(sizes))

@@ -114,9 +114,7 @@ def compile(
     capture.check_dtypes(original, name)
     options: dict[str, Any] = {"target": target, "plans": plans, "policy": policy, "tuning": str(tuning or "")}
     checks = _usable(checks)
-    if checks is not None and checks.keep_fp32:
-        pinning.check(checks.keep_fp32, {path for path, part in original.named_modules() if _is_layer(part)})
-        options["keep_fp32"] = checks.keep_fp32
+    options["keep_fp32"] = _pinned(original, checks)
     common = _Common(backend.settings(options), options, release_original, checks)
     torchvision_ops.ensure_torchvision_if_installed()
     made: _Model = _clone(original)
@@ -179,9 +177,16 @@ def _parts(module: torch.nn.Module, depth: int) -> Iterator[tuple[str, torch.nn.
             yield f"{name}.{path}", part
 
 
-def _is_layer(module: torch.nn.Module) -> bool:
-    """Whether a module itself holds a matrix."""
-    return any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+def _pinned(model: torch.nn.Module, checks: Checks | None) -> tuple[str, ...]:
+    """The patterns of layers that stay in FP32.
+
+    Raises:
+        InputError: One names no module with a matrix.
+    """
+    if checks is None:
+        return ()
+    pinning.check(checks.keep_fp32, {name.rpartition(".")[0] for name, x in model.named_parameters() if x.dim() > 1})
+    return checks.keep_fp32
 
 
 def _own_forward(module: torch.nn.Module) -> Callable[..., Any]:

@@ -43,9 +43,7 @@ class Model(Loaded):
         self._specs = [(spec.name, spec.shape, getattr(torch, spec.dtype)) for spec in signature.specs]
         self._plain = signature.inputs.names if _is_plain(signature.inputs) else None
         symbols = {symbol.name for symbol in signature.symbols}
-        self._most = {symbol.name: symbol.most for symbol in signature.symbols if symbol.most is not None}
-        # torch.export writes a least size of 2 where it saw no other, though one of 1 runs
-        self._least = {symbol.name: symbol.least for symbol in signature.symbols if symbol.least > 2}
+        self._least, self._most = _bounds(signature)
         self._build = nesting.builder(signature.outputs.tree)
         self._positions = signature.outputs.positions
         self._empty = empty
@@ -55,7 +53,7 @@ class Model(Loaded):
         # where the symbols' values are found: (symbol, tensor, dimension); and sizes that follow from them: 2*batch
         self._where = [entry for entry in dynamic if entry[0] in symbols]
         self._rows = signature.rows
-        self._batched = [bool(shape) and shape[0] == BATCH for _, shape, _ in self._specs]
+        self._batched = [spec.shape[:1] == (BATCH,) for spec in signature.specs]
         self._following = [entry for entry in dynamic if entry[0] not in symbols]
         self.__signature__ = _signature(signature.inputs.names)
 
@@ -194,6 +192,15 @@ class Model(Loaded):
             return self._programs[0][1]
         values = {symbol: tensors[i].shape[d] for symbol, i, d in self._where}
         return buckets.nearest(self._programs, values)
+
+
+def _bounds(signature: Signature) -> tuple[dict[str, int], dict[str, int]]:
+    """The least and the largest size of the symbols that have one.
+
+    torch.export writes a least size of 2 where it saw no other, though one of 1 runs.
+    """
+    least = {symbol.name: symbol.least for symbol in signature.symbols if symbol.least > 2}
+    return least, {symbol.name: symbol.most for symbol in signature.symbols if symbol.most is not None}
 
 
 def _dynamic(shapes: Sequence[Sequence[int | str]]) -> list[tuple[str, int, int]]:
