@@ -16,6 +16,8 @@ from armopt._version import __version__
 
 if TYPE_CHECKING:
     from armopt.accuracy import validate as validate
+    from armopt.capture.dimensions import Dimension as Dimension
+    from armopt.capture.dimensions import Example as Example
     from armopt.capture.files.format import TrustedFile as TrustedFile
     from armopt.compiler.checks import Checks as Checks
     from armopt.compiler.optimize import Result as Result
@@ -49,6 +51,8 @@ _PUBLIC = {
     "CaptureError": "armopt.errors",
     "Checks": "armopt.compiler.checks",
     "CostPolicy": "armopt.plan.cost_policy",
+    "Dimension": "armopt.capture.dimensions",
+    "Example": "armopt.capture.dimensions",
     "Explanation": "armopt.dynamo.explain",
     "HostError": "armopt.errors",
     "InputError": "armopt.errors",
@@ -76,6 +80,8 @@ __all__ = [
     "CaptureError",
     "Checks",
     "CostPolicy",
+    "Dimension",
+    "Example",
     "Explanation",
     "HostError",
     "InputError",

@@ -99,6 +99,11 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return printable(next((line for line in lines if line), type(error).__name__)[:most])
 
 
+def close_names(name: str, known: Collection[str]) -> list[str]:
+    """Up to three of the names known that come close to a wrong one."""
+    return difflib.get_close_matches(name, known, n=3)
+
+
 def unknown(kind: str, name: str, known: Collection[str], *, where: str = "", said: str = "") -> InputError:
     """The error for a name that is none of those `known`: which come close, and all there are.
 
@@ -109,6 +114,6 @@ def unknown(kind: str, name: str, known: Collection[str], *, where: str = "", sa
         where: The option or file that it stands in.
         said: How to say them all, if not as a list.
     """
-    close = difflib.get_close_matches(name.lower().replace("-", "").replace(" ", ""), known, n=3)
+    close = close_names(name.lower().replace("-", "").replace(" ", ""), known)
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
     return InputError(f"unknown {kind} {name!r}", where=where, hint=f"{meant}Known are {said or ', '.join(known)}")

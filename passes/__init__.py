@@ -68,4 +68,4 @@ def lower(plan: Plan, rounded: dict[str, torch.Tensor]) -> tuple[Pass, ...]:
     """What carries out one plan: runs once for each bucket, on a copy. Plans of one model share `rounded`."""
     decisions = {decision.node: decision for decision in plan.decisions}
     packing = (PackLinear(decisions, rounded), PackConv(decisions, rounded))
-    return (*packing, *((PackEmbedding(rounded),) if plan.target.bf16 else ()), PropagateBf16())
+    return (*packing, *((PackEmbedding(rounded, plan.pinned),) if plan.target.bf16 else ()), PropagateBf16())

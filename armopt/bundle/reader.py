@@ -17,6 +17,7 @@ from armopt.bundle.files import GRAPH, KEPT, REFERENCE_GRAPH, REFERENCE_WEIGHTS,
 from armopt.bundle.mapped_weights import MappedTensors
 from armopt.bundle.program import Part, Program
 from armopt.errors import BundleError, InputError
+from armopt.ir.pieces import BATCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +183,19 @@ def _check_parts(described: manifest.Manifest, parts: Sequence[Part], where: str
             raise BundleError("takes other inputs than the manifest says", where=where, hint="Make the bundle again")
         most = max(signature.outputs.positions, default=-1)
         for program in part.programs:
+            _check_rows(signature.rows, program, f"{where}: {part.path}")
             graph = program.graph_module.graph
             results: Any = graph.output_node().args[0]
             if len(graph.find_nodes(op="placeholder")) != len(inputs) or len(results) <= most:
                 what = "takes or returns another number of tensors than its signature says"
                 raise BundleError(what, where=f"{where}: {part.path}", hint="Make the bundle again")
+
+
+def _check_rows(rows: int, program: Program, where: str) -> None:
+    """Refuses a number of rows of one run that the program is not planned, and was not tried, for."""
+    if rows and rows != program.bucket.get(BATCH):
+        what = f"runs {rows} rows at a time, for which it has no program"
+        raise BundleError(what, where=where, hint="Make the bundle again")
 
 
 def _loaded(data: bytes, where: str) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from armopt.capture.calls import eval_mode, unchanged
 from armopt.errors import AccuracyError, ArmoptError, InputError, first_line
 from armopt.ir import nesting
+from armopt.models.huggingface import without_cache
 
 #: Nested arguments of a call from its flat tensors.
 Arrange = Callable[[Sequence[torch.Tensor]], tuple[Sequence[Any], dict[str, Any]]]
@@ -120,11 +121,15 @@ class Eager:
                 hint="Is the bundle made from this model? Give inputs that it takes with --inputs",
             ) from error
 
-    def _as_called(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _as_called(self) -> Iterator[None]:
         exported = isinstance(self.module, torch.fx.GraphModule) and hasattr(self.module, "validate_inputs")
-        if exported or not self.module.training:
-            return contextlib.nullcontext()
-        return eval_mode(self.module)
+        with without_cache(self.module):
+            if exported or not self.module.training:
+                yield
+            else:
+                with eval_mode(self.module):
+                    yield
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from armopt.capture import decompositions
+from armopt.capture import decompositions, dimensions
 from armopt.capture.calls import (
     Args,
     Kwargs,
@@ -28,16 +28,18 @@ from armopt.capture.calls import (
     eval_mode,
     is_tensor,
     placeholders,
-    resize_batch_of,
     try_once,
 )
 from armopt.capture.constants import unlift
+from armopt.capture.dimensions import NO_AXES, Axes, Dimension
 from armopt.capture.eager import Eager
 from armopt.capture.widening import is_half, widened
 from armopt.errors import CaptureError, InputError, first_line
 from armopt.ir import graph as g
 from armopt.ir import nesting
+from armopt.ir.pieces import BATCH
 from armopt.ir.records import Captured, Dim, InputSpec, Symbol
+from armopt.models.huggingface import without_cache
 
 
 def module(
@@ -46,6 +48,7 @@ def module(
     kwargs: Kwargs | None = None,
     *,
     batch: Sequence[int] = (),
+    axes: Axes = NO_AXES,
     varying: Sequence[Collection[int]] = (),
     source: str = "model",
 ) -> Captured:
@@ -57,6 +60,7 @@ def module(
         args: Example positional inputs.
         kwargs: Example keyword inputs.
         batch: Sizes of the first dimension to plan for; more than one makes that dimension dynamic.
+        axes: Which other dimensions of the inputs vary.
         varying: For each tensor among the inputs, in their order, the dimensions that are to be dynamic.
         source: What to call the model in messages.
 
@@ -74,20 +78,20 @@ def module(
         model = widened(model, args, kwargs, source)
     check_dtypes(model, source)
     args, kwargs = check_signature(model, args, kwargs, source)
-    if batch:
-        size = batch[0] if len(batch) == 1 else max(2, *batch)  # export takes a dimension of 1 as a constant
-        args, kwargs = resize_batch_of(args, kwargs, size)
-    dynamic = _dynamic_shapes(model, args, kwargs) if len(batch) > 1 else None
+    if len(batch) > 1:
+        axes = dimensions.with_batch(args, kwargs, axes, batch)
+    args, kwargs, axes = dimensions.resized(args, kwargs, axes, batch[0] if len(batch) == 1 else None)
+    dynamic = dimensions.dynamic_shapes(model, args, kwargs, axes)
     if any(varying):
         dynamic = _varying_shapes(model, args, kwargs, varying)
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), without_cache(model), torch.no_grad():
         try_once(model, args, kwargs, source)
         try:
             with quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
-            raise _explain(error, source, dynamic is not None) from error
-    return exported(program, args, kwargs, source=source, signature=names, defaults=defaults, original=model)
+            raise dimensions.fixed(error, axes, source) or _explain(error, source) from error
+    return exported(program, args, kwargs, source=source, signature=names, defaults=defaults, original=model, axes=axes)
 
 
 def exported(
@@ -99,6 +103,7 @@ def exported(
     signature: Sequence[str] = (),
     original: torch.nn.Module | None = None,
     defaults: Kwargs = MappingProxyType({}),
+    axes: Axes = NO_AXES,
 ) -> Captured:
     """Captures an exported program, with its own example inputs unless others are given.
 
@@ -109,6 +114,8 @@ def exported(
         source: What to call the model in messages.
         signature: Names of the positional inputs.
         original: The module that it was made from; without one the program is the original.
+        defaults: What parameters have that are not given.
+        axes: Dimensions of the inputs that have a name.
 
     Raises:
         InputError: It has no example inputs and none are given.
@@ -127,10 +134,13 @@ def exported(
         program = decompositions.without_writes(program)
     graph_module = unlift(program, source)
     inputs, tensors = describe_inputs(args, kwargs, signature or _signature_names(program, args), defaults)
+    called = [*signature[: len(args)], *kwargs]
+    if isinstance(original, torch.jit.ScriptModule) and len(called) == len(tensors):
+        _rename(graph_module, called)  # what was converted has names of the converter's
     names = _input_names(graph_module, tensors)
     _check_tensors(graph_module, tensors, source)
     outputs = _outputs(program, source)
-    symbols = _symbols(program, graph_module)
+    symbols = _symbols(program, graph_module, [axes.get(id(tensor), {}) for tensor in tensors], source)
     called = {symbol.expression: symbol.name for symbol in symbols}
     specs = []
     for node in placeholders(graph_module):
@@ -162,14 +172,14 @@ def _renamed(size: Dim, called: Mapping[str, str]) -> Dim:
 
 
 def check_dtypes(model: torch.nn.Module, source: str) -> None:
-    """Refuses parameters of another dtype than FP32, and those that are not on the CPU.
+    """Refuses parameters that are not in FP32, or complex numbers of it, and those that are not on the CPU.
 
     Raises:
         InputError: Naming the first such parameter.
     """
     for name, parameter in model.named_parameters():
         check_device(parameter, f"parameter {name}", source)
-        if parameter.dtype != torch.float32:
+        if parameter.dtype not in (torch.float32, torch.complex64):
             raise wrong_dtype(name, parameter.dtype, source)
     if any(type(part).__module__.startswith("torch.ao.nn.quantized") for part in model.modules()):
         raise InputError("the model is quantized (int8)", where=source, hint="Give the FP32 model")
@@ -207,36 +217,19 @@ def _signature_names(program: ExportedProgram, args: Args) -> list[str]:
     return [str(name) for name in names[: len(args)]] if len(names) >= len(args) else []
 
 
-def _dynamic_shapes(model: torch.nn.Module, args: Args, kwargs: dict[str, Any]) -> Any:
-    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if is_tensor(leaf) and leaf.dim() > 0]
-    dimension = torch.export.Dim("batch", min=1)
-    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    size = tensors[0].shape[0]
-    for tensor in {id(t): t for t in tensors}.values():
-        if tensor.shape[0] == size:
-            shapes[tensor] = {0: dimension}
-    return shapes.dynamic_shapes(model, args, kwargs)
-
-
 def _varying_shapes(
     model: torch.nn.Module, args: Args, kwargs: dict[str, Any], varying: Sequence[Collection[int]]
 ) -> Any:
     _, tensors = describe_inputs(args, kwargs)
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor, dimensions in zip(tensors, varying, strict=True):
-        if dimensions:
-            shapes[tensor] = dict.fromkeys(dimensions, torch.export.Dim.AUTO)
+    for tensor, dims in zip(tensors, varying, strict=True):
+        if dims:
+            shapes[tensor] = dict.fromkeys(dims, torch.export.Dim.AUTO)
     return shapes.dynamic_shapes(model, args, kwargs)
 
 
-def _explain(error: Exception, source: str, dynamic: bool) -> CaptureError:
+def _explain(error: Exception, source: str) -> CaptureError:
     """torch.export's error in one sentence, with the next step."""
-    if dynamic and ("Constraints violated" in str(error) or "specialized" in str(error)):
-        return CaptureError(
-            "the model fixes its batch size, so it can't serve several",
-            where=source,
-            hint="Give one size with --batch, and make one bundle for each",
-        )
     line = g.line_in(str(error))
     return CaptureError(
         f"torch.export can't take the model whole: {first_line(error)}",
@@ -292,6 +285,16 @@ def _check_dense(program: ExportedProgram, source: str) -> None:
             )
 
 
+def _rename(graph_module: fx.GraphModule, names: Sequence[str]) -> None:
+    """Gives the inputs other names, but for those that something else in the graph has."""
+    taken = {node.name for node in graph_module.graph.nodes}
+    for node, name in zip(placeholders(graph_module), names, strict=True):
+        if name.isidentifier() and name not in taken:
+            node.name = node.target = name
+            taken.add(name)
+    graph_module.recompile()
+
+
 def _input_names(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> dict[str, str]:
     nodes = list(placeholders(graph_module))
     if len(nodes) != len(tensors):
@@ -320,9 +323,18 @@ def _is_none(spec: Any) -> bool:
     return type(spec.arg).__name__ == "ConstantArgument"
 
 
-def _symbols(program: ExportedProgram, graph_module: fx.GraphModule) -> tuple[Symbol, ...]:
-    """The dynamic dimensions of the inputs, but for those that follow from others; one of first dimensions is batch."""
+def _symbols(
+    program: ExportedProgram, graph_module: fx.GraphModule, named: Sequence[Mapping[int, Dimension]], source: str
+) -> tuple[Symbol, ...]:
+    """The dynamic dimensions of the inputs, but for those that follow from others.
+
+    Each has the name that was given it; else one of first dimensions is the batch.
+
+    Raises:
+        InputError: A dimension that has a name is fixed.
+    """
     found: dict[str, Symbol] = {}
+    called = _called(graph_module, named, source)
     following = _following(graph_module)
     ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
     for node in placeholders(graph_module):
@@ -330,10 +342,26 @@ def _symbols(program: ExportedProgram, graph_module: fx.GraphModule) -> tuple[Sy
             expression = "" if isinstance(size, int) else str(size.node.expr)
             if expression not in ranges or expression in found or expression in following:
                 continue
-            first = dimension == 0 and all(symbol.name != "batch" for symbol in found.values())
-            least, most = _bounds(ranges[expression])
-            found[expression] = Symbol("batch" if first else expression, expression, least, most)
+            first = dimension == 0 and BATCH not in {*called.values(), *(symbol.name for symbol in found.values())}
+            name = called.get(expression, BATCH if first else expression)
+            found[expression] = Symbol(name, expression, *_bounds(ranges[expression]))
     return tuple(found.values())
+
+
+def _called(graph_module: fx.GraphModule, named: Sequence[Mapping[int, Dimension]], source: str) -> dict[str, str]:
+    """Symbols of torch.export's by the names that users gave them."""
+    called: dict[str, str] = {}
+    for node, dims in zip(placeholders(graph_module), named, strict=True):
+        for axis, each in dims.items():
+            size = node.meta["val"].shape[axis]
+            if isinstance(size, int):
+                what = f"dimension {axis} of input {node.target} is {size} in the model, so {each.name!r} can't vary"
+                raise InputError(what, where=source, hint="Write the number there, or export it with that dynamic")
+            expression = str(size.node.expr)
+            if called.setdefault(expression, each.name) != each.name:
+                what = f"{each.name!r} and {called[expression]!r} are one dimension in the model"
+                raise InputError(what, where=source, hint="Give both the same name")
+    return called
 
 
 def _following(graph_module: fx.GraphModule) -> set[str]:

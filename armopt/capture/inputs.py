@@ -6,10 +6,12 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from armopt.capture.dimensions import NAME, Axes, Dimension
 from armopt.errors import InputError
 from armopt.ir import buckets
 from armopt.ir.records import Bucket, ExampleSpec, InputSpec, Statistics
@@ -17,26 +19,40 @@ from armopt.ir.records import Bucket, ExampleSpec, InputSpec, Statistics
 #: No integer is as large.
 _WHOLE = 2**63 - 1
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-_FORM = "Write NAME=1x3x224x224:float32, or NAME=1x128:int64:30522 for integers below 30522"
-_PATTERN = re.compile(r"(?:(?P<name>[\w.]+)=)?(?P<shape>scalar|\d+(?:x\d+)*)(?::(?P<dtype>\w+))?(?::(?P<below>\d+))?")
+_FORM = (
+    "Write NAME=1x3x224x224:float32, or NAME=1x128:int64:30522 for integers below 30522; "
+    "a name in the shape is a dimension that varies: NAME=1xtokens:int64"
+)
+_SIZE = rf"(?:\d+|{NAME})"
+_PATTERN = re.compile(
+    rf"(?:(?P<name>[\w.]+)=)?(?P<shape>scalar|{_SIZE}(?:x{_SIZE})*)(?::(?P<dtype>\w+))?(?::(?P<below>\d+))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class InputOption:
-    """One ``--input``: name (empty: by position), shape, dtype, and for integers the bound."""
+    """One ``--input``: name (empty: by position), shape, dtype, and for integers the bound.
+
+    A name in the shape is a dimension that varies.
+    """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
     dtype: torch.dtype
     below: int = 2
 
-    def tensor(self, generator: torch.Generator) -> torch.Tensor:
+    def tensor(self, generator: torch.Generator, dims: Mapping[str, Dimension] = MappingProxyType({})) -> torch.Tensor:
         """A random tensor: normal for floats, in [0, below) for integers."""
+        shape = [size if isinstance(size, int) else dims[size].captured() for size in self.shape]
         if self.dtype == torch.bool:
-            return torch.randint(0, 2, self.shape, generator=generator).bool()
+            return torch.randint(0, 2, shape, generator=generator).bool()
         if self.dtype.is_floating_point:
-            return torch.randn(self.shape, generator=generator).to(self.dtype)
-        return torch.randint(0, self.below, self.shape, generator=generator).to(self.dtype)
+            return torch.randn(shape, generator=generator).to(self.dtype)
+        return torch.randint(0, self.below, shape, generator=generator).to(self.dtype)
+
+    def axes(self, dims: Mapping[str, Dimension]) -> dict[int, Dimension]:
+        """Which of its dimensions vary."""
+        return {axis: dims[size] for axis, size in enumerate(self.shape) if isinstance(size, str)}
 
 
 def parse(text: str) -> InputOption:
@@ -53,15 +69,59 @@ def parse(text: str) -> InputOption:
         raise InputError(
             f"unknown dtype {dtype!r} in {text!r}", where="--input", hint=f"Known are {', '.join(_DTYPES)}"
         )
-    shape = () if match["shape"] == "scalar" else tuple(int(size) for size in match["shape"].split("x"))
+    shape = (
+        ()
+        if match["shape"] == "scalar"
+        else tuple(int(size) if size.isdigit() else size for size in match["shape"].split("x"))
+    )
     return InputOption(match["name"] or "", shape, getattr(torch, dtype), int(match["below"] or 2))
 
 
-def generate(options: Sequence[InputOption], seed: int = 0) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Random tensors: those without a name, in order, and those with one."""
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What ``--input`` options give: tensors without a name, those with one, and which of their dimensions vary."""
+
+    positional: list[torch.Tensor]
+    named: dict[str, torch.Tensor]
+    axes: Axes
+
+
+def generate(
+    options: Sequence[InputOption],
+    dims: Mapping[str, Dimension] = MappingProxyType({}),
+    samples: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    seed: int = 0,
+) -> Generated:
+    """The tensors of options: random ones, and `samples` in the place of those of the same name.
+
+    Args:
+        options: What to generate.
+        dims: The dimensions that their shapes may name.
+        samples: Tensors by name.
+        seed: Of the random numbers.
+
+    Raises:
+        InputError: The size of a dimension is not known, or a sample has another number of dimensions.
+    """
     generator = torch.Generator().manual_seed(seed)
-    tensors = [(option.name, option.tensor(generator)) for option in options]
-    return [t for name, t in tensors if not name], {name: t for name, t in tensors if name}
+    dims = {size: Dimension(size) for option in options for size in option.shape if isinstance(size, str)} | dict(dims)
+    positional: list[torch.Tensor] = []
+    named = dict(samples)
+    axes: dict[int, dict[int, Dimension]] = {}
+    for option in options:
+        tensor = samples.get(option.name) if option.name else None
+        if tensor is None:
+            tensor = option.tensor(generator, dims)
+        elif tensor.dim() != len(option.shape):
+            what = f"input {option.name} has {tensor.dim()} dimensions in the file, {len(option.shape)} here"
+            raise InputError(what, where="--input", hint="Write as many sizes and names as the tensor has dimensions")
+        if option.name:
+            named[option.name] = tensor
+        else:
+            positional.append(tensor)
+        if found := option.axes(dims):
+            axes[id(tensor)] = found
+    return Generated(positional, named, axes)
 
 
 def statistics(tensor: torch.Tensor) -> Statistics | None:

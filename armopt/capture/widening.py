@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from armopt.capture.calls import Args, Kwargs, eval_mode, unchanged
 from armopt.errors import ArmoptWarning, InputError, first_line
+from armopt.models.huggingface import without_cache
 
 #: Dtypes that FP32 holds exactly.
 HALF = (torch.bfloat16, torch.float16)
@@ -20,7 +21,7 @@ HALF = (torch.bfloat16, torch.float16)
 def is_half(model: torch.nn.Module) -> bool:
     """Whether some parameter is in BF16 or FP16, and none is in what FP32 does not hold."""
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    return not dtypes.isdisjoint(HALF) and dtypes <= {torch.float32, *HALF}
+    return not dtypes.isdisjoint(HALF) and dtypes <= {torch.float32, torch.complex64, *HALF}
 
 
 def widened(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> torch.nn.Module:
@@ -67,7 +68,13 @@ def _dtypes(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> 
     results: list[Any] = []
     for attempt in ((args, kwargs), tree_map(lambda leaf: _to_half(leaf, narrow), (args, dict(kwargs)))):
         try:
-            with torch.no_grad(), eval_mode(model), unchanged(model), torch.random.fork_rng(devices=[]):
+            with (
+                torch.no_grad(),
+                eval_mode(model),
+                without_cache(model),
+                unchanged(model),
+                torch.random.fork_rng(devices=[]),
+            ):
                 results = tree_leaves(model(*attempt[0], **attempt[1]))
             break
         except Exception as error:

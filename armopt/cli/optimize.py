@@ -24,10 +24,14 @@ def optimize(
     described: options.Inputs = None,
     samples: options.Samples = None,
     batch: options.Batch = "",
+    ranges: options.Dims = None,
+    at: options.At = None,
     policy: options.PolicyName = "cost",
     tuning: options.TuningFile = None,
+    keep_fp32: options.KeepFp32 = None,
     kind: options.Kind = "auto",
     min_cosine: options.MinCosine = 0.99,
+    batch_invariant: options.BatchInvariant = False,
     gates: options.Gates = None,
     task: options.TaskName = "",
     checked_on: Annotated[
@@ -74,7 +78,8 @@ def optimize(
     exported = OnnxOptions(onnx_weights, fast_math=not onnx_plain)  # refuses an unknown dtype now
     place = Place(output, force, keep_reference, exported if onnx else None, report)
     place.check_places()
-    recipe, sizes = options.recipe_for(target, policy, tuning), options.parse_batch(batch)
+    recipe, sizes = options.recipe_for(target, policy, tuning, keep_fp32), options.parse_batch(batch)
+    dims = options.parse_dims(ranges, at)
     checks = Checks(
         gates=tuple(gates or ()),
         task=task,
@@ -82,11 +87,13 @@ def optimize(
         min_cosine=min_cosine,
         repair=repair,
         against=against,
+        batch_invariant=batch_invariant,
         examples=_examples(model, described, samples),
     )
-    opened = partial(options.open_for, kind, model, reference, described, samples, sizes, trust_pickle)
+    captured = (*sizes, 2) if sizes and batch_invariant else sizes  # several sizes make the batch dynamic
+    opened = partial(options.open_for, kind, model, reference, described, samples, captured, dims, trust_pickle)
     with out.progress() as watcher, progress.watched_by(watcher):
-        result = optimize.carry_out(lambda: capture_model(opened(), batch=sizes), recipe, checks, place)
+        result = optimize.carry_out(lambda: capture_model(opened(), batch=sizes, dims=dims), recipe, checks, place)
     out.result(to_json(result.manifest, output), lambda: summary(result.manifest, output))
     result.require()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from armopt.capture.sample_files import SAMPLE_FILES
 from armopt.plan.policies import POLICIES
 
 if TYPE_CHECKING:
+    from armopt.capture.dimensions import Dimension
     from armopt.capture.files import Divided
     from armopt.capture.files import Options as SourceOptions
     from armopt.compiler.recipe import Recipe
@@ -27,13 +29,19 @@ ModelPath = Annotated[
     Path | None,
     typer.Argument(
         metavar="MODEL",
-        help=f"A model file: {FORMATS.help()}. May be left out with --model.",
+        help=f"A model file: {FORMATS.help()}; or a Hugging Face folder. May be left out with --model.",
         show_default=False,
     ),
 ]
 TargetName = Annotated[str, typer.Option("--target", help="The product that will serve: see armopt targets; or host.")]
 Reference = Annotated[
-    str, typer.Option("--model", metavar="REF", help="torchvision:NAME or package.module:factory.", show_default=False)
+    str,
+    typer.Option(
+        "--model",
+        metavar="REF",
+        help="torchvision:NAME, timm:NAME, hf:FOLDER or package.module:factory.",
+        show_default=False,
+    ),
 ]
 Inputs = Annotated[
     list[str] | None,
@@ -50,6 +58,25 @@ Batch = Annotated[
         "--batch", metavar="1,8,32", help="Batch sizes to plan for; several make the batch dynamic.", show_default=False
     ),
 ]
+Dims = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dim",
+        metavar="NAME=1..512",
+        help="The sizes of a dimension that an --input names: --input ids=1xtokens:int64. Repeatable.",
+    ),
+]
+At = Annotated[
+    list[str] | None,
+    typer.Option("--at", metavar="NAME=32,128", help="Sizes of a dimension to plan for; the nearest serves others."),
+]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="What comes of a row depends on no other row, to the bit: calls run in pieces of the largest --batch.",
+    ),
+]
 Kind = Annotated[
     str,
     typer.Option(
@@ -60,6 +87,14 @@ Kind = Annotated[
 PolicyName = Annotated[
     str,
     typer.Option("--policy", help=f"How kernels are chosen: {POLICIES.help()}."),
+]
+KeepFp32 = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep-fp32",
+        metavar="PATTERN",
+        help='Layers that stay in FP32, by name or path in the model, e.g. "head" or "layers.0.*". Repeatable.',
+    ),
 ]
 TuningFile = Annotated[
     Path | None, typer.Option("--tuning", metavar="FILE", help="Times from armopt tune, instead of the cost table.")
@@ -118,6 +153,7 @@ def open_for(
     described: list[str] | None,
     samples: Path | None,
     batch: tuple[int, ...],
+    dims: Mapping[str, Dimension],
     trust_pickle: bool,
 ) -> Captured | Divided:
     """What the options name, whole or to be captured part by part.
@@ -134,9 +170,9 @@ def open_for(
     if kind == "module" or (kind == "auto" and torchvision_inputs.is_detection(reference)):
         if batch:
             raise InputError("parts have sizes of their own", where="--batch", hint="Leave it out")
-        return files.open_divided(model, source_options(reference, described, samples, batch, trust_pickle))
+        return files.open_divided(model, source_options(reference, described, samples, batch, dims, trust_pickle))
     try:
-        return open_model(model, reference, described, samples, batch, trust_pickle)
+        return open_model(model, reference, described, samples, batch, dims, trust_pickle)
     except CaptureError as error:
         if reference and kind == "auto":
             raise CaptureError(
@@ -163,7 +199,20 @@ def parse_batch(text: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def recipe_for(target: str, policy: str, tuning: Path | None = None) -> Recipe:
+def parse_dims(ranges: list[str] | None, at: list[str] | None) -> dict[str, Dimension]:
+    """Dimensions that vary, from ``--dim`` and ``--at``.
+
+    Raises:
+        InputError: One can't be read.
+    """
+    if not ranges and not at:
+        return {}
+    from armopt.capture import dimensions
+
+    return dimensions.parse(ranges or (), at or ())
+
+
+def recipe_for(target: str, policy: str, tuning: Path | None = None, keep_fp32: Sequence[str] | None = None) -> Recipe:
     """How the options say that graphs become programs.
 
     Raises:
@@ -174,7 +223,8 @@ def recipe_for(target: str, policy: str, tuning: Path | None = None) -> Recipe:
     from armopt.plan import policies
 
     product = targets.load(target)
-    return Recipe(product, policies.find_policy(policy, product, tuning, where="--policy"))
+    found = policies.find_policy(policy, product, tuning, where="--policy")
+    return Recipe(product, found, keep_fp32=tuple(keep_fp32 or ()))
 
 
 def open_model(
@@ -183,6 +233,7 @@ def open_model(
     described: list[str] | None,
     samples: Path | None,
     batch: tuple[int, ...],
+    dims: Mapping[str, Dimension],
     trust_pickle: bool,
 ) -> Captured:
     """Captures what the options name.
@@ -193,7 +244,7 @@ def open_model(
     from armopt.capture import files
     from armopt.errors import InputError
 
-    options = source_options(reference, described, samples, batch, trust_pickle)
+    options = source_options(reference, described, samples, batch, dims, trust_pickle)
     if model is not None:
         return files.open_model(model, options)
     if not reference:
@@ -202,7 +253,12 @@ def open_model(
 
 
 def source_options(
-    reference: str, described: list[str] | None, samples: Path | None, batch: tuple[int, ...], trust_pickle: bool
+    reference: str,
+    described: list[str] | None,
+    samples: Path | None,
+    batch: tuple[int, ...],
+    dims: Mapping[str, Dimension],
+    trust_pickle: bool,
 ) -> SourceOptions:
     """The options of a model file.
 
@@ -210,11 +266,14 @@ def source_options(
         InputError: An input can't be read.
     """
     from armopt.capture import files, inputs, sample_files
+    from armopt.capture.dimensions import Dimension
+    from armopt.ir.pieces import BATCH
 
     return files.Options(
         model=reference,
         inputs=tuple(inputs.parse(text) for text in described or ()),
         samples=sample_files.read(samples) if samples else None,
         batch=batch,
+        dims={**dims, BATCH: Dimension(BATCH, at=batch)} if batch else dims,
         trust_pickle=trust_pickle,
     )

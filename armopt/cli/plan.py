@@ -24,8 +24,11 @@ def plan(
     described: options.Inputs = None,
     samples: options.Samples = None,
     batch: options.Batch = "",
+    ranges: options.Dims = None,
+    at: options.At = None,
     policy: options.PolicyName = "cost",
     tuning: options.TuningFile = None,
+    keep_fp32: options.KeepFp32 = None,
     trust_pickle: options.TrustPickle = False,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Draw the graph, coloured by kernel.")
@@ -45,18 +48,21 @@ def plan(
     if text and (as_json or html is not None):
         raise InputError("prints the graph and nothing else", where="--text", hint="Leave out --json and --html")
     out = Output(as_json)
-    recipe, sizes = options.recipe_for(target, policy, tuning), options.parse_batch(batch)
+    recipe, sizes = options.recipe_for(target, policy, tuning, keep_fp32), options.parse_batch(batch)
+    dims = options.parse_dims(ranges, at)
     if until:
         recipe = replace(recipe, pipeline=recipe.pipeline.until(until))
     with out.progress() as progress:
         progress("capture", 0, 2)
-        captured = options.open_model(model, reference, described, samples, sizes, trust_pickle)
+        captured = options.open_model(model, reference, described, samples, sizes, dims, trust_pickle)
         progress("plan", 1, 2)
-        (part,) = captured_model.capture_model(captured, batch=sizes).parts
+        (part,) = captured_model.capture_model(captured, batch=sizes, dims=dims).parts
         if text:
             out.text(_graphs(recipe, part))
             return
-        planned = recipe.plan_part(part)
+        prepared = recipe.prepare(part.captured.graph_module)
+        recipe.check_names({part.path: prepared})
+        planned = recipe.plan_part(part, prepared)
     if html is not None:
         from armopt import files
         from armopt.compiler import plan_page

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 
 from armopt import capture
 from armopt.capture import files, submodules
+from armopt.capture.dimensions import NO_AXES, Axes, Dimension, Example
+from armopt.capture.files import torchscript
 from armopt.capture.files.format import TrustedFile
 from armopt.capture.submodules import CapturedPart
 from armopt.errors import InputError
 from armopt.ir import graph as g
-from armopt.ir.records import Bucket, Captured, Skip
+from armopt.ir.pieces import BATCH
+from armopt.ir.records import Bucket, Captured, Skip, Symbol
 
 #: A module, an exported program, a model file (a TrustedFile where reading it may run code), or what
 #: :mod:`armopt.capture` made of one of them.
 Model = torch.nn.Module | torch.export.ExportedProgram | Captured | files.Divided | str | Path | TrustedFile
-Inputs = Sequence[Any] | Mapping[str, Any]
+Inputs = Sequence[Any] | Mapping[str, Any] | Example
 Kind = Literal["graph", "module"]
 
 
@@ -69,6 +75,13 @@ class CapturedModel:
             state.update(g.tensor_bytes(tensor))
         return state.hexdigest()
 
+    def at_most_rows(self) -> CapturedModel:
+        """The same with one size of the batch to plan for: the largest."""
+        (part,) = self.parts
+        most = max(bucket[BATCH] for bucket in part.buckets)
+        kept = tuple(bucket for bucket in part.buckets if bucket[BATCH] == most)
+        return replace(self, parts=(replace(part, buckets=kept),))
+
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All parameters and buffers of the original."""
@@ -78,7 +91,13 @@ class CapturedModel:
 
 
 def capture_model(
-    model: Model, example_inputs: Inputs | None = None, *, kind: Kind = "graph", batch: Sequence[int] = ()
+    model: Model,
+    example_inputs: Inputs | None = None,
+    *,
+    kind: Kind = "graph",
+    batch: Sequence[int] = (),
+    dims: Mapping[str, Dimension] = MappingProxyType({}),
+    any_batch: bool = False,
 ) -> CapturedModel:
     """Captures a model whole, or part by part.
 
@@ -88,19 +107,25 @@ def capture_model(
             "module": a sequence of calls, each a tuple of positional inputs; sizes that differ between them may vary.
         kind: "graph" or "module".
         batch: Sizes of the first dimension to plan for; several make it dynamic.
+        dims: Other dimensions that vary, of what is captured already or named in an :class:`Example`.
+        any_batch: Whether one size makes the batch dynamic too.
 
     Raises:
         InputError: The model or an input is unusable.
         CaptureError: torch.export can't take the model whole.
     """
+    batch = _checked_batch(batch)
+    if isinstance(example_inputs, Example):
+        dims = {each.name: each for given in example_inputs.dims.values() for each in given.values()} | dict(dims)
     if kind == "module":
         if not isinstance(model, torch.nn.Module):
             raise InputError('kind "module" needs an nn.Module', where=type(model).__name__, hint="Pass the module")
         model = files.Divided(model, tuple((tuple(args), {}) for args in example_inputs or ()))
     if isinstance(model, files.Divided):
         return _divided(model)
-    captured = _captured(model, example_inputs, _checked_batch(batch))
-    return CapturedModel(captured.source, (CapturedPart("", captured, find_buckets(captured, batch)),))
+    captured = _captured(model, example_inputs, (*batch, 2) if batch and any_batch else batch, dims)
+    at = {name: each.at for name, each in dims.items()} | ({BATCH: tuple(batch)} if batch else {})
+    return CapturedModel(captured.source, (CapturedPart("", captured, find_buckets(captured, at)),))
 
 
 def _checked_batch(batch: Any) -> Sequence[int]:
@@ -138,20 +163,23 @@ def _captured(
     model: torch.nn.Module | torch.export.ExportedProgram | Captured | str | Path | TrustedFile,
     example_inputs: Inputs | None,
     batch: Sequence[int],
+    dims: Mapping[str, Dimension],
 ) -> Captured:
     if isinstance(model, Captured):
         return model
-    if isinstance(model, (str, Path, TrustedFile)):
-        samples = dict(example_inputs) if isinstance(example_inputs, Mapping) else None
-        trusted = isinstance(model, TrustedFile)
-        path = model.path if isinstance(model, TrustedFile) else model
-        return files.open_model(Path(path), files.Options(samples=samples, batch=tuple(batch), trust_pickle=trusted))
+    axes: Axes = NO_AXES
+    if isinstance(example_inputs, Example):
+        axes, example_inputs = example_inputs.axes(), example_inputs.inputs
     if isinstance(example_inputs, torch.Tensor):  # whose rows are no inputs
         example_inputs = (example_inputs,)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     args = None if example_inputs is None else () if kwargs else tuple(example_inputs)
+    if isinstance(model, (str, Path, TrustedFile)):
+        path, trusted = (model.path, True) if isinstance(model, TrustedFile) else (model, False)
+        given = {"samples": kwargs or None, "args": args or (), "axes": axes, "batch": tuple(batch), "dims": dims}
+        return files.open_model(Path(path), files.Options(**given, trust_pickle=trusted))
     if isinstance(model, torch.export.ExportedProgram):
-        return capture.exported(model, args, kwargs, source="exported program")
+        return capture.exported(model, args, kwargs, source="exported program", axes=axes)
     if not isinstance(model, torch.nn.Module):
         raise InputError(
             f"expected a model, found a {type(model).__name__}",
@@ -160,17 +188,45 @@ def _captured(
         )
     if args is None:
         raise InputError("the model needs example inputs", where=type(model).__name__, hint="Pass example_inputs=(x,)")
-    return capture.module(model, args, kwargs, batch=batch, source=type(model).__name__)
+    if isinstance(model, torch.jit.ScriptModule):
+        return torchscript.capture_script(model, args, kwargs, batch=batch, axes=axes)
+    return capture.module(model, args, kwargs, batch=batch, axes=axes, source=type(model).__name__)
 
 
-def find_buckets(captured: Captured, batch: Sequence[int]) -> tuple[Bucket, ...]:
-    """The points to plan for: `batch` along the first dimension, the example's sizes along all others."""
-    if not captured.symbols:
-        return ({},)
+def find_buckets(captured: Captured, at: Mapping[str, Sequence[int]]) -> tuple[Bucket, ...]:
+    """The points to plan for: all combinations of the sizes given, the example's along all other dimensions.
+
+    Args:
+        captured: The model.
+        at: Dimension -> sizes; those of the batch count for nothing where that is fixed.
+
+    Raises:
+        InputError: There is no such dimension, or it has no such size.
+    """
     sizes: dict[str, int] = {}
     for spec, tensor in zip(captured.input_specs, captured.example, strict=True):
         sizes |= {size: tensor.shape[d] for d, size in enumerate(spec.shape) if isinstance(size, str)}
-    example = {symbol.name: sizes[symbol.name] for symbol in captured.symbols}
-    if not batch or "batch" not in example:
-        return (example,)
-    return tuple(example | {"batch": size} for size in sorted(set(batch)))
+    symbols = {symbol.name: symbol for symbol in captured.symbols}
+    if unknown := [name for name in at if name not in symbols and name != BATCH]:
+        said = f"Those that vary are {', '.join(symbols)}" if symbols else "No dimension varies"
+        hint = f"{said}; name others in a shape: --input NAME=1x{unknown[0]}:int64"
+        raise InputError(f"no dimension is called {unknown[0]!r}", where=captured.source, hint=hint)
+    wanted = [
+        [(name, size) for size in _checked_sizes(symbol, at.get(name) or (sizes[name],), captured.source)]
+        for name, symbol in symbols.items()
+    ]
+    return tuple(dict(bucket) for bucket in itertools.product(*wanted))
+
+
+def _checked_sizes(symbol: Symbol, sizes: Sequence[int], source: str) -> list[int]:
+    """Sizes of a dimension, the least first.
+
+    Raises:
+        InputError: The model does not take one.
+    """
+    most = math.inf if symbol.most is None else symbol.most
+    for size in sizes:
+        if not symbol.least <= size <= most:
+            said = f"{symbol.least} and more" if symbol.most is None else f"{symbol.least} to {symbol.most}"
+            raise InputError(f"{symbol.name} can't be {size}: the model takes {said}", where=source)
+    return sorted(set(sizes))

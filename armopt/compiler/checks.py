@@ -17,11 +17,13 @@ from armopt.accuracy.gates import Figures, Gate
 from armopt.accuracy.samples import Given
 from armopt.accuracy.tasks import Outputs
 from armopt.bundle.program import Program
+from armopt.capture import dimensions
 from armopt.capture.eager import Eager
 from armopt.compiler import repair
 from armopt.compiler.recipe import Planned, Recipe
 from armopt.compiler.repair import EVALUATIONS, Repair
 from armopt.errors import InputError
+from armopt.ir import buckets
 from armopt.ir.records import Bucket, Captured, Plan
 
 #: From flat inputs to flat outputs.
@@ -39,6 +41,9 @@ class Checks:
         min_cosine: The least cosine similarity to FP32 of any output.
         repair: Whether layers that break a gate go back to FP32.
         evaluations: How many plans repair may measure.
+        batch_invariant: Whether results may not depend on the rows that came with a row, to the bit: then one size of
+            the batch is planned for, the largest, and every call runs in pieces of so many rows.
+        keep_fp32: Patterns on names of layers that stay in FP32: ``("head", "encoder.layers.0.*")``.
         against: What FP32 is: ``model``, the module as its user calls it, from which a capture that differs fails;
             or ``capture``, the graph that torch.export made of it.
         first_call: Of :func:`armopt.compile` without example inputs: whether the first call is checked.
@@ -53,9 +58,14 @@ class Checks:
     evaluations: int = EVALUATIONS
     against: str = "model"
     first_call: bool = False
+    batch_invariant: bool = False
+    keep_fp32: tuple[str, ...] = ()
     examples: str = "the example inputs, as given"
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep_fp32, str) or not all(isinstance(each, str) for each in self.keep_fp32):
+            hint = 'Give patterns as a tuple of text: keep_fp32=("head", "layers.0.*")'
+            raise InputError(f"is {self.keep_fp32!r}, no sequence of patterns", where="keep_fp32", hint=hint)
         if self.against not in ("model", "capture"):
             raise InputError(f"can't compare with {self.against!r}", where="against", hint='Write "model" or "capture"')
 
@@ -109,6 +119,11 @@ class Judge:
         self.samples = None
         if checks.inputs is not None:
             self.samples = samples.read(checks.inputs, captured.input_specs, captured.source)
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether what comes of a row may depend on no other."""
+        return self._checks.batch_invariant
 
     def judge(self, recipe: Recipe, planned: Planned, programs: tuple[Program, ...]) -> Judged:
         """Measures programs and, where a gate breaks and the checks allow it, takes layers out of BF16."""
@@ -186,15 +201,12 @@ class Judge:
 
 
 def example_at(captured: Captured, bucket: Bucket) -> tuple[torch.Tensor, ...]:
-    """The example inputs, repeated or cut along the batch to a bucket's size."""
+    """The example inputs, repeated or cut along the dimensions that vary to a bucket's sizes."""
     tensors = []
     for spec, tensor in zip(captured.input_specs, captured.example, strict=True):
-        for dimension, size in enumerate(spec.shape):
-            if size == "batch" and "batch" in bucket:
-                repeats = [1] * tensor.dim()
-                repeats[dimension] = -(-bucket["batch"] // tensor.shape[dimension])
-                tensor = tensor.repeat(repeats).narrow(dimension, 0, bucket["batch"])
-        tensors.append(tensor.contiguous())
+        wanted = {d: buckets.evaluate(size, bucket) for d, size in enumerate(spec.shape) if isinstance(size, str)}
+        sizes = {d: size for d, size in wanted.items() if size is not None}
+        tensors.append(dimensions.at_sizes(tensor, sizes).contiguous())
     return tuple(tensors)
 
 

@@ -16,6 +16,7 @@ from armopt.bundle.program import Part
 from armopt.capture import inputs
 from armopt.compiler.captured_model import CapturedModel
 from armopt.compiler.checks import Judged
+from armopt.ir.pieces import BATCH
 from armopt.ir.records import Captured, ExampleSpec, Signature, Target
 from armopt.passes._pipeline import Record
 from armopt.plan import remainder
@@ -103,20 +104,21 @@ class Optimized:
 
 def describe_part(judged: Judged) -> Part:
     """What a bundle holds of one part: its programs, and what they take and return."""
-    return Part(judged.planned.part.path, judged.programs, _signature(judged.planned.captured))
+    rows = judged.programs[0].bucket[BATCH] if judged.judge.batch_invariant else 0
+    return Part(judged.planned.part.path, judged.programs, _signature(judged.planned.captured, rows))
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _signature(captured: Captured) -> Signature:
-    """What a bundle holds of a graph beside its programs."""
+def _signature(captured: Captured, rows: int) -> Signature:
+    """What a bundle holds of a graph beside its programs, which run so many rows at a time, or all where 0."""
     specs = tuple(
         ExampleSpec(spec.name, spec.shape, spec.dtype, inputs.statistics(tensor))
         for spec, tensor in zip(captured.input_specs, captured.example, strict=True)
     )
-    return Signature(captured.inputs, captured.outputs, specs, captured.symbols)
+    return Signature(captured.inputs, captured.outputs, specs, captured.symbols, rows)
 
 
 def _record(record: Record) -> dict[str, Any]:

@@ -17,13 +17,14 @@ from armopt.accuracy import Validation, nodes, runs, tasks
 from armopt.accuracy.report import page
 from armopt.bundle import manifest, writer
 from armopt.bundle.program import describe_program
-from armopt.compiler import describe
+from armopt.compiler import describe, invariance
 from armopt.compiler.captured_model import CapturedModel, Inputs, Kind, Model, capture_model
 from armopt.compiler.checks import Checks, Judge, Judged, merge_repairs, merge_validations
 from armopt.compiler.output import Output
 from armopt.compiler.recipe import Recipe
 from armopt.errors import AccuracyError, ArmoptWarning, CaptureError, InputError
 from armopt.ir import graph as g
+from armopt.ir.pieces import BATCH
 from armopt.ir.records import Target
 from armopt.onnx_export import session
 from armopt.plan.planner import Policy
@@ -87,8 +88,9 @@ def optimize(
     Args:
         model: A module, an exported program, or the path of a model file; a :class:`TrustedFile` where reading it may
             run code of the file.
-        example_inputs: Positional inputs as a sequence, or named ones as a mapping; a file may have its own. Of kind
-            "module": a sequence of calls, each a tuple of positional inputs; sizes that differ between them may vary.
+        example_inputs: Positional inputs as a sequence, or named ones as a mapping; a file may have its own. An
+            :class:`Example` says which dimensions vary besides the batch. Of kind "module": a sequence of calls, each a
+            tuple of positional inputs; sizes that differ between them may vary.
         output: Where the bundle goes: a folder, or one file where it ends in .zip; or an :class:`Output`, which also
             says what else is written.
         target: A product's name (see ``armopt targets``), or ``host``.
@@ -110,7 +112,7 @@ def optimize(
     recipe = Recipe.of(target, policy)
     if kind == "module":
         _refuse_what_needs_one_graph(checks, place)
-    opened = partial(capture_model, model, example_inputs, kind=kind, batch=batch)
+    opened = partial(capture_model, model, example_inputs, kind=kind, batch=batch, any_batch=checks.batch_invariant)
     result = carry_out(opened, recipe, checks, place)
     if not result.passed:
         said = f"{result.path} is marked as not deployable: {result.verdict.failures()}"
@@ -139,10 +141,17 @@ def carry_out(opened: Callable[[], CapturedModel], recipe: Recipe, checks: Check
     if model.shell is not None:
         _refuse_what_needs_one_graph(checks, output)
         checks = replace(checks, task=tasks.NONE, examples="what each part gets from the example calls")
+    sizes: list[int] = []
+    if checks.batch_invariant:
+        invariance.check_shapes(model.parts[0].captured)
+        sizes = [bucket[BATCH] for bucket in model.parts[0].buckets]
+        model = model.at_most_rows()
     steps("prepare")
     prepared = [recipe.prepare(part.captured.graph_module) for part in model.parts]
     for part, graph in zip(model.parts, prepared, strict=True):
         _refuse_random_numbers(graph.graph_module, part.captured.source)
+    recipe = replace(recipe, keep_fp32=(*recipe.keep_fp32, *checks.keep_fp32))
+    recipe.check_names({part.path: graph for part, graph in zip(model.parts, prepared, strict=True)})
     steps("plan")
     planned = [recipe.plan_part(part, graph) for part, graph in zip(model.parts, prepared, strict=True)]
     steps("lower")
@@ -152,6 +161,8 @@ def carry_out(opened: Callable[[], CapturedModel], recipe: Recipe, checks: Check
         each.part.path: Judge(each.captured, bounds, checks).judge(recipe, each, lowered)
         for each, lowered in zip(planned, programs, strict=True)
     }
+    if checks.batch_invariant:
+        invariance.check_rows(judged[""], sizes)
     verdict = merge_validations(judged, bounds)
     accuracy = verdict.to_json() | {"repair": merge_repairs(judged)}
     exported = None
@@ -195,6 +206,7 @@ def _refuse_what_needs_one_graph(checks: Checks, output: Output) -> None:
         "--keep-reference": output.keep_reference,
         "--report": output.report is not None,
         "--onnx": output.onnx is not None,
+        "--batch-invariant": checks.batch_invariant,
     }
     for option, given in asked.items():
         if given:

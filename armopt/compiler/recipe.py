@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +15,7 @@ from armopt.ir import graph as g
 from armopt.ir.records import Bucket, Captured, Plan, Skip, Target
 from armopt.kernels import sites
 from armopt.passes._pipeline import Pipeline, Record
-from armopt.plan import planner, policies, products
+from armopt.plan import pinning, planner, policies, products
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +73,13 @@ class Recipe:
         target: What they are for.
         policy: How kernels are chosen.
         pipeline: Which passes run.
+        keep_fp32: Patterns of layers that stay in FP32: see :mod:`armopt.plan.pinning`.
     """
 
     target: Target
     policy: planner.Policy
     pipeline: Pipeline = field(default_factory=Pipeline)
+    keep_fp32: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, target: str | Target, policy: planner.Policy | str | None = None) -> Recipe:
@@ -97,10 +99,14 @@ class Recipe:
         """What holds of a graph whatever the shapes; the graph itself stays as it was."""
         return Prepared(*self.pipeline.prepare(g.copy(graph_module)))
 
-    def plan(self, prepared: Prepared, bucket: Bucket, values: Bucket) -> Plan:
-        """The plan of a prepared graph at a bucket (`values`: the same by the graph's own symbols)."""
+    def plan(self, prepared: Prepared, bucket: Bucket, values: Bucket, path: str = "") -> Plan:
+        """The plan of a prepared graph, the part of the model at `path`, at a bucket.
+
+        `values` are the bucket by the graph's own symbols.
+        """
         found = products.find(prepared.graph_module, values, prepared.skipped)
-        return planner.make(sites.find(prepared.graph_module, values), self.target, self.policy, bucket, found)
+        pinned = pinning.find(prepared.graph_module.graph, self.keep_fp32, path)
+        return planner.make(sites.find(prepared.graph_module, values), self.target, self.policy, bucket, found, pinned)
 
     def lower(self, prepared: Prepared, plan: Plan, values: Bucket, rounded: dict[str, torch.Tensor]) -> Program:
         """Carries out one plan on a copy of the graph; plans of one graph share `rounded`."""
@@ -110,7 +116,7 @@ class Recipe:
     def plan_part(self, part: CapturedPart, prepared: Prepared | None = None) -> Planned:
         """Plans each bucket of a part, whose graph is prepared once."""
         prepared = self.prepare(part.captured.graph_module) if prepared is None else prepared
-        plans = tuple(self.plan(prepared, bucket, part.captured.values(bucket)) for bucket in part.buckets)
+        plans = tuple(self.plan(prepared, bucket, part.captured.values(bucket), part.path) for bucket in part.buckets)
         return Planned(part, prepared, self.target, plans)
 
     def lower_part(self, planned: Planned, plans: Sequence[Plan] | None = None) -> tuple[Program, ...]:
@@ -119,6 +125,16 @@ class Recipe:
             self.lower(planned.prepared, plan, planned.captured.values(plan.bucket), planned.rounded)
             for plan in (planned.plans if plans is None else plans)
         )
+
+    def check_names(self, parts: Mapping[str, Prepared]) -> None:
+        """Refuses a pattern that names no layer of a model, whose parts are given by path.
+
+        Raises:
+            InputError: Naming what comes close.
+        """
+        if self.keep_fp32:
+            names = [pinning.names(each.graph_module.graph, path) for path, each in parts.items()]
+            pinning.check(self.keep_fp32, frozenset[str]().union(*names))
 
     def without(self, *names: str) -> Recipe:
         """The same but for some passes, which do not run.

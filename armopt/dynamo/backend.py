@@ -34,6 +34,7 @@ OPTIONS: Mapping[str, str] = {
     "policy": "as armopt optimize --policy",
     "tuning": "a file from armopt tune",
     "plans": "the most plans for one graph, 8 by default",
+    "keep_fp32": "patterns of layers that stay in FP32, as armopt optimize --keep-fp32",
 }
 #: Operations that training alone has.
 _TRAINING = (
@@ -158,7 +159,21 @@ def settings(options: Mapping[str, Any] | None = None, mode: str | None = None) 
         raise InputError(f"plans is {plans!r}", where="armopt", hint="Give a whole number from 1")
     product = target if isinstance(target, Target) else targets.load(target)
     path = Path(tuning) if tuning else None
-    return programs.Settings(Recipe(product, policies.find_policy(policy, product, path)), plans, str(tuning))
+    recipe = Recipe(product, policies.find_policy(policy, product, path), keep_fp32=_patterns(given.get("keep_fp32")))
+    return programs.Settings(recipe, plans, str(tuning))
+
+
+def _patterns(given: Any) -> tuple[str, ...]:
+    """Patterns of layers' names.
+
+    Raises:
+        InputError: They are something else.
+    """
+    found = tuple(given or ()) if isinstance(given, (list, tuple, type(None))) else (None,)
+    if not all(isinstance(each, str) for each in found):
+        hint = 'Give patterns as a list: ["head", "layers.0.*"]'
+        raise InputError(f"keep_fp32 is {given!r}", where="armopt", hint=hint)
+    return tuple(map(str, found))
 
 
 def _raising(error: ArmoptError) -> Callable[..., Any]:

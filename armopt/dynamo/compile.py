@@ -28,6 +28,7 @@ from armopt.dynamo.programs import Settings
 from armopt.errors import ArmoptError, InputError
 from armopt.ir.records import Target
 from armopt.models import torchvision_ops
+from armopt.plan import pinning
 from armopt.plan.planner import Policy
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
@@ -111,8 +112,9 @@ def compile(
     original: Any = getattr(model, "_orig_mod", model)  # of torch.compile's wrapper
     name = type(original).__name__
     capture.check_dtypes(original, name)
-    options = {"target": target, "plans": plans, "policy": policy, "tuning": str(tuning or "")}
+    options: dict[str, Any] = {"target": target, "plans": plans, "policy": policy, "tuning": str(tuning or "")}
     checks = _usable(checks)
+    options["keep_fp32"] = _pinned(original, checks)
     common = _Common(backend.settings(options), options, release_original, checks)
     torchvision_ops.ensure_torchvision_if_installed()
     made: _Model = _clone(original)
@@ -173,6 +175,18 @@ def _parts(module: torch.nn.Module, depth: int) -> Iterator[tuple[str, torch.nn.
             yield name, child
         for path, part in _parts(child, depth if container else depth - 1):
             yield f"{name}.{path}", part
+
+
+def _pinned(model: torch.nn.Module, checks: Checks | None) -> tuple[str, ...]:
+    """The patterns of layers that stay in FP32.
+
+    Raises:
+        InputError: One names no module with a matrix.
+    """
+    if checks is None:
+        return ()
+    pinning.check(checks.keep_fp32, {name.rpartition(".")[0] for name, x in model.named_parameters() if x.dim() > 1})
+    return checks.keep_fp32
 
 
 def _own_forward(module: torch.nn.Module) -> Callable[..., Any]:

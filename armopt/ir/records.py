@@ -139,12 +139,14 @@ class Signature:
         outputs: How the flat outputs nest.
         specs: One for each tensor input, in order.
         symbols: The dynamic dimensions of the inputs.
+        rows: Of one run: calls with other numbers of rows run in pieces; 0 where all rows of a call run at once.
     """
 
     inputs: Inputs
     outputs: Outputs
     specs: tuple[ExampleSpec, ...]
     symbols: tuple[Symbol, ...]
+    rows: Count = 0
 
     def __post_init__(self) -> None:
         self.inputs.check_numbers(len(self.specs))
@@ -328,6 +330,7 @@ class Plan:
         decisions: One for each layer.
         refused: What runs as plain ATen: layers that no kernel takes, and products on weights that are no layers.
         products: All that multiplies: see :mod:`armopt.plan.products`.
+        pinned: Nodes that the user keeps in FP32: layers, and tables of embeddings.
     """
 
     target: Target
@@ -336,3 +339,4 @@ class Plan:
     decisions: tuple[Decision, ...]
     refused: tuple[Skip, ...] = ()
     products: tuple[Product, ...] = ()
+    pinned: frozenset[str] = frozenset()

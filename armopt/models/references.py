@@ -8,12 +8,16 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
 from torch import nn
 
 from armopt.errors import InputError
+from armopt.models import huggingface, timm_models
+from armopt.models.huggingface import HF
+from armopt.models.timm_models import TIMM
 from armopt.models.torchvision_ops import ensure_torchvision, ensure_torchvision_if_installed
 
 #: Builds a model; called without arguments.
@@ -22,16 +26,16 @@ ModelFactory = Callable[[], nn.Module]
 
 Kind = Literal["classification", "segmentation", "detection", "video", "quantization", "optical_flow"]
 TORCHVISION = "torchvision:"
-_FORMS = "Give torchvision:NAME (say torchvision:resnet50) or package.module:factory"
+_FORMS = "Give torchvision:NAME (say torchvision:resnet50), timm:NAME, hf:FOLDER or package.module:factory"
 
 
 def resolve(reference: str) -> ModelFactory:
     """Find what builds a model.
 
     Args:
-        reference: ``torchvision:NAME``, a name from ``torchvision.models.list_models()``, built with random
-            weights; or ``package.module:factory``, something called without arguments that returns an
-            ``nn.Module``. The module is looked for in the current folder too.
+        reference: ``torchvision:NAME``, a name from ``torchvision.models.list_models()``, or ``timm:NAME``, built
+            with random weights; ``hf:FOLDER``, which save_pretrained wrote; or ``package.module:factory``, something
+            called without arguments that returns an ``nn.Module``. The module is looked for in the current folder too.
 
     Returns:
         A function that builds the model; it raises InputError where the factory fails or returns none.
@@ -41,6 +45,10 @@ def resolve(reference: str) -> ModelFactory:
     """
     if reference.startswith(TORCHVISION):
         return _torchvision_factory(reference)
+    if reference.startswith(TIMM):
+        return checked(timm_models.factory(reference), reference)
+    if reference.startswith(HF):
+        return checked(partial(huggingface.build, reference), reference)
     module_name, colon, attribute = reference.partition(":")
     if not colon or not attribute or not all(part.isidentifier() for part in module_name.split(".")):
         raise InputError("not a reference to a model", where=repr(reference), hint=_FORMS)

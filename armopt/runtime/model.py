@@ -12,6 +12,7 @@ import torch
 from armopt.bundle.manifest import Manifest
 from armopt.errors import ArmoptError, InputError, first_line
 from armopt.ir import buckets, nesting
+from armopt.ir.pieces import BATCH, run_in_pieces
 from armopt.ir.records import Bucket, Signature
 from armopt.runtime import forks, surroundings
 from armopt.runtime.arguments import Arguments
@@ -42,7 +43,7 @@ class Model(Loaded):
         self._specs = [(spec.name, spec.shape, getattr(torch, spec.dtype)) for spec in signature.specs]
         self._plain = signature.inputs.names if _is_plain(signature.inputs) else None
         symbols = {symbol.name for symbol in signature.symbols}
-        self._most = {symbol.name: symbol.most for symbol in signature.symbols if symbol.most is not None}
+        self._least, self._most = _bounds(signature)
         self._outputs = signature.outputs.tree
         self._build = nesting.builder(self._outputs)
         self._positions = signature.outputs.positions
@@ -53,6 +54,8 @@ class Model(Loaded):
         dynamic = _dynamic([shape for _, shape, _ in self._specs])
         # where the symbols' values are found: (symbol, tensor, dimension); and sizes that follow from them: 2*batch
         self._where = [entry for entry in dynamic if entry[0] in symbols]
+        self._rows = signature.rows
+        self._batched = [spec.shape[:1] == (BATCH,) for spec in signature.specs]
         self._following = [entry for entry in dynamic if entry[0] not in symbols]
         self.__signature__ = _signature(signature.inputs.names)
 
@@ -120,13 +123,11 @@ class Model(Loaded):
 
     def _run(self, tensors: Sequence[torch.Tensor], out: Sequence[torch.Tensor | None] | None) -> Sequence[Any]:
         try:
-            forward = self._select(tensors)
-            given = () if out is None or forward not in self._lending else (out,)
             if not torch.is_grad_enabled():
-                return forward(*tensors, *given)
+                return self._call(tensors, out)
             torch._C._set_grad_enabled(False)  # a fifth of what torch.no_grad() takes
             try:
-                return forward(*tensors, *given)
+                return self._call(tensors, out)
             finally:
                 torch._C._set_grad_enabled(True)
         except ArmoptError:
@@ -134,6 +135,12 @@ class Model(Loaded):
         except Exception as error:  # an index beyond a table, too little memory…
             what = f"the model can't run on these inputs: {type(error).__name__}: {first_line(error)}"
             raise InputError(what, where=f"the bundle for {self.manifest.target}") from error
+
+    def _call(self, tensors: Sequence[torch.Tensor], out: Sequence[torch.Tensor | None] | None) -> Sequence[Any]:
+        forward = self._select(tensors)
+        if self._rows:
+            return run_in_pieces(forward, tensors, self._batched, self._rows)
+        return forward(*tensors) if out is None or forward not in self._lending else forward(*tensors, out)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors of a call, in the order of the graph's inputs, checked."""
@@ -198,6 +205,10 @@ class Model(Loaded):
                 raise InputError(
                     f"dimension {d} is {size}, the model takes up to {self._most[symbol]}", where=f"input {name}"
                 )
+            if 0 < size < self._least.get(symbol, 0):
+                raise InputError(
+                    f"dimension {d} is {size}, the model takes {self._least[symbol]} and more", where=f"input {name}"
+                )
         for expression, i, d in self._following:
             size = tensors[i].shape[d]
             wanted = buckets.evaluate(expression, values)
@@ -226,6 +237,15 @@ class Model(Loaded):
 def _lending(programs: Sequence[tuple[Bucket, Forward]], inputs: int) -> list[Forward]:
     """Those with primitives of their own: they take one argument more, tensors to write to."""
     return [forward for _, forward in programs if len(inspect.signature(forward).parameters) > inputs]
+
+
+def _bounds(signature: Signature) -> tuple[dict[str, int], dict[str, int]]:
+    """The least and the largest size of the symbols that have one.
+
+    torch.export writes a least size of 2 where it saw no other, though one of 1 runs.
+    """
+    least = {symbol.name: symbol.least for symbol in signature.symbols if symbol.least > 2}
+    return least, {symbol.name: symbol.most for symbol in signature.symbols if symbol.most is not None}
 
 
 def _dynamic(shapes: Sequence[Sequence[int | str]]) -> list[tuple[str, int, int]]:

@@ -95,9 +95,18 @@ def test_onnx(form: str, tmp_path: Path) -> None:
 
 
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 211, "use_cache": False,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "num_experts_per_tok": 2,
-    "bos_token_id": 0, "eos_token_id": 210, "pad_token_id": 210,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "vocab_size": 211,
+    "use_cache": False,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 210,
+    "pad_token_id": 210,
 }
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 GROUPS = {"n_routed_experts": 4, "moe_intermediate_size": 48, "n_group": 1, "topk_group": 1}

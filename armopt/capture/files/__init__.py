@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ FORMATS: Table[Format] = Table(
     Line("pt2", "armopt.capture.files.pt2:FORMAT", "torch.export's .pt2"),
     Line("torchscript", "armopt.capture.files.torchscript:FORMAT", "TorchScript"),
     Line("safetensors", "armopt.capture.files.safetensors:FORMAT", ".safetensors (a state dict)"),
+    Line("shards", "armopt.capture.files.shards:FORMAT", "model.safetensors.index.json (a state dict in shards)"),
     Line("torch.save", "armopt.capture.files.torch_save:FORMAT", "torch.save's .pt (a state dict or a pickled module)"),
 )
 
@@ -80,7 +81,25 @@ def open_model(path: Path, options: Options) -> Captured:
         InputError: The file is missing, damaged, of an unknown format, or lacks something that an option gives.
         CaptureError: torch.export can't take the model whole.
     """
+    from armopt.models import huggingface
+
+    if huggingface.is_folder(path):
+        return from_reference(as_reference(path, options))
     return FORMATS[find_kind(path)].open(path, options)
+
+
+def as_reference(path: Path, options: Options) -> Options:
+    """The options for a Hugging Face folder, which says itself what builds the model.
+
+    Raises:
+        InputError: They name another model.
+    """
+    from armopt.models.huggingface import HF
+
+    if options.model:
+        what = "is a Hugging Face folder, whose config.json says what model it is"
+        raise InputError(what, where=str(path), hint=f"Leave out --model {options.model}")
+    return replace(options, model=f"{HF}{path}")
 
 
 def load(path: Path, options: Options) -> torch.nn.Module | torch.export.ExportedProgram:
@@ -90,7 +109,10 @@ def load(path: Path, options: Options) -> torch.nn.Module | torch.export.Exporte
         InputError: The file is missing, damaged, of an unknown format, or lacks something that an option gives.
     """
     from armopt.capture.files.modules import build_state
+    from armopt.models import huggingface, references
 
+    if huggingface.is_folder(path):
+        return references.resolve(as_reference(path, options).model)()
     kind = FORMATS[find_kind(path)]
     if kind.load is not None:
         return kind.load(path, options)
@@ -152,4 +174,5 @@ def open_divided(path: Path | None, options: Options) -> Divided:
     if torchvision_inputs.is_detection(options.model):
         calls = torchvision_inputs.detection_calls(options.model, modules.images_of(options))
         return Divided(model, calls, options.model)
-    return Divided(model, (modules.example_inputs(model, options, options.model),), options.model)
+    args, kwargs, _ = modules.example_inputs(model, options, options.model)
+    return Divided(model, ((args, kwargs),), options.model)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from armopt.errors import InputError
 
 if TYPE_CHECKING:  # help lists formats without importing torch
     import torch
 
+    from armopt.capture.dimensions import Axes, Dimension
     from armopt.capture.inputs import InputOption
     from armopt.ir.records import Captured
 
@@ -27,14 +28,20 @@ class Options:
         model: Reference to the class or factory that a state dict belongs to.
         inputs: ``--input`` options.
         samples: Named tensors from ``--inputs``.
+        args: Example inputs by position, from Python.
+        axes: Which of their dimensions vary.
         batch: Sizes of the first dimension to plan for.
+        dims: Dimensions that vary, by the names that shapes of inputs have for them.
         trust_pickle: Whether reading may run code of the file.
     """
 
     model: str = ""
     inputs: tuple[InputOption, ...] = ()
     samples: Mapping[str, torch.Tensor] | None = None
+    args: tuple[Any, ...] = ()
+    axes: Axes = field(default_factory=dict)
     batch: tuple[int, ...] = ()
+    dims: Mapping[str, Dimension] = field(default_factory=dict)
     trust_pickle: bool = False
 
 

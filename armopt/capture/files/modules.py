@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 
 from armopt import capture
 from armopt.capture import inputs
+from armopt.capture.dimensions import NO_AXES, Axes, Dimension
 from armopt.capture.files.format import Options
 from armopt.capture.widening import is_half
 from armopt.errors import ArmoptWarning, InputError
 from armopt.ir.records import Captured
-from armopt.models import references, torchvision_inputs
+from armopt.models import huggingface, references, timm_models, torchvision_inputs
+from armopt.models.huggingface import HF, Varying
+from armopt.models.timm_models import TIMM
 
 
 def capture_state(state: Mapping[str, torch.Tensor], path: Path, options: Options) -> Captured:
@@ -38,7 +42,7 @@ def build_state(state: Mapping[str, torch.Tensor], path: Path, options: Options)
         raise InputError(
             f"holds a state dict of {len(state)} tensors, which doesn't say what model it is",
             where=str(path),
-            hint="Add --model torchvision:NAME or --model package.module:factory",
+            hint="Add --model torchvision:NAME, timm:NAME, hf:FOLDER or package.module:factory",
         )
     model = references.resolve(options.model)()
     load_state(model, state, path, options.model)
@@ -54,8 +58,8 @@ def capture_module(model: torch.nn.Module, options: Options, source: str) -> Cap
     """
     if not is_half(model):  # which is widened
         capture.check_dtypes(model, source)
-    args, kwargs = example_inputs(model, options, source)
-    return capture.module(model, args, kwargs, batch=options.batch, source=source)
+    args, kwargs, axes = example_inputs(model, options, source)
+    return capture.module(model, args, kwargs, batch=options.batch, axes=axes, source=source)
 
 
 def checked_state(content: Any, path: Path) -> Mapping[str, torch.Tensor]:
@@ -95,8 +99,7 @@ def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: 
     if any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in state.values()):
         _remark(path, "holds weights in half precision: widened to float32, which changes no value")
     for name, tensor in state.items():
-        other_float = tensor.dtype == torch.float64
-        if other_float or tensor.is_complex() or tensor.is_quantized:
+        if tensor.dtype in (torch.float64, torch.complex128) or tensor.is_quantized:
             raise capture.wrong_dtype(name, tensor.dtype, str(path))
     expected = model.state_dict()
     for name, tensor in state.items():
@@ -136,43 +139,59 @@ def _remark(path: Path, what: str) -> None:
 
 def example_inputs(
     model: torch.nn.Module, options: Options, source: str
-) -> tuple[tuple[Any, ...], dict[str, torch.Tensor]]:
-    """The inputs that options give, or torchvision's own.
+) -> tuple[tuple[Any, ...], dict[str, torch.Tensor], Axes]:
+    """The inputs that options give, or those that the reference's library knows, and which of their dimensions vary.
 
     Raises:
         InputError: There are none, or they don't fit the model's signature.
     """
     by_position, by_name, open_ended = inputs.parameters(model)
-    if options.inputs or options.samples is not None:
-        args, kwargs = arrange_inputs([*by_position, *by_name], options, source, open_ended=open_ended)
+    if options.inputs or options.args or options.samples is not None:
+        args, kwargs, axes = arrange_inputs([*by_position, *by_name], options, source, open_ended=open_ended)
         if by_name:  # what forward takes by name only can't be given by position
             surplus = len(args) - len(by_position)
             if surplus > 0:
                 kwargs = dict(zip(by_name, args[-surplus:], strict=False)) | kwargs
                 args = args[:-surplus]
+    elif options.model.startswith(HF):
+        args = ()
+        kwargs, varying = huggingface.example_inputs(model, options.model)
+        axes = _axes_of(varying, options.dims)
+    elif options.model.startswith(TIMM):
+        args, kwargs, axes = timm_models.example_inputs(model, options.model), {}, NO_AXES
     elif options.model.startswith("torchvision:"):
-        args, kwargs = torchvision_inputs.example_inputs(options.model), {}
+        args, kwargs, axes = torchvision_inputs.example_inputs(options.model), {}, NO_AXES
     else:
         raise InputError(
             f"needs example inputs (forward takes {', '.join([*by_position, *by_name])})",
             where=source,
             hint="Describe them with --input NAME=1x3x224x224:float32 or give --inputs FILE",
         )
-    return args, kwargs
+    return args, kwargs, axes
+
+
+def _axes_of(varying: Sequence[Varying], dims: Mapping[str, Dimension]) -> Axes:
+    """The dimensions that a library knows to vary, in the ranges and with the sizes that options give."""
+
+    def dimension(name: str, most: int) -> Dimension:
+        given = dims.get(name)
+        return Dimension(name, 1, most) if given is None else replace(given, most=given.most or most)
+
+    return {id(each.tensor): {axis: dimension(*named) for axis, named in each.names.items()} for each in varying}
 
 
 def arrange_inputs(
     names: Sequence[Any], options: Options, source: str, *, open_ended: bool = False
-) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-    """The inputs that options give as a call of what takes `names`.
+) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor], Axes]:
+    """The inputs that options give as a call of what takes `names`, and which of their dimensions vary.
 
     Raises:
         InputError: They don't fit.
     """
-    positional, named = inputs.generate(options.inputs)
-    return inputs.bind(
-        [str(n) for n in names], positional, {**named, **(options.samples or {})}, source, open_ended=open_ended
-    )
+    given = inputs.generate(options.inputs, options.dims, options.samples or {})
+    positional = [*options.args, *given.positional]
+    args, kwargs = inputs.bind([str(n) for n in names], positional, given.named, source, open_ended=open_ended)
+    return args, kwargs, {**options.axes, **given.axes}
 
 
 def images_of(options: Options) -> list[torch.Tensor]:
@@ -181,8 +200,8 @@ def images_of(options: Options) -> list[torch.Tensor]:
     Raises:
         InputError: One is no image.
     """
-    positional, named = inputs.generate(options.inputs)
-    images = [*positional, *named.values(), *(options.samples or {}).values()]
+    given = inputs.generate(options.inputs, options.dims, options.samples or {})
+    images = [*given.positional, *given.named.values()]
     for image in images:
         if image.dim() != 3 or image.dtype != torch.float32:
             raise InputError(

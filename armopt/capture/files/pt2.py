@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from armopt import capture
+from armopt.capture.dimensions import NO_AXES
 from armopt.capture.files.archive import Archive, one_error
 from armopt.capture.files.format import TRUST, Content, Format, Options
 from armopt.capture.files.modules import arrange_inputs
@@ -23,11 +24,11 @@ def _recognises(content: Content) -> bool:
 
 def _open(path: Path, options: Options) -> Captured:
     held = _load(path, options)
-    args, kwargs = held.args, held.kwargs
-    if options.inputs or options.samples:
-        args, kwargs = arrange_inputs(list(held.program.graph_signature.user_inputs), options, str(path))
+    args, kwargs, axes = held.args, held.kwargs, NO_AXES
+    if options.inputs or options.args or options.samples:
+        args, kwargs, axes = arrange_inputs(list(held.program.graph_signature.user_inputs), options, str(path))
     with one_error(str(path), "can't be captured", "Export it again with this torch", passing=ArmoptError):
-        captured = capture.exported(held.program, args, kwargs, source=str(path))
+        captured = capture.exported(held.program, args, kwargs, source=str(path), axes=axes)
     if options.batch and not captured.symbols:
         sizes = [spec.shape[0] for spec in captured.input_specs if spec.shape]
         if list(options.batch) != sizes[:1]:

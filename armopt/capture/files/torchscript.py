@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from armopt import capture
+from armopt.capture.calls import Args, Kwargs, unchanged
+from armopt.capture.dimensions import NO_AXES, Axes
 from armopt.capture.files import script_code, scripts
 from armopt.capture.files.archive import Archive, one_error
 from armopt.capture.files.format import TRUST, Content, Format, Options
 from armopt.capture.files.modules import arrange_inputs
-from armopt.errors import ArmoptError, InputError
+from armopt.errors import ArmoptError, InputError, printable
 from armopt.ir.records import Captured
 from armopt.models import torchvision_ops
 
@@ -26,34 +28,96 @@ def _recognises(content: Content) -> bool:
 
 def _open(path: Path, options: Options) -> Captured:
     script = _load(path, options)
-    with one_error(str(path), "TorchScript can't load it", "Save it again with this torch"):
-        names = [argument.name for argument in script.forward.schema.arguments[1:]]
-    if not options.inputs and options.samples is None:
+    names = _names(script, str(path))
+    if not options.inputs and options.samples is None and not options.args:
         raise InputError(
             f"is TorchScript, which keeps no example inputs (it takes {', '.join(names)})",
             where=str(path),
             hint="Describe them with --input NAME=1x3x224x224:float32 or give --inputs FILE",
         )
-    args, kwargs = arrange_inputs(names, options, str(path))
-    if options.batch[1:]:
-        raise InputError("TorchScript converts with fixed shapes", where=str(path), hint="Give one size with --batch")
-    if options.batch:
-        args, kwargs = capture.resize_batch_of(args, kwargs, options.batch[0])
+    args, kwargs, axes = arrange_inputs(names, options, str(path))
+
+    def look(graph: torch.Graph) -> None:
+        _look(lambda: script_code.check_graph(graph), path, options)
+
+    return capture_script(script, args, kwargs, batch=options.batch, axes=axes, source=str(path), look=look)
+
+
+def capture_script(
+    script: torch.jit.ScriptModule,
+    args: Args,
+    kwargs: Kwargs,
+    *,
+    batch: Sequence[int] = (),
+    axes: Axes = NO_AXES,
+    source: str = "TorchScript",
+    look: Callable[[torch.Graph], None] = lambda graph: None,
+) -> Captured:
+    """Captures TorchScript, with the sizes of the example inputs.
+
+    Args:
+        script: Left as it was.
+        args: Example positional inputs.
+        kwargs: Example keyword inputs.
+        batch: At most one size of the first dimension.
+        axes: Refused where there are any.
+        source: What to call it in messages.
+        look: Told of each graph before it runs; raises where that may not be.
+
+    Raises:
+        InputError: It can't be converted, does not take the inputs, or more than one size is asked for.
+    """
+    if batch[1:] or axes:
+        what = "TorchScript converts with fixed shapes"
+        raise InputError(what, where=source, hint="Give one size with --batch, and numbers alone with --input")
+    if batch:
+        args, kwargs = capture.resize_batch_of(args, kwargs, batch[0])
+    capture.check_dtypes(script, source)
+    names = _names(script, source)
     hint = "Give the original model's state dict with --model, or a .pt2 from torch.export"
-    with one_error(str(path), "TorchScript can't be converted", hint, passing=ArmoptError):
-        program = _convert(script, args, kwargs, path, options)
-    with one_error(str(path), "can't be captured", hint, passing=ArmoptError):
-        return capture.exported(program, args, kwargs, source=str(path), signature=names, original=script)
+    with capture.eval_mode(script), torch.no_grad():
+        with one_error(source, "TorchScript can't be converted", hint, passing=ArmoptError):
+            look(script.inlined_graph)
+        _try_once(script, args, kwargs, source)
+        with one_error(source, "TorchScript can't be converted", hint, passing=ArmoptError), capture.quiet():
+            program = _convert(script, args, kwargs, look)
+    with one_error(source, "can't be captured", hint, passing=ArmoptError):
+        return capture.exported(program, args, kwargs, source=source, signature=names, original=script)
 
 
-def _convert(script: Any, args: Any, kwargs: Any, path: Path, options: Options) -> torch.export.ExportedProgram:
+def _names(script: torch.jit.ScriptModule, source: str) -> list[str]:
+    with one_error(source, "TorchScript can't load it", "Save it again with this torch"):
+        forward: Any = script.forward
+        return [argument.name for argument in forward.schema.arguments[1:]]
+
+
+def _try_once(script: torch.jit.ScriptModule, args: Args, kwargs: Kwargs, source: str) -> None:
+    """Runs it, whose own error on unfit inputs says more than a conversion's.
+
+    Raises:
+        InputError: It fails.
+    """
+    try:
+        with unchanged(script, attributes=False), torch.random.fork_rng(devices=[]):
+            script(*args, **kwargs)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise InputError(
+            f"the model fails on the example inputs: {printable(lines[-1] if lines else type(error).__name__)}",
+            where=source,
+            hint="Check the names, shapes and dtypes given with --input",
+        ) from error
+
+
+def _convert(
+    script: Any, args: Args, kwargs: Kwargs, look: Callable[[torch.Graph], None]
+) -> torch.export.ExportedProgram:
     from torch._export.converter import TS2EPConverter
 
-    with torch.no_grad(), capture.quiet():
-        _look(lambda: script_code.check_graph(script.inlined_graph), path, options)
-        converter = TS2EPConverter(script.eval(), args, kwargs)
-        _look(lambda: script_code.check_graph(converter.ts_graph), path, options)
-        return converter.convert()
+    converter = TS2EPConverter(script, args, dict(kwargs))
+    look(converter.ts_graph)
+    # the converter leaves sizes open that it has no proof for: exported once more, they are the example's
+    return torch.export.export(converter.convert().module(), tuple(args), dict(kwargs), strict=False)
 
 
 def _load(path: Path, options: Options) -> Any:
@@ -71,7 +135,6 @@ def _load(path: Path, options: Options) -> Any:
         script: Any = torch.jit.load(  # type: ignore[no-untyped-call]
             written if harmless else path, map_location="cpu"
         )
-    capture.check_dtypes(script, str(path))
     return script
 
 
