@@ -89,7 +89,7 @@ class Example:
         Raises:
             InputError: There is no such input or dimension.
         """
-        given = self.inputs if isinstance(self.inputs, Mapping) else dict(enumerate(self.inputs))
+        given: Mapping[Any, Any] = self.inputs if isinstance(self.inputs, Mapping) else dict(enumerate(self.inputs))
         found = {}
         for name, dimensions in self.dims.items():
             tensor = given.get(name)

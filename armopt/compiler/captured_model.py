@@ -176,8 +176,10 @@ def _captured(
     args = None if example_inputs is None else () if kwargs else tuple(example_inputs)
     if isinstance(model, (str, Path, TrustedFile)):
         path, trusted = (model.path, True) if isinstance(model, TrustedFile) else (model, False)
-        given = {"samples": kwargs or None, "args": args or (), "axes": axes, "batch": tuple(batch), "dims": dims}
-        return files.open_model(Path(path), files.Options(**given, trust_pickle=trusted))
+        options = files.Options(
+            samples=kwargs or None, args=args or (), axes=axes, batch=tuple(batch), dims=dims, trust_pickle=trusted
+        )
+        return files.open_model(Path(path), options)
     if isinstance(model, torch.export.ExportedProgram):
         return capture.exported(model, args, kwargs, source="exported program", axes=axes)
     if not isinstance(model, torch.nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -34,8 +35,8 @@ def check_shapes(captured: Captured) -> None:
             if isinstance(size, str) and BATCH in size and (d, size) != (0, BATCH):
                 what = f"input {spec.name} has {size} rows in dimension {d}: a row of the batch is no row there"
                 raise InputError(what, where=_WHERE, hint="Leave it out")
-    (output,) = captured.graph_module.graph.find_nodes(op="output")
-    for number, node in enumerate(output.args[0]):
+    results: Any = captured.graph_module.graph.output_node().args[0]
+    for number, node in enumerate(results):
         shape = g.symbolic_shape(g.fake_value(node).shape)
         if not shape or shape[0] != symbol.expression or any(symbol.expression in str(size) for size in shape[1:]):
             what = f"output {number} has shape {list(shape)}, whose first dimension alone has to be the batch"

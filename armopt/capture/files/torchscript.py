@@ -37,7 +37,7 @@ def _open(path: Path, options: Options) -> Captured:
         )
     args, kwargs, axes = arrange_inputs(names, options, str(path))
 
-    def look(graph: torch.Graph) -> None:
+    def look(graph: Any) -> None:
         _look(lambda: script_code.check_graph(graph), path, options)
 
     return capture_script(script, args, kwargs, batch=options.batch, axes=axes, source=str(path), look=look)
@@ -51,7 +51,7 @@ def capture_script(
     batch: Sequence[int] = (),
     axes: Axes = NO_AXES,
     source: str = "TorchScript",
-    look: Callable[[torch.Graph], None] = lambda graph: None,
+    look: Callable[[Any], None] = lambda graph: None,
 ) -> Captured:
     """Captures TorchScript, with the sizes of the example inputs.
 
@@ -109,9 +109,7 @@ def _try_once(script: torch.jit.ScriptModule, args: Args, kwargs: Kwargs, source
         ) from error
 
 
-def _convert(
-    script: Any, args: Args, kwargs: Kwargs, look: Callable[[torch.Graph], None]
-) -> torch.export.ExportedProgram:
+def _convert(script: Any, args: Args, kwargs: Kwargs, look: Callable[[Any], None]) -> torch.export.ExportedProgram:
     from torch._export.converter import TS2EPConverter
 
     converter = TS2EPConverter(script, args, dict(kwargs))
