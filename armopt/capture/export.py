@@ -134,9 +134,9 @@ def exported(
         program = decompositions.without_writes(program)
     graph_module = unlift(program, source)
     inputs, tensors = describe_inputs(args, kwargs, signature or _signature_names(program, args), defaults)
-    called = [*signature[: len(args)], *kwargs]
-    if isinstance(original, torch.jit.ScriptModule) and len(called) == len(tensors):
-        _rename(graph_module, called)  # what was converted has names of the converter's
+    own = [*signature[: len(args)], *kwargs]
+    if isinstance(original, torch.jit.ScriptModule) and len(own) == len(tensors):
+        _rename(graph_module, own)  # what was converted has names of the converter's
     names = _input_names(graph_module, tensors)
     _check_tensors(graph_module, tensors, source)
     outputs = _outputs(program, source)

@@ -120,6 +120,9 @@ def capture_model(
     if kind == "module":
         if not isinstance(model, torch.nn.Module):
             raise InputError('kind "module" needs an nn.Module', where=type(model).__name__, hint="Pass the module")
+        if isinstance(example_inputs, Example):
+            hint = "Give a sequence of calls; sizes that differ between them may vary"
+            raise InputError('kind "module" takes no Example', where="example_inputs", hint=hint)
         model = files.Divided(model, tuple((tuple(args), {}) for args in example_inputs or ()))
     if isinstance(model, files.Divided):
         return _divided(model)

@@ -104,5 +104,5 @@ def _in_fp32(site: Site, target: Target, policy: Policy) -> Kernel | None:
         for kernel in table.kernels(site.op, Use.REPAIR):
             if kernel.precision == Precision.FP32 and kernel.refuses(site) is None:
                 return kernel
-    kernel = policy.choose([replace(site, source="", residual="", escapes=True)], target)[0].kernel
-    return kernel if kernel is not None and kernel.precision == Precision.FP32 else None
+    chosen = policy.choose([replace(site, source="", residual="", escapes=True)], target)[0].kernel
+    return chosen if chosen is not None and chosen.precision == Precision.FP32 else None

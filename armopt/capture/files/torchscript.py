@@ -74,6 +74,7 @@ def capture_script(
         args, kwargs = capture.resize_batch_of(args, kwargs, batch[0])
     capture.check_dtypes(script, source)
     names = _names(script, source)
+    args, kwargs = _by_position(names, args, kwargs)
     hint = "Give the original model's state dict with --model, or a .pt2 from torch.export"
     with capture.eval_mode(script), torch.no_grad():
         with one_error(source, "TorchScript can't be converted", hint, passing=ArmoptError):
@@ -89,6 +90,16 @@ def _names(script: torch.jit.ScriptModule, source: str) -> list[str]:
     with one_error(source, "TorchScript can't load it", "Save it again with this torch"):
         forward: Any = script.forward
         return [argument.name for argument in forward.schema.arguments[1:]]
+
+
+def _by_position(names: Sequence[str], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """The same call with what is given by name at its place, as far as no place before it is empty."""
+    given, named = list(args), dict(kwargs)
+    for name in names[len(given) :]:
+        if name not in named:
+            break
+        given.append(named.pop(name))
+    return tuple(given), named
 
 
 def _try_once(script: torch.jit.ScriptModule, args: Args, kwargs: Kwargs, source: str) -> None:
