@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -37,6 +40,32 @@ def test_the_page_says_that_nothing_is_wrong() -> None:
     rows = [line for line in databases.PAGE.read_text().splitlines() if re.match(r"\| (module|op)_db ", line)]
     assert len(rows) == 2 * len(databases.WAYS)
     assert all(row.endswith("| 0 | 0 |") for row in rows)
+
+
+def test_an_entry_that_fails_whole_counts_in_every_way() -> None:
+    found = [databases.Outcome("nn.Conv2d", 0, "all", "crashed", "the process ended with -11")]
+    rows = [line for line in databases.page(found).splitlines() if line.startswith("| module_db ")]
+    assert [row.endswith("| 0 | 1 |") for row in rows] == [True] * len(databases.WAYS)
+
+
+@contextmanager
+def _process(code: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_limit_is_of_work_not_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(databases, "LIMIT", 0.3)
+    with _process("import time; time.sleep(1); print('done')") as process:
+        assert databases._line(process) == ("done\n", "")
+    with _process("while True: pass") as process:
+        assert databases._line(process) == ("", "took more than 0.3 s of work")
+    monkeypatch.setattr(databases, "WAITING", 0.5)
+    with _process("import time; time.sleep(60)") as process:
+        assert databases._line(process) == ("", "took more than 0.5 s")
 
 
 _ROWS = torch.arange(6.0).reshape(2, 3)
