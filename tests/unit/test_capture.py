@@ -95,7 +95,7 @@ def test_capturing_leaves_the_buffers_as_they_were() -> None:
     ("build", "message"),
     [
         (lambda: nn.Linear(4, 4).double(), "weight is float64, not float32.*model.float"),
-        (lambda: nn.Linear(4, 4, dtype=torch.complex64), "weight is complex64, not float32.*before quantization"),
+        (lambda: nn.Linear(4, 4, dtype=torch.complex128), "weight is complex128, not float32.*before quantization"),
     ],
 )
 def test_another_dtype_is_refused(build: Callable[[], nn.Module], message: str) -> None:

@@ -98,10 +98,11 @@ def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: 
     state = _without_prefix(state, model, path)
     if any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in state.values()):
         _remark(path, "holds weights in half precision: widened to float32, which changes no value")
-    for name, tensor in state.items():
-        if tensor.dtype in (torch.float64, torch.complex128) or tensor.is_quantized:
-            raise capture.wrong_dtype(name, tensor.dtype, str(path))
     expected = model.state_dict()
+    for name, tensor in state.items():
+        is_lost = tensor.is_complex() and name in expected and not expected[name].is_complex()
+        if tensor.dtype in (torch.float64, torch.complex128) or tensor.is_quantized or is_lost:
+            raise capture.wrong_dtype(name, tensor.dtype, str(path))
     for name, tensor in state.items():
         if name in expected and expected[name].shape != tensor.shape:
             raise InputError(
