@@ -45,6 +45,9 @@ def build(reference: str) -> torch.nn.Module:
     """
     folder = Path(reference.removeprefix(HF))
     described = _described(folder)
+    if kernels := next(_foreign_kernels(described), ""):
+        what = f"asks for the kernels {kernels!r}, which are code from elsewhere"
+        raise InputError(what, where=str(folder / CONFIG), hint="Remove that entry")
     transformers = _transformers(reference)
     names = described.get("architectures") or []
     kind = next((found for name in names if (found := _class(transformers, str(name))) is not None), None)
@@ -63,16 +66,29 @@ def build(reference: str) -> torch.nn.Module:
         raise InputError(said, where=str(folder / CONFIG), hint=hint)
     try:
         with _without_bars(transformers):
-            model: torch.nn.Module = kind.from_pretrained(folder, local_files_only=True).eval()
+            model: torch.nn.Module = kind.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,  # the other format is a pickle
+            ).eval()
     except ArmoptError:
         raise
     except Exception as error:
         raise InputError(
             f"transformers can't load it: {first_line(error)}",
             where=str(folder),
-            hint="The folder needs config.json, and model.safetensors or shards and their index",
+            hint="It needs config.json, and model.safetensors or shards and their index: save_pretrained writes them",
         ) from error
     return model
+
+
+def _foreign_kernels(described: Any) -> Iterator[str]:
+    """Kernels by the name of a repository, at any depth of a configuration: transformers would fetch and run them."""
+    for key, value in described.items():
+        if isinstance(value, dict):
+            yield from _foreign_kernels(value)
+        elif isinstance(value, str) and str(key).endswith("_implementation") and "/" in value:
+            yield value
 
 
 @contextlib.contextmanager

@@ -105,6 +105,7 @@ def test_mixtral_is_one_graph_and_kind_module_says_so(tmp_path: Path, transforme
         ('{"architectures": ["Mine"], "auto_map": {}}', "names the class 'Mine', which transformers"),
         ('{"architectures": ["logging"]}', "names the class 'logging', which transformers"),
         ('{"architectures": ["BertModel"], "model_type": "bert"}', "transformers can't load it"),
+        ('{"text_config": {"_attn_implementation": "someone/kernels"}}', "asks for the kernels 'someone/kernels'"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, transformers: Any, config: str | None, said: str) -> None:
@@ -113,6 +114,15 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, transformers: Any, 
     with pytest.raises(InputError) as raised:
         references.resolve(f"hf:{tmp_path}")()
     assert said in str(raised.value)
+
+
+def test_a_folder_of_pickles_is_not_read(tmp_path: Path, transformers: Any) -> None:
+    model: Any = bert(transformers)
+    model.config.architectures = ["BertForSequenceClassification"]
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"transformers can't load it.*model\.safetensors"):
+        references.resolve(f"hf:{tmp_path}")()
 
 
 def linear() -> nn.Module:
