@@ -187,7 +187,11 @@ def test_plan_inspect_report_and_explain_say_the_same(mixed: nn.Module, bundled:
     assert by_json[0][0]["products"][0]["share"] == said.share(said.products[0].multiplications)
     report = page.About.of(bundled, "b").not_in_bf16
     assert report == bundled.not_in_bf16
-    texts = [cli_inspect.text(bundled, (0, 0)), cli_plan.as_text(planned), plan_page.render(planned)]
+    texts = [
+        cli_inspect.text(bundled, (0, 0), every=True),
+        cli_plan.as_text(planned, every=True),
+        plan_page.render(planned),
+    ]
     for text in texts:
         assert "Not in BF16" in text
         assert "Products of two activations: 2" in text

@@ -76,11 +76,11 @@ def capture_script(
     names = _names(script, source)
     args, kwargs = _by_position(names, args, kwargs)
     hint = "Give the original model's state dict with --model, or a .pt2 from torch.export"
-    with capture.eval_mode(script), torch.no_grad():
-        with one_error(source, "TorchScript can't be converted", hint, passing=ArmoptError):
-            look(script.inlined_graph)
+    converting = "TorchScript can't be converted"
+    with one_error(source, converting, hint, passing=ArmoptError), capture.eval_mode(script), torch.no_grad():
+        look(script.inlined_graph)
         _try_once(script, args, kwargs, source)
-        with one_error(source, "TorchScript can't be converted", hint, passing=ArmoptError), capture.quiet():
+        with capture.quiet():
             program = _convert(script, args, kwargs, look)
     with one_error(source, "can't be captured", hint, passing=ArmoptError):
         return capture.exported(program, args, kwargs, source=source, signature=names, original=script)
