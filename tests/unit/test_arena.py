@@ -6,8 +6,7 @@ import ctypes
 import itertools
 import multiprocessing
 import resource
-import threading
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -192,18 +191,14 @@ def test_sizes_that_fit_share_the_arena_of_the_planned_one() -> None:
 def test_threads_have_arenas_of_their_own() -> None:
     model, images = Net().eval(), [random(2, 3, 8, 8, seed=i) for i in range(4)]
     module, _ = bind.Binder(False).bind(lowered(model, images[0]))
-    expected, wrong = [module(x) for x in images], []
+    expected = [module(x) for x in images]
 
-    def call(i: int) -> None:
+    def call(i: int) -> bool:
         found = [module(images[i]) for _ in range(50)]
-        wrong.extend(i for each in found if any(not torch.equal(a, b) for a, b in zip(each, expected[i], strict=True)))
+        return all(torch.equal(a, b) for each in found for a, b in zip(each, expected[i], strict=True))
 
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(call, range(4)))
 
 
 def _faults_of_a_call() -> tuple[int, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +89,26 @@ def test_a_tensor_that_lies_otherwise_is_copied_to(chain: Any) -> None:
     assert torch.equal(chain.run(x, out=out), chain(x))
 
 
+@pytest.mark.parametrize("rows", [8, 3])
+def test_a_tensor_is_the_callers_alone_afterwards(chain: Any, rows: int) -> None:
+    """Whatever size is called next, nothing keeps its memory."""
+    out = torch.empty(rows, 32)
+    chain.run(random(rows, 32), out=out)
+    kept = weakref.ref(out)
+    del out
+    gc.collect()
+    assert kept() is None
+
+
 def test_threads_have_their_own(chain: Any) -> None:
     wanted = [chain(random(8, 32, seed=i)) for i in range(4)]
-    wrong: list[int] = []
 
-    def call(i: int) -> None:
+    def call(i: int) -> bool:
         x, out = random(8, 32, seed=i), torch.empty(8, 32)
-        wrong.extend(i for _ in range(100) if not torch.equal(chain.run(x, out=out), wanted[i]))
+        return all(torch.equal(chain.run(x, out=out), wanted[i]) for _ in range(100))
 
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(call, range(4)))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +118,7 @@ def test_threads_have_their_own(chain: Any) -> None:
         (torch.empty(8, 32, dtype=torch.float64), "found float64 8x32"),
         (torch.empty(1, 32).expand(8, 32), "can't be written to"),
         (3, "expected a tensor, found a int"),
-        ([torch.empty(8, 32)], "out"),
+        ([torch.empty(8, 32)], "out, tensor 0: expected a tensor, found a list"),
     ],
     ids=["shape", "dtype", "expanded", "no tensor", "nested"],
 )

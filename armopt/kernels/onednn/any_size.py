@@ -26,7 +26,7 @@ class _Sizes:
     Attributes:
         place: Where results that fit may lie, whatever their size.
         seen: The input of the last call where that lies where it did, with what was known of it.
-        asked: What the caller of the program gave for its result.
+        lent: What the caller of the program gave for the result of this call.
     """
 
     threads: int
@@ -34,17 +34,20 @@ class _Sizes:
     place: torch.Tensor | None
     known: dict[Shape, tuple[Arguments | None, torch.Tensor]] = field(default_factory=dict)
     seen: tuple[torch.Tensor | None, Arguments | None] = (None, None)
-    asked: torch.Tensor | None = None
+    lent: torch.Tensor | None = None
 
     def lend(self, y: torch.Tensor | None) -> None:
-        """Takes what the next result is to be, if it is of its size."""
-        self.asked = y
+        """Takes what the next result is to be, if it is of its size; None where the call makes one."""
+        self.lent = y
 
     def run(self, arguments: Arguments) -> torch.Tensor:
         """The result of a size."""
-        if self.asked is not arguments.asked:
-            arguments.lend(self.asked)
-        return arguments.run()
+        if self.lent is None:
+            return arguments.run()
+        arguments.lend(self.lent)
+        y = arguments.run()
+        arguments.lend(None)
+        return y
 
 
 class AnySize:

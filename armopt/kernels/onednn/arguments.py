@@ -31,7 +31,6 @@ class Arguments:
         like: A result without memory, to make others like it.
         kept: The result, where it has a place in the arena: the same for each call. Else each call makes one.
         lent: The result of this call, where its caller gave one that lies as results do.
-        asked: What the caller gave, whether or not it does.
         seen: The input of the last call where that was such a result: it lies where it did, and as it did.
         x: Where its input was last.
         y: Where its output was last.
@@ -46,7 +45,6 @@ class Arguments:
     like: torch.Tensor
     kept: torch.Tensor | None = None
     lent: torch.Tensor | None = None
-    asked: torch.Tensor | None = None
     seen: torch.Tensor | None = None
     x: int = 0
     y: int = 0
@@ -68,7 +66,7 @@ class Arguments:
 
     def lend(self, y: torch.Tensor | None) -> None:
         """Takes what the next result is to be, where it is as that lies; None where the call makes one."""
-        self.asked, like = y, self.like
+        like = self.like
         fits = y is not None and (y.shape, y.stride(), y.dtype) == (like.shape, like.stride(), like.dtype)
         self.lent = y if fits else None
 

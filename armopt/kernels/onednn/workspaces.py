@@ -100,7 +100,8 @@ class Workspace:
     __slots__ = ("arguments", "free", "lent")
 
     def __init__(self, arguments: list[Any], free: list[Workspace]) -> None:
-        self.arguments, self.free, self.lent = arguments, free, False
+        self.arguments, self.free = arguments, free
+        self.lent: list[Any] = []
 
 
 class Workspaces:
@@ -136,10 +137,10 @@ class Workspaces:
             workspace = free.pop()
         except IndexError:
             workspace = Workspace(self._arguments(threads), free)
-        if out is not None or workspace.lent:
+        if out is not None:
             for index, output in self.outputs.items():
-                workspace.arguments[index].lend(None if out is None else out[output])
-            workspace.lent = out is not None
+                workspace.arguments[index].lend(out[output])
+                workspace.lent.append(workspace.arguments[index])
         return workspace
 
     def _arguments(self, threads: int) -> list[Any]:
@@ -157,7 +158,11 @@ class Workspaces:
 
     @staticmethod
     def give(workspace: Workspace) -> None:
-        """Gives a workspace back."""
+        """Gives a workspace back, without what the caller lent it."""
+        if workspace.lent:
+            for arguments in workspace.lent:
+                arguments.lend(None)
+            workspace.lent.clear()
         if len(workspace.free) < _MOST_WORKSPACES:
             workspace.free.append(workspace)
 
