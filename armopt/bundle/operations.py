@@ -7,6 +7,7 @@ else is asked for is refused by name, when a bundle is written as when one is re
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
@@ -146,27 +147,40 @@ def _check_schema(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Ma
     given |= kwargs
     if missing := [name for name, each in known.items() if name not in given and not each.has_default_value()]:
         raise UnlistedError(f"{target} without its argument {missing[0]!r}")
-    _check_values(target, known, given)
+    _check_values(target, given)
     if torch.Tag.nondeterministic_seeded in target.tags:
         _check_certain(target, known, given)
 
 
-def _check_values(target: torch._ops.OpOverload, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    for name, value in given.items():
-        if not _fits(known[name], value):
-            raise UnlistedError(f"{target} with {value!r:.60} for its argument {name!r}")
+def _check_values(target: torch._ops.OpOverload, given: Mapping[str, Any]) -> None:
+    for name, fits in _checked_values(target).items():
+        if name in given and not fits(given[name]):
+            raise UnlistedError(f"{target} with {given[name]!r:.60} for its argument {name!r}")
 
 
-def _fits(argument: Any, value: Any) -> bool:
-    """Whether an argument is what PyTorch doesn't check itself.
+@functools.cache
+def _checked_values(target: torch._ops.OpOverload) -> Mapping[str, Callable[[Any], bool]]:
+    """By argument, whether a value is one that the operation may get, where PyTorch doesn't check that itself.
 
     It takes any number for a dtype, a layout or a memory format, and an empty list of tensors, and may crash on them.
     """
-    kind = str(argument.real_type)
-    if "Tensor]" in kind and kind.startswith("List["):
-        return bool(value != [])
-    record = next((record for name, record in _RECORDS.items() if name in kind), None)
-    return record is None or value is None or isinstance(value, record)
+    found: dict[str, Callable[[Any], bool]] = {}
+    for argument in target._schema.arguments:
+        kind = str(argument.real_type)
+        record = next((record for name, record in _RECORDS.items() if name in kind), None)
+        if kind.startswith("List[") and "Tensor]" in kind:
+            found[argument.name] = _is_not_empty
+        elif record is not None:
+            found[argument.name] = functools.partial(_is_none_or, record)
+    return found
+
+
+def _is_not_empty(value: Any) -> bool:
+    return bool(value != [])
+
+
+def _is_none_or(record: type, value: Any) -> bool:
+    return value is None or isinstance(value, record)
 
 
 def _check_certain(target: torch._ops.OpOverload, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -168,10 +168,16 @@ def _join_rows(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tenso
     return torch.empty((like.shape[0], *parts[0].shape[1:]), dtype=parts[0].dtype, device=META)
 
 
+def _view_copy(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Of any strides, as on the CPU; on the meta device torch takes those of a view alone."""
+    return torch.empty(x.reshape(size).shape, dtype=x.dtype, device=META)
+
+
 #: Rules by operation; their arguments are those of the operation.
 RULES: Mapping[Any, Callable[..., Any]] = {
     SPLIT_ROWS: _split_rows,
     JOIN_ROWS: _join_rows,
+    torch.ops.aten.view_copy.default: _view_copy,
     torch.ops.aten.cat.default: _cat,
     torch.ops.aten.stack.default: _stack,
     torch.ops.aten.native_layer_norm.default: _layer_norm,

@@ -20,6 +20,8 @@ _LAST = _X.to(memory_format=torch.channels_last)
 CASES: list[tuple[Any, tuple[Any, ...]]] = [
     (_aten.cat.default, ([torch.zeros(0), _X, _X.double()], 1)),
     (_aten.stack.default, ([_X, _X], -1)),
+    (_aten.view_copy.default, (_LAST, [-1, 2])),
+    (_aten.view_copy.default, (_X.transpose(1, 2), list(_X.shape))),
     (_aten.native_layer_norm.default, (_X, [8, 6], torch.ones(8, 6), None, 1e-5)),
     (_aten.mean.dim, (_X, [-1, 0], True)),
     (_aten._safe_softmax.default, (_LAST, -1)),
