@@ -82,13 +82,19 @@ def build(reference: str) -> torch.nn.Module:
     return model
 
 
-def _foreign_kernels(described: Any) -> Iterator[str]:
-    """Kernels by the name of a repository, at any depth of a configuration: transformers would fetch and run them."""
-    for key, value in described.items():
-        if isinstance(value, dict):
-            yield from _foreign_kernels(value)
-        elif isinstance(value, str) and str(key).endswith("_implementation") and "/" in value:
-            yield value
+def _foreign_kernels(described: Any, names_them: bool = False) -> Iterator[str]:
+    """Kernels by the name of a repository, at any depth of a configuration: transformers would fetch and run them.
+
+    An entry whose key ends in ``_implementation`` names kernels, or holds names for each part of the model.
+    """
+    if isinstance(described, dict):
+        for key, value in described.items():
+            yield from _foreign_kernels(value, names_them or str(key).endswith("_implementation"))
+    elif isinstance(described, list):
+        for value in described:
+            yield from _foreign_kernels(value, names_them)
+    elif names_them and isinstance(described, str) and "/" in described:
+        yield described
 
 
 @contextlib.contextmanager

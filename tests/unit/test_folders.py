@@ -106,6 +106,9 @@ def test_mixtral_is_one_graph_and_kind_module_says_so(tmp_path: Path, transforme
         ('{"architectures": ["logging"]}', "names the class 'logging', which transformers"),
         ('{"architectures": ["BertModel"], "model_type": "bert"}', "transformers can't load it"),
         ('{"text_config": {"_attn_implementation": "someone/kernels"}}', "asks for the kernels 'someone/kernels'"),
+        ('{"attn_implementation": {"": "sdpa", "text_config": "a/b@v1"}}', "asks for the kernels 'a/b@v1'"),
+        ('{"parts": [{"experts_implementation": ["eager", "paged|a/b:f"]}]}', "asks for the kernels 'paged|a/b:f'"),
+        ('{"architectures": ["a/b"], "_name_or_path": "a/b", "implementation": "a/b"}', "names the class 'a/b'"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, transformers: Any, config: str | None, said: str) -> None:
