@@ -43,6 +43,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from benchmarks import process_time
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / ".cache" / "databases"  # one file for each entry, so that some can be run again
 PAGE = ROOT / "docs" / "databases.md"
@@ -346,23 +348,15 @@ def _drive(waiting: queue.SimpleQueue[str]) -> None:
 def _line(process: subprocess.Popen[str]) -> tuple[str, str]:
     """What a process answers, or else why it was ended before it did."""
     assert process.stdout is not None
-    began, before = time.monotonic(), _worked(process.pid)
+    began, before = time.monotonic(), process_time.worked(process.pid)
     # One line is answered for each that is asked, so no part of it waits in a buffer.
     while not select.select([process.stdout], [], [], 0.2)[0]:
-        worked, waited = _worked(process.pid) - before, time.monotonic() - began
+        worked, waited = process_time.worked(process.pid) - before, time.monotonic() - began
         if worked > LIMIT or waited > WAITING:
             process.kill()
             process.wait()
             return "", f"took more than {LIMIT} s of work" if worked > LIMIT else f"took more than {WAITING} s"
     return process.stdout.readline(), ""
-
-
-def _worked(process: int) -> float:
-    """Seconds that a process has had a core for."""
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return 0.0
 
 
 def _process() -> subprocess.Popen[str]:

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from armopt.errors import ArmoptError
+from benchmarks import process_time
 from tests.fuzz import kills, mutations
 from tests.fuzz.reader import Reader
 
@@ -239,12 +240,12 @@ def _watched(job: Job, batch: Sequence[int], folder: Path) -> Iterator[tuple[int
         rest = b""
         while True:
             if not select.select([pipe], [], [], 1.0)[0]:
-                if _worked(child) - worked > SECONDS or time.monotonic() - heard > WAITING:
+                if process_time.worked(child) - worked > SECONDS or time.monotonic() - heard > WAITING:
                     os.kill(child, signal.SIGKILL)
                     hung = True
                     break
                 continue
-            worked, heard = _worked(child), time.monotonic()
+            worked, heard = process_time.worked(child), time.monotonic()
             data = pipe.read(1 << 16)
             if not data:
                 break
@@ -264,14 +265,6 @@ def _watched(job: Job, batch: Sequence[int], folder: Path) -> Iterator[tuple[int
         yield began, "crash", f"{signal.Signals(status & 127).name if status & 127 else f'exit code {status >> 8}'}"
         return done + 1
     return done
-
-
-def _worked(process: int) -> float:
-    """Seconds that a process has had a core for."""
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return 0.0
 
 
 def keep(job: Job, finding: Finding) -> Path:
