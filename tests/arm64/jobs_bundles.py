@@ -96,6 +96,22 @@ def run(bundle, calls, captured=1, environ=None, strict=False, own=True):
     }
 
 
+def rows(bundle, x, sizes):
+    """What a model of one input and one output gives for each row of `x` alone, and for the first rows together.
+
+    The latter are also written where the caller says.
+    """
+    import torch
+
+    import armopt
+
+    model = armopt.load(bundle)
+    alone = torch.cat([model(x[i : i + 1]) for i in range(len(x))])
+    together = [model(x[:size]) for size in sizes]
+    written = [model.run(x[:size], out=torch.full_like(y, 7.0)) for size, y in zip(sizes, together, strict=True)]
+    return {"alone": alone, "together": together, "written": written}
+
+
 def load_error(bundle, strict=False, own=True):
     """The error that loading ends with: its class, exit code and text; None where there is none."""
     import armopt
