@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from armopt.capture.calls import describe_inputs as describe_inputs
     from armopt.capture.calls import eval_mode as eval_mode
     from armopt.capture.calls import placeholders as placeholders
-    from armopt.capture.calls import resize_batch_of as resize_batch_of
     from armopt.capture.calls import try_once as try_once
     from armopt.capture.constants import freeze as freeze
     from armopt.capture.export import check_dtypes as check_dtypes
@@ -27,7 +26,6 @@ _MODULES = {
         "describe_inputs",
         "eval_mode",
         "placeholders",
-        "resize_batch_of",
         "try_once",
     ),
     "constants": ("freeze",),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from armopt.errors import ArmoptError, CaptureError, InputError, first_line
+from armopt.errors import ArmoptError, CaptureError, InputError, first_line, printable
 from armopt.ir import nesting
 from armopt.ir.nesting import Inputs
 
@@ -76,27 +76,6 @@ def check_device(tensor: torch.Tensor, what: str, source: str) -> None:
         )
 
 
-def _resize_batch(tree: Any, size: int) -> Any:
-    """Repeats or cuts the first dimension of every tensor that has the batch there."""
-    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if is_tensor(leaf) and leaf.dim() > 0]
-    if not tensors:
-        return tree
-    current = tensors[0].shape[0]
-
-    def resize(leaf: Any) -> Any:
-        if not is_tensor(leaf) or leaf.dim() == 0 or leaf.shape[0] != current:
-            return leaf
-        return leaf.repeat(-(-size // current), *[1] * (leaf.dim() - 1))[:size].clone()
-
-    return torch.utils._pytree.tree_map(resize, tree)
-
-
-def resize_batch_of(args: Args, kwargs: Kwargs, size: int) -> tuple[Args, dict[str, Any]]:
-    """Inputs with a first dimension of `size` where they share the first tensor's."""
-    resized: tuple[Args, dict[str, Any]] = _resize_batch((args, dict(kwargs)), size)
-    return resized
-
-
 def describe_inputs(
     args: Args, kwargs: Kwargs, names: Sequence[str] = (), defaults: Kwargs = MappingProxyType({})
 ) -> tuple[Inputs, list[torch.Tensor]]:
@@ -131,10 +110,17 @@ def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) ->
                 hint='Use Python\'s if and for with kind="module", or armopt.compile',
             ) from error
         raise InputError(
-            f"the model fails on the example inputs: {type(error).__name__}: {first_line(error)}",
+            f"the model fails on the example inputs: {_said(model, error)}",
             where=source,
             hint="Check the names, shapes and dtypes given with --input",
         ) from error
+
+
+def _said(model: torch.nn.Module, error: Exception) -> str:
+    """What failed, in a line; TorchScript says where first."""
+    if isinstance(model, torch.jit.ScriptModule) and (lines := str(error).strip().splitlines()):
+        return printable(lines[-1])
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 @contextlib.contextmanager

@@ -48,9 +48,8 @@ class Dimension:
             )
         for size in self.at:
             if size < self.least or (self.most is not None and size > self.most):
-                most = "" if self.most is None else f" to {self.most}"
-                hint = f"Plan for sizes between: --at {self.name}=…"
-                raise InputError(f"{size} is not in {self.least}..{most.removeprefix(' to ')}", where=where, hint=hint)
+                said = f"{size} is not in {self.least}..{'' if self.most is None else self.most}"
+                raise InputError(said, where=where, hint=f"Plan for sizes between: --at {self.name}=…")
 
     def captured(self, found: int = 0) -> int:
         """The size to capture at, where an example has `found`; torch.export takes one of 1 as a constant."""
@@ -121,6 +120,11 @@ def parse(ranges: Sequence[str], at: Sequence[str]) -> dict[str, Dimension]:
             raise InputError(f"can't read {text!r}", where="--at", hint="Write NAME=SIZES: tokens=32,128,512")
         bounds.setdefault(match["name"], {}).update(at=tuple(map(int, match["sizes"].split(","))))
     return {name: Dimension(name, **given) for name, given in bounds.items()}
+
+
+def captured_batch(batch: Sequence[int], *, vary: bool) -> tuple[int, ...]:
+    """The sizes of the batch to capture for: several make it dynamic, and so does a single one where it is to vary."""
+    return (*batch, 2) if batch and vary else tuple(batch)
 
 
 def with_batch(args: Args, kwargs: Kwargs, axes: Axes, batch: Sequence[int]) -> Axes:

@@ -68,6 +68,7 @@ def optimize(
     from functools import partial
 
     from armopt import progress
+    from armopt.capture.dimensions import captured_batch
     from armopt.compiler import optimize
     from armopt.compiler.captured_model import capture_model
     from armopt.compiler.checks import Checks
@@ -90,10 +91,13 @@ def optimize(
         batch_invariant=batch_invariant,
         examples=_examples(model, described, samples),
     )
-    captured = (*sizes, 2) if sizes and batch_invariant else sizes  # several sizes make the batch dynamic
+    captured = captured_batch(sizes, vary=batch_invariant)
     opened = partial(options.open_for, kind, model, reference, described, samples, captured, dims, trust_pickle)
+    divided = options.is_divided(kind, reference)
     with out.progress() as watcher, progress.watched_by(watcher):
-        result = optimize.carry_out(lambda: capture_model(opened(), batch=sizes, dims=dims), recipe, checks, place)
+        result = optimize.carry_out(
+            lambda: capture_model(opened(), batch=sizes, dims=dims), recipe, checks, place, divided=divided
+        )
     out.result(to_json(result.manifest, output), lambda: summary(result.manifest, output))
     result.require()
 

@@ -146,6 +146,20 @@ TrustPickle = Annotated[
 ]
 
 
+def is_divided(kind: str, reference: str) -> bool:
+    """Whether the model is captured part by part.
+
+    Raises:
+        InputError: There is no such kind.
+    """
+    from armopt.errors import InputError
+    from armopt.models import torchvision_inputs
+
+    if kind not in ("auto", "graph", "module"):
+        raise InputError(f"unknown kind {kind!r}", where="--kind", hint="Write auto, graph or module")
+    return kind == "module" or (kind == "auto" and torchvision_inputs.is_detection(reference))
+
+
 def open_for(
     kind: str,
     model: Path | None,
@@ -163,11 +177,8 @@ def open_for(
     """
     from armopt.capture import files
     from armopt.errors import CaptureError, InputError
-    from armopt.models import torchvision_inputs
 
-    if kind not in ("auto", "graph", "module"):
-        raise InputError(f"unknown kind {kind!r}", where="--kind", hint="Write auto, graph or module")
-    if kind == "module" or (kind == "auto" and torchvision_inputs.is_detection(reference)):
+    if is_divided(kind, reference):
         if batch:
             raise InputError("parts have sizes of their own", where="--batch", hint="Leave it out")
         return files.open_divided(model, source_options(reference, described, samples, batch, dims, trust_pickle))

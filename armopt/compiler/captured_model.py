@@ -15,7 +15,7 @@ import torch
 
 from armopt import capture
 from armopt.capture import files, submodules
-from armopt.capture.dimensions import NO_AXES, Axes, Dimension, Example
+from armopt.capture.dimensions import NO_AXES, Axes, Dimension, Example, captured_batch
 from armopt.capture.files import torchscript
 from armopt.capture.files.format import TrustedFile
 from armopt.capture.submodules import CapturedPart
@@ -126,7 +126,7 @@ def capture_model(
         model = files.Divided(model, tuple((tuple(args), {}) for args in example_inputs or ()))
     if isinstance(model, files.Divided):
         return _divided(model)
-    captured = _captured(model, example_inputs, (*batch, 2) if batch and any_batch else batch, dims)
+    captured = _captured(model, example_inputs, captured_batch(batch, vary=any_batch), dims)
     at = {name: each.at for name, each in dims.items()} | ({BATCH: tuple(batch)} if batch else {})
     return CapturedModel(captured.source, (CapturedPart("", captured, find_buckets(captured, at)),))
 

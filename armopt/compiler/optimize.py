@@ -21,6 +21,7 @@ from armopt.compiler import describe, invariance
 from armopt.compiler.captured_model import CapturedModel, Inputs, Kind, Model, capture_model
 from armopt.compiler.checks import Checks, Judge, Judged, merge_repairs, merge_validations
 from armopt.compiler.output import Output
+from armopt.compiler.recipe import Prepared as PreparedGraph
 from armopt.compiler.recipe import Recipe
 from armopt.errors import AccuracyError, ArmoptWarning, CaptureError, InputError
 from armopt.ir import graph as g
@@ -110,17 +111,17 @@ def optimize(
     """
     place = output if isinstance(output, Output) else Output(Path(output))
     recipe = Recipe.of(target, policy)
-    if kind == "module":
-        _refuse_what_needs_one_graph(checks, place)
     opened = partial(capture_model, model, example_inputs, kind=kind, batch=batch, any_batch=checks.batch_invariant)
-    result = carry_out(opened, recipe, checks, place)
+    result = carry_out(opened, recipe, checks, place, divided=kind == "module")
     if not result.passed:
         said = f"{result.path} is marked as not deployable: {result.verdict.failures()}"
         warnings.warn(said, ArmoptWarning, stacklevel=2)
     return result
 
 
-def carry_out(opened: Callable[[], CapturedModel], recipe: Recipe, checks: Checks, output: Output) -> Result:
+def carry_out(
+    opened: Callable[[], CapturedModel], recipe: Recipe, checks: Checks, output: Output, *, divided: bool = False
+) -> Result:
     """What :func:`optimize` does, whoever gives the model.
 
     Args:
@@ -128,12 +129,15 @@ def carry_out(opened: Callable[[], CapturedModel], recipe: Recipe, checks: Check
         recipe: How its graphs become programs.
         checks: See :class:`Checks`.
         output: See :class:`Output`.
+        divided: Whether the model is known to come in parts: what they can't do is then refused before they are made.
 
     Raises:
         InputError: See :func:`optimize`.
         CaptureError: See :func:`optimize`.
     """
     output.check_places()
+    if divided:
+        _refuse_what_needs_one_graph(checks, output)
     bounds = checks.bounds()
     steps = Steps("capture", "prepare", "plan", "lower", "validate", *(("onnx",) if output.onnx else ()), "write")
     steps("capture")
@@ -147,11 +151,8 @@ def carry_out(opened: Callable[[], CapturedModel], recipe: Recipe, checks: Check
         sizes = [bucket[BATCH] for bucket in model.parts[0].buckets]
         model = model.at_most_rows()
     steps("prepare")
-    prepared = [recipe.prepare(part.captured.graph_module) for part in model.parts]
-    for part, graph in zip(model.parts, prepared, strict=True):
-        _refuse_random_numbers(graph.graph_module, part.captured.source)
     recipe = replace(recipe, keep_fp32=(*recipe.keep_fp32, *checks.keep_fp32))
-    recipe.check_names({part.path: graph for part, graph in zip(model.parts, prepared, strict=True)})
+    prepared = _prepared(model, recipe)
     steps("plan")
     planned = [recipe.plan_part(part, graph) for part, graph in zip(model.parts, prepared, strict=True)]
     steps("lower")
@@ -176,6 +177,20 @@ def carry_out(opened: Callable[[], CapturedModel], recipe: Recipe, checks: Check
     steps.done()
     _log.info("wrote %s: %s", output.place, "passed" if verdict.passed else verdict.failures())
     return Result(output.place, written, verdict)
+
+
+def _prepared(model: CapturedModel, recipe: Recipe) -> list[PreparedGraph]:
+    """The graph of each part, prepared once for all its buckets.
+
+    Raises:
+        CaptureError: One draws random numbers.
+        InputError: No layer is called as the recipe says.
+    """
+    prepared = {part.path: recipe.prepare(part.captured.graph_module) for part in model.parts}
+    for part in model.parts:
+        _refuse_random_numbers(prepared[part.path].graph_module, part.captured.source)
+    recipe.check_names(prepared)
+    return list(prepared.values())
 
 
 def _refuse_random_numbers(graph_module: fx.GraphModule, source: str) -> None:

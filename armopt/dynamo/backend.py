@@ -169,11 +169,12 @@ def _patterns(given: Any) -> tuple[str, ...]:
     Raises:
         InputError: They are something else.
     """
-    found = tuple(given or ()) if isinstance(given, (list, tuple, type(None))) else (None,)
-    if not all(isinstance(each, str) for each in found):
+    if given is None:
+        return ()
+    if not isinstance(given, (list, tuple)) or not all(isinstance(each, str) for each in given):
         hint = 'Give patterns as a list: ["head", "layers.0.*"]'
         raise InputError(f"keep_fp32 is {given!r}", where="armopt", hint=hint)
-    return tuple(map(str, found))
+    return tuple(given)
 
 
 def _raising(error: ArmoptError) -> Callable[..., Any]:

@@ -138,6 +138,11 @@ def test_what_needs_one_graph_is_refused(bundle: Path, mask_rcnn: torch.nn.Modul
     calls = [(detection.images((3, 128, 128)),)]
     with pytest.raises(InputError, match=r"--keep-reference.*needs the model in one graph"):
         armopt.optimize(mask_rcnn, calls, kind="module", output=armopt.Output(tmp_path / "b", keep_reference=True))
+    absent: list[tuple[list[torch.Tensor]]] = []  # without calls nothing can be captured: it is refused before that
+    with pytest.raises(InputError, match=r"--onnx.*needs the model in one graph"):
+        armopt.optimize(
+            mask_rcnn, absent, kind="module", output=armopt.Output(tmp_path / "b", onnx=armopt.OnnxOptions())
+        )
     with pytest.raises(InputError, match=r"--inputs.*its parts take no inputs"):
         accuracy.validate(bundle, inputs={"images": torch.ones(1)})
     with pytest.raises(InputError, match=r"--task detection.*its parts have no task"):

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from armopt import capture
-from armopt.capture.calls import Args, Kwargs, unchanged
+from armopt.capture import dimensions
+from armopt.capture.calls import Args, Kwargs
 from armopt.capture.dimensions import NO_AXES, Axes
 from armopt.capture.files import script_code, scripts
 from armopt.capture.files.archive import Archive, one_error
 from armopt.capture.files.format import TRUST, Content, Format, Options
 from armopt.capture.files.modules import arrange_inputs
-from armopt.errors import ArmoptError, InputError, printable
+from armopt.errors import ArmoptError, InputError
 from armopt.ir.records import Captured
 from armopt.models import torchvision_ops
 
@@ -71,7 +72,7 @@ def capture_script(
         what = "TorchScript converts with fixed shapes"
         raise InputError(what, where=source, hint="Give one size with --batch, and numbers alone with --input")
     if batch:
-        args, kwargs = capture.resize_batch_of(args, kwargs, batch[0])
+        args, kwargs, _ = dimensions.resized(args, kwargs, NO_AXES, batch[0])
     capture.check_dtypes(script, source)
     names = _names(script, source)
     args, kwargs = _by_position(names, args, kwargs)
@@ -79,7 +80,7 @@ def capture_script(
     converting = "TorchScript can't be converted"
     with one_error(source, converting, hint, passing=ArmoptError), capture.eval_mode(script), torch.no_grad():
         look(script.inlined_graph)
-        _try_once(script, args, kwargs, source)
+        capture.try_once(script, args, kwargs, source)
         with capture.quiet():
             program = _convert(script, args, kwargs, look)
     with one_error(source, "can't be captured", hint, passing=ArmoptError):
@@ -100,24 +101,6 @@ def _by_position(names: Sequence[str], args: Args, kwargs: Kwargs) -> tuple[Args
             break
         given.append(named.pop(name))
     return tuple(given), named
-
-
-def _try_once(script: torch.jit.ScriptModule, args: Args, kwargs: Kwargs, source: str) -> None:
-    """Runs it, whose own error on unfit inputs says more than a conversion's.
-
-    Raises:
-        InputError: It fails.
-    """
-    try:
-        with unchanged(script, attributes=False), torch.random.fork_rng(devices=[]):
-            script(*args, **kwargs)
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InputError(
-            f"the model fails on the example inputs: {printable(lines[-1] if lines else type(error).__name__)}",
-            where=source,
-            hint="Check the names, shapes and dtypes given with --input",
-        ) from error
 
 
 def _convert(script: Any, args: Args, kwargs: Kwargs, look: Callable[[Any], None]) -> torch.export.ExportedProgram:
