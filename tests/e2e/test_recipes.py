@@ -87,7 +87,7 @@ def test_the_units_commands_do_what_systemd_expects(bundle: Path, tmp_path: Path
     assert time.monotonic() - ended < int(service["TimeoutStopSec"])
 
 
-@pytest.mark.parametrize("engine", ["uvicorn", "gunicorn"])
+@pytest.mark.parametrize("engine", [pytest.param("uvicorn", marks=pytest.mark.full), "gunicorn"])
 def test_the_application_under_servers_that_people_run_already(engine: str, bundle: Path, tmp_path: Path) -> None:
     (line,) = (line.strip() for line in RECIPE.splitlines() if f"-- {engine} " in line)
     port = free_port()
