@@ -36,6 +36,7 @@ def _to_json(written: Package) -> dict[str, Any]:
     return {
         "package": str(written.path),
         "files": list(written.files),
+        "platform": written.platform,
         "torch": written.torch,
         "hashes": written.hashes,
         "remarks": list(written.remarks),
@@ -46,5 +47,5 @@ def _text(written: Package) -> str:
     hashes = "with" if written.hashes else "WITHOUT"
     return (
         f"Wrote {written.path}: {', '.join(written.files)}; torch {written.torch}, requirements {hashes} hashes.\n\n"
-        f"Next:  docker build --platform linux/arm64 -t model {written.path}"
+        f"Next:  docker build --platform {written.platform} -t model {written.path}"
     )

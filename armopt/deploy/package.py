@@ -43,7 +43,9 @@ _NEEDED = (
 )
 #: The user of the image: no user of the host has its number.
 _USER = 10001
-_PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
+#: Docker's names of the machines that images are for.
+_PLATFORM = {"aarch64": "linux/arm64", "x86_64": "linux/amd64"}
+_WHEELS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 _MINUTES = 10
 
 #: Runs a command and returns what it wrote; raises OSError or subprocess.SubprocessError.
@@ -66,6 +68,7 @@ class Package:
     Attributes:
         path: The folder.
         files: In it, at the top.
+        platform: What the image is built for, by Docker's name.
         torch: The version that the image installs.
         hashes: Whether requirements.txt has them.
         remarks: What is worth knowing.
@@ -73,6 +76,7 @@ class Package:
 
     path: Path
     files: tuple[str, ...]
+    platform: str
     torch: str
     hashes: bool
     remarks: tuple[str, ...]
@@ -84,7 +88,7 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
     Args:
         bundle: A folder or a zip; all its hashes are checked.
         output: The folder to make.
-        hashes: Whether to ask the package registry for the hashes of the aarch64 wheels.
+        hashes: Whether to ask the package registry for the hashes of the wheels.
         run: How pip is run; for tests.
 
     Raises:
@@ -108,11 +112,13 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
     remarks = []
     pinned: tuple[Pinned, ...] = ()
     if hashes:
-        pinned = resolve(torch, run or _pip)
+        pinned = resolve(torch, run or _pip, machine(described))
     else:
         remarks.append(f"{REQUIREMENTS} has no hashes, as asked for")
     if not described.accuracy.passed:
         remarks.append("the bundle failed its accuracy gate: it is not meant to be deployed")
+    if machine(described) != "aarch64":
+        remarks.append("the image is for the kind of machine that made the bundle; torch's wheels for it bring CUDA")
     texts = {
         DOCKERFILE: dockerfile(described, model_name(bundle), hashes=bool(pinned)),
         REQUIREMENTS: requirements(torch, pinned),
@@ -126,6 +132,8 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
                 (folder / name).write_text(text, encoding="utf-8")
             _copy_bundle(bundle, folder / BUNDLE)
             _copy_armopt(folder / LIBRARY / "armopt")
+            for path in folder.rglob("*"):  # COPY keeps modes, and the image's user owns none of it
+                path.chmod(0o755 if path.is_dir() else 0o644)
             follow_umask(folder, 0o777)
             put(folder, output)
     except OSError as error:
@@ -135,14 +143,20 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
             hint="Nothing was left behind. Free some space or choose another place with -o",
         ) from error
     files = tuple(sorted(entry.name for entry in output.iterdir()))
-    return Package(output, files, torch, bool(pinned), tuple(remarks))
+    return Package(output, files, _PLATFORM[machine(described)], torch, bool(pinned), tuple(remarks))
+
+
+def machine(described: manifest.Manifest) -> str:
+    """The machine that the image is for: kernels of a bundle are of one kind, so there is no image for both."""
+    made = described.versions.get("machine", "")
+    return made if described.target == targets.HOST and made in _PLATFORM else "aarch64"
 
 
 def torch_version(described: manifest.Manifest) -> str:
-    """The torch for the image: the one of the Arm machine that made the bundle, else the last CPU wheel on PyPI."""
-    made = described.versions.get("torch", "")
-    on_arm = described.versions.get("machine") == "aarch64" and described.versions.get("torch_build") == "cpu"
-    if not on_arm or not made:
+    """The torch for the image: the bundle's, if made on such a machine, else the last Arm CPU wheel on PyPI."""
+    made, kind = described.versions.get("torch", ""), machine(described)
+    plain = kind != "aarch64" or described.versions.get("torch_build") == "cpu"
+    if not made or not plain or described.versions.get("machine") != kind:
         return environment.CPU_TORCH
     try:
         return Version(made).public
@@ -167,12 +181,15 @@ def dockerfile(described: manifest.Manifest, name: str, *, hashes: bool) -> str:
     command = ["python", "-m", "armopt", "serve", f"/app/{BUNDLE}", "--name", name]
     command += ["--host", "0.0.0.0", "--port", str(PORT)]
     install = f"pip install --no-cache-dir --only-binary=:all:{' --require-hashes' if hashes else ''}"
+    kind = machine(described)
+    other = f"this image is for {_PLATFORM[kind]}: docker build --platform {_PLATFORM[kind]} ."
     return f"""\
-# For {described.target}, by armopt {__version__}. Build it for Arm, and run it with options of armopt serve behind it:
-#   docker build --platform linux/arm64 -t model .
+# For {described.target}, by armopt {__version__}. Run it with options of armopt serve behind it:
+#   docker build --platform {_PLATFORM[kind]} -t model .
 #   docker run --rm --read-only --cap-drop ALL -p {PORT}:{PORT} model --workers 2
 FROM python:{PYTHON}-slim
 
+RUN test "$(uname -m)" = {kind} || {{ echo "{other}" >&2; exit 1; }}
 # `armopt serve` preloads it: oneDNN makes many small objects on each call
 RUN apt-get update && apt-get install -y --no-install-recommends {ALLOCATOR} && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
@@ -229,7 +246,7 @@ def bill_of_materials(described: manifest.Manifest, name: str, pinned: Sequence[
 def requirements(torch: str, pinned: Sequence[Pinned]) -> str:
     """requirements.txt: each wheel with its hash; without hashes, how to add them."""
     if pinned:
-        head = "# aarch64 wheels from the package registry; pip refuses any other file (--require-hashes).\n"
+        head = "# Wheels from the package registry; pip refuses any other file (--require-hashes).\n"
         return head + "".join(
             f"{each.name}=={each.version} \\\n    --hash=sha256:{each.sha256}\n"
             for each in sorted(pinned, key=lambda p: p.name)
@@ -241,8 +258,8 @@ def requirements(torch: str, pinned: Sequence[Pinned]) -> str:
     )
 
 
-def resolve(torch: str, run: Runner) -> tuple[Pinned, ...]:
-    """Every wheel that the image needs, with its hash, as pip would choose them on an Arm server.
+def resolve(torch: str, run: Runner, machine: str = "aarch64") -> tuple[Pinned, ...]:
+    """Every wheel that the image needs, with its hash, as pip would choose them on a server of that kind.
 
     pip can choose files for another platform, but takes this machine's for the conditions in a package's needs. torch's
     are the ones that differ (CUDA on x86), so they are judged here.
@@ -250,25 +267,25 @@ def resolve(torch: str, run: Runner) -> tuple[Pinned, ...]:
     Raises:
         HostError: pip is missing, or reaches no registry.
     """
-    first = _report(run, [f"torch=={torch}"], "--no-deps")
-    arm: dict[str, str] = {name: str(value) for name, value in default_environment().items()}
-    arm |= {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "extra": ""}
-    arm |= {"platform_machine": "aarch64", "platform_system": "Linux", "sys_platform": "linux"}
+    first = _report(run, [f"torch=={torch}"], machine, "--no-deps")
+    there: dict[str, str] = {name: str(value) for name, value in default_environment().items()}
+    there |= {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "extra": ""}
+    there |= {"platform_machine": machine, "platform_system": "Linux", "sys_platform": "linux"}
     needs = []
     for line in (line for item in first for line in item["metadata"].get("requires_dist", [])):
         need = Requirement(line)
-        if need.marker is None or need.marker.evaluate(arm):
+        if need.marker is None or need.marker.evaluate(there):
             needs.append(f"{need.name}{need.specifier}")
-    return tuple(_pinned([*first, *_report(run, [*needs, *_NEEDED])]))
+    return tuple(_pinned([*first, *_report(run, [*needs, *_NEEDED], machine)]))
 
 
-def _report(run: Runner, wanted: Sequence[str], *options: str) -> list[Mapping[str, Any]]:
+def _report(run: Runner, wanted: Sequence[str], machine: str, *options: str) -> list[Mapping[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [
             *("install", "--dry-run", "--quiet", "--ignore-installed", "--only-binary=:all:"),
             *("--python-version", PYTHON, "--implementation", "cp", "--target", str(Path(folder) / "none")),
-            *(f"--platform={name}_aarch64" for name in _PLATFORMS),
+            *(f"--platform={name}_{machine}" for name in _WHEELS),
             *("--report", str(report), *options, *wanted),
         ]
         try:
@@ -278,7 +295,7 @@ def _report(run: Runner, wanted: Sequence[str], *options: str) -> list[Mapping[s
             said = getattr(error, "stderr", "") or str(error)
             lines = [line for line in said.splitlines() if line.startswith("ERROR")] or said.splitlines()[-1:]
             raise HostError(
-                f"pip found no aarch64 wheels: {' '.join(lines)[:300]}",
+                f"pip found no {machine} wheels: {' '.join(lines)[:300]}",
                 where=" ".join(wanted),
                 hint="Try again where a package registry can be reached, or write the package with --no-hashes",
             ) from None

@@ -21,8 +21,8 @@ EXPECTED = {
 
 
 def test_none_is_left_out() -> None:
-    # test_cli_main_path.py, test_package.py, test_ray.py
-    elsewhere = {"tutorial_mlp_cli.sh", "kserve.yaml", "ray_batch.py", "ray_serve.py"}
+    # test_cli_main_path.py, test_package.py, test_ray.py, test_recipes.py
+    elsewhere = {"tutorial_mlp_cli.sh", "kserve.yaml", "ray_batch.py", "ray_serve.py", "asgi.py"}
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == EXPECTED.keys() | elsewhere
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -126,6 +127,47 @@ def test_bodies_beyond_the_limit_and_clients_that_are_slow(server: Running) -> N
     assert server.infer([[0.5] * 8])[0] == 200
 
 
+def large(rows: int = 20_000) -> bytes:
+    """A request below the limit, whose answer is several megabytes of JSON."""
+    given = {"name": "x", "shape": [rows, 8], "datatype": "FP32", "parameters": {"binary_data_size": 32 * rows}}
+    head = json.dumps({"inputs": [given]}).encode()
+    line = b"POST /v2/models/rows/infer HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: %d\r\n" % len(head)
+    body = head + np.random.default_rng(0).random((rows, 8), dtype=np.float32).tobytes()
+    return line + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def taken(connection: socket.socket) -> tuple[int, int]:
+    """Bytes of an answer that came before its end or the connection's, and how many there should have been."""
+    found, rest, length = b"", b"", -1
+    with contextlib.suppress(ConnectionResetError):
+        while len(rest) != length and (chunk := connection.recv(1 << 20)):
+            found += chunk
+            head, _, rest = found.partition(b"\r\n\r\n")
+            length = int(re.search(rb"content-length: (\d+)", head.lower())[1])  # type: ignore[index]
+    assert found.startswith(b"HTTP/1.1 200 ")
+    return len(rest), length
+
+
+def test_an_answer_that_the_client_does_not_read_is_dropped(server: Running) -> None:
+    """After --timeout: neither memory nor a connection waits for it, also where it is the connection's last."""
+    ask = large()
+    with contextlib.ExitStack() as stack:
+        reads, late, last = (stack.enter_context(socket.socket()) for _ in range(3))
+        for connection, more in ((reads, b""), (late, b""), (last, b"Connection: close\r\n")):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+            connection.connect(("127.0.0.1", server.port))
+            connection.settimeout(20)
+            connection.sendall(ask.replace(b"Host: x\r\n", b"Host: x\r\n" + more))
+            if connection is reads:
+                whole, length = taken(reads)
+        assert whole == length > 5 << 20
+        time.sleep(4)
+        for connection in (late, last):
+            part, same = taken(connection)
+            assert part < same == length
+    assert server.infer([[0.5] * 8])[0] == 200
+
+
 def test_connections_beyond_the_limit(server: Running) -> None:
     given = {"name": "x", "shape": [1, 8], "datatype": "FP32", "data": [0.5] * 8}
     body = json.dumps({"inputs": [given]}).encode()
@@ -147,7 +189,11 @@ def test_connections_are_shared_out_among_workers(server: Running) -> None:
     def sockets(pid: int) -> int:
         return sum("socket" in os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir())
 
-    before = {pid: sockets(pid) for pid in server.workers()}
+    before: dict[int, int] = {}
+    until = time.monotonic() + 10
+    while before != (now := {pid: sockets(pid) for pid in server.workers()}) and time.monotonic() < until:
+        before = now
+        time.sleep(0.3)  # clients of the tests before this one have left, and workers may still have to notice
     open_ones = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(40)]
     for connection in open_ones:
         connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -175,18 +221,6 @@ def test_three_hundred_broken_requests_and_clients_that_leave(server: Running) -
                 assert answered(connection)[9:12] in (b"200", b"400")
     assert server.workers() == before
     assert server.infer([[0.5] * 8])[0] == 200
-
-
-def test_a_worker_that_dies_is_started_again(server: Running) -> None:
-    before = set(server.workers())
-    assert len(before) == 2
-    os.kill(min(before), signal.SIGKILL)
-    until = time.monotonic() + 20
-    while time.monotonic() < until and len(set(server.workers()) - before) < 1:
-        time.sleep(0.05)
-    assert len(server.workers()) == 2
-    server.wait_until_ready()
-    assert {server.infer([[0.5] * 8])[0] for _ in range(20)} == {200}
 
 
 def test_metrics_add_up_over_workers(server: Running) -> None:
@@ -267,6 +301,33 @@ def test_another_bundle_is_taken_without_a_lost_request(bundles: list[Path], tmp
             done.set()
         assert [wrong for client in clients for wrong in client.result()] == []
         assert server.said("not reloaded, the old bundle stays.*changed or damaged")
+
+
+def test_a_worker_that_dies_under_load_is_started_again_and_costs_its_connections_alone(bundles: list[Path]) -> None:
+    import armopt
+
+    x = [0.5] * 8
+    known = {
+        files.read_manifest(bundles[0]).digest[:12]: float(armopt.load(bundles[0])(torch.tensor([x]))["log"][0, 0])
+    }
+    with served(bundles[0], "--workers", "2") as server, ThreadPoolExecutor(8) as pool:
+        done = threading.Event()
+        clients = [pool.submit(wrong_answers, server, done, known, x) for _ in range(8)]
+        try:
+            time.sleep(1)
+            before = server.workers()
+            os.kill(before[0], signal.SIGKILL)
+            until = time.monotonic() + 20
+            while time.monotonic() < until and len(set(server.workers()) - set(before)) < 1:
+                time.sleep(0.05)
+            time.sleep(1)
+        finally:
+            done.set()
+        wrong = [each for client in clients for each in client.result()]
+        assert len(server.workers()) == 2
+    # no answer is wrong; each connection breaks once at most
+    assert [each for each in wrong if not isinstance(each, OSError)] == []
+    assert 1 <= len(wrong) <= 8, wrong
 
 
 def test_sigterm_ends_it_while_clients_are_connected(bundles: list[Path]) -> None:

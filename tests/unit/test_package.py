@@ -9,15 +9,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import venv
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
 from torch import nn
 from typer.testing import CliRunner
 
@@ -113,6 +117,7 @@ def written(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> package.P
 def test_what_is_written(written: package.Package, bundle: Path) -> None:
     assert written.files == (".dockerignore", "Dockerfile", "bundle", "lib", "requirements.txt", "sbom.json")
     assert (written.torch, written.hashes, written.remarks) == ("2.10.0", True, ())
+    assert written.platform == "linux/arm64"
     assert reader.read(written.path / "bundle").manifest == files.read_manifest(bundle)
     assert not (written.path / "lib/armopt/passes").is_symlink()
     assert not list(written.path.rglob("__pycache__"))
@@ -162,6 +167,48 @@ def test_the_dockerfile(written: package.Package) -> None:
     assert words.count("ENTRYPOINT") == words.count("CMD") == words.count("HEALTHCHECK") == 1
 
 
+def test_the_image_is_for_the_machine_of_its_kernels(bundle: Path) -> None:
+    """There is no image for both: wheels and kernels are of one kind."""
+    from dataclasses import replace
+
+    described = files.read_manifest(bundle)
+    for target, made, machine, platform_name in (
+        ("graviton3", "x86_64", "aarch64", "linux/arm64"),
+        ("host", "x86_64", "x86_64", "linux/amd64"),
+        ("host", "aarch64", "aarch64", "linux/arm64"),
+    ):
+        of_it = replace(
+            described, target=target, versions={"machine": made, "torch": "2.11.0+cpu", "torch_build": "cpu"}
+        )
+        assert package.machine(of_it) == machine
+        assert package.torch_version(of_it) == ("2.11.0" if made == machine else "2.10.0")
+        text = package.dockerfile(of_it, "model", hashes=True)
+        assert f"docker build --platform {platform_name} " in text
+        (check,) = (rest for word, rest in parse(text) if word == "RUN" and "uname" in rest)
+        for here, code in ((machine, 0), ("riscv64", 1)):
+            done = subprocess.run(
+                ["sh", "-c", check.replace("$(uname -m)", here)], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == code
+            assert (f"this image is for {platform_name}" in done.stderr) == bool(code)
+    run = pip()
+    package.resolve("2.10.0", run, "x86_64")
+    assert "--platform=manylinux_2_28_x86_64" in run.calls[1]
+    assert "nvidia-cublas-cu12==12.8.4.1" in run.calls[1]
+
+
+def test_the_images_user_can_read_it_whatever_the_umask(bundle: Path, tmp_path: Path) -> None:
+    mask = os.umask(0o077)
+    try:
+        made = package.write(bundle, tmp_path / "image", hashes=False)
+    finally:
+        os.umask(mask)
+    assert made.path.stat().st_mode & 0o777 == 0o700
+    modes = {path: path.stat().st_mode & 0o777 for path in made.path.rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o755}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o644}
+
+
 def test_requirements_hold_every_hash_and_nothing_for_another_machine(bundle: Path) -> None:
     run = pip()
     pinned = package.resolve("2.10.0", run)
@@ -206,7 +253,7 @@ def test_a_registry_without_hashes_is_refused() -> None:
 @pytest.mark.slow
 def test_hashes_are_what_pip_itself_accepts(tmp_path: Path) -> None:
     try:
-        pinned = package._pinned(package._report(package._pip, ["safetensors==0.8.0"], "--no-deps"))
+        pinned = package._pinned(package._report(package._pip, ["safetensors==0.8.0"], "aarch64", "--no-deps"))
     except HostError as error:
         warnings.warn(f"NOT TESTED against a package registry: {error}", stacklevel=2)
         pytest.skip(str(error))
@@ -273,6 +320,19 @@ def test_the_bill_of_materials(written: package.Package) -> None:
     assert found["metadata"]["component"]["hashes"][0]["content"] == described.digest
 
 
+@pytest.mark.full
+def test_the_bill_of_materials_follows_its_schema(written: package.Package) -> None:
+    validators = pytest.importorskip(
+        "cyclonedx.validation.json", reason="pip install 'cyclonedx-python-lib[json-validation]'"
+    )
+    from cyclonedx.schema import SchemaVersion
+
+    validator = validators.JsonStrictValidator(SchemaVersion.V1_5)
+    text = (written.path / "sbom.json").read_text()
+    assert validator.validate_str(text) is None
+    assert validator.validate_str(text.replace("SHA-256", "SHA-257")) is not None
+
+
 def test_the_manifest_for_kserve_fits_the_image(written: package.Package) -> None:
     manifest = yaml.safe_load((Path(__file__).parents[2] / "examples/kserve.yaml").read_text())
     (container,) = manifest["spec"]["predictor"]["containers"]
@@ -288,33 +348,70 @@ def test_the_manifest_for_kserve_fits_the_image(written: package.Package) -> Non
 
 # --- its server, on loopback ----------------------------------------------------------------------
 
-#: Runs a command with a read-only root file system but /tmp and /dev/shm, as user 10001, without rights.
-CONFINED = (
-    "mount -o remount,ro,bind / && mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs /run && "
-    'exec unshare --user --map-user=10001 --map-group=10001 -- "$@"'
+#: Runs a command with a read-only root file system but /dev/shm and /run, as user 10001, without rights.
+READ_ONLY = "mount -o remount,ro,bind / && mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs /run && exec "
+AS_USER = "setpriv --reuid=10001 --regid=10001 --clear-groups --no-new-privs --inh-caps=-all --bounding-set=-all"
+BASE, TOP = sys.base_prefix, Path(*Path(sys.base_prefix).parts[:2])
+#: Where Python itself lies in a folder that is closed to others, as /root is, it alone is shown in that folder.
+SHOWN = (
+    f"mount --bind {BASE} /mnt && mount -t tmpfs -o mode=755 tmpfs {TOP} && mkdir -p {BASE} && mount --move /mnt {BASE}"
 )
+OPENED = "" if TOP.stat().st_mode & 1 else f"{SHOWN} && "
+#: The second reads files with the rights of whoever runs the tests.
+CONFINED = [
+    ["unshare", *options, "sh", "-c", f'{before}{READ_ONLY}{last} -- "$@"', "sh"]
+    for options, before, last in (
+        (["--mount"], OPENED, AS_USER),
+        (["--user", "--map-root-user", "--mount"], "", "unshare --user --map-user=10001 --map-group=10001"),
+    )
+]
+
+
+def clean_python(folder: Path) -> Path:
+    """A virtual environment that has what requirements.txt names, and what that needs: links to what is here."""
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    wanted, seen = ["torch", *package._NEEDED], set[str]()
+    while wanted:
+        need = Requirement(wanted.pop())
+        if need.name in seen or (need.marker and not need.marker.evaluate({"extra": ""})):
+            continue
+        seen.add(need.name)
+        found = metadata.distribution(need.name)
+        wanted += found.requires or []
+        for name in {file.parts[0] for file in found.files or []} - {"..", "__pycache__"}:
+            if not (site / name).exists():
+                (site / name).symlink_to(found.locate_file(name))
+    return folder / "bin/python"
 
 
 @pytest.fixture(scope="module")
 def image_server(written: package.Package) -> Iterator[Running]:
-    """The image's entry point and command, run as they stand, with this machine's Python."""
+    """The image's entry point and command, run as they stand, in a place of which the image's user may read all."""
     lines = parse((written.path / "Dockerfile").read_text())
-    env = {"PATH": os.environ["PATH"]}
-    env |= dict(part.split("=", 1) for word, rest in lines if word == "ENV" for part in shlex.split(rest))
-    env |= {"PYTHONPATH": str(written.path / "lib")}
+    env = dict(part.split("=", 1) for word, rest in lines if word == "ENV" for part in shlex.split(rest))
     words = [*json.loads(dict(lines)["ENTRYPOINT"]), *json.loads(dict(lines)["CMD"])]
-    here = {"python": sys.executable, "/app/bundle": str(written.path / "bundle"), "0.0.0.0": "127.0.0.1", "8080": "0"}
-    command = [here.get(word, word) for word in words]
-    confined = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", CONFINED, "sh"]
-    if subprocess.run([*confined, "true"], capture_output=True, check=False).returncode:
-        what = "NOT TESTED: this machine has no user namespaces, the root file system is not read-only"
-        warnings.warn(what, stacklevel=2)
-        confined = []
-    with running([*confined, *command], env, written.path) as server:
-        server.wait_until_ready()
-        yield server
-        status = Path(f"/proc/{server.workers()[0]}/status").read_text()
-        assert not confined or "CapEff:\t0000000000000000" in status
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        image = shutil.copytree(written.path, Path(place) / "app")
+        python = clean_python(Path(place) / "python")
+        env |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(image / "lib")}
+        here = {"python": str(python), "/app/bundle": str(image / "bundle"), "0.0.0.0": "127.0.0.1", "8080": "0"}
+        command, confined = [here.get(word, word) for word in words], list[str]()
+        for confined in [*CONFINED, []]:
+            # by a shell: what setpriv itself starts is found with the rights from before
+            check = [*confined, "sh", "-c", 'exec "$0" -c "import torch, armopt"', str(python)]
+            if not subprocess.run(check, env=env, cwd="/", capture_output=True, check=False).returncode:
+                break
+        if confined is not CONFINED[0]:
+            what = "NOT TESTED as user 10001" + ("" if confined else " and with a read-only root file system")
+            warnings.warn(f"{what}: this machine has no such rights, or keeps its files from other users", stacklevel=2)
+        with running([*confined, *command], env, image) as server:
+            server.wait_until_ready()
+            yield server
+            status = Path(f"/proc/{server.workers()[0]}/status").read_text()
+            assert not confined or "CapEff:\t0000000000000000" in status
+            assert confined is not CONFINED[0] or "Uid:\t10001\t10001\t10001\t10001" in status
     assert server.process.returncode == 0
 
 
@@ -335,7 +432,7 @@ def test_the_image_serves_from_its_own_files(image_server: Running, written: pac
     # products of BF16 operands: 8 bits of mantissa, 8 terms
     torch.testing.assert_close(outputs["y"], wanted["y"], rtol=0.02, atol=0.05)
     (loaded,) = image_server.said("^loaded ")
-    assert str(written.path / "bundle") in loaded["event"]
+    assert "/app/bundle, version" in loaded["event"]
 
 
 @pytest.mark.slow

@@ -284,10 +284,11 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _protocol(settings: Settings) -> type[asyncio.Protocol]:
-    """HTTP by httptools, where a request has a time to arrive in."""
+    """HTTP by httptools, where a request has a time to arrive in, and an answer a time to be taken in."""
 
     class Protocol(HttpToolsProtocol):
         _timer: asyncio.TimerHandle | None = None
+        _taking: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -303,7 +304,21 @@ def _protocol(settings: Settings) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()
+            if self._taking is not None:
+                self._taking.cancel()
             super().connection_lost(exc)
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self._taking is not None:
+                self._taking.cancel()
+            self._taking = self.loop.call_later(settings.request_seconds, self._not_taken)
+
+        def _not_taken(self) -> None:
+            """The client doesn't read: closing would wait for it, and the answer stay in memory."""
+            self._taking = None
+            if self.transport.get_write_buffer_size():
+                self.transport.abort()
 
         def _arm(self) -> None:
             self._disarm()
