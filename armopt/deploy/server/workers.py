@@ -8,6 +8,7 @@ another by then: new workers start with it, and the old ones end when they have 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gc
 import logging
 import os
@@ -15,6 +16,7 @@ import resource
 import signal
 import socket
 import sys
+import termios
 from typing import Any
 
 import torch
@@ -284,7 +286,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _protocol(settings: Settings) -> type[asyncio.Protocol]:
-    """HTTP by httptools, where a request has a time to arrive in, and an answer a time to be taken in."""
+    """HTTP by httptools, where a request has a time to arrive in, and an answer is read."""
 
     class Protocol(HttpToolsProtocol):
         _timer: asyncio.TimerHandle | None = None
@@ -312,13 +314,18 @@ def _protocol(settings: Settings) -> type[asyncio.Protocol]:
             super().on_response_complete()
             if self._taking is not None:
                 self._taking.cancel()
-            self._taking = self.loop.call_later(settings.request_seconds, self._not_taken)
+            self._look_again()
 
-        def _not_taken(self) -> None:
-            """The client doesn't read: closing would wait for it, and the answer stay in memory."""
-            self._taking = None
-            if self.transport.get_write_buffer_size():
+        def _look_again(self) -> None:
+            """An answer that its client doesn't read stays in memory, and closing would wait for it."""
+            left = _untaken(self.transport)
+            self._taking = self.loop.call_later(settings.request_seconds, self._look, left) if left else None
+
+        def _look(self, before: int) -> None:
+            if before <= _untaken(self.transport):
                 self.transport.abort()
+            else:
+                self._look_again()
 
         def _arm(self) -> None:
             self._disarm()
@@ -335,3 +342,12 @@ def _protocol(settings: Settings) -> type[asyncio.Protocol]:
             self.transport.close()
 
     return Protocol
+
+
+def _untaken(connection: asyncio.Transport) -> int:
+    """Bytes of answers that a client hasn't taken, where some of them are still this process's; 0 else."""
+    ours = connection.get_write_buffer_size()
+    if not ours:
+        return 0
+    sent = fcntl.ioctl(connection.get_extra_info("socket").fileno(), termios.TIOCOUTQ, b"\0" * 4)
+    return ours + int.from_bytes(sent, sys.byteorder)
