@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from armopt.errors import InputError
 from armopt.ir.records import Target
 from armopt.tables import Line, Table
+from armopt.targets.clock import Clock
 
 HOST = "host"
 _SCHEMA: Mapping[str, type] = {
@@ -29,14 +30,16 @@ _SCHEMA: Mapping[str, type] = {
     "cores": int,
     "qemu_cpu": str,
     "cost_table": str,
+    "clock": Clock,
     "provenance": dict,
 }
-_OPTIONAL = {"qemu_cpu", "cost_table"}
+_OPTIONAL = {"qemu_cpu", "cost_table", "clock"}
 _KINDS: Mapping[type, str] = {
     str: "a string",
     int: "a positive whole number",
     list: "a list of strings",
     dict: "a table of strings",
+    Clock: f"a table of positive numbers: {', '.join(field.name for field in fields(Clock))}",
 }
 
 
@@ -48,11 +51,13 @@ class Product:
         target: The figures.
         midr: ``implementer:part`` as in /proc/cpuinfo, e.g. ``0x41:0xd40``; several products may share one.
         qemu_cpu: Name of the core in QEMU 10.0 (``-cpu``), empty where it emulates none.
+        clock: What turns work into time there; None where nothing is known.
     """
 
     target: Target
     midr: tuple[str, ...]
     qemu_cpu: str = ""
+    clock: Clock | None = None
 
 
 @cache
@@ -108,14 +113,18 @@ def parse_product(text: str, where: str) -> Product:
     if bad := [m for m in data["midr"] if not re.fullmatch(r"0x[0-9a-f]{2}:0x[0-9a-f]{3}", m)]:
         raise fail(f"midr must look like 0x41:0xd40, not {bad[0]}")
     provenance: dict[str, str] = data.pop("provenance")
-    if provenance.keys() != (expected := data.keys() - {"name"}):
+    expected = data.keys() - {"name", "clock"} | {f"clock.{name}" for name in data.get("clock", ())}
+    if provenance.keys() != expected:
         raise fail(f"provenance must have exactly {', '.join(sorted(expected))}")
-    midr, qemu_cpu = data.pop("midr"), data.pop("qemu_cpu", "")
+    midr, qemu_cpu, clock = data.pop("midr"), data.pop("qemu_cpu", ""), data.pop("clock", None)
     data["isa_features"] = frozenset(data["isa_features"])
-    return Product(Target(**data, provenance=provenance), tuple(midr), qemu_cpu)
+    return Product(Target(**data, provenance=provenance), tuple(midr), qemu_cpu, clock and Clock(**clock))
 
 
 def _fits(value: Any, kind: type) -> bool:
+    if kind is Clock:
+        named = isinstance(value, dict) and value.keys() == {field.name for field in fields(Clock)}
+        return named and all(isinstance(each, (int, float)) and each > 0 for each in value.values())
     if isinstance(value, bool) or not isinstance(value, kind):
         return False
     if isinstance(value, int):

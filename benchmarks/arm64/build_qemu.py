@@ -1,4 +1,4 @@
-"""Builds QEMU's user-mode emulator with plugins, and the plugin that counts: ``python -m benchmarks.arm64.build_qemu``.
+"""Builds QEMU's user-mode emulator with plugins, and those that count: ``python -m benchmarks.arm64.build_qemu``.
 
 Debian's binary is static and cannot load plugins, so the same QEMU is built from Debian's source package: about
 5 minutes on two cores, once, into the prepared folder (see armopt.emulation.prepare). It multiplies BF16 with this
@@ -34,6 +34,7 @@ SOURCE_SUITE = QEMU["suite"]
 LIBRARY_SUITE = "bookworm"  # glib for a C library as old as this one's; the binary finds it by its rpath
 LIBRARIES = ("libglib2.0-0", "libglib2.0-dev", "libpcre2-8-0", "libpcre2-dev", "zlib1g", "zlib1g-dev")
 PKG_CONFIG = ("pkgconf-bin", "libpkgconf3")
+PLUGINS = ("counter.c", "clock.c")
 TOOLS = ("meson==1.8.2", "ninja==1.13.2", "pycotap==1.3.1")  # QEMU's configure takes these from its Python
 FLAGS = (
     *("--target-list=aarch64-linux-user", "--enable-plugins", "--without-default-features", "--disable-system"),
@@ -71,9 +72,9 @@ class CountingQemu:
 
     @property
     def plugin_part(self) -> Component:
-        """The plugin: made again when its source changes."""
+        """The plugins: made again when their sources change."""
         digest = hashlib.sha256()
-        for name in ("counter.c", "opcodes.def"):
+        for name in (*PLUGINS, "opcodes.def"):
             digest.update((HERE / name).read_bytes())
         return Component("qemu-counter", json.dumps([self.part.recipe, digest.hexdigest()]))
 
@@ -91,6 +92,11 @@ class CountingQemu:
     def plugin(self) -> Path:
         """The plugin that counts."""
         return self.folder.path / self.plugin_part.name / "counter.so"
+
+    @property
+    def clock(self) -> Path:
+        """The plugin that notes what a time depends on."""
+        return self.plugin.with_name("clock.so")
 
     def version(self) -> str:
         """QEMU's name and version."""
@@ -131,11 +137,11 @@ def build(folder: PreparedFolder | None = None, report: Report = lambda line: No
             _install(qemu, _build_qemu(qemu, work, report), qemu.part)
             shutil.rmtree(work)
         if not qemu.folder.is_complete(qemu.plugin_part):
-            report("compiling the plugin")
+            report("compiling the plugins")
             built = qemu.folder.path / ".work-qemu-counter"
             shutil.rmtree(built, ignore_errors=True)
             built.mkdir()
-            _compile_plugin(qemu, built)
+            _compile_plugins(qemu, built)
             _install(qemu, built, qemu.plugin_part)
     report(f"ready: {qemu.binary}")
     return qemu
@@ -255,10 +261,11 @@ def _environment(libraries: Path, tools: Path) -> dict[str, str]:
     }
 
 
-def _compile_plugin(qemu: CountingQemu, into: Path) -> None:
+def _compile_plugins(qemu: CountingQemu, into: Path) -> None:
     include = qemu.path / "include"
     flags = ["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-fPIC", "-shared", f"-I{include}"]
-    _run(["gcc", *flags, "-o", str(into / "counter.so"), str(HERE / "counter.c")], "counter.c")
+    for name in PLUGINS:
+        _run(["gcc", *flags, "-o", str((into / name).with_suffix(".so")), str(HERE / name)], name)
 
 
 def _install(qemu: CountingQemu, built: Path, part: Component) -> None:

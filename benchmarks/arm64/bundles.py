@@ -6,7 +6,7 @@ import functools
 import warnings
 from pathlib import Path
 
-from benchmarks.arm64.counting import Job
+from benchmarks.arm64.emulated_jobs import Job
 from benchmarks.arm64.kept import CACHE
 
 

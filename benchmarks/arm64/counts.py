@@ -19,7 +19,8 @@ from pathlib import Path
 from armopt.emulation.folder import DEFAULT_TORCH
 from armopt.errors import ArmoptError
 from benchmarks.arm64 import counting, tables
-from benchmarks.arm64.counting import FAST_MATH, Counts, Job
+from benchmarks.arm64.counting import FAST_MATH, Counts
+from benchmarks.arm64.emulated_jobs import Job
 
 _ONNX = "ONNX Runtime "
 #: Names as in jobs.CONTENDERS, and forms of ONNX Runtime; spelled out because importing those imports torch.

@@ -24,7 +24,7 @@ from armopt.ir.records import Site, Target
 from armopt.kernels import table
 from armopt.plan import cost_policy, costs
 from benchmarks.arm64 import counting, jobs, sampling
-from benchmarks.arm64.counting import Job
+from benchmarks.arm64.emulated_jobs import Job
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RESULTS = Path(__file__).with_name("crossover.json")

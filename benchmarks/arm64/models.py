@@ -27,7 +27,8 @@ from armopt.targets.emulated import core_named
 from benchmarks.arm64 import counting, page, tables
 from benchmarks.arm64.bundles import bundle_job, make_bundle, make_onnx
 from benchmarks.arm64.contenders import ABLATED, ARMOPT, CONTENDERS, INDUCTOR, LOADS, WITH_GLIBC
-from benchmarks.arm64.counting import AS_RUN, FAST_MATH, Counts, Job
+from benchmarks.arm64.counting import AS_RUN, FAST_MATH, Counts
+from benchmarks.arm64.emulated_jobs import Job
 from benchmarks.arm64.kept import Kept
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"

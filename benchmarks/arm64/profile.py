@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+#: Start, end, offset in the file, file.
+Mapping = tuple[int, int, int, str]
+
 _PT_LOAD, _SHT_SYMTAB, _SHT_DYNSYM, _STT_FUNC, _STT_GNU_IFUNC = 1, 2, 11, 2, 10
 
 
@@ -46,26 +49,35 @@ class _Elf:
 
 
 def by_symbol(blocks: Iterable[tuple[int, int, int]]) -> list[tuple[str, str, int]]:
-    """(library, mangled symbol, instructions), the most first. Runs in the process that was counted.
+    """(library, mangled symbol, instructions), the most first, of (address, instructions, runs) of each block.
 
-    Static functions have no symbol in a stripped library: they count for the exported one in front of them.
+    Runs in the process that was counted. Static functions have no symbol in a stripped library: they count for the
+    exported one in front of them.
     """
-    mappings = sorted(_mappings())
-    starts = [mapping[0] for mapping in mappings]
-    files: dict[str, _Elf | None] = {}
     found: Counter[tuple[str, str]] = Counter()
-    for address, length, runs in blocks:
+    held = list(blocks)
+    for (_, length, runs), place in zip(held, symbols([block[0] for block in held], mappings()), strict=True):
+        found[place] += length * runs
+    return [(library, symbol, count) for (library, symbol), count in found.most_common()]
+
+
+def symbols(addresses: Iterable[int], mapped: Iterable[Mapping]) -> list[tuple[str, str]]:
+    """(library, mangled symbol) of each address."""
+    ordered = sorted(mapped)
+    starts = [mapping[0] for mapping in ordered]
+    files: dict[str, _Elf | None] = {}
+    found: list[tuple[str, str]] = []
+    for address in addresses:
         place = bisect.bisect_right(starts, address) - 1
-        start, end, offset, path = mappings[place] if place >= 0 else (0, 0, 0, "")
+        start, end, offset, path = ordered[place] if place >= 0 else (0, 0, 0, "")
         if address >= end or not path.startswith("/"):
-            found["(generated code)", ""] += length * runs
+            found.append(("(generated code)", ""))
             continue
         if path not in files:
             files[path] = _open(path)
         elf = files[path]
-        symbol = elf.symbol(address - start + offset) if elf else "?"
-        found[Path(path).name, symbol] += length * runs
-    return [(library, symbol, count) for (library, symbol), count in found.most_common()]
+        found.append((Path(path).name, elf.symbol(address - start + offset) if elf else "?"))
+    return found
 
 
 def _open(path: str) -> _Elf | None:
@@ -75,7 +87,8 @@ def _open(path: str) -> _Elf | None:
         return None
 
 
-def _mappings() -> Iterable[tuple[int, int, int, str]]:
+def mappings() -> Iterable[Mapping]:
+    """What is mapped into this process: where it starts and ends, the file's offset, and the file."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         fields: list[Any] = line.split(maxsplit=5)
         start, end = (int(part, 16) for part in fields[0].split("-"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 OPTION, OPEN, CLOSE = 0x41524D4F, 1, 2  # as in counter.c
-COUNTS_VARIABLE = "ARMOPT_COUNTS"
+LINES_VARIABLE = "ARMOPT_COUNTS"
 
 _prctl = ctypes.CDLL(None).prctl
 _prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
@@ -39,7 +39,7 @@ class Lines:
     """The plugin's output as it grows."""
 
     def __init__(self) -> None:
-        self._file = Path(os.environ[COUNTS_VARIABLE]).open()  # noqa: SIM115  open as long as the process lives
+        self._file = Path(os.environ[LINES_VARIABLE]).open()  # noqa: SIM115  open as long as the process lives
 
     def read(self) -> list[dict[str, Any]]:
         """What was written since the last read."""

@@ -12,7 +12,8 @@ from armopt import targets
 from armopt.ir.records import Site
 from armopt.targets.emulated import core_named
 from benchmarks.arm64 import counting
-from benchmarks.arm64.counting import Counts, Job
+from benchmarks.arm64.counting import Counts
+from benchmarks.arm64.emulated_jobs import Job
 from benchmarks.arm64.opcodes import CLASSES
 
 SAMPLES = Path(__file__).with_name("samples")

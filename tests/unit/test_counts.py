@@ -144,7 +144,7 @@ def _line(**classes):
 
 
 def test_the_region_itself_is_subtracted_and_nodes_are_added_up():
-    job = counting.Job("job", "module:function", by_node=True)
+    job = Job("job", "module:function", by_node=True)
     result = {
         "empty": _line(other=100),
         "runs": [_line(other=1300, fmla=7), _line(other=1100, fmla=7)],
@@ -166,7 +166,7 @@ def test_the_region_itself_is_subtracted_and_nodes_are_added_up():
 
 
 def test_a_failed_job_has_a_reason_and_no_counts():
-    failed = counting._one(counting.Job("job", "m:f"), {"error": "Traceback\nValueError: no"})
+    failed = counting._one(Job("job", "m:f"), {"error": "Traceback\nValueError: no"})
     assert (failed.error, failed.total) == ("Traceback\nValueError: no", 0)
 
 

@@ -1,0 +1,81 @@
+"""The emulated side of the clock: runs jobs, and notes what the plugin saw of each, and page faults.
+
+Of PyTorch it needs what every release has, and nothing of armopt.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pickle
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from benchmarks.arm64 import profile
+from benchmarks.arm64.region import Lines, count, resolve
+
+
+class CodeLines(Lines):
+    """The plugin's output, which has a block's code once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes: dict[tuple[int, int], str] = {}
+
+    def read(self) -> list[dict[str, Any]]:
+        found = super().read()
+        for line in found:
+            for address, length, _, _, code in line["blocks"]:
+                if code:
+                    self.codes[address, length] = code
+        return found
+
+
+def run(job: dict[str, Any], lines: CodeLines) -> dict[str, Any]:
+    """Prepares one job, warms it up, and notes one call of it."""
+    import torch
+
+    arguments = dict(job["arguments"])
+    torch.set_num_threads(arguments.pop("threads"))
+    call = resolve(job["make"])(**arguments)
+    gc.collect()
+    gc.disable()
+    with torch.no_grad():
+        for _ in range(job["warm_ups"]):
+            call()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        call()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        lines.read()
+        for _ in range(job["repeats"]):  # the last one finds the caches of the model as a call leaves them
+            count(call)
+    gc.enable()
+    *_, seen = lines.read()
+    blocks = [[at, lines.codes[at, length], mine, every] for at, length, mine, every, _ in seen["blocks"]]
+    return seen | {"faults": faults, "blocks": blocks, "mappings": list(profile.mappings())}
+
+
+def main(jobs_file: str, results_file: str) -> None:
+    """Runs the jobs of a file, one after another; a failure costs that job only."""
+    lines = CodeLines()
+    results = []
+    for job in pickle.loads(Path(jobs_file).read_bytes()):
+        started = time.monotonic()
+        try:
+            results.append(run(job, lines))
+        except Exception:
+            results.append({"error": traceback.format_exc()})
+        partial = Path(results_file + ".part")
+        partial.write_text(json.dumps(results))
+        partial.replace(results_file)
+        print(f"{job['name']}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    os._exit(0)  # PyTorch's own end takes seconds under emulation
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,142 @@
+"""What the clock is judged by: the published calls, measured on the emulated machine.
+
+    python -m benchmarks.arm64.measuring [--only WORD]      # adds what is missing to measures.json
+
+A measure is of one call: cycles of its instructions, lines of memory, page faults. No time of the emulator is in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from armopt import targets
+from armopt.targets.emulated import core_named
+from benchmarks.arm64 import cycles, emulated_jobs, published
+from benchmarks.arm64.emulated_jobs import Machine
+from benchmarks.arm64.published import Case
+
+MEASURES = Path(__file__).with_name("measures.json")
+#: Bytes of a line.
+LINE = 64
+#: Memory that allocators give back after a while is kept: under emulation a while is a hundred times as much work.
+#: Threads that have nothing to do sleep: spinning isn't work.
+_SETTINGS = {"MIMALLOC_PURGE_DELAY": "10000", "OMP_WAIT_POLICY": "passive"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One call.
+
+    Attributes:
+        instructions: Of the thread that called, without waiting.
+        cycles: That its instructions need, with all data at hand.
+        blocks: Different blocks of instructions that it ran.
+        instructions_of_all: Of all threads.
+        cycles_of_all: Of all threads.
+        regions: Parallel regions.
+        faults: Minor page faults of the process.
+        lines: Lines that came into each level of cache of the thread that called, and that left it written.
+        lines_of_all: The same of all threads.
+    """
+
+    instructions: int
+    cycles: float
+    blocks: int
+    instructions_of_all: int
+    cycles_of_all: float
+    regions: int
+    faults: int
+    lines: Sequence[Sequence[int]]
+    lines_of_all: Sequence[Sequence[int]]
+
+
+def key(case: Case) -> str:
+    """What makes measures comparable: the call, its software, its core."""
+    parts = [case.job.name, case.torch, case.cpu, case.target, case.threads, sorted(case.env.items())]
+    return json.dumps(parts)
+
+
+def read() -> dict[str, Measure]:
+    """All measures, by their keys."""
+    if not MEASURES.exists():
+        return {}
+    return {name: Measure(**found) for name, found in json.loads(MEASURES.read_text()).items()}
+
+
+def _write(measures: Mapping[str, Measure]) -> None:
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(asdict(measures[name]))}" for name in sorted(measures))
+    MEASURES.write_text("{\n" + lines + "\n}\n")
+
+
+def measure(cases: Sequence[Case], keep: Any) -> None:
+    """Measures cases that share a process: release, core, threads and settings."""
+    first = cases[0]
+    core, product = core_named(first.cpu), targets.product(first.target)
+    env = {**_SETTINGS, **first.env, "OMP_NUM_THREADS": str(first.threads)}
+    options = {
+        "memory": "on",
+        "vector": targets.product(first.cpu).target.vector_bits // 8,
+        "l2": product.target.l2_kib,
+        "l3": product.clock.llc_kib if product.clock else core.caches_kib[3],
+    }
+    plugin = ",".join(f"{name}={value}" for name, value in options.items())
+
+    def finished(index: int, result: Mapping[str, Any]) -> None:
+        if "error" in result:
+            print(cases[index].job.name, result["error"].strip().splitlines()[-1], file=sys.stderr, flush=True)
+            return
+        found = cycles.cycles(cycles.blocks_of(result, core.name), product.target.core)
+        seen = {name: result[name] for name in ("faults", "lines", "lines_of_all")}
+        keep(cases[index], Measure(**asdict(found), **seen))
+
+    emulated_jobs.run(
+        [case.job for case in cases],
+        Machine(first.cpu, first.torch, env, timeout=4 * 3600),
+        "benchmarks.arm64.clock_region",
+        lambda qemu: f"{qemu.clock},{plugin}",
+        lambda line: print(line, file=sys.stderr, flush=True),
+        finished,
+    )
+
+
+def groups(cases: Iterable[Case]) -> list[list[Case]]:
+    """Cases by the process that can measure them."""
+    found: dict[str, list[Case]] = {}
+    for case in cases:
+        shared = [case.torch, case.cpu, case.target, case.threads, sorted(case.env.items())]
+        found.setdefault(json.dumps(shared), []).append(case)
+    return list(found.values())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.arm64.measuring", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="sources and calls that hold this")
+    options = parser.parse_args(arguments)
+    held = read()
+    wanted = {
+        key(row.case): row.case
+        for row in published.rows()
+        if isinstance(row.case, Case) and options.only in f"{row.where} {row.case.job.name}"
+    }
+
+    def keep(case: Case, found: Measure) -> None:
+        held.update(read())  # another process may measure others
+        held[key(case)] = found
+        _write(held)
+
+    for group in groups(case for name, case in wanted.items() if name not in held):
+        measure(group, keep)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
