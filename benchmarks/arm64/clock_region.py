@@ -35,13 +35,17 @@ class CodeLines(Lines):
                     self.codes[address, length] = code
         return found
 
+    def with_codes(self, blocks: list[list[Any]]) -> list[list[Any]]:
+        """Address, code, runs of the thread that called and of all."""
+        return [[at, self.codes[at, length], mine, every] for at, length, mine, every, _ in blocks]
+
 
 def run(job: dict[str, Any], lines: CodeLines) -> dict[str, Any]:
     """Prepares one job, warms it up, and notes one call of it."""
     import torch
 
     arguments = dict(job["arguments"])
-    torch.set_num_threads(arguments.pop("threads"))
+    torch.set_num_threads(arguments.pop("threads", 1))
     call = resolve(job["make"])(**arguments)
     gc.collect()
     gc.disable()
@@ -54,10 +58,15 @@ def run(job: dict[str, Any], lines: CodeLines) -> dict[str, Any]:
         lines.read()
         for _ in range(job["repeats"]):  # the last one finds the caches of the model as a call leaves them
             count(call)
+        count(_nothing)
     gc.enable()
-    *_, seen = lines.read()
-    blocks = [[at, lines.codes[at, length], mine, every] for at, length, mine, every, _ in seen["blocks"]]
-    return seen | {"faults": faults, "blocks": blocks, "mappings": list(profile.mappings())}
+    *_, seen, empty = lines.read()
+    blocks = {name: lines.with_codes(found["blocks"]) for name, found in (("blocks", seen), ("empty", empty))}
+    return seen | blocks | {"faults": faults, "mappings": list(profile.mappings())}
+
+
+def _nothing() -> None:
+    pass
 
 
 def main(jobs_file: str, results_file: str) -> None:

@@ -7,6 +7,7 @@ Where Arm's own calibration of the Compute Library's kernels says otherwise (the
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -128,14 +129,27 @@ class Cycles:
 
 
 def blocks_of(result: Mapping[str, Any], core: str) -> list[Block]:
-    """The blocks that clock_region.py found, with the functions that they are of."""
+    """The blocks that clock_region.py found, with the functions that they are of, less those of an empty call."""
     sysroot = PreparedFolder.default().path / "cores" / core
     mapped = [(start, end, offset, _on_host(path, sysroot)) for start, end, offset, path in result["mappings"]]
     places = profile.symbols([block[0] for block in result["blocks"]], mapped)
-    return [
-        Block(address, tuple(int(code[i : i + 8], 16) for i in range(0, len(code), 8)), mine, every, place)
-        for (address, code, mine, every), place in zip(result["blocks"], places, strict=True)
-    ]
+    empty = {(address, code): runs for address, code, runs, _ in result["empty"]}
+    found = []
+    for (address, code, mine, every), place in zip(result["blocks"], places, strict=True):
+        none = empty.get((address, code), 0)
+        if every > none:
+            opcodes_of = tuple(int(code[i : i + 8], 16) for i in range(0, len(code), 8))
+            found.append(Block(address, opcodes_of, max(mine - none, 0), every - none, place))
+    return found
+
+
+def by_class(blocks: Sequence[Block]) -> list[int]:
+    """Instructions of the thread that called, in the order of the classes."""
+    found: Counter[str] = Counter()
+    for block in blocks:
+        for opcode in block.opcodes:
+            found[opcodes.classify(opcode)] += block.mine
+    return [found[name] for name in opcodes.CLASSES]
 
 
 def _on_host(path: str, sysroot: Path) -> str:

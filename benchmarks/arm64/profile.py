@@ -6,6 +6,7 @@ import bisect
 import struct
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,6 @@ def symbols(addresses: Iterable[int], mapped: Iterable[Mapping]) -> list[tuple[s
     """(library, mangled symbol) of each address."""
     ordered = sorted(mapped)
     starts = [mapping[0] for mapping in ordered]
-    files: dict[str, _Elf | None] = {}
     found: list[tuple[str, str]] = []
     for address in addresses:
         place = bisect.bisect_right(starts, address) - 1
@@ -73,13 +73,12 @@ def symbols(addresses: Iterable[int], mapped: Iterable[Mapping]) -> list[tuple[s
         if address >= end or not path.startswith("/"):
             found.append(("(generated code)", ""))
             continue
-        if path not in files:
-            files[path] = _open(path)
-        elf = files[path]
+        elf = _open(path)
         found.append((Path(path).name, elf.symbol(address - start + offset) if elf else "?"))
     return found
 
 
+@cache
 def _open(path: str) -> _Elf | None:
     try:
         return _Elf(Path(path))

@@ -11,9 +11,8 @@ from typing import Any
 from armopt import targets
 from armopt.ir.records import Site
 from armopt.targets.emulated import core_named
-from benchmarks.arm64 import counting
-from benchmarks.arm64.counting import Counts
-from benchmarks.arm64.emulated_jobs import Job
+from benchmarks.arm64 import counting, cycles, emulated_jobs
+from benchmarks.arm64.emulated_jobs import Job, Machine
 from benchmarks.arm64.opcodes import CLASSES
 
 SAMPLES = Path(__file__).with_name("samples")
@@ -31,7 +30,7 @@ _LINEAR_FP32 = ("conv1x1_fp32", "blas_fp32")
 _CONV = ("conv_bf16", "conv_fastmath")
 _CONV_FP32 = ("conv_fp32",)
 #: What a sample has beyond what was asked for.
-_FOUND = ("counts", "floor")
+_FOUND = ("counts", "cycles", "blocks", "floor")
 POINTWISE, ATTENTION = "pointwise", "attention"
 #: Images or windows, heads, tokens, size of a head: of BERT, ViT and Swin.
 _ATTENTION = (
@@ -157,24 +156,37 @@ def _conv_job(kernel: str, shape: Mapping[str, Any]) -> Job:
 
 
 def measure(cpu: str, torch_version: str, only: str) -> None:
-    """Counts what the samples don't hold yet; what is counted is kept as it comes."""
+    """Counts what the samples don't hold yet, or without cycles; what is counted is kept as it comes."""
     core = core_named(cpu)
     path = SAMPLES / f"{core.name}-torch-{torch_version}.json"
     held = read(path) if path.exists() else []
-    known = {_key(entry) for entry in held}
+    known = {_key(entry) for entry in held if "cycles" in entry}
     every = [job for job in jobs(targets.load(cpu).bf16) if only in job.name]
     missing = [job for job in every if _key({"name": job.name, **job.arguments}) not in known]
     SAMPLES.mkdir(exist_ok=True)
 
-    def keep(index: int, found: Counts) -> None:
-        if found.error:
-            print(missing[index].name, missing[index].arguments, found.error.splitlines()[-1], file=sys.stderr)
-        else:
-            held.append({"name": found.name, **missing[index].arguments, "counts": list(found.classes.values())})
+    def keep(index: int, result: Mapping[str, Any]) -> None:
+        job = missing[index]
+        if "error" in result:
+            print(job.name, job.arguments, result["error"].splitlines()[-1], file=sys.stderr)
+            return
+        blocks = cycles.blocks_of(result, core.name)
+        found = cycles.cycles(blocks, core.name)
+        clocked = {"cycles": round(found.cycles), "blocks": found.blocks}
+        sample = {"name": job.name, **job.arguments, "counts": cycles.by_class(blocks), **clocked}
+        held[:] = [*(entry for entry in held if _key(entry) != _key(sample)), sample]
         if index % 20 == 0:
             write(path, held)
 
-    counting.count(missing, cpu=cpu, torch_version=torch_version, env=counting.AS_RUN, finished=keep, timeout=4 * 3600)
+    machine = Machine(cpu, torch_version, counting.AS_RUN, timeout=4 * 3600)
+    emulated_jobs.run(
+        missing,
+        machine,
+        "benchmarks.arm64.clock_region",
+        lambda qemu: f"{qemu.clock},memory=off",
+        lambda line: print(line, file=sys.stderr, flush=True),
+        keep,
+    )
     write(path, held)
     print(f"{path}: {len(held)} samples")
 
