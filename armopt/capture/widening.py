@@ -38,7 +38,7 @@ def widened(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> 
     """
     dtypes = _dtypes(model, args, kwargs, source)
     try:
-        wide: torch.nn.Module = copy.deepcopy(model).float()
+        wide: torch.nn.Module = copy.deepcopy(model, _computed(model)).float()
     except Exception as error:
         what = f"is in half precision and can't be copied to widen it: {first_line(error)}"
         raise InputError(what, where=source, hint="Convert it with model.float()") from error
@@ -60,6 +60,13 @@ def widened(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> 
         stacklevel=2,
     )
     return wide
+
+
+def _computed(model: torch.nn.Module) -> dict[int, Any]:
+    """Copies of tensors that a module keeps beside its parameters and computed from them, which refuse to be copied."""
+    kept = tree_leaves([[*vars(module).values()] for module in model.modules()])
+    tensors = [each for each in kept if isinstance(each, torch.Tensor) and not each.is_leaf]
+    return {id(tensor): tensor.detach().clone() for tensor in tensors}
 
 
 def _dtypes(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> Sequence[torch.dtype | None]:

@@ -160,8 +160,9 @@ def _usable(checks: Checks | None) -> Checks | None:
 
 
 def _clone(model: _Model) -> _Model:
-    """Another module with modules of its own and the same tensors."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    """Another module with modules of its own and the same tensors, plain attributes of modules among them."""
+    held = tree_leaves([[*vars(module).values()] for module in model.modules()])
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in held if isinstance(tensor, torch.Tensor)}
     return copy.deepcopy(model, shared)
 
 

@@ -397,3 +397,16 @@ def test_a_model_that_is_gone_leaves_nothing() -> None:
 def _resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
+
+
+def test_weights_that_a_hook_computes_are_no_obstacle() -> None:
+    """The older weight_norm keeps a tensor with a history on the module, which refuses to be copied."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        normed = torch.nn.utils.weight_norm(torch.nn.Linear(64, 64))
+    model = torch.nn.Sequential(normed, torch.nn.ReLU(), torch.nn.utils.spectral_norm(torch.nn.Linear(64, 64))).eval()
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    compiled = armopt.compile(model)
+    assert torch.nn.functional.cosine_similarity(compiled(x), model(x), dim=1).min() > 0.999
+    assert {layer.op for layer in armopt.explain(compiled).layers} == {"linear"}
+    assert len(armopt.explain(compiled).layers) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,17 @@ def test_half_precision_is_widened_and_its_dtypes_stay(dtype: torch.dtype, tmp_p
         stored = [each for each in load_file(tmp_path / "b" / "weights.safetensors").values() if each.dtype == dtype]
         held = (model.inner.weight, model.head.weight)
         assert all(any(torch.equal(each, weight) for each in stored) for weight in held)
+
+
+def test_half_precision_with_weights_that_a_hook_computes(tmp_path: Path) -> None:
+    """The older weight_norm keeps a tensor with a history on the module, which refuses to be copied."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(64, 64)), nn.ReLU()).eval().bfloat16()
+        x = torch.randn(4, 64).bfloat16()
+        result = armopt.optimize(model, (x,), output=tmp_path / "b", target="host")
+    assert result.passed
+    assert armopt.load(tmp_path / "b")(x).dtype == torch.bfloat16
 
 
 def test_inputs_in_fp32_are_taken_for_half(tmp_path: Path) -> None:
