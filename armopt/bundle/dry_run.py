@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import contextlib
 import operator
+import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -21,6 +23,8 @@ from armopt.ir.calls import ConvCall, LayerCall, call_from
 from armopt.ir.records import Bucket, Dim, Signature
 from armopt.kernels import table
 
+#: Who changes torch for a while.
+_ONE_AT_A_TIME = threading.RLock()
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 #: Operations whose results have sizes, or are numbers, that depend on data.
 _DEPENDS_ON_DATA = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
@@ -44,7 +48,7 @@ def check(program: Program, signature: Signature, sizes: Bucket, most: int, wher
     for on_meta in (True, False):
         run = _DryRun(program)
         try:
-            with torch.no_grad(), contextlib.nullcontext() if on_meta else _fake(), _Bounded(most, on_meta=on_meta):
+            with torch.no_grad(), _numbers() if on_meta else _fake(), _Bounded(most, on_meta=on_meta):
                 inputs = [
                     torch.empty([_size(size, known) for size in spec.shape], dtype=getattr(torch, spec.dtype))
                     for spec in signature.specs
@@ -72,6 +76,19 @@ def _may_depend_on_data(target: Any) -> bool:
     ):  # some overloads are TorchScript's alone, and the dispatcher has none of them
         return target.has_kernel_for_dispatch_key(_COMPOSITE) or not _DEPENDS_ON_DATA.isdisjoint(target.tags)
     return False
+
+
+@contextlib.contextmanager
+def _numbers() -> Iterator[None]:
+    """Sizes are numbers: what torch checks of them needs none of its symbols, which take a second to import."""
+    checked = torch._check_with
+
+    def check(error: type[Exception], condition: Any, message: Any) -> None:
+        if condition is not True:
+            checked(error, condition, message)
+
+    with _ONE_AT_A_TIME, mock.patch.object(torch, "_check_with", check):
+        yield
 
 
 def _fake() -> Any:

@@ -83,15 +83,95 @@ def _layer_norm(
     return _like(x, x.dtype), statistics, statistics.clone()
 
 
+def _reduced(x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool, dtype: torch.dtype) -> torch.Tensor:
+    gone = {range(max(1, x.dim()))[each] for each in dim or range(x.dim())}
+    kept = [1 if i in gone else size for i, size in enumerate(x.shape) if keepdim or i not in gone]
+    return torch.empty(kept, dtype=dtype, device=META)
+
+
 def _mean(
     x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     dtype = x.dtype if dtype is None else dtype
     if not (dtype.is_floating_point or dtype.is_complex):
         raise UnfitError(f"takes the mean of {shown(x)}")
-    gone = {range(max(1, x.dim()))[each] for each in dim or range(x.dim())}
-    kept = [1 if i in gone else size for i, size in enumerate(x.shape) if keepdim or i not in gone]
-    return torch.empty(kept, dtype=dtype, device=META)
+    return _reduced(x, dim, keepdim, dtype)
+
+
+def _sum(
+    x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    whole = torch.int64 if not (x.is_floating_point() or x.is_complex()) else x.dtype
+    return _reduced(x, dim, keepdim, whole if dtype is None else dtype)
+
+
+def _norm(
+    x: torch.Tensor,
+    ord: float = 2,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    if dtype is not None or not x.is_floating_point():
+        raise UnfitError(f"takes the norm of {shown(x)}")
+    return _reduced(x, dim, keepdim, x.dtype)
+
+
+def _triangle(x: torch.Tensor, diagonal: int = 0) -> torch.Tensor:
+    if x.dim() < 2:
+        raise UnfitError(f"takes the triangle of {shown(x)}")
+    return torch.empty(x.shape, dtype=x.dtype, device=META)
+
+
+def _gather(x: torch.Tensor, dim: int, index: torch.Tensor, sparse_grad: bool = False) -> torch.Tensor:
+    place = range(max(1, x.dim()))[dim]
+    sizes = [(a, b) for i, (a, b) in enumerate(zip(index.shape, x.shape, strict=False)) if i != place]
+    if index.dtype != torch.int64 or index.dim() != x.dim() or any(a > b for a, b in sizes):
+        raise UnfitError(f"gathers {shown(index)} from {shown(x)}")
+    return torch.empty(index.shape, dtype=x.dtype, device=META)
+
+
+def _addmm(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> torch.Tensor:
+    fits = a.dtype == b.dtype == y.dtype and a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] and y.dim() <= 2
+    sizes = (a.shape[0], b.shape[1]) if fits else ()
+    if not fits or any(size not in (1, full) for size, full in zip(y.shape[::-1], sizes[::-1], strict=False)):
+        raise UnfitError(f"adds {shown(y)} to the product of {shown(a)} and {shown(b)}")
+    return torch.empty(sizes, dtype=a.dtype, device=META)
+
+
+def _alike(x: torch.Tensor) -> torch.Tensor:
+    if not x.is_floating_point():
+        raise UnfitError(f"is of {shown(x)}")
+    return _like(x, x.dtype)
+
+
+def _group_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    batch: int,
+    channels: int,
+    size: int,
+    groups: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    fits = x.is_floating_point() and x.numel() == batch * channels * size and groups > 0 and channels % groups == 0
+    if not fits or any(each is not None and list(each.shape) != [channels] for each in (weight, bias)):
+        raise UnfitError(f"norms {shown(x)} in {groups} groups")
+    if not x.is_contiguous():  # on the CPU channels_last stays
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.aten.native_group_norm.default(
+            x, weight, bias, batch, channels, size, groups, eps
+        )
+        return found
+    statistics = torch.empty((batch, groups), dtype=x.dtype, device=META)
+    return torch.empty(x.shape, dtype=x.dtype, device=META), statistics, statistics.clone()
+
+
+def _resized(x: torch.Tensor, size: Sequence[int], *rest: Any) -> torch.Tensor:
+    if x.dim() != 4 or len(size) != 2 or min(*size, *x.shape[1:]) < 1:
+        raise UnfitError(f"resizes {shown(x)} to {list(size)}")
+    return _like(x, x.dtype, (*x.shape[:2], *size))
 
 
 def _plain_softmax(x: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
@@ -182,6 +262,18 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.stack.default: _stack,
     torch.ops.aten.native_layer_norm.default: _layer_norm,
     torch.ops.aten.mean.dim: _mean,
+    torch.ops.aten.mean.default: functools.partial(_mean, dim=None),
+    torch.ops.aten.sum.dim_IntList: _sum,
+    torch.ops.aten.sum.default: functools.partial(_sum, dim=None),
+    torch.ops.aten.linalg_vector_norm.default: _norm,
+    torch.ops.aten.tril.default: _triangle,
+    torch.ops.aten.triu.default: _triangle,
+    torch.ops.aten.gather.default: _gather,
+    torch.ops.aten.addmm.default: _addmm,
+    torch.ops.aten.hardswish.default: _alike,
+    torch.ops.aten.native_group_norm.default: _group_norm,
+    torch.ops.aten.upsample_nearest2d.default: _resized,
+    torch.ops.aten.upsample_bilinear2d.default: _resized,
     torch.ops.aten._safe_softmax.default: _softmax,
     torch.ops.aten._softmax.default: _plain_softmax,
     torch.ops.aten._log_softmax.default: _plain_softmax,

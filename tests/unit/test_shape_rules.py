@@ -24,6 +24,19 @@ CASES: list[tuple[Any, tuple[Any, ...]]] = [
     (_aten.view_copy.default, (_X.transpose(1, 2), list(_X.shape))),
     (_aten.native_layer_norm.default, (_X, [8, 6], torch.ones(8, 6), None, 1e-5)),
     (_aten.mean.dim, (_X, [-1, 0], True)),
+    (_aten.sum.default, (_X,)),
+    (_aten.mean.default, (_LAST,)),
+    (_aten.sum.dim_IntList, (_LAST, [1], True)),
+    (_aten.sum.dim_IntList, (_X > 0, None)),
+    (_aten.linalg_vector_norm.default, (_X, 2, [-1], True)),
+    (_aten.tril.default, (_X.transpose(2, 3), 1)),
+    (_aten.triu.default, (_LAST,)),
+    (_aten.gather.default, (_X, -1, torch.zeros(2, 1, 8, 9, dtype=torch.int64))),
+    (_aten.addmm.default, (torch.ones(6), _X[0, 0], torch.ones(6, 6).t())),
+    (_aten.hardswish.default, (_LAST,)),
+    (_aten.native_group_norm.default, (_X, torch.ones(3), None, 2, 3, 48, 3, 1e-5)),
+    (_aten.upsample_nearest2d.default, (_LAST, [16, 9])),
+    (_aten.upsample_bilinear2d.default, (_X, [16, 9], False)),
     (_aten._safe_softmax.default, (_LAST, -1)),
     (_aten._softmax.default, (_X, 1, False)),
     (_aten._log_softmax.default, (_LAST, 1, False)),
@@ -57,6 +70,12 @@ def test_a_rule_gives_what_the_operation_gives(operation: Any, args: tuple[Any, 
         (_aten.bmm.default, (_X[0], _X[0])),
         (_aten.embedding.default, (torch.randn(5, 4), torch.ones(2))),
         (_aten.cat.default, ([_X, _X[:, :, 1:]], 1)),
+        (_aten.tril.default, (torch.ones(3),)),
+        (_aten.gather.default, (_X, 0, torch.zeros(2, 4, 8, 6, dtype=torch.int64))),
+        (_aten.addmm.default, (torch.ones(5), _X[0, 0], torch.ones(6, 6))),
+        (_aten.addmm.default, (torch.ones(6), _X[0, 0], torch.ones(5, 6))),
+        (_aten.native_group_norm.default, (_X, torch.ones(2), None, 2, 3, 48, 3, 1e-5)),
+        (_aten.upsample_nearest2d.default, (_X, [16])),
     ],
 )
 def test_what_does_not_fit_is_refused(operation: Any, args: tuple[Any, ...]) -> None:
@@ -72,10 +91,17 @@ class Mixed(nn.Module):
         self.image = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2))
         self.table = nn.Embedding(10, 16)
         self.text = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.wide = nn.Sequential(nn.GroupNorm(4, 16), nn.Hardswish(), nn.Upsample(scale_factor=2))
 
     def forward(self, image: Tensor, ids: Tensor) -> Tensor:
-        x = torch.cat([self.image(image).flatten(2).transpose(1, 2), self.table(ids)], 1)
-        y = self.text(x)
+        resized = nn.functional.interpolate(self.wide(self.image(image)), scale_factor=0.5, mode="bilinear")
+        x = torch.cat([resized.flatten(2).transpose(1, 2), self.table(ids)], 1)
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        x = (
+            x.gather(1, ids[:, :, None].expand(-1, -1, 16)) / x.sum(1, keepdim=True)
+            + torch.linalg.vector_norm(x, dim=-1).mean()
+        )
+        y = self.text(x) + torch.where(causal[:4, :1], 0.0, 1.0)
         return torch.bmm(y, y.transpose(1, 2)).softmax(-1) + y[:, torch.arange(y.shape[1])].mean(-1, keepdim=True)
 
 
