@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from armopt.cli.output import text_table
 
+#: What the reasons of a plan by cost mean.
+LEGEND = (
+    "A reason gives what a call costs, estimated (docs/clock.md); `KERNEL 1.08x` is\n"
+    "the runner-up, which would cost 1.08 times as much."
+)
+_RUNNER_UP = re.compile(r" \d+\.\d\dx\b")
 #: As many are shown one by one.
 _FEW = 20
 
@@ -31,7 +38,8 @@ def table(rows: Sequence[Row], *, every: bool) -> str:
     """
     if every or len(rows) <= _FEW:
         shown = [(*row[:2], "x".join(map(str, row.shape)), *row[3:]) for row in rows]
-        return text_table(("node", "op", "input", "kernel", "precision", "reason"), shown)
+        lines = text_table(("node", "op", "input", "kernel", "precision", "reason"), shown)
+        return f"{lines}\n{LEGEND}" if any(_RUNNER_UP.search(row.reason) for row in rows) else lines
     groups: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         groups.setdefault((row.kernel, row.precision, row.op), []).append(row.node)

@@ -27,6 +27,7 @@ def optimize(
     ranges: options.Dims = None,
     at: options.At = None,
     policy: options.PolicyName = "cost",
+    threads: options.Threads = None,
     tuning: options.TuningFile = None,
     keep_fp32: options.KeepFp32 = None,
     kind: options.Kind = "auto",
@@ -79,7 +80,7 @@ def optimize(
     exported = OnnxOptions(onnx_weights, fast_math=not onnx_plain)  # refuses an unknown dtype now
     place = Place(output, force, keep_reference, exported if onnx else None, report)
     place.check_places()
-    recipe, sizes = options.recipe_for(target, policy, tuning, keep_fp32), options.parse_batch(batch)
+    recipe, sizes = options.recipe_for(target, policy, tuning, keep_fp32, threads or 0), options.parse_batch(batch)
     dims = options.parse_dims(ranges, at)
     checks = Checks(
         gates=tuple(gates or ()),

@@ -88,6 +88,17 @@ PolicyName = Annotated[
     str,
     typer.Option("--policy", help=f"How kernels are chosen: {POLICIES.help()}."),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        min=1,
+        max=999,
+        help="Threads of a call, for --policy cost; by default those of the target's usual instance.",
+        show_default=False,
+    ),
+]
 KeepFp32 = Annotated[
     list[str] | None,
     typer.Option(
@@ -223,7 +234,9 @@ def parse_dims(ranges: list[str] | None, at: list[str] | None) -> dict[str, Dime
     return dimensions.parse(ranges or (), at or ())
 
 
-def recipe_for(target: str, policy: str, tuning: Path | None = None, keep_fp32: Sequence[str] | None = None) -> Recipe:
+def recipe_for(
+    target: str, policy: str, tuning: Path | None = None, keep_fp32: Sequence[str] | None = None, threads: int = 0
+) -> Recipe:
     """How the options say that graphs become programs.
 
     Raises:
@@ -234,7 +247,8 @@ def recipe_for(target: str, policy: str, tuning: Path | None = None, keep_fp32: 
     from armopt.plan import policies
 
     product = targets.load(target)
-    found = policies.find_policy(policy, product, tuning, where="--policy")
+    text = f"{policy}@{threads}" if threads else policy
+    found = policies.find_policy(text, product, tuning, where="--policy")
     return Recipe(product, found, keep_fp32=tuple(keep_fp32 or ()))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armopt.cli import layers, options, remainder
+from armopt.cli import comparison, layers, options, remainder
 from armopt.cli.output import Output
 from armopt.errors import InputError
 
@@ -27,6 +27,25 @@ def plan(
     ranges: options.Dims = None,
     at: options.At = None,
     policy: options.PolicyName = "cost",
+    threads: Annotated[
+        str,
+        typer.Option(
+            "--threads",
+            metavar="N",
+            help="Threads of a call, for --policy cost; by default those of the target's usual instance. With --compare"
+            " several: 1,4,16.",
+            show_default=False,
+        ),
+    ] = "",
+    compare: Annotated[
+        str,
+        typer.Option(
+            "--compare",
+            metavar="TARGETS",
+            help="Estimate time, throughput and weights on these targets instead: graviton3,yitian710.",
+            show_default=False,
+        ),
+    ] = "",
     tuning: options.TuningFile = None,
     keep_fp32: options.KeepFp32 = None,
     trust_pickle: options.TrustPickle = False,
@@ -43,12 +62,18 @@ def plan(
     """Show which kernel each layer would get, and why. Writes nothing but what --html asks for."""
     from armopt.compiler import captured_model
 
-    if until and not text:
-        raise InputError("stops between passes, where there is no plan", where="--until", hint="Add --text")
-    if text and (as_json or html is not None):
-        raise InputError("prints the graph and nothing else", where="--text", hint="Leave out --json and --html")
+    counts = comparison.read_threads(threads)
+    _refuse(("--until", "stops between passes, where there is no plan", "Add --text"), when=bool(until) and not text)
+    drawn = as_json or html is not None
+    _refuse(("--text", "prints the graph and nothing else", "Leave out --json and --html"), when=text and drawn)
+    other = text or html is not None or tuning is not None or bool(keep_fp32)
+    hint = "Leave out --text, --html, --tuning and --keep-fp32"
+    _refuse(("--compare", "estimates, and shows no plan", hint), when=bool(compare) and other)
+    one = ("--threads", "a plan is for one number of threads", "Add --compare TARGETS")
+    _refuse(one, when=len(counts) > 1 and not compare)
     out = Output(as_json)
-    recipe, sizes = options.recipe_for(target, policy, tuning, keep_fp32), options.parse_batch(batch)
+    count = counts[0] if counts else 0
+    recipe, sizes = options.recipe_for(target, policy, tuning, keep_fp32, count), options.parse_batch(batch)
     dims = options.parse_dims(ranges, at)
     if until:
         recipe = replace(recipe, pipeline=recipe.pipeline.until(until))
@@ -60,6 +85,9 @@ def plan(
         if text:
             out.text(_graphs(recipe, part))
             return
+        if compare:
+            comparison.show(part, compare, counts, policy, out)
+            return
         prepared = recipe.prepare(part.captured.graph_module)
         recipe.check_names({part.path: prepared})
         planned = recipe.plan_part(part, prepared)
@@ -69,6 +97,12 @@ def plan(
 
         files.write(html, plan_page.render(planned), "--html")
     out.result(to_json(planned), lambda: as_text(planned, every=every))
+
+
+def _refuse(message: tuple[str, str, str], *, when: bool) -> None:
+    where, what, hint = message
+    if when:
+        raise InputError(what, where=where, hint=hint)
 
 
 def _graphs(recipe: Recipe, part: CapturedPart) -> str:

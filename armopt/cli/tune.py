@@ -9,9 +9,14 @@ import typer
 
 from armopt.cli import options
 from armopt.cli.output import Output, text_table
+from armopt.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from armopt.ir.records import Site
     from armopt.kernels.timings import Timings
+    from armopt.plan.clocked_costs import ClockedCosts
 
 
 def tune(
@@ -19,6 +24,12 @@ def tune(
         Path | None, typer.Argument(metavar="BUNDLE", help="Its shapes; common Linear shapes without one.")
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE")] = Path("tuning.json"),
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", metavar="FILE", help="Write the times beside armopt's estimates, to judge them (docs/clock.md)."
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=3, help="Rounds per shape; the median counts.")] = 15,
     as_json: options.Json = False,
 ) -> None:
@@ -31,6 +42,7 @@ def tune(
     from armopt.kernels import timings
 
     out = Output(as_json)
+    costs = _clock() if report is not None else None
     if bundle is None:
         sites = tune.default_sites()
     else:
@@ -38,7 +50,43 @@ def tune(
     with out.progress() as progress:
         found = tune.measure(sites, rounds=rounds, fast_math=environment.fast_math(os.environ), progress=progress)
     timings.write(found, output)
+    if report is not None and costs is not None:
+        _write_report(report, found, sites, costs)
     out.result({"tuning": str(output), **_to_json(found)}, lambda: _text(found, output))
+
+
+def _clock() -> ClockedCosts:
+    """The estimates for this host, at as many threads as PyTorch has.
+
+    Raises:
+        InputError: It has no clock.
+    """
+    import torch
+
+    from armopt import targets
+    from armopt.plan import cost_policy
+    from armopt.plan.clocked_costs import ClockedCosts
+    from armopt.plan.cost_policy import CostPolicy
+
+    policy = cost_policy.default(targets.this_host(), threads=torch.get_num_threads())
+    if not isinstance(policy, CostPolicy) or not isinstance(policy.costs, ClockedCosts):
+        raise InputError(
+            "armopt estimates no times for this host, so there is nothing to judge",
+            where="--report",
+            hint="Leave it out; docs/clock.md names the machines that have a clock",
+        )
+    return policy.costs
+
+
+def _write_report(path: Path, found: Timings, sites: Sequence[Site], costs: ClockedCosts) -> None:
+    import json
+
+    from armopt import files, targets
+    from armopt.plan import clock_report
+
+    product = targets.this_host().provenance.get("product", "")
+    content = clock_report.make(found, sites, costs, product)
+    files.write(path, json.dumps(content, indent=1) + "\n", "--report")
 
 
 def _to_json(found: Timings) -> dict[str, Any]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import networkx as nx
 import torch
 
+from armopt import targets
+from armopt.errors import InputError
 from armopt.ir.records import Precision, Site, Target
 from armopt.kernels import table
 from armopt.kernels.base import Kernel, Use
 from armopt.kernels.timings import Timings
 from armopt.plan import costs, planner, threshold_policy
+from armopt.plan.clocked_costs import ClockedCosts
+from armopt.plan.costs import CostTable
 from armopt.plan.planner import Choice, Policy
 from armopt.plan.tuned_costs import TunedCosts
 
@@ -31,6 +35,9 @@ class Costs(Protocol):
 
     def describe(self, cost: float) -> str:
         """A cost with its unit."""
+
+    def of(self, sites: Sequence[Site]) -> Costs:
+        """The costs in a graph with these layers."""
 
     def estimate(self, kernel: Kernel, site: Site) -> float | None:
         """The cost of one call with its post-op; None where it is not known."""
@@ -54,13 +61,13 @@ class _Option:
 
 @dataclass(frozen=True, slots=True)
 class CostPolicy:
-    """The fewest instructions over the graph, from a table measured on the target's core.
+    """The least time over the graph as the product's clock has it, or the fewest instructions where there is no clock.
 
     Each site works on activations in BF16 or in FP32; a value that is made in one and read in the other is cast once.
     The cheapest labelling is a minimum cut, found exactly.
 
     Attributes:
-        costs: A table, or a host's own times.
+        costs: Of the clock, of a table, or a host's own times.
         near: Kernels whose cost is within this factor of the best count as equal; the one that reads fewer bytes of
             weights is then taken, because one row is bound by them.
     """
@@ -75,8 +82,9 @@ class CostPolicy:
 
     def choose(self, sites: Sequence[Site], target: Target) -> Sequence[Choice]:
         """The labelling of least cost; a site that no kernel takes stays plain ATen."""
-        options = [self._options(site, target) for site in sites]
-        in_bf16 = _cut(sites, options, self.costs)
+        known = replace(self, costs=self.costs.of(sites))
+        options = [known._options(site, target) for site in sites]
+        in_bf16 = _cut(sites, options, known.costs)
         return [self._choice(site, options[i], site.node in in_bf16, target) for i, site in enumerate(sites)]
 
     def _options(self, site: Site, target: Target) -> dict[str, _Option]:
@@ -122,33 +130,57 @@ class CostPolicy:
 
 
 def read(value: str, target: Target) -> Policy:
-    """``cost`` or ``cost=TORCH``, the release that the server has.
+    """``cost``, ``cost=TORCH`` with the release that the server has, ``cost@THREADS``, or both.
 
     Raises:
-        ValueError: TORCH is no release.
+        ValueError: It is none of these.
+        InputError: Threads make no difference: nothing is known of time on the target.
     """
-    if not re.fullmatch(r"(\d+\.\d+(\.\d+)?)?", value):
+    found = re.fullmatch(r"(\d+\.\d+(?:\.\d+)?)?(?:@([1-9]\d{0,2}))?", value)
+    if not found:
         raise ValueError(value)
-    return default(target, value)
+    release, threads = found[1] or "", int(found[2] or 0)
+    policy = default(target, release, threads)
+    if threads and not (isinstance(policy, CostPolicy) and isinstance(policy.costs, ClockedCosts)):
+        raise InputError(
+            f"plans for {target.name} don't depend on threads: nothing is known of time there",
+            where="--threads",
+            hint="Leave the threads out; docs/clock.md names the targets that have a clock",
+        )
+    return policy
 
 
 def tuned(policy: Policy, target: Target, times: Timings) -> CostPolicy:
-    """The policy by a host's own times; where there are none, by the table of `policy`, if it has one.
+    """The policy by a host's own times; where there are none, by what `policy` knows, if it does.
 
     Args:
         policy: What would be without them.
         target: What it is for.
         times: What ``armopt tune`` measured.
     """
-    of_policy = policy.costs if isinstance(policy, CostPolicy) else None
-    known = of_policy if isinstance(of_policy, costs.CostTable) else costs.find(target)
-    return CostPolicy(TunedCosts(times, known))
+    of_policy = policy if isinstance(policy, CostPolicy) else default(target)
+    known = of_policy.costs if isinstance(of_policy, CostPolicy) else None
+    return CostPolicy(TunedCosts(times, known if isinstance(known, (ClockedCosts, CostTable)) else None))
 
 
-def default(target: Target, release: str = "") -> Policy:
-    """The policy for a target where nobody names one: by cost, or by the tutorial's threshold without a cost table."""
-    table_of_costs = costs.find(target, release)
-    return threshold_policy.ThresholdPolicy() if table_of_costs is None else CostPolicy(table_of_costs)
+def default(target: Target, release: str = "", threads: int = 0) -> Policy:
+    """The policy for a target where nobody names one.
+
+    By time where the product has a clock and its kernels' cycles are known; else by instructions, or by the tutorial's
+    threshold without a cost table.
+
+    Args:
+        target: A product.
+        release: Of torch, on the server.
+        threads: Of a call; 0 for as many as the product's usual instance has cores.
+    """
+    found = costs.find(target, release)
+    if found is None:
+        return threshold_policy.ThresholdPolicy()
+    clock = targets.clock_of(target)
+    if clock is None or not found.has_cycles or found.core != target.core:  # another core needs other cycles
+        return CostPolicy(found)
+    return CostPolicy(ClockedCosts(found, clock, threads or clock.usual_threads))
 
 
 def candidates(site: Site, target: Target) -> list[Kernel]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -13,12 +14,12 @@ if TYPE_CHECKING:
     from armopt.ir.records import Target
     from armopt.plan.planner import Policy
 
-#: Makes a policy for a target out of what stands behind ``=``, empty where nothing does; a ValueError says it can't.
+#: Makes a policy for a target out of what stands behind ``=`` or from ``@`` on; a ValueError says it can't.
 Reader: TypeAlias = "Callable[[str, Target], Policy]"
 
 POLICIES: Table[Reader] = Table(
     "policy",
-    Line("cost", "armopt.plan.cost_policy:read", "cost[=TORCH] (the server's torch)"),
+    Line("cost", "armopt.plan.cost_policy:read", "cost[=TORCH][@THREADS] (the server's torch; threads of a call)"),
     Line("threshold", "armopt.plan.threshold_policy:read", "threshold[=64] (rows)"),
 )
 DEFAULT = "cost"
@@ -27,7 +28,7 @@ DEFAULT = "cost"
 def find_policy(
     policy: Policy | str | None, target: Target, tuning: Path | None = None, where: str = "policy"
 ) -> Policy:
-    """A policy for a target, also from its text: ``cost``, ``cost=2.13``, ``threshold=64``…
+    """A policy for a target, also from its text: ``cost``, ``cost=2.13``, ``cost@16``, ``threshold=64``…
 
     Args:
         policy: A policy or its text; None is the default.
@@ -41,7 +42,8 @@ def find_policy(
     if policy is not None and not isinstance(policy, str):
         return policy
     text = policy or DEFAULT
-    name, _, value = text.partition("=")
+    name = re.split("[=@]", text, maxsplit=1)[0]
+    value = text.removeprefix(name).removeprefix("=")
     read = POLICIES.find(name, where=where)
     try:
         chosen = read(value, target)

@@ -1,29 +1,30 @@
-"""A host's own times as costs, in the unit of the cost table."""
+"""A host's own times as costs, in the unit of what is known without them."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from armopt.ir.records import Site
 from armopt.kernels import table
 from armopt.kernels.base import Kernel
 from armopt.kernels.timings import Timings
+from armopt.plan.clocked_costs import ClockedCosts
 from armopt.plan.costs import CostTable
 
 
 @dataclass(frozen=True, slots=True)
 class TunedCosts:
-    """Measured times where there are any, the table elsewhere, in the table's unit.
+    """Measured times where there are any, a table or the clock elsewhere, in its unit.
 
     Attributes:
         tuning: The times.
-        costs: The table of the core; None for a host that has none, where times alone count.
+        costs: What is known of the core; None for a host that has none, where times alone count.
     """
 
     tuning: Timings
-    costs: CostTable | None = None
+    costs: CostTable | ClockedCosts | None = None
 
     @property
     def name(self) -> str:
@@ -33,6 +34,10 @@ class TunedCosts:
     def describe(self, cost: float) -> str:
         """A cost with its unit: a time, or a time in the table's unit."""
         return f"{cost / 1e3:.3g} us here" if self.costs is None else f"{self.costs.describe(cost)}, by time here"
+
+    def of(self, sites: Sequence[Site]) -> TunedCosts:
+        """With what is not timed as it is in a graph with these layers."""
+        return self if self.costs is None else replace(self, costs=self.costs.of(sites))
 
     def estimate(self, kernel: Kernel, site: Site) -> float | None:
         """The time of a kernel on a site, scaled to the table's unit by what both know of the site."""

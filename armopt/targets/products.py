@@ -83,6 +83,12 @@ def product(name: str) -> Product:
     return table().find(name, also=(HOST,))
 
 
+def clock_of(target: Target) -> Clock | None:
+    """The clock of the product that a target is, or of one that a host may be; None where nothing is known."""
+    known = [target.name, *target.provenance.get("product", "").split(", ")]
+    return next((table()[name].clock for name in known if name in table() and table()[name].clock), None)
+
+
 def parse_product(text: str, where: str) -> Product:
     """A product from its TOML.
 
@@ -123,8 +129,7 @@ def parse_product(text: str, where: str) -> Product:
 
 def _fits(value: Any, kind: type) -> bool:
     if kind is Clock:
-        named = isinstance(value, dict) and value.keys() == {field.name for field in fields(Clock)}
-        return named and all(isinstance(each, (int, float)) and each > 0 for each in value.values())
+        return isinstance(value, dict) and _is_clock(value)
     if isinstance(value, bool) or not isinstance(value, kind):
         return False
     if isinstance(value, int):
@@ -137,3 +142,8 @@ def _fits(value: Any, kind: type) -> bool:
     elif isinstance(value, list):
         items = value
     return bool(items) and all(isinstance(item, str) and item for item in items)
+
+
+def _is_clock(value: Mapping[str, Any]) -> bool:
+    named = value.keys() == {field.name for field in fields(Clock)}
+    return named and all(isinstance(each, (int, float)) and each > 0 for each in value.values())

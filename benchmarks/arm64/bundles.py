@@ -11,22 +11,25 @@ from benchmarks.arm64.kept import CACHE
 
 
 @functools.cache
-def make_bundle(workload: str, cpu: str, torch_version: str, without: str = "") -> Path:
+def make_bundle(workload: str, cpu: str, torch_version: str, without: str = "", threads: int = 1) -> Path:
     """Optimizes a model on this machine, planned for a torch release; random weights, so no accuracy gate.
 
     `without` names a pass to leave out.
     """
     import armopt
+    from armopt import targets
     from armopt.compiler.captured_model import capture_model
     from armopt.compiler.optimize import carry_out
     from armopt.compiler.recipe import Recipe
+    from armopt.plan import cost_policy
     from benchmarks.arm64.workloads import WORKLOADS
 
     model, inputs = WORKLOADS[workload].build()
-    place = CACHE / "bundles" / _file_name(f"{workload} {without}")
+    place = CACHE / "bundles" / _file_name(f"{workload} {without}" if threads == 1 else f"{workload} {threads} threads")
     place.parent.mkdir(parents=True, exist_ok=True)
     whole = WORKLOADS[workload].whole
-    recipe = Recipe.of(cpu, f"cost={torch_version}")
+    policy = cost_policy.default(targets.load(cpu), torch_version, threads)
+    recipe = Recipe(targets.load(cpu), policy)
     recipe = recipe.without(without) if without else recipe
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -4,9 +4,10 @@
  * that closes and on all; with memory=on also the lines of 64 bytes that moved between the levels of a cache model.
  * A block that was not written before comes with its instructions.
  *
- * The model: each thread has its own first two levels, all share the last; least recently used, write-back. Sizes are
- * given as l1=, l2=, l3= in KiB. QEMU reports the accesses of ordinary loads and stores; those of SVE's contiguous ones,
- * which its helpers do, are decoded here and their registers read.
+ * The model: each thread has its own first two levels, all share the last; least recently used, write-back; what is
+ * stored brings no line in, as these cores' write streaming has it; pages lie anywhere in memory. Sizes are given as l1=, l2=, l3= in KiB. QEMU reports
+ * the accesses of ordinary loads and stores; those of SVE, which its helpers do, are decoded here and their registers
+ * read.
  */
 #include <glib.h>
 #include <pthread.h>
@@ -19,7 +20,7 @@
 QEMU_PLUGIN_EXPORT int qemu_plugin_version = QEMU_PLUGIN_VERSION;
 
 enum { SYS_PRCTL = 167, OPTION = 0x41524D4F, OPEN = 1, CLOSE = 2 };
-enum { BLOCKS = 1 << 19, BUCKETS = 1 << 21, THREADS = 256, LINE_SHIFT = 6, LEVELS = 3, L3 = 2 };
+enum { BLOCKS = 1 << 19, BUCKETS = 1 << 21, THREADS = 256, LINE_SHIFT = 6, PAGE_SHIFT = 12, LEVELS = 3, L3 = 2 };
 
 struct block {
     uint64_t address;
@@ -57,6 +58,8 @@ static struct cache own[THREADS][LEVELS - 1], shared;
 static struct traffic traffic[THREADS];
 static pthread_mutex_t shared_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct qemu_plugin_register *registers[32]; /* x0 to x30, sp */
+static struct qemu_plugin_register *vectors[32];   /* z0 to z31 */
+static struct qemu_plugin_register *predicates[8]; /* p0 to p7: of loads and stores */
 
 static qemu_plugin_u64 counter(uint32_t slot)
 {
@@ -99,6 +102,14 @@ static void make_cache(struct cache *cache, int level)
     cache->lines = calloc((size_t)cache->sets * cache->ways, sizeof(uint64_t));
 }
 
+/* Where a line lies in memory: pages of 4 KiB do anywhere, so that addresses a power of two apart share no set. */
+static uint64_t physical(uint64_t line)
+{
+    uint64_t page = (line >> (PAGE_SHIFT - LINE_SHIFT)) * 0x9E3779B97F4A7C15u;
+    page ^= page >> 32;
+    return (page << (PAGE_SHIFT - LINE_SHIFT) | (line & ((1u << (PAGE_SHIFT - LINE_SHIFT)) - 1))) & ~WRITTEN;
+}
+
 /* Brings a line to the front of its set; returns whether it was there, and in *left what it drove out. */
 static bool touch(struct cache *cache, uint64_t line, uint64_t written, uint64_t *left)
 {
@@ -133,7 +144,7 @@ static void touch_line(unsigned int vcpu, uint64_t line, uint64_t written)
     if (touch(&own[vcpu][0], line, written, &left)) {
         return;
     }
-    seen->in[0]++;
+    seen->in[0] += !written;
     if (left & WRITTEN) { /* what leaves the first level is in the second, or goes there */
         seen->out[0]++;
         uint64_t old = (left & ~WRITTEN) - 1;
@@ -145,18 +156,18 @@ static void touch_line(unsigned int vcpu, uint64_t line, uint64_t written)
     if (touch(&own[vcpu][1], line, 0, &left)) {
         return;
     }
-    seen->in[1]++;
+    seen->in[1] += !written;
     if (left & WRITTEN) {
         seen->out[1]++;
         touch_shared((left & ~WRITTEN) - 1, WRITTEN, seen, false);
     }
-    touch_shared(line, 0, seen, true);
+    touch_shared(line, 0, seen, !written);
 }
 
 static void touch_bytes(unsigned int vcpu, uint64_t address, uint32_t bytes, bool stores)
 {
     for (uint64_t line = address >> LINE_SHIFT; line <= (address + bytes - 1) >> LINE_SHIFT; line++) {
-        touch_line(vcpu, line, stores ? WRITTEN : 0);
+        touch_line(vcpu, physical(line), stores ? WRITTEN : 0);
     }
 }
 
@@ -239,19 +250,71 @@ static bool decode_sve(uint32_t opcode, struct sve *sve)
     return false;
 }
 
-static uint64_t read_register(uint32_t number)
+/* A gather load or scatter store: an address for each element, of a vector and a base or an offset. */
+struct gather {
+    uint8_t base, vector, predicate, element, shift, part; /* bytes of an element, bytes that it has in memory */
+    bool stores, narrow, is_signed, addresses; /* 32 bits of offset, with sign; or the vector holds addresses */
+    uint32_t offset;
+};
+
+static bool decode_gather(uint32_t opcode, struct gather *found)
+{
+    uint32_t top = opcode >> 25, form = opcode >> 13 & 7, size = opcode >> 23 & 3, middle = opcode >> 21 & 3;
+    uint32_t number = opcode >> 16 & 31;
+    bool upper = opcode >> 15 & 1, scaled = middle & 1;
+    *found = (struct gather){.base = opcode >> 5 & 31, .vector = number, .predicate = opcode >> 10 & 7};
+    found->part = 1 << size;
+    found->stores = top == 0x72;
+    if (top == 0x42) { /* loads of elements of 32 bits */
+        found->element = 4;
+        found->addresses = upper;
+        found->narrow = !upper;
+        found->is_signed = middle >> 1;
+        if (size == 3 || (upper ? middle != 1 : scaled && !size)) {
+            return false; /* ldr, ld1r, prefetches */
+        }
+    } else if (top == 0x62) { /* of 64 bits */
+        found->element = 8;
+        found->addresses = upper && middle == 1;
+        found->narrow = !upper;
+        found->is_signed = !upper && middle >> 1;
+        if ((upper && !middle) || (scaled && !size && !found->addresses)) {
+            return false;
+        }
+    } else if (top == 0x72 && form >= 4 && form <= 6) {
+        bool short_elements = middle >> 1;
+        found->addresses = form == 5 && short_elements;
+        found->element = (form == 5 ? middle == 3 : short_elements) ? 4 : 8;
+        found->narrow = form != 5;
+        found->is_signed = form == 6;
+    } else {
+        return false;
+    }
+    found->shift = scaled && !found->addresses ? size : 0;
+    if (found->addresses) { /* a vector of addresses and a number */
+        found->vector = found->base;
+        found->offset = number << size;
+    }
+    return true;
+}
+
+static const uint8_t *read_bytes(struct qemu_plugin_register *handle)
 {
     static __thread GByteArray *bytes;
-    uint64_t value = 0;
-    if (!registers[number]) {
-        return 0;
-    }
     if (!bytes) {
         bytes = g_byte_array_new();
     }
     g_byte_array_set_size(bytes, 0);
-    qemu_plugin_read_register(registers[number], bytes);
-    memcpy(&value, bytes->data, sizeof(value));
+    qemu_plugin_read_register(handle, bytes);
+    return bytes->data;
+}
+
+static uint64_t read_register(uint32_t number)
+{
+    uint64_t value = 0;
+    if (registers[number]) {
+        memcpy(&value, read_bytes(registers[number]), sizeof(value));
+    }
     return value;
 }
 
@@ -265,6 +328,34 @@ static void on_sve(unsigned int vcpu, void *data)
     touch_bytes(vcpu, read_register(sve->base) + index + sve->offset, sve->bytes, sve->stores);
 }
 
+static void on_gather(unsigned int vcpu, void *data)
+{
+    const struct gather *gather = data;
+    uint8_t offsets[256];
+    uint64_t active[4];
+    if (!is_open || vcpu >= THREADS || !vectors[gather->vector] || !predicates[gather->predicate]) {
+        return;
+    }
+    memcpy(offsets, read_bytes(vectors[gather->vector]), vector_bytes);
+    memcpy(active, read_bytes(predicates[gather->predicate]), vector_bytes / 8);
+    uint64_t base = gather->addresses ? gather->offset : read_register(gather->base);
+    for (uint32_t at = 0; at < vector_bytes; at += gather->element) {
+        uint64_t offset = 0;
+        memcpy(&offset, offsets + at, gather->narrow ? 4 : gather->element);
+        if (gather->is_signed) {
+            offset = (int64_t)(int32_t)offset;
+        }
+        if (active[at / 64] >> (at % 64) & 1) {
+            touch_bytes(vcpu, base + (offset << gather->shift), gather->part, gather->stores);
+        }
+    }
+}
+
+static void *kept(const void *found, size_t size)
+{
+    return memcpy(malloc(size), found, size);
+}
+
 static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 {
     uint32_t slot = slot_of(tb);
@@ -273,11 +364,14 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
         struct qemu_plugin_insn *instruction = qemu_plugin_tb_get_insn(tb, i);
         uint32_t opcode = 0;
         struct sve sve;
+        struct gather gather;
         qemu_plugin_insn_data(instruction, &opcode, sizeof(opcode));
         if (decode_sve(opcode, &sve)) {
-            struct sve *kept = malloc(sizeof(*kept));
-            *kept = sve;
-            qemu_plugin_register_vcpu_insn_exec_cb(instruction, on_sve, QEMU_PLUGIN_CB_R_REGS, kept);
+            void *data = kept(&sve, sizeof(sve));
+            qemu_plugin_register_vcpu_insn_exec_cb(instruction, on_sve, QEMU_PLUGIN_CB_R_REGS, data);
+        } else if (decode_gather(opcode, &gather)) {
+            void *data = kept(&gather, sizeof(gather));
+            qemu_plugin_register_vcpu_insn_exec_cb(instruction, on_gather, QEMU_PLUGIN_CB_R_REGS, data);
         } else {
             qemu_plugin_register_vcpu_mem_cb(instruction, on_access, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_RW, NULL);
         }
@@ -358,9 +452,14 @@ static void on_thread(qemu_plugin_id_t id, unsigned int vcpu)
     GArray *found = registers[0] ? NULL : qemu_plugin_get_registers();
     for (guint i = 0; found && i < found->len; i++) {
         qemu_plugin_reg_descriptor *one = &g_array_index(found, qemu_plugin_reg_descriptor, i);
-        int number = one->name[0] == 'x' ? atoi(one->name + 1) : 32;
-        if (number < 31) {
+        bool is_numbered = g_ascii_isdigit(one->name[1]);
+        int number = is_numbered ? atoi(one->name + 1) : 32;
+        if (one->name[0] == 'x' && number < 31) {
             registers[number] = one->handle;
+        } else if (one->name[0] == 'z' && number < 32) {
+            vectors[number] = one->handle;
+        } else if (one->name[0] == 'p' && number < 8) {
+            predicates[number] = one->handle;
         } else if (!strcmp(one->name, "sp")) {
             registers[31] = one->handle;
         }

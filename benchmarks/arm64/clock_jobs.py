@@ -135,9 +135,7 @@ def onednn_matmul(m: int, k: int, n: int, implementation: str, dtype: str = "flo
     a, c = (api.strided(shape, (shape[1], 1), kind) for shape in ((m, k), (m, n)))
     attributes = api.attributes(fast_math=False, post_op="")
     at = ctypes.c_void_p()
-    primitives.check(
-        create(ctypes.byref(at), api.engine, a, api.anyhow((k, n), kind), None, c, attributes), "matmul"
-    )
+    primitives.check(create(ctypes.byref(at), api.engine, a, api.anyhow((k, n), kind), None, c, attributes), "matmul")
     description = primitives.Handle(at, api._destroy["primitive_desc"])
     return _executed(api, description, implementation, (m * k, m * n), kind)
 

@@ -255,10 +255,12 @@ def _head() -> str:
 _HEAD = """\
 # What a call costs, and what follows
 
-`--policy cost` estimates, for every layer and kernel, the instructions that one call retires, and takes the kernels of
-the fewest over the whole graph. The estimates come from tables in `armopt/plan/costs`, fitted to counts on the emulated
-core with the real aarch64 PyTorch, and with tcmalloc, as `armopt run` starts a process where there is one. This page is
-written by `python -m benchmarks.arm64.crossover`.
+`--policy cost` estimates, for every layer and kernel, what one call costs, and takes the kernels of the least cost
+over the whole graph. The estimates come from tables in `armopt/plan/costs`, fitted to counts on the emulated core with
+the real aarch64 PyTorch, and with tcmalloc, as `armopt run` starts a process where there is one: instructions, and
+cycles by LLVM's model of the core. Where a target has a clock ([clock.md](clock.md)) the cost is time, on as many
+threads as `--threads` says; elsewhere it is instructions. This page is about instructions; it is written by
+`python -m benchmarks.arm64.crossover`.
 
 A count is not a time. It leaves out memory: where two kernels are within {near} % of one another, the one that reads
 fewer bytes of weights is taken, because a layer with few rows is bound by them.

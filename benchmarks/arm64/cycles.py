@@ -65,6 +65,8 @@ _MULTIPLIED = {"sve_bfmmla": 16, "neon_bfmmla": 16, "bfdot": 8, "fmla": 4}
 _KERNEL = re.compile(r"((?:sve|a64)_\w*?_\d+x\d+(?:VL)?)")
 #: Blocks that make up this share of the instructions are asked of LLVM; the rest cost what those do on average.
 _SHARE = 0.998
+_PYTHON = ("python3", "_ctypes", "libffi")
+_PARALLEL = ("GOMP_parallel", "exec_blas")
 _NOP, _YIELD = 0xD503201F, 0xD503203F
 
 
@@ -143,6 +145,11 @@ def blocks_of(result: Mapping[str, Any], core: str) -> list[Block]:
     return found
 
 
+def without_python(blocks: Sequence[Block]) -> list[Block]:
+    """Those that a program in C would run as well."""
+    return [block for block in blocks if not block.place[0].startswith(_PYTHON)]
+
+
 def by_class(blocks: Sequence[Block]) -> list[int]:
     """Instructions of the thread that called, in the order of the classes."""
     found: Counter[str] = Counter()
@@ -215,6 +222,9 @@ def rate_of(kernel: str, cpu: str) -> float:
 
 
 def _regions(blocks: Sequence[Block]) -> int:
-    """How often GOMP_parallel was entered: the runs of its first block."""
-    entries = [block for block in blocks if block.place[1] == "GOMP_parallel"]
-    return min(entries, key=lambda block: block.address).mine if entries else 0
+    """How often OpenMP or OpenBLAS gave work to threads: the runs of the first block of what does so."""
+    found = 0
+    for name in _PARALLEL:
+        entries = [block for block in blocks if block.place[1] == name]
+        found += min(entries, key=lambda block: block.address).mine if entries else 0
+    return found

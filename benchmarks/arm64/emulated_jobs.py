@@ -1,4 +1,4 @@
-"""Jobs in one emulated Python under a QEMU with a plugin: results come as they are made, one job's failure is its own."""
+"""Jobs in one emulated Python under a QEMU with a plugin: results as they are made, one job's failure is its own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from armopt.emulation import emulated_command
 from armopt.emulation.folder import PreparedFolder
@@ -89,6 +89,7 @@ def run(
         (folder / "jobs").write_bytes(pickle.dumps([asdict(job) for job in jobs]))
         lines, results, log = folder / "lines", folder / "results", folder / "log"
         lines.touch()
+        results.touch()
         clean = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         _, environment = emulated_command(
             core.name,
@@ -116,19 +117,18 @@ def run(
             )
             assert process.stdout
             watchdog = _kill_after(process, machine.timeout)
-            seen = 0
+            found: list[Mapping[str, Any]] = []
             try:
-                for line in process.stdout:
-                    errors.write(line)
-                    report(line.rstrip())
-                    for result in _read(results)[seen:]:
-                        finished(seen, result)
-                        seen += 1
-                code = process.wait()
+                with results.open() as written:
+                    for line in process.stdout:
+                        errors.write(line)
+                        report(line.rstrip())
+                        found += _ended(written, len(found), finished)
+                    code = process.wait()
+                    found += _ended(written, len(found), finished)
             finally:
                 watchdog.cancel()
                 process.kill()
-        found = _read(results)
         if code and len(found) < len(jobs):
             tail = "\n".join(log.read_text().splitlines()[-15:])
             died = {"error": f"the emulated process ended with {code}\n{tail}"}
@@ -151,5 +151,16 @@ def _kill_after(process: subprocess.Popen[str], seconds: float) -> Any:
     return timer
 
 
-def _read(results: Path) -> list[Mapping[str, Any]]:
-    return json.loads(results.read_text()) if results.exists() else []
+def _ended(
+    written: IO[str], index: int, finished: Callable[[int, Mapping[str, Any]], None]
+) -> Iterator[Mapping[str, Any]]:
+    """The results that were written since the last look, each reported with its job's index."""
+    while True:
+        begin, line = written.tell(), written.readline()
+        if not line.endswith("\n"):  # nothing, or not all of it yet
+            written.seek(begin)
+            return
+        result = json.loads(line)
+        finished(index, result)
+        yield result
+        index += 1

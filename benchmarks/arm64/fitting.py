@@ -6,8 +6,8 @@ import json
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,26 +115,45 @@ def answered(sample: Mapping[str, Any], vector_bits: int) -> set[str]:
     return fitting or {f"{kind} hybrid"}
 
 
-def fit_variants(
-    variants: Sequence[Variant], samples: Sequence[tuple[Site, float]]
-) -> tuple[list[Variant], list[float]]:
+@dataclass
+class Errors:
+    """Of samples that were left out of the fit, relative."""
+
+    instructions: list[float] = field(default_factory=list)
+    cycles: list[float] = field(default_factory=list)
+
+
+def fit_variants(variants: Sequence[Variant], samples: Samples) -> tuple[list[Variant], Errors]:
     """Coefficients by least squares of the relative error, none below zero; and the errors of a fifth left out."""
-    chosen: dict[str, list[tuple[Site, float]]] = defaultdict(list)
-    for site, total in samples:
-        chosen[costs.answering(variants, site).name].append((site, total))
-    errors: list[float] = []
+    chosen: dict[str, list[tuple[Site, Mapping[str, Any]]]] = defaultdict(list)
+    for sample in samples:
+        site = site_of(sample)
+        chosen[costs.answering(variants, site).name].append((site, sample))
+    errors = Errors()
     fitted = []
     for variant in variants:
-        held = chosen[variant.name]
-        if not held:
+        if not (held := chosen[variant.name]):
             continue
-        for part in range(5):
-            rest = [entry for i, entry in enumerate(held) if i % 5 != part]
-            if rest:
-                trial = replace(variant, coefficients=_solve(variant, rest))
-                errors += [_predict(trial, s) / total - 1 for i, (s, total) in enumerate(held) if i % 5 == part]
-        fitted.append(replace(variant, coefficients=_solve(variant, held)))
+        counted = [(site, float(sum(sample["counts"]))) for site, sample in held]
+        coefficients = _fit(variant, counted, errors.instructions)
+        clocked = [(site, float(sample["cycles"])) for site, sample in held if "cycles" in sample]
+        if len(clocked) < len(held):
+            fitted.append(replace(variant, coefficients=coefficients))
+            continue
+        cycles = _fit(variant, clocked, errors.cycles)
+        blocks = statistics.median(sample["blocks"] for _, sample in held)
+        fitted.append(replace(variant, coefficients=coefficients, clocked=cycles, blocks=blocks))
     return fitted, errors
+
+
+def _fit(variant: Variant, samples: Sequence[tuple[Site, float]], errors: list[float]) -> tuple[float, ...]:
+    """The coefficients of one variant; adds the errors of five fits without a fifth."""
+    for part in range(5):
+        rest = [entry for i, entry in enumerate(samples) if i % 5 != part]
+        if rest:
+            trial = _solve(variant, rest)
+            errors += [_predict(variant, trial, s) / total - 1 for i, (s, total) in enumerate(samples) if i % 5 == part]
+    return _solve(variant, samples)
 
 
 def _solve(variant: Variant, samples: Sequence[tuple[Site, float]]) -> tuple[float, ...]:
@@ -146,8 +165,8 @@ def _solve(variant: Variant, samples: Sequence[tuple[Site, float]]) -> tuple[flo
     return tuple(float(f"{value:.5g}") for value in found / size)
 
 
-def _predict(variant: Variant, site: Site) -> float:
-    return sum(c * v for c, v in zip(variant.coefficients, costs.terms(variant, site), strict=True))
+def _predict(variant: Variant, coefficients: Sequence[float], site: Site) -> float:
+    return sum(c * v for c, v in zip(coefficients, costs.terms(variant, site), strict=True))
 
 
 def fit(path: Path) -> None:
@@ -171,9 +190,11 @@ def fit(path: Path) -> None:
             variants = _FP32_VARIANTS
         else:
             variants = bf16_variants(bits) if name.endswith("bf16") else in_fast_math
-        fitted, wrong = fit_variants(variants, [(site_of(s), float(sum(s["counts"]))) for s in held])
+        fitted, wrong = fit_variants(variants, held)
         kernels[name] = [_to_json(variant) for variant in fitted]
-        errors[name] = {"samples": len(held), **_summary(wrong)}
+        errors[name] = {"samples": len(held), **_summary(wrong.instructions)}
+        if wrong.cycles:
+            errors[name]["cycles"] = _summary(wrong.cycles)
         print(name, errors[name])
     found = {
         "core": core,
@@ -187,12 +208,22 @@ def fit(path: Path) -> None:
             "error of samples left out of the fit": errors,
         },
         "kernels": kernels,
-        "pointwise": _pointwise(samples),
-        "attention": _attention(samples),
+        "pointwise": {name: line[:2] for name, line in _pointwise(samples, _instructions).items()},
+        "attention": _attention(samples, _instructions),
     }
+    if all("cycles" in sample for sample in samples):
+        found |= {"pointwise_cycles": _pointwise(samples, _cycles), "attention_cycles": _attention(samples, _cycles)}
     place = Path(costs.__file__).parent / path.name
     place.write_text(json.dumps(found, indent=1) + "\n")
     print(place)
+
+
+def _instructions(sample: Mapping[str, Any]) -> float:
+    return float(sum(sample["counts"]))
+
+
+def _cycles(sample: Mapping[str, Any]) -> float:
+    return float(sample["cycles"])
 
 
 def _by_kernel(samples: Samples) -> dict[str, list[Mapping[str, Any]]]:
@@ -223,10 +254,11 @@ def _summary(errors: Sequence[float]) -> dict[str, float]:
 
 
 def _to_json(variant: Variant) -> dict[str, Any]:
-    return {name: value for name, value in asdict(variant).items() if value is not None}
+    values = {name: value for name, value in asdict(variant).items() if value is not None}
+    return values if variant.clocked else {n: v for n, v in values.items() if n not in ("clocked", "blocks")}
 
 
-def _attention(samples: Samples) -> dict[str, list[float]]:
+def _attention(samples: Samples, of: Callable[[Mapping[str, Any]], float]) -> dict[str, list[float]]:
     """By dtype what a head, a score and a multiply-add take: all errors weigh alike, as shares of what was counted."""
     by_dtype: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for sample in samples:
@@ -237,7 +269,7 @@ def _attention(samples: Samples) -> dict[str, list[float]]:
         heads = np.array([s["batch"] * s["heads"] for s in held], dtype=float)
         scores = heads * [s["tokens"] ** 2 for s in held]
         products = scores * [2 * s["size"] for s in held]
-        totals = np.array([sum(s["counts"]) for s in held], dtype=float)
+        totals = np.array([of(s) for s in held], dtype=float)
         size = np.array([1e4, 10.0, 0.1])  # of the right order: nnls wants like columns
         terms = np.stack([heads, scores, products], axis=1) / totals[:, None] * size
         solution, _ = nnls(terms, np.ones(len(held)))
@@ -246,15 +278,15 @@ def _attention(samples: Samples) -> dict[str, list[float]]:
     return found
 
 
-def _pointwise(samples: Samples) -> dict[str, list[float]]:
-    """A line through the two sizes that were counted."""
-    by_name: dict[str, dict[int, int]] = defaultdict(dict)
+def _pointwise(samples: Samples, of: Callable[[Mapping[str, Any]], float]) -> dict[str, list[float]]:
+    """A line through the two sizes that were measured: of a call, of an element; and the blocks of a call."""
+    by_name: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for sample in samples:
         if sample["name"] == POINTWISE:
-            by_name[f"{sample['dtype']}:{sample['operation']}"][sample["elements"]] = sum(sample["counts"])
+            by_name[f"{sample['dtype']}:{sample['operation']}"].append(sample)
     lines = {}
-    for name, totals in sorted(by_name.items()):
-        (few, least), (many, most) = sorted(totals.items())
-        slope = (most - least) / (many - few)
-        lines[name] = [round(max(0.0, least - slope * few)), round(slope, 3)]
+    for name, held in sorted(by_name.items()):
+        few, many = sorted(held, key=lambda sample: sample["elements"])
+        slope = (of(many) - of(few)) / (many["elements"] - few["elements"])
+        lines[name] = [round(max(0.0, of(few) - slope * few["elements"])), round(slope, 3), few.get("blocks", 0)]
     return lines

@@ -22,7 +22,23 @@ _PROGRAMS = ("llvm-mc", "llvm-mca")
 #: Blocks in one run of the program, and turns of a block in its loop.
 _AT_ONCE, _TURNS = 200, 100
 #: Of no use to a model of the inside of a block, or unknown to it.
-_CONTROL = {"bl", "blr", "ret", "br", "svc", "b", "mrs", "msr", "dmb", "isb", "dsb", "bti", "paciasp", "autiasp", "retaa"}
+_CONTROL = {
+    "bl",
+    "blr",
+    "ret",
+    "br",
+    "svc",
+    "b",
+    "mrs",
+    "msr",
+    "dmb",
+    "isb",
+    "dsb",
+    "bti",
+    "paciasp",
+    "autiasp",
+    "retaa",
+}
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from armopt import targets
 from armopt.targets.emulated import core_named
-from benchmarks.arm64 import cycles, emulated_jobs, published
-from benchmarks.arm64.emulated_jobs import Machine
+from benchmarks.arm64 import bundles, cycles, emulated_jobs, published
+from benchmarks.arm64.emulated_jobs import Job, Machine
 from benchmarks.arm64.published import Case
 
 MEASURES = Path(__file__).with_name("measures.json")
@@ -71,7 +71,9 @@ def read() -> dict[str, Measure]:
 
 def _write(measures: Mapping[str, Measure]) -> None:
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(asdict(measures[name]))}" for name in sorted(measures))
-    MEASURES.write_text("{\n" + lines + "\n}\n")
+    partial = MEASURES.with_suffix(".part")
+    partial.write_text("{\n" + lines + "\n}\n")
+    partial.replace(MEASURES)
 
 
 def measure(cases: Sequence[Case], keep: Any) -> None:
@@ -91,18 +93,29 @@ def measure(cases: Sequence[Case], keep: Any) -> None:
         if "error" in result:
             print(cases[index].job.name, result["error"].strip().splitlines()[-1], file=sys.stderr, flush=True)
             return
-        found = cycles.cycles(cycles.blocks_of(result, core.name), product.target.core)
+        blocks = cycles.blocks_of(result, core.name)
+        if cases[index].is_native:
+            blocks = cycles.without_python(blocks)
+        found = cycles.cycles(blocks, product.target.core)
         seen = {name: result[name] for name in ("faults", "lines", "lines_of_all")}
         keep(cases[index], Measure(**asdict(found), **seen))
 
     emulated_jobs.run(
-        [case.job for case in cases],
+        [_job(case) for case in cases],
         Machine(first.cpu, first.torch, env, timeout=4 * 3600),
         "benchmarks.arm64.clock_region",
         lambda qemu: f"{qemu.clock},{plugin}",
         lambda line: print(line, file=sys.stderr, flush=True),
         finished,
     )
+
+
+def _job(case: Case) -> Job:
+    """What is run; a bundle is made first."""
+    if case.make != "bundle":
+        return case.job
+    path = bundles.make_bundle(case.arguments["workload"], case.target, case.torch, threads=case.threads)
+    return replace(case.job, make="benchmarks.arm64.jobs:bundle", arguments={"path": str(path)})
 
 
 def groups(cases: Iterable[Case]) -> list[list[Case]]:
@@ -120,13 +133,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.arm64.measuring", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--only", default="", help="sources and calls that hold this")
+    parser.add_argument("--seeds", action="store_true", help="what docs/seeds.md needs beside")
     options = parser.parse_args(arguments)
     held = read()
-    wanted = {
-        key(row.case): row.case
-        for row in published.rows()
-        if isinstance(row.case, Case) and options.only in f"{row.where} {row.case.job.name}"
-    }
+    if options.seeds:
+        from benchmarks.arm64 import seeds  # which reads measures
+
+        found = [(case, case.job.name) for case in seeds.cases()]
+    else:
+        reproduced = [(row.case, row.where) for row in published.rows() if isinstance(row.case, Case)]
+        found = [(case, f"{where} {case.job.name}") for case, where in reproduced]
+    wanted = {key(case): case for case, name in found if options.only in name}
 
     def keep(case: Case, found: Measure) -> None:
         held.update(read())  # another process may measure others

@@ -20,14 +20,16 @@ _FAST = {"DNNL_DEFAULT_FPMATH_MODE": "BF16"}
 _BLAS = {**_FAST, "TORCH_MKLDNN_MATMUL_MIN_DIM": "64"}
 _BENCH = {**_FAST, "LRU_CACHE_CAPACITY": "1024", "THP_MEM_ALLOC_ENABLE": "1"}
 
-#: What the parameters of the clock may be fitted to, chosen before any was estimated: a third at most. All others judge.
+#: What the figures of the clock may be fitted to, chosen before any was estimated: a third at most. All others judge.
 FITTED = frozenset(
-    (8, 12, 14)  # the tutorial: default at 32, OpenBLAS at 32, fast math at 10
-    + (164, 165, 173)  # small products
-    + (101, 119, 120)  # oneDNN's own benchmark on Graviton3
-    + (50, 51, 60, 135, 139)  # and on Graviton4
-    + (220, 223, 227, 233, 235, 236, 238)  # PyTorch's operators on Graviton4
-    + (251,)  # BERT
+    [
+        *(8, 12, 14),  # the tutorial: default at 32, OpenBLAS at 32, fast math at 10
+        *(164, 173),  # small products
+        *(101, 119, 120),  # oneDNN's own benchmark on Graviton3
+        *(50, 51, 60, 135, 139),  # and on Graviton4
+        *(220, 223, 227, 233, 235, 236, 238),  # PyTorch's operators on Graviton4
+        251,  # BERT
+    ]
 )
 
 
@@ -46,6 +48,7 @@ class Case:
         parts: The row tells of so many of this call, or of one of so many parts where it is below 1.
         flops: Where the row has a rate: floating-point operations of one call.
         warm_ups: Calls before.
+        sleeps: Whether its threads sleep between two regions, as on a machine that others use too.
     """
 
     make: str
@@ -58,6 +61,17 @@ class Case:
     parts: float = 1.0
     flops: float = 0.0
     warm_ups: int = 1
+    sleeps: bool = False
+
+    @property
+    def is_native(self) -> bool:
+        """Whether a program in C called, not Python."""
+        return self.make.startswith("onednn_")
+
+    @property
+    def huge_pages(self) -> bool:
+        """Whether large tensors lie in pages of 2 MB, which QEMU has not."""
+        return self.env.get("THP_MEM_ALLOC_ENABLE") == "1"
 
     @property
     def job(self) -> Job:
@@ -161,7 +175,7 @@ def _brgemm(line: int, columns: Mapping[str, str]) -> Case | str:
         return "INT8, which armopt has nothing to say of"
     m, k, n = _sizes(columns["shape"])
     if m * k * n > _MOST:
-        return "more than 12 thousand million multiply-adds: the emulator needs hours; smaller ones of this table are judged"
+        return "more than 12 thousand million multiply-adds: the emulator needs hours; smaller ones are judged"
     arguments = {"m": m, "k": k, "n": n, "implementation": "brg:sve_256"}
     return Case("onednn_matmul", arguments, "2.10.0", "graviton3", 32)
 
@@ -236,7 +250,7 @@ def _operators(line: int, columns: Mapping[str, str]) -> Case | str:
     if line not in known:
         return "the size is not stated, or the figure is said to be wrong"
     make, arguments = known[line]
-    return Case(make, arguments, "2.13.0", threads=16, **_ON_V2, warm_ups=3)
+    return Case(make, arguments, "2.13.0", threads=16, **_ON_V2, warm_ups=3, sleeps=True)
 
 
 def _torchbench(line: int, columns: Mapping[str, str]) -> Case | str:
@@ -261,9 +275,7 @@ def _openblas(line: int, columns: Mapping[str, str]) -> Case | str:
         return "another core, FP64, or a kernel that no release has any more"
     dtype = "bfloat16" if "sbgemm" in columns["op"] else "float32"
     arguments = {"m": 768, "k": 768, "n": 768, "dtype": dtype}
-    return Case(
-        *("blas_matmul", arguments, "2.10.0", "yitian710", 1), cpu="yitian710", flops=2 * 768**3, warm_ups=1
-    )
+    return Case(*("blas_matmul", arguments, "2.10.0", "yitian710", 1), cpu="yitian710", flops=2 * 768**3, warm_ups=1)
 
 
 def _no(reason: str) -> Callable[[int, Mapping[str, str]], str]:

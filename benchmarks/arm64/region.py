@@ -134,16 +134,14 @@ def main(jobs_file: str, results_file: str) -> None:
 
     torch.set_num_threads(1)
     lines = Lines()
-    results = []
     for job in pickle.loads(Path(jobs_file).read_bytes()):
         started = time.monotonic()
         try:
-            results.append(run(job, lines))
+            result = run(job, lines)
         except Exception:
-            results.append({"error": traceback.format_exc()})
-        partial = Path(results_file + ".part")
-        partial.write_text(json.dumps(results))
-        partial.replace(results_file)
+            result = {"error": traceback.format_exc()}
+        with open(results_file, "a") as results:
+            results.write(json.dumps(result) + "\n")
         print(f"{job['name']}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     os._exit(0)  # PyTorch's own end takes seconds under emulation
 

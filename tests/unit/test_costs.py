@@ -29,7 +29,7 @@ def linear(m: int, k: int = 1024, n: int = 1024) -> Site:
 def _sites(samples: list[Mapping[str, Any]]) -> dict[str, tuple[Site, dict[str, int]]]:
     found: dict[str, tuple[Site, dict[str, int]]] = {}
     for sample in samples:
-        shape = {k: v for k, v in sample.items() if k not in ("name", "kernel", "counts", "floor")}
+        shape = {k: v for k, v in sample.items() if k not in ("name", "kernel", "counts", "floor", "cycles", "blocks")}
         if sample["name"] not in ("pointwise", "attention"):
             site = jobs.conv_site(**shape) if "shape" in shape else jobs.linear_site(**shape)
             found.setdefault(json.dumps(shape), (site, {}))[1][sample["kernel"]] = sum(sample["counts"])

@@ -5,6 +5,7 @@ import struct
 import pytest
 
 from benchmarks.arm64 import contenders, counting, opcodes, page, profile, tables
+from benchmarks.arm64.emulated_jobs import Job
 
 # Encodings by GNU as 2.40 (-march=armv8.6-a+sve+bf16), text by its objdump.
 ENCODINGS = {

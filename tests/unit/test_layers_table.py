@@ -33,7 +33,9 @@ def test_many_layers_are_grouped_by_kernel() -> None:
 
 
 def test_each_is_shown_on_demand_and_where_they_are_few() -> None:
-    assert len(layers.table(rows(200), every=True).splitlines()) == 202
+    shown = layers.table(rows(200), every=True)
+    assert shown.endswith(layers.LEGEND)
+    assert len(shown.splitlines()) == 202 + len(layers.LEGEND.splitlines())
     assert "1.47x" in layers.table(rows(4), every=False)
 
 

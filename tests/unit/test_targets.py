@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from armopt.errors import InputError
 from armopt.ir.records import Target
 from armopt.plan import costs
 from armopt.targets import products
+from armopt.targets.clock import Clock
 from armopt.targets.emulated import core_named
 
 CPUINFO = Path(__file__).parents[1] / "data" / "cpuinfo"
@@ -39,7 +41,9 @@ def test_every_figure_of_a_product_names_its_source(name: str) -> None:
     product = targets.product(name)
     figures = {"core", "midr", "isa_features", "vector_bits", "simd_pipes", "l2_kib", "cores"}
     optional = {"qemu_cpu": product.qemu_cpu, "cost_table": product.target.cost_table}
-    assert product.target.provenance.keys() == figures | {name for name, value in optional.items() if value}
+    figures |= {name for name, value in optional.items() if value}
+    figures |= {f"clock.{field.name}" for field in fields(Clock)} if product.clock else set()
+    assert product.target.provenance.keys() == figures
     assert targets.load(name) == product.target
 
 

@@ -1,4 +1,4 @@
-"""What a call of each kernel costs: instructions retired by one thread, per core and torch build.
+"""What a call of each kernel costs: instructions retired by one thread and their cycles, per core and torch build.
 
 Tables are data in this folder, one JSON for each core and build, made by ``python -m benchmarks.arm64.costs`` from
 counts on the emulated core. A kernel's library has several implementations and picks one by shape; the table has a
@@ -48,6 +48,8 @@ class Variant:
         cycles: Where the library estimates cycles and takes the least: multiplications in a cycle, bytes of activations
             packed and bytes of results merged in a cycle (0: it does neither).
         coefficients: Instructions for one unit of each of :data:`TERMS`.
+        clocked: Cycles for one unit of each, with all data at hand; empty where they were not measured.
+        blocks: Different blocks of instructions that a call runs.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Variant:
     most_columns: int | None = None
     most_product: float | None = None
     cycles: tuple[float, float, float] | None = None
+    clocked: tuple[float, ...] = ()
+    blocks: float = 0.0
 
     def fits(self, site: Site) -> bool:
         """Whether a site is within its bounds."""
@@ -83,6 +87,8 @@ class CostTable:
             (``fp32:cast``) and post-ops (``bf16:relu``, ``fp32:gelu``…).
         attention_costs: Instructions of attention in ``bf16`` and ``fp32``: of each head, score and multiply-add;
             empty where none was measured.
+        pointwise_cycles: As `pointwise_costs`, in cycles, and the blocks of a call; empty where they were not measured.
+        attention_cycles: As `attention_costs`, in cycles.
         provenance: How it was measured, and its error on shapes left out of the fit.
     """
 
@@ -92,11 +98,18 @@ class CostTable:
     pointwise_costs: Mapping[str, tuple[float, float]]
     provenance: Mapping[str, Any]
     attention_costs: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    pointwise_cycles: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    attention_cycles: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The core and build that it stands for."""
         return f"{self.core}, torch {self.torch}"
+
+    @property
+    def has_cycles(self) -> bool:
+        """Whether a clock can make times of it."""
+        return any(variant.clocked for variants in self.kernels.values() for variant in variants)
 
     def describe(self, cost: float) -> str:
         """A cost with its unit."""
@@ -109,7 +122,7 @@ class CostTable:
             return None
         variant = answering(variants, site)
         call = sum(c * v for c, v in zip(variant.coefficients, terms(variant, site), strict=True))
-        return call + self._post_op(kernel, site)
+        return call + sum(self.pointwise(name, site.m * site.n) for name in unfused(kernel, site))
 
     def pointwise(self, name: str, elements: int) -> float:
         """Instructions of one pointwise operation; a middling one where it was not measured."""
@@ -121,13 +134,21 @@ class CostTable:
         head, score, product = self.attention_costs.get(dtype, (0.0, 0.0, 0.0))
         return head * heads + score * scores + product * products
 
-    def _post_op(self, kernel: Kernel, site: Site) -> float:
-        """Next to nothing for a fused relu; a fused sigmoid saves a pass over memory, but little of the work."""
-        if site.post_op == post_ops.NONE or (site.post_op == "relu" and kernel.fuses(site)):
-            return 0.0
-        dtype = "bf16" if kernel.activations == torch.bfloat16 else "fp32"
-        parts = ("add", "relu") if site.post_op == post_ops.ADD_RELU else (site.post_op,)
-        return sum(self.pointwise(f"{dtype}:{part}", site.m * site.n) for part in parts)
+    def of(self, sites: Sequence[Site]) -> CostTable:
+        """The same, whatever the graph."""
+        return self
+
+
+def unfused(kernel: Kernel, site: Site) -> list[str]:
+    """The pointwise operations behind a kernel, as :attr:`CostTable.pointwise_costs` has them.
+
+    A fused relu costs next to nothing; a fused sigmoid saves a pass over memory, but little of the work.
+    """
+    if site.post_op == post_ops.NONE or (site.post_op == "relu" and kernel.fuses(site)):
+        return []
+    dtype = "bf16" if kernel.activations == torch.bfloat16 else "fp32"
+    parts = ("add", "relu") if site.post_op == post_ops.ADD_RELU else (site.post_op,)
+    return [f"{dtype}:{part}" for part in parts]
 
 
 def answering(variants: Sequence[Variant], site: Site) -> Variant:
@@ -215,9 +236,13 @@ def _all() -> tuple[CostTable, ...]:
 def parse(data: Mapping[str, Any]) -> CostTable:
     """A table from its JSON."""
     kernels = {name: tuple(_variant(entry) for entry in variants) for name, variants in data["kernels"].items()}
-    pointwise = {name: (float(call), float(element)) for name, (call, element) in data["pointwise"].items()}
-    attention = {dtype: (float(a), float(b), float(c)) for dtype, (a, b, c) in data.get("attention", {}).items()}
-    return CostTable(data["core"], data["torch"], kernels, pointwise, data["provenance"], attention)
+    figures = {"pointwise_costs": "pointwise", "attention_costs": "attention"}
+    figures |= {name: name for name in ("pointwise_cycles", "attention_cycles")}
+    fitted: dict[str, Any] = {
+        field: {name: tuple(map(float, values)) for name, values in data.get(key, {}).items()}
+        for field, key in figures.items()
+    }
+    return CostTable(data["core"], data["torch"], kernels, provenance=data["provenance"], **fitted)
 
 
 def _variant(data: Mapping[str, Any]) -> Variant:

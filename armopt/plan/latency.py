@@ -1,0 +1,73 @@
+"""What a planned graph takes as a whole: its layers by their kernels, all else by its elements. An estimate. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import fx
+
+from armopt.ir import graph as g
+from armopt.ir.calls import is_layer
+from armopt.ir.records import Bucket, Plan, Precision, Site
+from armopt.ir.strides import is_view
+from armopt.kernels import sites, table
+from armopt.plan.clocked_costs import ClockedCosts
+
+
+def microseconds(graph_module: fx.GraphModule, values: Bucket, plan: Plan, costs: ClockedCosts) -> float:
+    """The time of one call.
+
+    Args:
+        graph_module: Prepared.
+        values: The plan's bucket, by the graph's own symbols.
+        plan: Which kernel each layer gets.
+        costs: Of the product, at a number of threads.
+    """
+    found = sites.find(graph_module, values)
+    costs = costs.of(found)
+    chosen = {decision.node: decision for decision in plan.decisions}
+    half = {name for name, decision in chosen.items() if decision.precision == Precision.BF16}
+    layers = sum(_layer(site, chosen[site.node].kernel, site.node in half, costs) for site in found)
+    attended = sum(site.attended[2] for site in found)
+    others = sum(each.multiplications for each in plan.products if each.node not in chosen)
+    products = costs.attention("fp32", 0, 0, max(0, others - attended))
+    return layers + _casts(found, half, costs) + products + _others(graph_module.graph, values, costs)
+
+
+def weight_bytes(graph_module: fx.GraphModule, values: Bucket, plan: Plan) -> int:
+    """Bytes of all constants, with those of layers as their kernels store them."""
+    stored = {decision.node: table.get(decision.kernel).rounding.weights for decision in plan.decisions}
+    constants = [*graph_module.parameters(), *graph_module.buffers()]
+    total = sum(each.numel() * each.element_size() for each in constants)
+    for key, site in {site.weight_key or site.node: site for site in sites.find(graph_module, values)}.items():
+        weight = getattr(graph_module, key, None)
+        if weight is not None:
+            total += weight.numel() * (stored[site.node].itemsize - weight.element_size())
+    return total
+
+
+def _layer(site: Site, kernel: str, in_half: bool, costs: ClockedCosts) -> float:
+    time = costs.estimate(table.get(kernel), site)
+    if time is None:  # a kernel that nobody measured: as many multiply-adds as attention has in FP32
+        time = costs.attention("fp32", 0, 0, site.m * site.k * site.n)
+    return time + costs.attention("bf16" if in_half else "fp32", *site.attended)
+
+
+def _casts(found: Sequence[Site], half: set[str], costs: ClockedCosts) -> float:
+    """Values that are made in one dtype and read in the other: each is cast once."""
+    made = {site.node: site.m * site.n for site in found}
+    narrow = {site.source: math.prod(site.shape) for site in found if site.node in half and site.source not in half}
+    wide = {s.source for s in found if s.source in half and s.node not in half}
+    wide |= {s.node for s in found if s.escapes and s.node in half}
+    return sum(costs.pointwise("fp32:cast", count) for count in narrow.values()) + sum(
+        costs.pointwise("bf16:cast", made[name]) for name in wide
+    )
+
+
+def _others(graph: fx.Graph, values: Bucket, costs: ClockedCosts) -> float:
+    """Whatever else computes: as one pass over its elements."""
+    values = g.with_rows_of_parts(graph, values)
+    working = [n for n in graph.nodes if n.op == "call_function" and not is_layer(n) and not is_view(n)]
+    shapes = [n.meta["val"].shape for n in working if hasattr(n.meta.get("val"), "shape")]
+    return sum(costs.pointwise("fp32:other", math.prod(g.shape_at(shape, values))) for shape in shapes)

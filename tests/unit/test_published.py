@@ -1,0 +1,60 @@
+"""Published timings: which the clock is fitted to, which judge it, and why others can't."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.arm64 import clock, measuring, published, seeds
+from benchmarks.arm64.published import FITTED, Case
+
+
+def test_no_more_than_a_third_is_fitted_and_all_of_it_can_be_reproduced() -> None:
+    cases = [row for row in published.rows() if isinstance(row.case, Case)]
+    assert len(published.rows()) > 450
+    assert {row.line for row in cases} >= FITTED
+    assert len(cases) >= 3 * len(FITTED)
+
+
+def test_every_other_point_says_why_it_is_not_reproduced() -> None:
+    reasons = {row.case for row in published.rows() if isinstance(row.case, str)}
+    assert all(len(reason.split()) > 3 for reason in reasons)
+
+
+def test_every_case_names_a_call_and_a_time() -> None:
+    jobs = {row.line: row.case.job for row in published.rows() if isinstance(row.case, Case)}
+    for row in published.rows():
+        if row.line in jobs:
+            module, _, name = jobs[row.line].make.partition(":")
+            assert module == "benchmarks.arm64.clock_jobs"
+            assert f"def {name}(" in (published.TABLE.parent / "clock_jobs.py").read_text()
+            assert row.milliseconds > 0
+
+
+def test_what_is_measured_belongs_to_a_point() -> None:
+    known = {measuring.key(row.case) for row in published.rows() if isinstance(row.case, Case)}
+    known |= {measuring.key(case) for case in seeds.cases()}
+    assert set(measuring.read()) <= known
+
+
+def test_the_page_is_what_the_measures_and_figures_make() -> None:
+    text = clock.PAGE.read_text()
+    made = text.split(clock.BEGIN)[1].split(clock.END)[0].strip()
+    assert made == f"{clock.figures_table()}\n\n{clock.page(clock.judge(measuring.read()))}"
+
+
+def test_the_error_that_targets_say_is_the_judged_one() -> None:
+    judging = [each for each in clock.judge(measuring.read()) if not each.fitted]
+    _, nine = clock.spread([each.ratio for each in judging])
+    assert clock.clock_of(judging[0].case).error == pytest.approx(nine, rel=0.05)
+
+
+def test_the_tutorials_settings_are_in_their_published_order() -> None:
+    found = [each for each in clock.judge(measuring.read()) if "tutorial" in each.row.where and each.case.make == "mlp"]
+    for batch in (10, 32, 256):
+        ours = [each for each in found if each.case.arguments["batch"] == batch]
+        assert len(ours) >= 2
+        assert sorted(ours, key=lambda e: e.estimate) == sorted(ours, key=lambda e: e.row.milliseconds)
+
+
+def test_a_spread_is_the_median_and_the_ninth_of_ten() -> None:
+    assert clock.spread([1.0, 0.5, 2.0, 1.0, 4.0, 1.0, 1.0, 1.0, 1.0, 1.0]) == pytest.approx((1.0, 2.0))
