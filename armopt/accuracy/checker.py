@@ -151,7 +151,7 @@ class Checker:
             return self.anchor(inputs)
         except Exception as error:  # whatever an operation says that has no FP64
             self.anchor = None
-            self.no_anchor = first_line(error, 200)
+            self.no_anchor = first_line(error)
             return None
 
     def _check_nan(self, outputs: Outputs) -> None:

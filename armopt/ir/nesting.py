@@ -212,7 +212,8 @@ def _describe(node: Any, is_tensor: Callable[[Any], bool], path: str, found: lis
     raise InputError(
         f"holds a {type(node).__name__}, which a bundle can't describe",
         where=path,
-        hint="Use tensors, numbers, strings, lists, tuples, dictionaries, named tuples or dataclasses",
+        hint="Use tensors, numbers, strings, lists, tuples, dictionaries, named tuples or dataclasses: see "
+        "docs/capture.md#caches-and-other-objects",
     )
 
 
