@@ -1,7 +1,7 @@
 """Draws what armopt brings, for the README: instructions of whole models, as docs/benchmarks.md counts them.
 
-    python -m benchmarks.gain            # prints the figures
-    python -m benchmarks.gain --write    # docs/gain.svg
+python -m benchmarks.gain            # prints the figures
+python -m benchmarks.gain --write    # docs/gain.svg
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def describe_inputs(
     is_tensor: Callable[[Any], bool],
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Inputs, list[Any]]:
-    """The same for the arguments of a call; `names` are those of the parameters, `defaults` what some have.
+    """Describes the arguments of a call. `names` are the parameters' names, `defaults` the values that some have.
 
     Raises:
         InputError: They hold something that a bundle can't describe.

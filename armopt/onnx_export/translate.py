@@ -114,7 +114,7 @@ def _output_names(outputs: nesting.Outputs, inputs: Sequence[str]) -> tuple[str,
 
 
 def _zeros(spec: InputSpec, symbols: Collection[str], bucket: Bucket) -> torch.Tensor:
-    """An input to trace with. A dynamic dimension is at least 2: torch.export takes 1 for a constant."""
+    """An input to trace with. A dynamic dimension is at least 2: torch.export treats a size of 1 as a constant."""
     shape = []
     for size in spec.shape:
         if isinstance(size, str) and size not in symbols:
