@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if path.is_file():
             files.append(File.generated(config, f"examples/{path.name}", content=path.read_text()))
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """A page whose docstrings name classes and functions as code, without Sphinx's words for what they are."""
+    return re.sub(r":(?:class|func|mod|data|meth|attr):(<code>)", r"\1", html)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -57,7 +57,7 @@ def lay(reads: Mapping[str, Sequence[str]]) -> Rails:
     pitch = min(_PITCH, _WIDEST / most)
 
     def place(lane: int) -> float:
-        return round(pitch * (lane + 0.5), 1)
+        return round(pitch * (lane + 0.5), 2)
 
     lines = {
         name: Crossing(

@@ -66,12 +66,12 @@ def test_plan(browser: Any, tmp_path: Path, width: int) -> None:
         assert layer.get_by_text(said).is_visible()
 
     layer.hover()
-    plain = backgrounds(window, "tr[data-node=x]")
+    plain = backgrounds(window, "tr[data-node=output]")
     assert backgrounds(window, "tr.read") not in (plain, set())
     assert backgrounds(window, "tr.reader") not in (plain, set(), backgrounds(window, "tr.read"))
     window.mouse.move(0, 0)
     window.locator("tr[data-node=stages_3_back] a").focus()  # what has no mouse
-    assert window.locator("tr.reader").count() == 1
+    assert window.locator("tr.reader").count() == 2  # the next stage, and the addition at its end
 
     everything = lines.count()
     window.get_by_label("Filter").fill("stages_2 conv1x1")
