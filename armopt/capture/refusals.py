@@ -25,12 +25,14 @@ class _Case:
         section: Of docs/capture.md.
         called: Functions that were running then: the end of their file's name, a colon, and how their own name begins.
         said: What torch says of it.
+        names: Where torch's text has the name of what is in the way.
     """
 
     what: str
     section: str
     called: tuple[str, ...] = ()
     said: str = r"(?!)"
+    names: str = r"(?!)"
 
 
 #: The first that fits is told.
@@ -43,13 +45,15 @@ _CASES = (
     _Case(
         "it packs sequences by lengths that are values of a tensor (pack_padded_sequence)",
         "packed-sequences",
-        called=("torch/nn/utils/rnn.py:pack_", "torch/nn/utils/rnn.py:pad_packed_sequence"),
+        # a recurrent layer on padded tensors exports, so it is a packed sequence that it fails on
+        called=("torch/nn/utils/rnn.py:pack_", "torch/nn/utils/rnn.py:pad_packed", "torch/nn/modules/rnn.py:forward"),
         said="_pack_padded_sequence|PackedSequence",
     ),
     _Case(
         "it takes or gives an object that torch can't look into, such as a cache",
         "caches-and-other-objects",
-        said="pytree-flattenable|Unsupported input type|unsupported (?:input|output) type",
+        said="pytree-flattenable|is not a known type|[Uu]nsupported (?:input|output) type",
+        names=r"<class '([\w.]+)'>",
     ),
     _Case(
         "Python code needs the value of a tensor (if, .item(), int(), range()), which a graph doesn't have",
@@ -78,7 +82,9 @@ def explain(error: Exception, source: str) -> CaptureError:
     if case is None:
         what, section = f"torch.export can't take the model whole: {first_line(error)}", ""
     else:
-        what, section = f"torch.export can't take the model whole: {case.what}", f"#{case.section}"
+        named = re.search(case.names, str(error))
+        said = f"{case.what} ({named[1]})" if named else case.what
+        what, section = f"torch.export can't take the model whole: {said}", f"#{case.section}"
     return CaptureError(what, where=where, hint=f"See docs/capture.md{section} for what to do")
 
 

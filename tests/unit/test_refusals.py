@@ -26,7 +26,8 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        return pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+        y, _ = self.lstm(packed)
+        return pad_packed_sequence(y, batch_first=True)[0]
 
 
 class Layer(nn.Module):
@@ -78,13 +79,13 @@ class TakesCache(Layer):
 CASES = {
     "packed": (
         *(Packed, (torch.randn(3, 5, 8), torch.tensor([5, 3, 2]))),
-        *("pack_padded_sequence", "packed-sequences", "packed = pack_padded_sequence(x, lengths"),
+        *("pack_padded_sequence", "packed-sequences", "y, _ = self.lstm(packed)"),
     ),
     "item": (Item, (X,), ".item()", "values-of-tensors", "if largest > 3:"),
     "turns": (Turns, (X, torch.tensor(2)), "range()", "values-of-tensors", "for _ in range(int(turns)):"),
     "branch": (Branch, (X,), "if", "values-of-tensors", "if x.sum() > 0:"),
-    "gives a cache": (GivesCache, (X,), "cache", "caches-and-other-objects", ""),
-    "takes a cache": (TakesCache, (X, Cache(X)), "Cache", "caches-and-other-objects", ""),
+    "gives a cache": (GivesCache, (X,), "test_refusals.Cache)", "caches-and-other-objects", ""),
+    "takes a cache": (TakesCache, (X, Cache(X)), "test_refusals.Cache)", "caches-and-other-objects", ""),
 }
 
 
@@ -111,7 +112,9 @@ def test_generate_is_told_by_name() -> None:
     torchvision_ops.ensure_torchvision()
     import transformers
 
-    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    config = transformers.GPT2Config(
+        vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
 
     class Writes(nn.Module):
         def __init__(self) -> None:
