@@ -24,7 +24,7 @@ class _Case:
         what: It, in a sentence.
         section: Of docs/capture.md.
         called: Functions that were running then: the end of their file's name, a colon, and how their own name begins.
-        said: What torch says of it.
+        said: What torch says of it, its error's type first.
         names: Where torch's text has the name of what is in the way.
     """
 
@@ -56,9 +56,9 @@ _CASES = (
         names=r"<class '([\w.]+)'>",
     ),
     _Case(
-        "Python code needs the value of a tensor (if, .item(), int(), range()), which a graph doesn't have",
+        "it needs the value of a tensor (if, .item(), int(), range(), torch.equal), which a graph doesn't have",
         "values-of-tensors",
-        said="data-dependent|data dependent|specialized integer|unbacked|_local_scalar_dense",
+        said="data-dependent|data dependent|DataDependent|_local_scalar_dense",
     ),
     _Case(
         "it leaves PyTorch, where a graph can't follow (.numpy(), an address in memory)",
@@ -69,27 +69,29 @@ _CASES = (
 
 
 def explain(error: Exception, source: str) -> CaptureError:
-    """The error for a model that torch.export can't take: the case where it is known, else torch's own first line.
+    """The error for a model that torch.export can't take: the case where it is known, and torch's own first line.
 
     Args:
         error: torch's.
         source: What to call the model.
     """
     line = user_line(error)
-    where = f"{source}: {line}" if line else source
     frames = [f"{frame.filename.replace(chr(92), '/')}:{frame.name}" for frame in _frames(error)]
-    case = next((case for case in _CASES if _fits(case, frames, str(error))), None)
-    if case is None:
-        what, section = f"torch.export can't take the model whole: {first_line(error)}", ""
-    else:
+    case = next((case for case in _CASES if _fits(case, frames, f"{type(error).__name__}: {error}")), None)
+    said, section = first_line(error), ""
+    if case is not None:
         named = re.search(case.names, str(error))
-        said = f"{case.what} ({named[1]})" if named else case.what
-        what, section = f"torch.export can't take the model whole: {said}", f"#{case.section}"
-    return CaptureError(what, where=where, hint=f"See docs/capture.md{section} for what to do")
+        what = f"{case.what} ({named[1]})" if named else case.what
+        said, section = f"{what}. torch says: {said}", f"#{case.section}"
+    return CaptureError(
+        f"torch.export can't take the model whole: {said}",
+        where=f"{source}: {line}" if line else source,
+        hint=f"See docs/capture.md{section} for what to do",
+    )
 
 
 def user_line(error: BaseException) -> str:
-    """The innermost line of the model's own code in an error's trace, and its text; empty where torch tells none.
+    """The innermost line of the model's own code in an error's trace, with its text; empty where torch tells none.
 
     A line of the user's is preferred to one of an installed library's.
     """
@@ -98,8 +100,8 @@ def user_line(error: BaseException) -> str:
     if not own:
         return g.line_in(str(error))
     frame = (users or own)[-1]
-    text = f" ({frame.line})" if frame.line else ""
-    return g.line_in(f'File "{frame.filename}", line {frame.lineno}') + text
+    code = f"`{frame.line}` in " if frame.line else ""
+    return code + g.line_in(f'File "{frame.filename}", line {frame.lineno}')
 
 
 def _fits(case: _Case, frames: Sequence[str], said: str) -> bool:

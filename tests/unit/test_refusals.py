@@ -101,11 +101,12 @@ def test_the_case_the_line_and_the_page(name: str) -> None:
     with pytest.raises(InputError) as caught:
         capture.module(kind().eval(), inputs)
     said = str(caught.value)
+    assert str(caught.value.__cause__).splitlines()[0] in said  # whole
     assert words in said
     assert f"docs/capture.md#{section}" in said
     assert section in anchors(PAGE.read_text())
     if line:
-        assert re.search(r"test_refusals\.py:\d+ \(" + re.escape(line), said)
+        assert re.search("`" + re.escape(line) + r".*` in \S*test_refusals\.py:\d+: ", said)
 
 
 def test_generate_is_told_by_name() -> None:
@@ -140,7 +141,7 @@ def test_a_models_own_error_names_its_line() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(x.T)
 
-    with pytest.raises(InputError, match=r"test_refusals\.py:\d+ \(return self\.fc\(x\.T\)\)"):
+    with pytest.raises(InputError, match=r"at `return self\.fc\(x\.T\)` in \S*test_refusals\.py:\d+"):
         capture.module(Wrong().eval(), (X,))
 
 
