@@ -113,14 +113,15 @@ def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: 
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        lacking = [name for name in expected if name not in state]
-        foreign = [name for name in state if name not in expected]
-        said = [f"{what} {_few(names)}" for what, names in (("lacks", lacking), ("has also", foreign)) if names]
-        raise InputError(
-            f"doesn't fit {reference}: it {' and '.join(said) or first_line(error)}",
-            where=str(path),
-            hint="Check --model",
-        ) from None
+        said = _difference(list(expected), list(state)) or first_line(error)
+        raise InputError(f"doesn't fit {reference}: it {said}", where=str(path), hint="Check --model") from None
+
+
+def _difference(expected: Sequence[str], found: Sequence[str]) -> str:
+    """Which names a state dict lacks, and which it has beside those expected; empty where it has just these."""
+    lacking = [name for name in expected if name not in found]
+    foreign = [name for name in found if name not in expected]
+    return " and ".join(f"{what} {_few(names)}" for what, names in (("lacks", lacking), ("has also", foreign)) if names)
 
 
 def _few(names: Sequence[str], most: int = 5) -> str:
