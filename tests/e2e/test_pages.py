@@ -70,7 +70,7 @@ def test_plan(browser: Any, tmp_path: Path, width: int) -> None:
     assert backgrounds(window, "tr.read") not in (plain, set())
     assert backgrounds(window, "tr.reader") not in (plain, set(), backgrounds(window, "tr.read"))
     window.mouse.move(0, 0)
-    window.locator("tr[data-node=stages_3_back] a").focus()  # what has no mouse
+    window.locator("tr[data-node=stages_3_back] .name span").focus()  # what has no mouse
     assert window.locator("tr.reader").count() == 2  # the next stage, and the addition at its end
 
     everything = lines.count()

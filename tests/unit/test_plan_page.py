@@ -103,7 +103,7 @@ def test_it_fetches_nothing_and_runs_its_own_script_alone(page: str) -> None:
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in page
-    assert not re.search(r"<(link|iframe|object|img)|src=|url\(|@import|\son\w+=", page)
+    assert not re.search(r"<(link|iframe|object|img)|src=|href=|url\(|@import|\son\w+=", page)
 
 
 def test_a_chain_has_one_rail() -> None:
