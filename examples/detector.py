@@ -50,7 +50,7 @@ def main() -> int:
         other = nn.functional.interpolate(x[None], scale_factor=0.75)[0]  # a second size: heights and widths vary
         result = armopt.optimize(model, [([x],), ([other],)], kind="module", output=bundle, target="graviton3")
         result.require()
-        print("parts:", ", ".join(plan.part for plan in result.manifest.plan))
+        print("parts:", ", ".join(dict.fromkeys(plan.part for plan in result.manifest.plan)))
 
         served = armopt.load(bundle, model=build)
         (found,) = served([x])
