@@ -104,7 +104,7 @@ def _tensors(node: fx.Node) -> list[torch.Tensor]:
 def _operation(node: fx.Node) -> str:
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__
+        return str(target.overloadpacket.__name__)
     return str(getattr(target, "__name__", target))
 
 
