@@ -110,7 +110,7 @@ def main() -> int:
         thread = threading.Thread(target=server.run)
         thread.start()
         try:
-            while not server.started:
+            while thread.is_alive() and not server.started:
                 time.sleep(0.05)
             port = server.servers[0].sockets[0].getsockname()[1]
             found = ask(port, list(SENTENCES))
