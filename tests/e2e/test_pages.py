@@ -19,7 +19,7 @@ WIDTHS = (1280, 420)
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[full]")
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         pytest.skip(f"no Chromium is installed (looked for {', '.join(BROWSERS)}): apt-get install chromium")
