@@ -109,6 +109,25 @@ def test_the_case_the_line_and_the_page(name: str) -> None:
         assert re.search("`" + re.escape(line) + r".*` in \S*test_refusals\.py:\d+: ", said)
 
 
+def test_the_pages_way_without_packing_gives_the_same() -> None:
+    class Padded(Packed):
+        def forward(self, x: Tensor, lengths: Tensor) -> Any:
+            y, _ = self.lstm(x)
+            last = y[torch.arange(len(y)), lengths - 1]
+            return last, y * (torch.arange(y.shape[1]) < lengths[:, None])[..., None]
+
+    packed = Packed().eval()
+    padded = Padded().eval()
+    padded.load_state_dict(packed.state_dict())
+    inputs = CASES["packed"][1]
+    last, found = capture.module(padded, inputs).graph_module(*inputs)
+    reference = packed(*inputs)
+    torch.testing.assert_close(found, reference)
+    torch.testing.assert_close(
+        last, torch.stack([row[int(n) - 1] for row, n in zip(reference, inputs[1], strict=True)])
+    )
+
+
 def test_generate_is_told_by_name() -> None:
     torchvision_ops.ensure_torchvision()
     import transformers
