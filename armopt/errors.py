@@ -88,15 +88,20 @@ def for_page(value: Any) -> Any:
     return printable(value, keep="\n\t") if type(value) is str else value
 
 
-def first_line(error: BaseException, most: int = 300) -> str:
-    """The first line of another library's error that says something, `most` characters of it; its type if none does.
+#: A line of another library's that is longer says nothing to people: it holds a graph, or a file.
+_LONGEST = 600
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error that says something, whole; its type where that line is endless.
 
     An error of armopt's own says what to do next and is kept whole.
     """
     if isinstance(error, ArmoptError):
         return str(error)
     lines = (line.strip() for line in str(error).splitlines())
-    return printable(next((line for line in lines if line), type(error).__name__)[:most])
+    said = next((line for line in lines if line), "")
+    return printable(said) if 0 < len(said) <= _LONGEST else type(error).__name__
 
 
 def close_names(name: str, known: Collection[str]) -> list[str]:

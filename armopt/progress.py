@@ -16,7 +16,7 @@ _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 @contextmanager
 def watched_by(watcher: Watcher) -> Iterator[None]:
-    """Tells `watcher` of every step of the block."""
+    """Reports every step inside the block to `watcher`."""
     token = _watcher.set(watcher)
     try:
         yield

@@ -47,7 +47,7 @@ class Pipeline:
         return (*(type(step).__name__ for step in passes.PREPARE), *(step.__name__ for step in passes.LOWER))
 
     def without(self, *names: str) -> Pipeline:
-        """The same but for some passes.
+        """This pipeline without some of its passes.
 
         Raises:
             InputError: There is no such pass.
@@ -55,7 +55,7 @@ class Pipeline:
         return replace(self, left_out=self.left_out | {self._known(name) for name in names})
 
     def until(self, name: str) -> Pipeline:
-        """The same up to a pass, that one included.
+        """This pipeline up to a pass, which still runs.
 
         Raises:
             InputError: There is no such pass.

@@ -91,7 +91,7 @@ def _call(graph_module: fx.GraphModule, node: fx.Node) -> ConvCall[fx.Node]:
 
 
 def _spread(values: Any, spatial: int) -> list[int]:
-    """One value for each spatial dimension: ATen takes a list of one for all."""
+    """One value for each spatial dimension: in ATen a list of one value holds for all of them."""
     listed = [values] if isinstance(values, int) else list(values)
     return listed * spatial if len(listed) == 1 else listed
 

@@ -228,7 +228,7 @@ class _Splitter:
         return found
 
     def _kept_in_order(self, node: fx.Node, x: fx.Node, sort: _Sort) -> fx.Node | None:
-        """The same by what only works on single rows from where they were in that order; None where they never were."""
+        """The value computed in sorted order by operations on single rows; None where rows never were in that order."""
         if (x, sort) in self._sorted:
             return self._sorted[x, sort]
         if not _works_on_rows(x):

@@ -96,7 +96,7 @@ class Checker:
         return Figures(tuple(worst.values()), {} if task is None else task.results())
 
     def _measure(self, task: Task, sample: Sample) -> tuple[Outputs, Outputs]:
-        """Tells a task of a sample; both sides' outputs as the task puts them side by side."""
+        """Gives a sample to a task. Returns both sides' outputs as the task pairs them."""
         reference, result = sample.reference, sample.found
         try:
             with runs.explained(f"{self.task_name} can't be measured on what both sides give"):
@@ -151,7 +151,7 @@ class Checker:
             return self.anchor(inputs)
         except Exception as error:  # whatever an operation says that has no FP64
             self.anchor = None
-            self.no_anchor = first_line(error, 200)
+            self.no_anchor = first_line(error)
             return None
 
     def _check_nan(self, outputs: Outputs) -> None:
@@ -197,7 +197,7 @@ def named(tree: Any) -> Outputs:
 
 
 def named_leaves(tree: Any) -> Outputs:
-    """The same for any result: what a bundle can't describe is looked through as far as torch knows it."""
+    """The tensors among any results by path, also inside objects that torch can open and a bundle can't hold."""
     try:
         return named(tree)
     except InputError:

@@ -20,7 +20,7 @@ from armopt.ir.records import Captured
 
 #: How far two ways to add in FP32 may part, relative to the spread of the values: 2^-24 for each of many steps.
 _SPREAD = 1e-4
-#: The same relative to their size, where all have much in common: some sixteen roundings.
+#: How far they may part relative to the values' size, where all values have much in common: some sixteen roundings.
 _SIZE = 2.0**-20
 #: Of single values: the tail is longer.
 _TAIL = 16.0
@@ -89,7 +89,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor, exact: torch.Tensor | None) ->
 
 
 def _noise(a: torch.Tensor, b: torch.Tensor, exact: torch.Tensor | None, rounding: float) -> str:
-    """The same for finite values, flat, in FP64; `rounding` is relative to their size."""
+    """How finite values differ, given flat and in FP64; `rounding` is relative to their size."""
     if not a.numel():
         return ""
     noise, spread = a - b, a - a.mean()

@@ -54,7 +54,7 @@ def open_image(path: Path) -> Any:
                 return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # whatever a damaged image makes Pillow say
         raise InputError(
-            f"is no image that can be read: {first_line(error, 120)}",
+            f"is no image that can be read: {first_line(error)}",
             where=str(path),
             hint="Remove it from the folder, or save it again",
         ) from None

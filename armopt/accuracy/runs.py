@@ -164,7 +164,7 @@ def run(
 
 
 def run_with(interpreter: fx.Interpreter, tensors: Sequence[torch.Tensor], *, times: int = 1) -> Sequence[Any]:
-    """The same with an interpreter that is made already; of several calls the last."""
+    """Runs an interpreter's graph as `run` does, `times` times; returns the flat outputs of the last call."""
     assert isinstance(interpreter.module, fx.GraphModule)
     with true_fp32(), seeded(), unchanged_buffers(interpreter.module), explained():
         for _ in range(times):

@@ -162,7 +162,7 @@ def _check_values(target: torch._ops.OpOverload, given: Mapping[str, Any]) -> No
 def _checked_values(target: torch._ops.OpOverload) -> Mapping[str, Callable[[Any], bool]]:
     """By argument, whether a value is one that the operation may get, where PyTorch doesn't check that itself.
 
-    It takes any number for a dtype, a layout or a memory format, and an empty list of tensors, and may crash on them.
+    PyTorch accepts any number as a dtype, a layout or a memory format, and an empty list of tensors, and may crash.
     """
     found: dict[str, Callable[[Any], bool]] = {}
     for argument in target._schema.arguments:

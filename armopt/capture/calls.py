@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from armopt.capture.refusals import user_line
 from armopt.errors import ArmoptError, CaptureError, InputError, first_line, printable
 from armopt.ir import nesting
 from armopt.ir.nesting import Inputs
@@ -109,8 +110,9 @@ def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) ->
                 where=source,
                 hint='Use Python\'s if and for with kind="module", or armopt.compile',
             ) from error
+        line = user_line(error)
         raise InputError(
-            f"the model fails on the example inputs: {_said(model, error)}",
+            f"the model fails on the example inputs: {_said(model, error)}{f', at {line}' if line else ''}",
             where=source,
             hint="Check the names, shapes and dtypes given with --input",
         ) from error

@@ -64,7 +64,7 @@ def _is_composite(target: torch._ops.OpOverload) -> bool:
 
 @contextlib.contextmanager
 def _collected(kept: Operations) -> Iterator[None]:
-    """Tells torch, in this thread, of no composites but these."""
+    """Hides all composite operations but these from torch, in this thread."""
     collect = getattr(exported_program, _COLLECT, None)
     if collect is None:
         yield

@@ -82,7 +82,7 @@ class Eager:
         return flat
 
     def in_fp64(self, tensors: Sequence[torch.Tensor], *, times: int = 1) -> Sequence[Any]:
-        """The same in FP64; the model's weights are held twice until it returns.
+        """Runs the model in FP64. Its weights are held twice until it returns.
 
         Raises:
             InputError: It can't be: TorchScript, or a forward that names FP32.

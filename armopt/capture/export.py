@@ -18,7 +18,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from armopt.capture import decompositions, dimensions
+from armopt.capture import decompositions, dimensions, refusals
 from armopt.capture.calls import (
     Args,
     Kwargs,
@@ -34,7 +34,7 @@ from armopt.capture.constants import unlift
 from armopt.capture.dimensions import NO_AXES, Axes, Dimension
 from armopt.capture.eager import Eager
 from armopt.capture.widening import is_half, widened
-from armopt.errors import CaptureError, InputError, first_line
+from armopt.errors import CaptureError, InputError
 from armopt.ir import graph as g
 from armopt.ir import nesting
 from armopt.ir.pieces import BATCH
@@ -90,7 +90,7 @@ def module(
             with quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
-            raise dimensions.fixed(error, axes, source) or _explain(error, source) from error
+            raise dimensions.fixed(error, axes, source) or refusals.explain(error, source) from error
     return exported(program, args, kwargs, source=source, signature=names, defaults=defaults, original=model, axes=axes)
 
 
@@ -226,16 +226,6 @@ def _varying_shapes(
         if dims:
             shapes[tensor] = dict.fromkeys(dims, torch.export.Dim.AUTO)
     return shapes.dynamic_shapes(model, args, kwargs)
-
-
-def _explain(error: Exception, source: str) -> CaptureError:
-    """torch.export's error in one sentence, with the next step."""
-    line = g.line_in(str(error))
-    return CaptureError(
-        f"torch.export can't take the model whole: {first_line(error)}",
-        where=f"{source}: {line}" if line else source,
-        hint="See docs/capture.md for what keeps a model from being exported",
-    )
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     try:
         found = SAMPLE_FILES[path.suffix](path)
     except Exception as error:
-        raise InputError(f"can't be read: {first_line(error, 200)}", where=where, hint=hint) from error
+        raise InputError(f"can't be read: {first_line(error)}", where=where, hint=hint) from error
     if isinstance(found, torch.Tensor):
         found = {"": found}
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):

@@ -121,7 +121,7 @@ def _children(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.n
 
 @contextmanager
 def _hooked(model: torch.nn.Module, paths: Collection[str], tell: Callable[[str, Call], None]) -> Iterator[None]:
-    """Tells of every call of the submodules at `paths`."""
+    """Reports every call of the submodules at `paths` to `tell`, as long as the block runs."""
 
     def watch(path: str) -> Any:
         return model.get_submodule(path).register_forward_pre_hook(

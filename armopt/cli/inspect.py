@@ -22,7 +22,8 @@ def inspect(bundle: options.BundlePath, every: options.EveryLayer = False, as_js
     read = reader.read(bundle, reference=True)
     out = Output(as_json)
     memory = _memory(read)
-    out.result(to_json(read.manifest, memory), lambda: text(read.manifest, memory, every=every))
+    rows = max(part.signature.rows for part in read.parts)
+    out.result(to_json(read.manifest, memory, rows), lambda: text(read.manifest, memory, rows, every=every))
 
 
 def _memory(read: Bundle) -> tuple[int, int]:
@@ -32,8 +33,8 @@ def _memory(read: Bundle) -> tuple[int, int]:
     return max(between_layers(program) for part in read.parts for program in part.programs)
 
 
-def to_json(manifest: Manifest, memory: tuple[int, int]) -> dict[str, Any]:
-    """The bundle as one object."""
+def to_json(manifest: Manifest, memory: tuple[int, int], rows: int = 0) -> dict[str, Any]:
+    """The bundle as one object; `rows` of one run, 0 where all rows of a call run at once."""
     from armopt.bundle import schema
 
     several = len(manifest.plan) > 1
@@ -53,6 +54,7 @@ def to_json(manifest: Manifest, memory: tuple[int, int]) -> dict[str, Any]:
         "fp32_weights_bytes": manifest.weights.fp32_bytes,
         "arena_bytes": memory[0],
         "results_bytes": memory[1],
+        "rows": rows,
         "refused": [{"name": skip.node, "reason": skip.reason} for skip in manifest.refused],
         "not_in_bf16": [remainder.to_json(each) for each in manifest.not_in_bf16],
         "accuracy": schema.builtins(manifest.accuracy),
@@ -76,7 +78,7 @@ def _model(manifest: Manifest) -> dict[str, Any]:
     return described
 
 
-def text(manifest: Manifest, memory: tuple[int, int], *, every: bool) -> str:
+def text(manifest: Manifest, memory: tuple[int, int], rows: int = 0, *, every: bool) -> str:
     """The bundle for people; with `every` a line for each layer, however many there are."""
     model, accuracy = manifest.model, manifest.accuracy
     inputs = _inputs(model.inputs)
@@ -93,6 +95,8 @@ def text(manifest: Manifest, memory: tuple[int, int], *, every: bool) -> str:
         f"accuracy  {similarity(accuracy.cosine, accuracy.gates[0].value)} against {accuracy.reference}; {verdict}",
         f"gates     {', '.join(map(_gate, accuracy.gates))}",
     ]
+    if rows:
+        lines.append(f"rows      {rows} in each run, whatever the call has: no row's result depends on the others")
     if accuracy.difference:
         lines.append(f"capture   {accuracy.difference}")
     lines += [f"note      {remark}" for remark in accuracy.remarks]

@@ -76,7 +76,7 @@ class CapturedModel:
         return state.hexdigest()
 
     def at_most_rows(self) -> CapturedModel:
-        """The same with one size of the batch to plan for: the largest."""
+        """This model planned for one size of the batch alone, the largest."""
         (part,) = self.parts
         most = max(bucket[BATCH] for bucket in part.buckets)
         kept = tuple(bucket for bucket in part.buckets if bucket[BATCH] == most)

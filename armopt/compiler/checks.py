@@ -122,7 +122,7 @@ class Judge:
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether what comes of a row may depend on no other."""
+        """Whether the result of a row may depend on no other row."""
         return self._checks.batch_invariant
 
     def judge(self, recipe: Recipe, planned: Planned, programs: tuple[Program, ...]) -> Judged:

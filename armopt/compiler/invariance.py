@@ -1,4 +1,4 @@
-"""Whether what comes of a row depends on the rows that it came with: proven on a bundle's programs, bit for bit."""
+"""Checks on a bundle's programs, bit for bit, that the result of a row depends on no other row."""
 
 from __future__ import annotations
 

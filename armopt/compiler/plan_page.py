@@ -1,18 +1,24 @@
-"""Draws a plan: one HTML page without outside resources, the graph coloured by kernel."""
+"""Draws a plan: one HTML page that needs nothing from elsewhere, with a line for each node, coloured by kernel."""
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import networkx as nx
+import torch
 
+from armopt.compiler import rails
 from armopt.errors import for_page
-from armopt.ir.records import Decision, Plan
+from armopt.ir import graph as g
+from armopt.ir import strides
+from armopt.ir.records import Bucket, Decision, Plan
 from armopt.kernels import table
 from armopt.plan import remainder
 
@@ -21,115 +27,121 @@ if TYPE_CHECKING:
 
     from armopt.compiler.recipe import Planned
 
-_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 190, 40, 24, 30, 60
+#: Filters the lines and marks what a line reads. The page's policy lets this script run and no other.
+_SCRIPT = Path(__file__).with_name("plan_page.js")
 
 
 @dataclass(frozen=True, slots=True)
-class _Box:
-    """One node as drawn."""
+class _Line:
+    """One node as drawn; `decision` and `colour` of layers alone."""
 
     name: str
-    label: str
-    x: float
-    y: float
+    does: str
+    shape: str
+    reads: tuple[str, ...]
+    rails: rails.Crossing
+    decision: Decision | None
     colour: str
-    title: str
 
 
 def render(planned: Planned) -> str:
-    """The page: for each bucket a legend, the graph, and every decision with its reason."""
-    graph = _graph(planned.prepared.graph_module.graph)
-    places, size = _layout(graph)
-    buckets = [_bucket(plan, graph, places) for plan in planned.plans]
+    """The page: for each bucket every node in the order of the graph, with its shape, its kernel and the reason."""
+    graph = planned.prepared.graph_module.graph
+    reads, glue = _drawn(graph)
+    drawing = rails.lay({node.name: [source.name for source in sources] for node, sources in reads.items()})
+    script = _SCRIPT.read_text()
     return (
         _environment()
         .get_template("plan_page.html.jinja")
         .render(
             target=planned.target,
             source=planned.captured.source,
-            buckets=buckets,
-            edges=_edges(graph, places),
-            size=size,
-            box=(_WIDTH, _HEIGHT),
+            buckets=[_bucket(plan, planned, reads, drawing) for plan in planned.plans],
+            glue=glue.most_common(),
+            width=drawing.width,
+            middle=rails.MIDDLE,
+            script=script,
+            digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )
     )
 
 
-def _graph(graph: fx.Graph) -> nx.DiGraph:
-    """What computes: weights and other constants are left out."""
-    found = nx.DiGraph()
+def _drawn(graph: fx.Graph) -> tuple[dict[fx.Node, list[fx.Node]], Counter[str]]:
+    """What computes, each with what it reads; and how many nodes are left out, by operation.
+
+    Constants are left out, sizes, and what only moves values: there the line is drawn to what made them.
+    """
+    reads: dict[fx.Node, list[fx.Node]] = {}
+    behind: dict[fx.Node, list[fx.Node]] = {}
+    left_out: Counter[str] = Counter()
     for node in graph.nodes:
-        if node.op == "get_attr":
-            continue
-        target = str(node.target).removeprefix("aten.").removesuffix(".default")
-        found.add_node(node.name, label=node.name if node.op in ("placeholder", "output") else target)
-        found.add_edges_from((source.name, node.name) for source in node.all_input_nodes if source.op != "get_attr")
-    return found
-
-
-def _layout(graph: nx.DiGraph) -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
-    """A place for each node, layer by layer; within a layer in the order of what they read."""
-    layers = [list(layer) for layer in nx.topological_generations(graph)]
-    widest = max(len(layer) for layer in layers) * (_WIDTH + _GAP_X)
-    places: dict[str, tuple[float, float]] = {}
-
-    def centre(name: str) -> float:
-        sources = [places[source][0] for source in graph.predecessors(name) if source in places]
-        return sum(sources) / len(sources) if sources else 0.0
-
-    for depth, layer in enumerate(layers):
-        layer.sort(key=centre)
-        left = (widest - len(layer) * (_WIDTH + _GAP_X)) / 2 + _MARGIN
-        for i, name in enumerate(layer):
-            places[name] = (left + i * (_WIDTH + _GAP_X), depth * (_HEIGHT + _GAP_Y) + 10)
-    return places, (widest + 2 * _MARGIN, len(layers) * (_HEIGHT + _GAP_Y))
-
-
-def _edges(graph: nx.DiGraph, places: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Curves from the foot of one box to the head of another; one that passes layers swings out to the side."""
-    paths = []
-    for source, sink in graph.edges:
-        (x0, y0), (x1, y1) = places[source], places[sink]
-        x0, x1, y0 = x0 + _WIDTH / 2, x1 + _WIDTH / 2, y0 + _HEIGHT
-        if y1 - y0 > _GAP_Y + 1:
-            side = max(x0, x1) + _WIDTH / 2 + 20
-            paths.append(f"M{x0},{y0} C{side},{y0 + 20} {side},{y1 - 20} {x1},{y1}")
+        sources = list(dict.fromkeys(each for source in node.all_input_nodes for each in behind[source]))
+        if node.op == "get_attr" or (node.op != "output" and not _tensors(node)):
+            behind[node] = []
+        elif _is_glue(node):
+            behind[node] = sources
         else:
-            paths.append(f"M{x0},{y0} C{x0},{y0 + 12} {x1},{y1 - 12} {x1},{y1}")
-    return paths
+            reads[node], behind[node] = sources, [node]
+            continue
+        if node.op != "get_attr":
+            left_out[_operation(node)] += 1
+    return reads, left_out
 
 
-def _bucket(plan: Plan, graph: nx.DiGraph, places: Mapping[str, tuple[float, float]]) -> dict[str, object]:
+def _is_glue(node: fx.Node) -> bool:
+    """Whether a node only moves or picks values that another has made."""
+    if node.op != "call_function":
+        return False
+    return strides.is_view(node) or _operation(node) in ("getitem", "clone", "contiguous")
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    """What a node gives, but for sizes."""
+    value = node.meta.get("val")
+    return [each for each in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(each, torch.Tensor)]
+
+
+def _operation(node: fx.Node) -> str:
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__)
+    return str(getattr(target, "__name__", target))
+
+
+def _bucket(
+    plan: Plan, planned: Planned, reads: Mapping[fx.Node, Iterable[fx.Node]], drawing: rails.Rails
+) -> dict[str, object]:
     decisions = {decision.node: decision for decision in plan.decisions}
-    boxes = [_box(name, graph.nodes[name]["label"], *places[name], decisions.get(name)) for name in graph.nodes]
+    sizes = g.with_rows_of_parts(planned.prepared.graph_module.graph, planned.captured.values(plan.bucket))
+    lines = [
+        _line(node, sources, drawing.lines[node.name], decisions.get(node.name), sizes)
+        for node, sources in reads.items()
+    ]
     counts = Counter(decision.kernel for decision in plan.decisions)
     return {
         "name": ", ".join(f"{name}={value}" for name, value in plan.bucket.items()),
         "policy": plan.policy,
-        "boxes": boxes,
-        "legend": [(kernel, number, _colour(kernel)) for kernel, number in counts.most_common()],
-        "rows": _rows(plan.decisions),
+        "lines": lines,
+        "legend": [(kernel, number, table.get(kernel).colour) for kernel, number in counts.most_common()],
+        "others": len(lines) - len(decisions),
         "remainder": remainder.find(plan),
     }
 
 
-def _box(name: str, label: str, x: float, y: float, decision: Decision | None) -> _Box:
-    if decision is None:
-        return _Box(name, label, x, y, "", name)
-    shape = "x".join(map(str, decision.shape))
-    title = f"{name}: {decision.op} of {shape}\n{decision.kernel} ({decision.precision})\n{decision.reason}"
-    return _Box(name, decision.kernel, x, y, _colour(decision.kernel), title)
+def _line(
+    node: fx.Node, sources: Iterable[fx.Node], crossing: rails.Crossing, decision: Decision | None, sizes: Bucket
+) -> _Line:
+    shape = ", ".join(_text(g.shape_at(tensor.shape, sizes)) for tensor in _tensors(node)[:3])
+    does = {"placeholder": "input", "output": "output"}.get(node.op, _operation(node))
+    colour = ""
+    if decision is not None:
+        does, shape = decision.op, f"{_text(decision.shape)} → {shape}"
+        colour = table.get(decision.kernel).colour
+    return _Line(node.name, does, shape, tuple(source.name for source in sources), crossing, decision, colour)
 
 
-def _rows(decisions: Sequence[Decision]) -> list[tuple[str, ...]]:
-    return [
-        (d.node, d.op, "x".join(map(str, d.shape)), d.kernel, d.precision, d.reason, _colour(d.kernel))
-        for d in decisions
-    ]
-
-
-def _colour(kernel: str) -> str:
-    return table.get(kernel).colour
+def _text(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
 
 
 @functools.cache

@@ -137,7 +137,7 @@ class Recipe:
             pinning.check(self.keep_fp32, frozenset[str]().union(*names))
 
     def without(self, *names: str) -> Recipe:
-        """The same but for some passes, which do not run.
+        """This recipe without some of its passes.
 
         Raises:
             InputError: There is no such pass.

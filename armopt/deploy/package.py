@@ -261,8 +261,8 @@ def requirements(torch: str, pinned: Sequence[Pinned]) -> str:
 def resolve(torch: str, run: Runner, machine: str = "aarch64") -> tuple[Pinned, ...]:
     """Every wheel that the image needs, with its hash, as pip would choose them on a server of that kind.
 
-    pip can choose files for another platform, but takes this machine's for the conditions in a package's needs. torch's
-    are the ones that differ (CUDA on x86), so they are judged here.
+    pip can choose files for another platform. But it evaluates the conditions on a package's needs for this machine.
+    Those of torch differ (CUDA on x86), so they are evaluated here.
 
     Raises:
         HostError: pip is missing, or reaches no registry.

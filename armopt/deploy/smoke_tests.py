@@ -81,7 +81,7 @@ def _run(name: str, test: Callable[[], str]) -> Check:
     except _WrongError as wrong:
         return Check(name, "failed", str(wrong))
     except Exception as error:  # a broken build may raise anything at all
-        return Check(name, "failed", f"{type(error).__name__}: {first_line(error, 160)}")
+        return Check(name, "failed", f"{type(error).__name__}: {first_line(error)}")
 
 
 def _operands(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

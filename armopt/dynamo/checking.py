@@ -166,7 +166,7 @@ def _difference(trial: _Trial, checker: Checker) -> str:
 
 
 def _against(checker: Checker, reference: Outputs) -> Checker:
-    """The same judge with other results of the original."""
+    """The same gates and task, with other results of the original."""
     return Checker(lambda _: reference, None, checker.gates, checker.task, checker.source)
 
 

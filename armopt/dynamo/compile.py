@@ -203,7 +203,7 @@ class _Common:
 
     Attributes:
         settings: How graphs are planned.
-        options: The same as given.
+        options: The settings as the user gave them.
         release: Whether FP32 weights are freed as they are compiled.
         checks: What has to hold; None for nothing.
     """
@@ -214,7 +214,7 @@ class _Common:
     checks: Checks | None
 
     def again(self) -> _Common:
-        """The same for a copy of the model, whose layers are not repaired yet."""
+        """What the parts of a copy of the model share: its layers are not repaired yet."""
         return replace(self, settings=backend.settings(self.options))
 
 

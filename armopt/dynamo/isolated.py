@@ -13,7 +13,7 @@ def without_weights(guards: Sequence[Any]) -> list[bool]:
 
 
 def isolated(method: Any) -> Callable[..., Any]:
-    """The same with a code object of its own.
+    """The same function or method with a code object of its own.
 
     Dynamo counts compilations for each code object and gives up at a limit: models of one class share it otherwise.
     """

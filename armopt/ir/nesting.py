@@ -165,7 +165,7 @@ def describe_inputs(
     is_tensor: Callable[[Any], bool],
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Inputs, list[Any]]:
-    """The same for the arguments of a call; `names` are those of the parameters, `defaults` what some have.
+    """Describes the arguments of a call. `names` are the parameters' names, `defaults` the values that some have.
 
     Raises:
         InputError: They hold something that a bundle can't describe.
@@ -212,7 +212,8 @@ def _describe(node: Any, is_tensor: Callable[[Any], bool], path: str, found: lis
     raise InputError(
         f"holds a {type(node).__name__}, which a bundle can't describe",
         where=path,
-        hint="Use tensors, numbers, strings, lists, tuples, dictionaries, named tuples or dataclasses",
+        hint="Use tensors, numbers, strings, lists, tuples, dictionaries, named tuples or dataclasses: see "
+        "docs/capture.md#caches-and-other-objects",
     )
 
 

@@ -44,7 +44,7 @@ class Precision(StrEnum):
 
 
 class Backend(StrEnum):
-    """Whose code does a kernel's arithmetic."""
+    """The library whose code does a kernel's arithmetic."""
 
     ONEDNN = "onednn"
     BLAS = "blas"
@@ -214,16 +214,16 @@ class Site:
         n: Output features or channels.
         shape: Of the input, concrete.
         weight: Shape of the weight.
-        stride: Of a convolution, per spatial dimension; empty for a Linear. So are the next two.
-        padding: Ditto.
-        dilation: Ditto.
+        stride: Of a convolution, for each spatial dimension; empty for a Linear.
+        padding: Of a convolution, for each spatial dimension; empty for a Linear.
+        dilation: Of a convolution, for each spatial dimension; empty for a Linear.
         groups: Of a convolution.
         transposed: Whether a convolution is transposed.
         output_padding: Of a transposed convolution.
         post_op: What is fused behind it (``none``, ``relu``, ``add_relu``…).
         weight_key: The parameter; sites that share it share storage.
         source: The node that makes the input, looking through operations that only move or select values.
-        residual: The same for the second tensor of a fused addition; empty where there is none.
+        residual: The node that makes the second tensor of a fused addition; empty where there is none.
         escapes: Whether the result is read, through such operations, by anything but sites.
         attended: Heads of all images, scores, and multiply-adds of attention whose query is of the result and whose key
             and value are of sites: all of it works in BF16 if they do.
@@ -304,7 +304,7 @@ class Remainder:
         multiplications: Of the whole graph.
         products: On weights, in FP32, each with its reason; the largest first.
         activations: How many products are of two activations: they have no weight to be stored in BF16.
-        activation_multiplications: Of those.
+        activation_multiplications: How many multiplications those products have.
     """
 
     part: str

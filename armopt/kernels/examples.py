@@ -16,11 +16,11 @@ class Example:
     Attributes:
         shape: Of the input: [M, K], or [batch, channels, *size].
         outputs: Output features or channels.
-        filters: Size of the filter; empty for a Linear. The next four are of a convolution.
-        stride: Ditto.
-        padding: Ditto.
-        dilation: Ditto.
-        groups: Ditto.
+        filters: Size of the filter; empty for a Linear.
+        stride: Of a convolution, for each spatial dimension.
+        padding: Of a convolution, for each spatial dimension.
+        dilation: Of a convolution, for each spatial dimension.
+        groups: Of a convolution.
         bias: Whether there is one.
         post_op: What is fused behind it.
     """

@@ -36,7 +36,7 @@ def run(
         weight: [H, G * H], gates in that order.
         bias: [G * H], of a GRU alone: the reset gate scales it with the state's share.
         h: [B, H], before the first step.
-        c: The same of an LSTM.
+        c: [B, H], the cell state before the first step, of an LSTM alone.
         cell: One of `CELLS`.
         backwards: Whether the last step is the first.
 

@@ -33,7 +33,7 @@ def _in_blocks(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 
 
 def _conv_in_blocks(call: ConvCall[torch.Tensor], x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same for a dense convolution: its terms run over kernel rows, columns, then input channels padded to four."""
+    """A dense convolution that rounds between blocks. Its terms run over kernel rows, columns, then padded channels."""
     weight = call.weight.float()
     stride, padding, dilation = tuple(call.stride), tuple(call.padding), tuple(call.dilation)
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation, False, [0] * len(stride))

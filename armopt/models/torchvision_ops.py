@@ -89,7 +89,7 @@ def ensure_torchvision() -> None:
 
 
 def ensure_torchvision_if_installed() -> None:
-    """The same where torchvision may be missing: whoever needs it says so at its own import."""
+    """Makes torchvision importable if it is installed. If not, the import of whoever needs it says so."""
     if importlib.util.find_spec("torchvision") is not None:
         with contextlib.suppress(InputError):
             ensure_torchvision()

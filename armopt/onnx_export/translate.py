@@ -14,7 +14,7 @@ from torch import fx
 from torch.fx import traceback as fx_traceback
 
 from armopt import capture
-from armopt.errors import InputError
+from armopt.errors import InputError, first_line
 from armopt.ir import nesting
 from armopt.ir.records import Bucket, InputSpec, Signature
 from armopt.onnx_export.guard import guard
@@ -114,7 +114,7 @@ def _output_names(outputs: nesting.Outputs, inputs: Sequence[str]) -> tuple[str,
 
 
 def _zeros(spec: InputSpec, symbols: Collection[str], bucket: Bucket) -> torch.Tensor:
-    """An input to trace with. A dynamic dimension is at least 2: torch.export takes 1 for a constant."""
+    """An input to trace with. A dynamic dimension is at least 2: torch.export treats a size of 1 as a constant."""
     shape = []
     for size in spec.shape:
         if isinstance(size, str) and size not in symbols:
@@ -138,8 +138,7 @@ def _explain(error: BaseException) -> InputError:
             where=source,
             hint="Replace it by operations that ONNX has; a bundle alone needs no change",
         )
-    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
-    reason = (lines[0] if lines else type(error).__name__)[:300]
+    reason = first_line(error.__cause__ or error)
     return InputError(f"the graph can't be translated to ONNX: {reason}", hint="A bundle alone needs no change")
 
 

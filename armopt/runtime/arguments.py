@@ -68,7 +68,7 @@ class Arguments:
         return missing
 
     def _fill_names(self, named: dict[str, Any]) -> list[str]:
-        """The same for what was captured by name."""
+        """Fills in the arguments that were captured by name; the names of those that are missing."""
         left = {name: item for name, item in self._inputs.kwargs.items() if name not in named}
         named |= {name: item.value for name, item in left.items() if isinstance(item, nesting.Constant)}
         return [name for name, item in left.items() if not isinstance(item, nesting.Constant)]

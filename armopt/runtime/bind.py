@@ -154,7 +154,7 @@ class Binder:
         return None
 
     def _own_as(self, kernel: Kernel, layer: _Layer, constants: dict[str, torch.Tensor], fused: bool) -> Layer | None:
-        """The same, with the post-op that the kernel fuses as part of the primitive or behind it."""
+        """A layer's own primitive for one kernel; its post-op is part of the primitive, or runs behind it."""
         site, stored = layer.site, constants[layer.site.weight_key]
         key = probe_cache.key(kernel.name, site, (int(fused),))
         if self.verdicts.get(key) is not None and key not in self.remembered:

@@ -138,7 +138,7 @@ def _leave_file(module: fx.GraphModule, program: Program, copy: Callable[[torch.
 
 
 def _copy_all(program: Program, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """The same for a stored graph, of which twins run."""
+    """Copies all tensors of a stored graph, whose twins run here."""
     buffers = program.graph_module._buffers
     for name, tensor in buffers.items():
         assert tensor is not None

@@ -34,7 +34,7 @@ def refusal(kernel: Kernel, site: Site, run: Callable[[], object]) -> str | None
             with onednn_log.capture_verbose() as log:
                 run()
         except RuntimeError as error:
-            return f"fails on this build: {first_line(error, 120)}"
+            return f"fails on this build: {first_line(error)}"
     return judge(kernel, site, log.executions)
 
 

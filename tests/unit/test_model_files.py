@@ -225,5 +225,5 @@ def test_a_state_of_another_variant_names_the_parameter(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"0\.weight has shape \(3, 5\).*another variant"):
         files.open_model(tmp_path / "a.pt", options("state"))
     torch.save(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1)).state_dict(), tmp_path / "b.pt")
-    with pytest.raises(InputError, match=r"doesn't fit .*1\.weight"):
+    with pytest.raises(InputError, match=r"doesn't fit .*: it has also 1\.weight, 1\.bias\."):
         files.open_model(tmp_path / "b.pt", options("state"))

@@ -128,6 +128,8 @@ def test_a_row_alone_is_the_row_among_others_to_the_bit(tmp_path: Path, batch: t
     armopt.optimize(net(), (IDS,), batch=batch, output=tmp_path / "b", checks=Checks(batch_invariant=True)).require()
     loaded = armopt.load(tmp_path / "b")
     assert [each.bucket for each in loaded.manifest.plan] == [{"batch": max(batch)}]
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "b")]).output
+    assert f"rows      {max(batch)} in each run" in shown
     ids = torch.randint(0, 4096, (19, 32))
     alone = torch.cat([loaded(row[None]) for row in ids])
     for rows in (1, 2, 3, 7, 8, 9, 19):

@@ -25,6 +25,7 @@ from armopt.accuracy.report import pictures, plots
 from armopt.compiler.checks import Checks
 from armopt.errors import AccuracyError, InputError
 from armopt.plan import threshold_policy
+from tests import pages
 
 
 class Page(HTMLParser):
@@ -147,6 +148,22 @@ def test_any_values_can_be_drawn(values: list[float]) -> None:
     text = rendered(y, {"y": y["y"].bfloat16().float()}, "")
     page(text)
     assert "nan" not in text.lower().replace('<th class="n">nan</th>', "")
+
+
+@pytest.mark.parametrize(("values", "most"), [(1, 3), (2, 5), (10, 7), (64, 9), (1000, 21), (10**6, 61)])
+def test_few_values_have_few_bars(values: int, most: int) -> None:
+    y = torch.linspace(-1, 1, values)
+    for plot in (plots.values(y, y + 0.01), plots.histogram(y, y + torch.linspace(-1e-3, 1e-3, values))):
+        assert plot is not None
+        assert 1 <= len(plot.rects) <= most
+        assert len(plot.rects) % 2  # one of them stands for no error
+        assert all(float(text.text).is_integer() for text in plot.texts if text.anchor == "end")  # counts are whole
+
+
+def test_that_inputs_were_generated_is_said_as_loudly_as_the_verdict() -> None:
+    loud = re.compile(r"<h1>Passed: may be deployed</h1>\s*<p class=\"unproven\">The inputs were generated</p>")
+    assert loud.search(pages.of_report(given=False))
+    assert 'unproven">' not in pages.of_report(given=True)
 
 
 @pytest.mark.parametrize("error", [0.0, float("inf"), 1e-30, 1e30])

@@ -12,6 +12,8 @@ from armopt.accuracy.nodes import NodeError
 
 #: Dots of a scatter plot: enough to see its shape, few enough for a browser.
 _DOTS = 2500
+_BROAD = 700, 260
+#: Bars of a histogram at most; odd, so that one stands for errors of about zero.
 _BINS = 61
 
 
@@ -89,7 +91,7 @@ class _Axes:
         for value, name in x_ticks:
             x, y = self.at(value, self.y[0])
             paths.append(Path(f"M{x} {y}v4", "grid"))
-            texts.append(Text(x, y + 16, name))
+            texts.append(Text(x, y + 17, name))
         x0, y0 = self.at(self.x[0], self.y[0])
         texts.append(Text((x0 + self.width - self.right) / 2, self.height - 6, x_name))
         texts.append(Text(x0, self.top - 2, y_name, "start") if self.top > 14 else Text(0, 0, ""))
@@ -103,8 +105,8 @@ def layers(errors: Sequence[NodeError], repaired: frozenset[str] = frozenset()) 
     if not known:
         return None
     low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
-    axes = _Axes(1000, 300, (-0.5, len(errors) - 0.5), (low, max(high, low + 1)), top=24)
-    step = max(1, math.ceil(len(errors) / 20))
+    axes = _Axes(*_BROAD, (-0.5, len(errors) - 0.5), (low, max(high, low + 1)), top=24)
+    step = max(1, math.ceil(len(errors) / 12))
     x_ticks = [(float(i), str(i + 1)) for i in range(0, len(errors), step)]
     y_ticks = [(float(e), f"1e{e}") for e in range(low, max(high, low + 1) + 1)]
     paths, texts = axes.frame(x_ticks, y_ticks, "layer, in the order of the graph", "error, relative to FP32's result")
@@ -122,7 +124,7 @@ def layers(errors: Sequence[NodeError], repaired: frozenset[str] = frozenset()) 
         rects.append(Rect(x0, y1, round(x1 - x0, 2), round(max(0.0, y0 - y1), 2), "bar", said))
         x, y = axes.at(i, _log(error.cumulative, low, high))
         line += f"{'L' if line else 'M'}{x} {y}"
-    return Plot(1000, 300, "error per layer", tuple(rects), (*paths, Path(line, "carried")), texts)
+    return Plot(*_BROAD, "error per layer", tuple(rects), (*paths, Path(line, "carried")), texts)
 
 
 def _log(value: float, low: int, high: int) -> float:
@@ -168,14 +170,15 @@ def values(reference: torch.Tensor, found: torch.Tensor) -> Plot | None:
 
 def _histogram(data: torch.Tensor, reach: tuple[float, float], name: str, over: torch.Tensor | None = None) -> Plot:
     low, high = reach
-    counts = torch.histc(data, _BINS, low, high)
-    line = None if over is None else torch.histc(over, _BINS, low, high)
+    bins = _bins(data.numel())
+    counts = torch.histc(data, bins, low, high)
+    line = None if over is None else torch.histc(over, bins, low, high)
     most = float(max(counts.max(), counts.max() if line is None else line.max())) or 1.0
     axes = _Axes(460, 300, (low, high), (0.0, most))
     x_ticks = [(value, f"{value:.3g}") for value in _ticks(low, high)]
-    y_ticks = [(value, f"{value:.4g}") for value in _ticks(0.0, most)]
+    y_ticks = [(value, f"{value:.4g}") for value in _ticks(0.0, most) if value.is_integer()]
     paths, texts = axes.frame(x_ticks, y_ticks, name, "count")
-    width = (high - low) / _BINS
+    width = (high - low) / bins
     rects = []
     for i, count in enumerate(counts.tolist()):
         (x0, y0), (x1, y1) = axes.at(low + i * width, 0.0), axes.at(low + (i + 1) * width, count)
@@ -187,6 +190,11 @@ def _histogram(data: torch.Tensor, reach: tuple[float, float], name: str, over: 
             d += f"{'L' if d else 'M'}{x} {y}"
         paths = (*paths, Path(d, "carried"))
     return Plot(460, 300, name, tuple(rects), paths, texts)
+
+
+def _bins(values: int) -> int:
+    """How many bars show how so many values are spread: few for few, by Rice's rule, and always odd."""
+    return min(_BINS, 2 * math.ceil(values ** (1 / 3)) | 1)
 
 
 def _finite(reference: torch.Tensor, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

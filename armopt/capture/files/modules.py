@@ -15,7 +15,7 @@ from armopt.capture import inputs
 from armopt.capture.dimensions import NO_AXES, Axes, Dimension
 from armopt.capture.files.format import Options
 from armopt.capture.widening import is_half
-from armopt.errors import ArmoptWarning, InputError
+from armopt.errors import ArmoptWarning, InputError, first_line
 from armopt.ir.records import Captured
 from armopt.models import huggingface, references, timm_models, torchvision_inputs
 from armopt.models.huggingface import HF, Varying
@@ -113,10 +113,21 @@ def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: 
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise InputError(
-            f"doesn't fit {reference}: {' '.join(lines)[:300]}", where=str(path), hint="Check --model"
-        ) from None
+        said = _difference(list(expected), list(state)) or first_line(error)
+        raise InputError(f"doesn't fit {reference}: it {said}", where=str(path), hint="Check --model") from None
+
+
+def _difference(expected: Sequence[str], found: Sequence[str]) -> str:
+    """Which names a state dict lacks, and which it has beside those expected; empty where it has just these."""
+    lacking = [name for name in expected if name not in found]
+    foreign = [name for name in found if name not in expected]
+    return " and ".join(f"{what} {_few(names)}" for what, names in (("lacks", lacking), ("has also", foreign)) if names)
+
+
+def _few(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _without_prefix(

@@ -1,6 +1,6 @@
 """Pickles that hold data alone: containers, numbers, text and tensors. Nothing that a file names is called.
 
-torch.load(weights_only=True) takes the sizes that a file declares as given, and asks for that much memory. Here a
+torch.load(weights_only=True) believes the sizes that a file declares, and allocates that much memory. Here a
 tensor is as large as what is stored of it, and reaches nowhere else.
 """
 
@@ -123,7 +123,7 @@ FUNCTIONS: Mapping[tuple[str, str], Callable[..., Any]] = {
 class DataUnpickler(pickle._Unpickler):
     """Reads a pickle without calling anything that it names.
 
-    It is Python's own in Python: the one in C takes the numbers of the memo as given, and asks for that much memory.
+    This is Python's reader in Python. The one in C believes the numbers of the memo, and allocates that much.
 
     Args:
         file: Where the pickle stands.

@@ -94,7 +94,7 @@ def _names(script: torch.jit.ScriptModule, source: str) -> list[str]:
 
 
 def _by_position(names: Sequence[str], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """The same call with what is given by name at its place, as far as no place before it is empty."""
+    """The call with named arguments moved to their positions, up to the first position that has none."""
     given, named = list(args), dict(kwargs)
     for name in names[len(given) :]:
         if name not in named:
@@ -131,7 +131,7 @@ def _load(path: Path, options: Options) -> Any:
 
 
 def _look(at: Callable[[], None], path: Path, options: Options) -> bool:
-    """Whether what is looked at can be shown to be harmless; an error where not and the file is not trusted."""
+    """Whether a file is shown to be harmless. If it is not, and is not trusted either, that is an error."""
     try:
         at()
     except script_code.UnshownError as error:

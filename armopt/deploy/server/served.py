@@ -71,7 +71,7 @@ class Served:
             with onednn_log.capture_verbose() as log:
                 self.run(tensors)
         except (RuntimeError, ArmoptError) as error:
-            return f"the model fails: {first_line(error, 200)}"
+            return f"the model fails: {first_line(error)}"
         slow = {e.implementation for e in onednn_log.references(log.executions) if e.primitive in _LAYERS}
         return f"oneDNN answers with {', '.join(sorted(slow))}" if slow else ""
 

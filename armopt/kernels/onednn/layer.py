@@ -193,7 +193,7 @@ class Layer:
         return self._packed[key]
 
     def resized(self, wanted: Wanted) -> Layer | None:
-        """The same layer for other sizes; None where oneDNN offers nothing for them.
+        """This layer at other sizes; None where oneDNN offers nothing for them.
 
         With a post-op only by the same implementation: others may swallow NaN in it.
         """

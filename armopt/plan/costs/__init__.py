@@ -39,12 +39,12 @@ class Variant:
     Attributes:
         name: For people.
         rows: It computes multiples of so many rows.
-        columns: And of so many columns.
+        columns: It computes multiples of so many columns.
         sweep: Rows for which it reads the weight once.
         block: Terms that it sums before it goes over the result again; 0 where it does all at once.
         most_rows: It is taken up to so many rows; None where there is no bound.
-        most_columns: Ditto, of columns.
-        most_product: Ditto, of rows x terms x columns.
+        most_columns: It is taken up to so many columns; None where there is no bound.
+        most_product: It is taken up to so many rows x terms x columns; None where there is no bound.
         cycles: Where the library estimates cycles and takes the least: multiplications in a cycle, bytes of activations
             packed and bytes of results merged in a cycle (0: it does neither).
         coefficients: Instructions for one unit of each of :data:`TERMS`.
