@@ -194,7 +194,7 @@ def _histogram(data: torch.Tensor, reach: tuple[float, float], name: str, over: 
 
 def _bins(values: int) -> int:
     """How many bars show how so many values are spread: few for few, by Rice's rule, and always odd."""
-    return min(_BINS, 2 * math.ceil(float(values) ** (1 / 3)) | 1)
+    return min(_BINS, 2 * math.ceil(math.cbrt(values)) | 1)
 
 
 def _finite(reference: torch.Tensor, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
