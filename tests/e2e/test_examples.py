@@ -27,7 +27,7 @@ def test_none_is_left_out() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", only(EXPECTED, ["tutorial_mlp.py"]))
+@pytest.mark.parametrize("name", only(EXPECTED, ["bert.py"]))
 def test_runs_as_it_stands(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name)],
