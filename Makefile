@@ -11,7 +11,9 @@ help:  ## what there is
 
 # What is worked with here, of all that armopt takes; CONSTRAINTS=/dev/null takes the newest.
 CONSTRAINTS ?= constraints.txt
-# Python compiles what is imported, when it is: of what torch brings that is a small part.
+# Python compiles what is imported, when it is: of what torch brings that is a small part. What it compiled it has to
+# keep: without, every process that imports torch takes twice as long.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable
 
 $(BIN)/.ready: pyproject.toml $(CONSTRAINTS)

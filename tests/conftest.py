@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import signal
@@ -127,6 +128,16 @@ def host_bundle(
     path = tmp_path_factory.mktemp("bundles") / "host"
     optimize.optimize(mlp, mlp_inputs, output=path, target="host", batch=(2, 64))
     return path
+
+
+@pytest.fixture(scope="session")
+def onnx_functions() -> Iterator[None]:
+    """torch.onnx reads the source of its 500 functions once: it would for each export, and take a second."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture

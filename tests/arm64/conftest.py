@@ -106,7 +106,7 @@ class Host:
 HOSTS = {
     "graviton3": Host("graviton3"),
     "graviton3-torch2.13": Host("graviton3", "2.13.0"),
-    "graviton3-no-fpmath": Host("graviton3", lacks=("DNNL_DEFAULT_FPMATH_MODE",)),
+    "graviton3-no-fpmath": Host("graviton3", lacks=("DNNL_DEFAULT_FPMATH_MODE", "LD_PRELOAD")),
     "yitian710": Host("yitian710"),
     "graviton2": Host("graviton2"),
     "graviton3-newest": Host("graviton3", ""),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e_helpers import HERE, SOURCE, Cli, Models, Result, armopt, environment
+from e2e_helpers import HERE, SOURCE, Cli, Models, Result, environment
 
 
 @pytest.fixture(scope="session")
@@ -80,8 +80,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, package: Path) -> Models:
 
 
 @pytest.fixture(scope="session")
-def bundle(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(cli: Cli, models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of `Net`; not to be changed."""
     folder = tmp_path_factory.mktemp("bundle")
-    armopt("optimize", models["static.pt2"], "-o", "net.armopt", cwd=folder)
+    done = cli("optimize", models["static.pt2"], "-o", "net.armopt", cwd=folder)
+    assert done.code == 0, done.err
     return folder / "net.armopt"

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from e2e_helpers import Cli, Models, Result, armopt, cosine, listing
+from e2e_helpers import Cli, Models, Result, cosine, listing
 
 pytestmark = pytest.mark.slow
 
@@ -48,10 +48,11 @@ def test_export_onnx(cli: Cli, models: Models, bundle: Path, tmp_path: Path) -> 
     assert "mlas." not in plain.out
 
 
-def test_optimize_with_onnx(models: Models, tmp_path: Path) -> None:
-    """The installed command; the model is a file of the bundle, in a zip as well."""
+def test_optimize_with_onnx(cli: Cli, models: Models, tmp_path: Path) -> None:
+    """The model is a file of the bundle, in a zip as well."""
     arguments = (models["dynamic.pt2"], "--batch", "1,4", "--onnx", "--onnx-weights", "bf16")
-    done = armopt("optimize", *arguments, "-o", "net.zip", "--json", cwd=tmp_path)
+    done = cli("optimize", *arguments, "-o", "net.zip", "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
     described = {"file": "model.onnx", "opset": 20, "weights": "bf16", "bucket": {"batch": 4}}
     assert done.json["onnx"] == described
     with zipfile.ZipFile(tmp_path / "net.zip") as archive:

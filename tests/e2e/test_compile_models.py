@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -91,14 +92,19 @@ def check_tokens(model: Any, made: Any, prompt: torch.Tensor, **options: Any) ->
 
 @pytest.mark.parametrize("make", [pytest.param(gpt2, marks=pytest.mark.full), llama])
 def test_generate_gives_the_tokens_of_fp32(make: Any) -> None:
+    """Prefill and decode get kernels by their shapes."""
     model = make()
-    made = armopt.compile(model, target="graviton3")
+    made = armopt.compile(model, target="graviton3", policy="threshold=8")
     check_tokens(model, made, prompts(1, 9))
     check_tokens(model, made, prompts(3, 20))
     with torch.no_grad():  # and it was BF16 that gave them
         assert not torch.equal(made(prompts(2, 5)).logits, model(prompts(2, 5)).logits)
     # prefill and decode, each at first as it came and then for all sizes, with one and several rows
     assert counters["stats"]["unique_graphs"] <= 8
+    rows: dict[str, set[int]] = {}
+    for layer in made.forward.explain().layers:
+        rows.setdefault(layer.kernel, set()).add(math.prod(layer.shape[:-1]))
+    assert max(rows["blas_fp32_w16"]) < 8 <= min(rows["conv1x1_bf16"])
 
 
 @pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.full), "static"])
@@ -111,16 +117,6 @@ def test_generate_with_padding_and_either_cache(cache: str) -> None:
     prompt[mask == 0] = model.config.pad_token_id
     options = {} if cache == "dynamic" else {"cache_implementation": "static"}
     check_tokens(model, made, prompt, attention_mask=mask, **options)
-
-
-def test_prefill_and_decode_get_kernels_by_their_shapes() -> None:
-    model = llama()
-    made = armopt.compile(model, target="graviton3", policy="threshold=8")
-    generated(made, prompts(1, 20))
-    rows: dict[str, set[int]] = {}
-    for layer in made.forward.explain().layers:
-        rows.setdefault(layer.kernel, set()).add(layer.shape[0] * layer.shape[1])
-    assert max(rows["blas_fp32_w16"]) < 8 <= min(rows["conv1x1_bf16"])
 
 
 def test_torch_compile_of_forward_serves_generate_too() -> None:

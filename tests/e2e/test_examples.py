@@ -34,7 +34,7 @@ def test_none_is_left_out() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", only(EXPECTED, ["tutorial_mlp.py"]))
+@pytest.mark.parametrize("name", only(EXPECTED, ["bert.py"]))
 def test_runs_as_it_stands(name: str, tmp_path: Path) -> None:
     if name in NEEDS and importlib.util.find_spec(NEEDS[name][0]) is None:
         pytest.skip(f"{NEEDS[name][0]} is not installed: {NEEDS[name][1]}")

@@ -81,6 +81,7 @@ def test_compiled(form: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.usefixtures("onnx_functions")
 def test_onnx(form: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model, path = block(form), tmp_path / "bundle"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from e2e_helpers import Cli
 
 import armopt
 from armopt import accuracy
@@ -226,16 +224,9 @@ def test_what_can_be_captured_whole_is_told_so(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    words = [sys.executable, "-m", "armopt.cli.app", *arguments]
-    return subprocess.run(words, capture_output=True, text=True, cwd=root, check=False)
-
-
-def test_the_commands(mask_rcnn: torch.nn.Module, bundle: Path, tmp_path: Path) -> None:
-    shown = command("inspect", str(bundle), "--json")
-    nodes = json.loads(shown.stdout)["nodes"]
+def test_the_commands(cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    nodes = cli("inspect", bundle, "--json", cwd=tmp_path).json["nodes"]
     assert {node["part"] for node in nodes} == set(PARTS)
-    text = command("inspect", str(bundle)).stdout
+    text = cli("inspect", bundle, cwd=tmp_path).out
     assert "roi_heads.mask_head" in text
     assert "Plain ATen or Python" in text

@@ -112,6 +112,7 @@ EXAMPLES = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("onnx_functions")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", only(EXAMPLES, ["gpt2"]))
 def test_a_model_in_onnx_runtime(name: str, tmp_path: Path) -> None:

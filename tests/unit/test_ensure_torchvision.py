@@ -28,6 +28,7 @@ def run_python(code: str, cwd: Path = ROOT, path: str = str(ROOT)) -> str:
 
 
 class TestEnsureTorchvision:
+    @pytest.mark.full  # this file does it too, in the process of its tests
     def test_before_torchvision(self) -> None:
         code = """
 from armopt.models.torchvision_ops import ensure_torchvision

@@ -30,7 +30,7 @@ from armopt.onnx_export.options import OnnxOptions
 from armopt.plan.planner import Choice
 from armopt.plan.threshold_policy import ThresholdPolicy
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("onnx_functions")]
 
 BF16 = ThresholdPolicy(1)
 #: FP32 in another order of summation.
