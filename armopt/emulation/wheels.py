@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.machinery
 import shutil
 import sys
 from collections.abc import Sequence
@@ -43,7 +43,8 @@ def install_wheels(requirements: Sequence[str], into: Path, downloads: Path, *op
 
 
 def _pip() -> list[str]:
-    if importlib.util.find_spec("pip"):
+    # not find_spec: setuptools' finder takes who asks for pip for pip itself, and then can't be imported any more
+    if importlib.machinery.PathFinder.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if other := shutil.which("pip3") or shutil.which("pip"):  # a virtual environment made without pip
         return [other]

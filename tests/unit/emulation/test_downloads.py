@@ -137,3 +137,19 @@ def test_a_package_that_is_not_what_the_suite_says_is_refused(apt: Apt, tmp_path
     damage(tmp_path / "archive" / "pool" / "first_1.0_arm64.deb")
     with pytest.raises(HostError, match="apt-get failed"):
         apt.fetch(["first"], dependencies=True)
+
+
+def test_setuptools_can_still_be_imported_behind_it(tmp_path: Path) -> None:
+    """Its finder takes a process that asks where pip is for pip, and gives it the standard library's distutils."""
+    script = """
+import sys
+from pathlib import Path
+from unittest import mock
+from armopt.emulation import wheels
+with mock.patch.object(wheels, "run_command"):
+    wheels.install_wheels(["first"], Path(sys.argv[1]), Path(sys.argv[2]))
+import setuptools
+"""
+    places = [str(tmp_path / name) for name in ("site", "kept")]
+    done = subprocess.run([sys.executable, "-c", script, *places], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
