@@ -113,8 +113,9 @@ def _norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    if dtype is not None or not x.is_floating_point():
-        raise UnfitError(f"takes the norm of {shown(x)}")
+    if dtype is not None or not x.is_floating_point():  # other dtypes than its own
+        found: torch.Tensor = torch.ops.aten.linalg_vector_norm.default(x, ord, dim, keepdim, dtype=dtype)
+        return found
     return _reduced(x, dim, keepdim, x.dtype)
 
 
@@ -126,8 +127,10 @@ def _triangle(x: torch.Tensor, diagonal: int = 0) -> torch.Tensor:
 
 def _gather(x: torch.Tensor, dim: int, index: torch.Tensor, sparse_grad: bool = False) -> torch.Tensor:
     place = range(max(1, x.dim()))[dim]
-    sizes = [(a, b) for i, (a, b) in enumerate(zip(index.shape, x.shape, strict=False)) if i != place]
-    if index.dtype != torch.int64 or index.dim() != x.dim() or any(a > b for a, b in sizes):
+    if index.dtype != torch.int64 or index.dim() != x.dim():  # numbers, indices of 32 bits, none at all
+        found: torch.Tensor = torch.ops.aten.gather.default(x, dim, index)
+        return found
+    if any(a > b for i, (a, b) in enumerate(zip(index.shape, x.shape, strict=True)) if i != place):
         raise UnfitError(f"gathers {shown(index)} from {shown(x)}")
     return torch.empty(index.shape, dtype=x.dtype, device=META)
 

@@ -162,6 +162,12 @@ def unchanged(module: torch.nn.Module, *, attributes: bool = True) -> Iterator[C
                     buffer.copy_(value)
 
 
+def held_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    """All tensors that its modules hold: parameters, buffers and plain attributes."""
+    held = torch.utils._pytree.tree_leaves([[*vars(module).values()] for module in model.modules()])
+    return [each for each in held if isinstance(each, torch.Tensor)]
+
+
 def _may_change(buffer: torch.Tensor) -> bool:
     """Whether a call may write into a buffer: not into an inference tensor, and layers don't into sparse ones."""
     return buffer.layout is torch.strided and not buffer.is_inference()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
-from armopt.capture.calls import Args, Kwargs, eval_mode, unchanged
+from armopt.capture.calls import Args, Kwargs, eval_mode, held_tensors, unchanged
 from armopt.errors import ArmoptWarning, InputError, first_line
 from armopt.models.huggingface import without_cache
 
@@ -64,9 +64,7 @@ def widened(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> 
 
 def _computed(model: torch.nn.Module) -> dict[int, Any]:
     """Copies of tensors that a module keeps beside its parameters and computed from them, which refuse to be copied."""
-    kept = tree_leaves([[*vars(module).values()] for module in model.modules()])
-    tensors = [each for each in kept if isinstance(each, torch.Tensor) and not each.is_leaf]
-    return {id(tensor): tensor.detach().clone() for tensor in tensors}
+    return {id(each): each.detach().clone() for each in held_tensors(model) if not each.is_leaf}
 
 
 def _dtypes(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> Sequence[torch.dtype | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from armopt.cli import options
@@ -75,20 +75,20 @@ def estimates(part: CapturedPart, targets: Sequence[str], threads: Sequence[int]
         InputError: There is no such product, or it has no clock.
     """
     from armopt.plan import latency
-    from armopt.plan.clocked_costs import ClockedCosts
-    from armopt.plan.cost_policy import CostPolicy
+    from armopt.plan.cost_policy import CostPolicy, clocked
 
     for target in targets:
-        for count in threads or (0,):
-            recipe = options.recipe_for(target, policy, threads=count)
-            if not isinstance(recipe.policy, CostPolicy) or not isinstance(recipe.policy.costs, ClockedCosts):
-                raise InputError(
-                    f"nothing is known of time on {target}",
-                    where="--compare",
-                    hint="Name targets that have a clock (docs/clock.md), and leave out --policy",
-                )
-            costs = recipe.policy.costs
-            planned = recipe.plan_part(part)
+        recipe = options.recipe_for(target, policy)
+        known = clocked(recipe.policy)
+        if known is None:
+            raise InputError(
+                f"nothing is known of time on {target}",
+                where="--compare",
+                hint="Name targets that have a clock (docs/clock.md), and leave out --policy",
+            )
+        for count in threads or (known.threads,):
+            costs = replace(known, threads=count)
+            planned = replace(recipe, policy=CostPolicy(costs)).plan_part(part)
             graph = planned.prepared.graph_module
             for plan in planned.plans:
                 values = planned.captured.values(plan.bucket)

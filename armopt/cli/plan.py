@@ -72,7 +72,7 @@ def plan(
     one = ("--threads", "a plan is for one number of threads", "Add --compare TARGETS")
     _refuse(one, when=len(counts) > 1 and not compare)
     out = Output(as_json)
-    count = counts[0] if counts else 0
+    count = counts[0] if counts and not compare else 0
     recipe, sizes = options.recipe_for(target, policy, tuning, keep_fp32, count), options.parse_batch(batch)
     dims = options.parse_dims(ranges, at)
     if until:

@@ -65,17 +65,16 @@ def _clock() -> ClockedCosts:
 
     from armopt import targets
     from armopt.plan import cost_policy
-    from armopt.plan.clocked_costs import ClockedCosts
-    from armopt.plan.cost_policy import CostPolicy
 
     policy = cost_policy.default(targets.this_host(), threads=torch.get_num_threads())
-    if not isinstance(policy, CostPolicy) or not isinstance(policy.costs, ClockedCosts):
+    costs = cost_policy.clocked(policy)
+    if costs is None:
         raise InputError(
             "armopt estimates no times for this host, so there is nothing to judge",
             where="--report",
             hint="Leave it out; docs/clock.md names the machines that have a clock",
         )
-    return policy.costs
+    return costs
 
 
 def _write_report(path: Path, found: Timings, sites: Sequence[Site], costs: ClockedCosts) -> None:

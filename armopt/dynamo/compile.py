@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from armopt import capture
 from armopt.capture import submodules
+from armopt.capture.calls import held_tensors
 from armopt.compiler.checks import Checks
 from armopt.dynamo import backend, graphs
 from armopt.dynamo.checking import Outcome, Subject, check
@@ -161,8 +162,7 @@ def _usable(checks: Checks | None) -> Checks | None:
 
 def _clone(model: _Model) -> _Model:
     """Another module with modules of its own and the same tensors, plain attributes of modules among them."""
-    held = tree_leaves([[*vars(module).values()] for module in model.modules()])
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in held if isinstance(tensor, torch.Tensor)}
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in held_tensors(model)}
     return copy.deepcopy(model, shared)
 
 

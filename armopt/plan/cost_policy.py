@@ -141,13 +141,19 @@ def read(value: str, target: Target) -> Policy:
         raise ValueError(value)
     release, threads = found[1] or "", int(found[2] or 0)
     policy = default(target, release, threads)
-    if threads and not (isinstance(policy, CostPolicy) and isinstance(policy.costs, ClockedCosts)):
+    if threads and clocked(policy) is None:
         raise InputError(
             f"plans for {target.name} don't depend on threads: nothing is known of time there",
             where="--threads",
             hint="Leave the threads out; docs/clock.md names the targets that have a clock",
         )
     return policy
+
+
+def clocked(policy: Policy) -> ClockedCosts | None:
+    """The times that a policy goes by; None where it goes by something else."""
+    found = policy.costs if isinstance(policy, CostPolicy) else None
+    return found if isinstance(found, ClockedCosts) else None
 
 
 def tuned(policy: Policy, target: Target, times: Timings) -> CostPolicy:

@@ -28,8 +28,8 @@ def make_bundle(workload: str, cpu: str, torch_version: str, without: str = "", 
     place = CACHE / "bundles" / _file_name(f"{workload} {without}" if threads == 1 else f"{workload} {threads} threads")
     place.parent.mkdir(parents=True, exist_ok=True)
     whole = WORKLOADS[workload].whole
-    policy = cost_policy.default(targets.load(cpu), torch_version, threads)
-    recipe = Recipe(targets.load(cpu), policy)
+    target = targets.load(cpu)
+    recipe = Recipe(target, cost_policy.default(target, torch_version, threads))
     recipe = recipe.without(without) if without else recipe
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

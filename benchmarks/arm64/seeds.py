@@ -12,7 +12,7 @@ from pathlib import Path
 
 from armopt.emulation.folder import DEFAULT_TORCH
 from benchmarks.arm64 import clock, measuring, published, tables
-from benchmarks.arm64.measuring import Measure
+from benchmarks.arm64.measuring import LINE, Measure
 from benchmarks.arm64.published import Case, Row
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "seeds.md"
@@ -92,6 +92,19 @@ def _tutorial(held: Mapping[str, Measure]) -> str:
     return tables.table(rows, [*headers, "today / armopt"])
 
 
+def _moved(held: Mapping[str, Measure]) -> str:
+    """Why the times at batch 10 are what they are: page faults, and megabytes into the cores' caches and out."""
+    rows = []
+    for row in tutorial():
+        if row.columns["shape"] == "B=10" and isinstance(row.case, Case):
+            setting = row.columns["dtype_or_setting"]
+            rows += [(f"torch {case.torch}, {setting}", case) for case in (row.case, today(row)) if case]
+    rows.append((f"torch {_TODAY}, armopt", armopts(10)))
+    found = [(name, held[measuring.key(case)]) for name, case in rows if measuring.key(case) in held]
+    cells = [[name, str(m.faults), *(f"{n * LINE / 1e6:.0f}" for n in m.lines_of_all[1])] for name, m in found]
+    return tables.table(cells, ["batch 10", "page faults", "MB in", "MB out"])
+
+
 def _products(held: Mapping[str, Measure]) -> str:
     rows = []
     flops = 2 * _PRODUCT**3
@@ -104,10 +117,10 @@ def _products(held: Mapping[str, Measure]) -> str:
 
 
 def main() -> int:
-    """Writes the two tables of the page; returns the exit code."""
+    """Writes the tables of the page; returns the exit code."""
     held = measuring.read()
     text = PAGE.read_text()
-    for name, made in (("tutorial", _tutorial(held)), ("products", _products(held))):
+    for name, made in (("tutorial", _tutorial(held)), ("moved", _moved(held)), ("products", _products(held))):
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.compile(re.escape(marks[0]) + ".*?" + re.escape(marks[1]), re.DOTALL)
         text = pattern.sub(lambda _, made=made, marks=marks: f"{marks[0]}\n\n{made}\n\n{marks[1]}", text)
