@@ -13,7 +13,7 @@ from torch import fx
 from armopt.ir.records import Op, Site
 from armopt.kernels import post_ops
 from armopt.kernels.base import Kernel, KernelCall
-from armopt.kernels.onednn import primitives
+from armopt.kernels.onednn import primitives, views
 from armopt.kernels.onednn.any_size import AnySize
 from armopt.kernels.onednn.layer import Layer, Wanted, describe
 from armopt.kernels.onednn.workspaces import OneSize, Workspaces
@@ -192,4 +192,11 @@ class Calls:
             }
             with self.graph.inserting_before(end):
                 self.graph.call_function(Workspaces.give, (self._workspace,))
-            Workspaces.give(self.workspaces.take())
+            first = self.workspaces.take()
+            fixed = first.results
+            layers = {node: index for node, index in self._results.items() if index in fixed}
+            found = views.find(self.graph, layers, fixed)
+            views.replace(self.graph, found, self._workspace)
+            self.workspaces.views = tuple(found.values())
+            first.views = views.make(self.workspaces.views, fixed)
+            Workspaces.give(first)

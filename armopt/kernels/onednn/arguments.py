@@ -12,9 +12,14 @@ import torch
 from armopt.kernels.onednn.images import ChannelsLast
 from armopt.kernels.onednn.primitives import check
 
-#: The attribute of tensors that are the result of a layer in every call of a workspace.
+#: The attribute of tensors that are the same in every call of a workspace.
 _KEPT = "_armopt_kept"
 _empty_like: Any = torch._C._VariableFunctions.empty_like
+
+
+def keep(tensor: torch.Tensor) -> None:
+    """Marks a tensor that is the same, and lies at the same place, in every call of a workspace."""
+    setattr(tensor, _KEPT, True)
 
 
 @dataclass(slots=True)
@@ -31,7 +36,7 @@ class Arguments:
         like: A result without memory, to make others like it.
         kept: The result, where it has a place in the arena: the same for each call. Else each call makes one.
         lent: The result of this call, where its caller gave one that lies as results do.
-        seen: The input of the last call where that was such a result: it lies where it did, and as it did.
+        seen: The input of the last call where that is the same in every call: it lies where it did, and as it did.
         x: Where its input was last.
         y: Where its output was last.
     """
@@ -61,7 +66,7 @@ class Arguments:
         size = self.like.numel() * self.like.element_size()
         if arena is not None and size <= arena.numel():
             self.kept = arena[:size].view(self.like.dtype).as_strided(self.like.shape, self.like.stride())
-            setattr(self.kept, _KEPT, True)
+            keep(self.kept)
             self.place(self.result, self.kept.data_ptr())
 
     def lend(self, y: torch.Tensor | None) -> None:

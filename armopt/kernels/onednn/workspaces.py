@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 import torch
 
+from armopt.kernels.onednn import views
 from armopt.kernels.onednn.arguments import Arguments
 from armopt.kernels.onednn.layer import Layer
 from armopt.kernels.onednn.primitives import aligned, buffer
+from armopt.kernels.onednn.views import View
 
 #: More workspaces than calls at once are not kept.
 _MOST_WORKSPACES = 64
@@ -95,13 +97,27 @@ class OneSize:
 
 
 class Workspace:
-    """What one call of a program needs of its own: arguments of each layer, and a scratchpad that they share."""
+    """What one call of a program needs of its own: arguments of each layer, and a scratchpad that they share.
 
-    __slots__ = ("arguments", "free", "lent")
+    Attributes:
+        arguments: Of each layer.
+        views: Of results that have a place, in the order of the program's.
+        free: Where it goes when the call is over.
+        lent: The arguments of layers that write to what the caller gave.
+    """
+
+    __slots__ = ("arguments", "free", "lent", "views")
 
     def __init__(self, arguments: list[Any], free: list[Workspace]) -> None:
         self.arguments, self.free = arguments, free
+        self.views: list[Any] = []
         self.lent: list[Any] = []
+
+    @property
+    def results(self) -> dict[int, torch.Tensor]:
+        """Of the layers whose result is the same tensor in every call, by index."""
+        kept = {index: getattr(each, "kept", None) for index, each in enumerate(self.arguments)}
+        return {index: result for index, result in kept.items() if result is not None}
 
 
 class Workspaces:
@@ -112,6 +128,7 @@ class Workspaces:
         arena: Bytes that results share.
         places: The first byte of a layer's result there, by the layer's index; those of what a caller gets have none.
         outputs: Which output of the program a layer's result is, by the layer's index.
+        views: Of results that have a place.
     """
 
     def __init__(self) -> None:
@@ -119,6 +136,7 @@ class Workspaces:
         self.arena = 0
         self.places: Mapping[int, int] = {}
         self.outputs: Mapping[int, int] = {}
+        self.views: Sequence[View] = ()
         self._free: defaultdict[int, list[Workspace]] = defaultdict(list)
 
     def take(self, out: Sequence[torch.Tensor | None] | None = None) -> Workspace:
@@ -137,6 +155,7 @@ class Workspaces:
             workspace = free.pop()
         except IndexError:
             workspace = Workspace(self._arguments(threads), free)
+            workspace.views = views.make(self.views, workspace.results)
         if out is not None:
             for index, output in self.outputs.items():
                 workspace.arguments[index].lend(out[output])
