@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from armopt.ir.records import PassResult, Plan
+from armopt.passes.canonicalise_activation import CanonicaliseActivation
 from armopt.passes.canonicalise_contraction import CanonicaliseContraction
 from armopt.passes.canonicalise_conv import CanonicaliseConv
 from armopt.passes.canonicalise_linear import CanonicaliseLinear
@@ -30,6 +31,7 @@ from armopt.passes.pack_linear import PackLinear
 from armopt.passes.propagate_bf16 import PropagateBf16
 from armopt.passes.relax_views import RelaxViews
 from armopt.passes.remove_identities import RemoveIdentities
+from armopt.passes.restore_rows import RestoreRows
 from armopt.passes.split_experts import SplitExperts
 from armopt.passes.split_recurrence import SplitRecurrence
 
@@ -48,7 +50,9 @@ PREPARE: tuple[Pass, ...] = (
     SplitExperts(),
     CanonicaliseContraction(),
     CanonicaliseLinear(),
+    RestoreRows(),
     CanonicaliseConv(),
+    CanonicaliseActivation(),
     FoldBatchNorm(),
     FusePointwise(),
     ConvertTransposedConv(),

@@ -31,8 +31,8 @@ _CASTS = (_aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout)
 
 @dataclass(frozen=True)
 class RemoveIdentities:
-    """clone, alias, detach, contiguous, dropout in eval mode, padding by nothing, casts to the same dtype, metadata
-    checks: x -> x.
+    """clone, alias, detach, contiguous, dropout in eval mode, padding by nothing, joining with nothing (as caches do),
+    casts to the same dtype, metadata checks: x -> x.
 
     Leaves every cast that changes the dtype, and a copy that matters: of an input or weight that the model returns, of
     a buffer that it writes to, or in another layout where that is seen: see KeepStrides.
@@ -42,8 +42,8 @@ class RemoveIdentities:
         """Runs the pass."""
         rewritten = []
         written = g.written_constants(graph_module.graph)
-        for node in g.calls_to(graph_module.graph, *_COPIES, *_PADS, *_CASTS):
-            source = node.args[0]
+        for node in g.calls_to(graph_module.graph, *_COPIES, *_PADS, *_CASTS, _aten.cat.default):
+            source = _only_part(node) if node.target is _aten.cat.default else node.args[0]
             if isinstance(source, fx.Node) and _is_identity(node, source, written):
                 rewritten.append(node.name)
                 g.replace_and_erase(node, source)
@@ -53,6 +53,13 @@ class RemoveIdentities:
                 graph_module.graph.erase_node(node)
         g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten))
+
+
+def _only_part(joined: fx.Node) -> fx.Node | None:
+    """What tensors without elements are joined to; None where there is not one such."""
+    given: Any = joined.args[0]
+    parts = [part for part in given if 0 not in g.symbolic_shape(g.fake_value(part).shape)]
+    return parts[0] if len(parts) == 1 else None
 
 
 def _is_metadata_check(node: fx.Node) -> bool:

@@ -56,6 +56,20 @@ class TestRemoveIdentities(Contract):
             rewritten=1,
         ),
         Case(
+            "joined_with_nothing",
+            lambda: Forward(lambda s, x: torch.cat([torch.cat([torch.tensor([]), x], -2), x[:, :0], x + 1], -2)),
+            (noise(2, 3, 4),),
+            ops={"aten.cat.default": 1},
+            rewritten=2,  # the other is a copy of the constant
+        ),
+        Case(
+            "joined_with_nothing_and_returned",
+            lambda: Forward(lambda s, x: (torch.cat([x[:0], x]), torch.cat([x[:0]]))),
+            (noise(2, 3),),
+            ops={"aten.cat.default": 2},
+            rewritten=0,
+        ),
+        Case(
             "dynamic_batch",
             lambda: Forward(lambda s, x: s.fc(x.contiguous().clone()), fc=nn.Linear(4, 3)),
             (noise(2, 4),),
