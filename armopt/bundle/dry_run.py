@@ -30,8 +30,11 @@ _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _DEPENDS_ON_DATA = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
 
-def check(program: Program, signature: Signature, sizes: Bucket, most: int, where: str) -> None:
+def check(program: Program, signature: Signature, sizes: Bucket, most: int, where: str) -> Mapping[str, int]:
     """Refuses a program that does not run, does other than it says, or takes too much memory.
+
+    Returns:
+        Bytes of what each node gives, where that is one tensor whose size is fixed.
 
     Args:
         program: The program; nothing of it runs on data.
@@ -62,7 +65,7 @@ def check(program: Program, signature: Signature, sizes: Bucket, most: int, wher
             if run.node is None or not _may_depend_on_data(run.node.target):
                 break
         else:
-            return
+            return {} if signature.symbols else run.results
     node = "" if run.node is None else f": node {g.shown_name(run.node)}"
     raise BundleError(what, where=f"{where}{node}", hint="Make the bundle again")
 
@@ -180,10 +183,14 @@ def _fingerprint(value: Any) -> Hashable:
 
 
 class _DryRun:
-    """Runs a program node by node and compares its layers with what is recorded. `node` is the one it is at."""
+    """Runs a program node by node and compares its layers with what is recorded. `node` is the one it is at.
+
+    `results` has the bytes of each tensor that a node gives, where they don't depend on data.
+    """
 
     def __init__(self, program: Program) -> None:
         self.node: fx.Node | None = None
+        self.results: dict[str, int] = {}
         self._program = program
         self._weights: dict[str, torch.Tensor] = {}
 
@@ -200,7 +207,9 @@ class _DryRun:
                 values[node] = self._weight(str(node.target))
             elif node.op == "call_function":
                 args, kwargs = (fx.map_arg(each, values.__getitem__) for each in (node.args, node.kwargs))
-                values[node] = self._call(node, args, kwargs)
+                values[node] = found = self._call(node, args, kwargs)
+                if isinstance(found, torch.Tensor) and all(isinstance(size, int) for size in found.shape):
+                    self.results[node.name] = found.nbytes
             for source in node.all_input_nodes:
                 if last[source] is node:
                     del values[source]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from armopt.ir import graph as g
@@ -23,6 +25,7 @@ class Program:
         sites: Every Linear and convolution by its node's name. In a graph that was read the nodes have names of
             armopt's own making; `site.node` is the name in the bundle, which people know.
         shapes: Output shape of each of them; None where dynamic.
+        results: Bytes of what each node gives, where that is one tensor whose size is fixed.
         weights: Names in the bundle of the graph's constants, where they differ.
     """
 
@@ -31,6 +34,7 @@ class Program:
     sites: Mapping[str, Site]
     shapes: Mapping[str, tuple[int | None, ...]]
     weights: Mapping[str, str] = field(default_factory=dict)
+    results: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,4 +58,13 @@ def describe_program(graph_module: fx.GraphModule, bucket: Bucket, values: Bucke
         node.name: tuple(int(size) if g.is_fixed(size) else None for size in g.fake_value(node).shape)
         for node in layers(graph_module.graph)
     }
-    return Program(bucket, graph_module, found, shapes)
+    sizes = {node.name: _size(node.meta.get("val")) for node in graph_module.graph.nodes}
+    results = {name: size for name, size in sizes.items() if size is not None}
+    return Program(bucket, graph_module, found, shapes, results=results)
+
+
+def _size(value: object) -> int | None:
+    """Bytes of a tensor whose size is fixed."""
+    if not isinstance(value, torch.Tensor) or not all(map(g.is_fixed, value.shape)):
+        return None
+    return math.prod(map(int, value.shape)) * value.dtype.itemsize

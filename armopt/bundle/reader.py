@@ -98,9 +98,7 @@ def _read(path: Path, stored: BundleFiles, *, reference: bool) -> Bundle:
     parts = tuple(_part(part, weights, where) for part in graph.parts)
     _check_parts(described, parts, where)
     most = environment.memory_for_process()
-    for part in parts:
-        for program in part.programs:
-            dry_run.check(program, part.signature, program.bucket, most, where)
+    parts = tuple(_dry_run(part, most, where) for part in parts)
     rest = {name.removeprefix("/"): tensor for name, tensor in weights.items() if name.startswith("/")}
     rest |= _tied(graph.tied, weights, where)
     kept = None
@@ -111,6 +109,12 @@ def _read(path: Path, stored: BundleFiles, *, reference: bool) -> Bundle:
         dry_run.check(kept, parts[0].signature, parts[0].programs[0].bucket, most, place)
     stored.check_unchanged()
     return Bundle(path, described, parts, rest, copy, check_unchanged, kept)
+
+
+def _dry_run(part: Part, most: int, where: str) -> Part:
+    """A part whose programs run, with the sizes of their results."""
+    checked = [(each, dry_run.check(each, part.signature, each.bucket, most, where)) for each in part.programs]
+    return replace(part, programs=tuple(replace(program, results=results) for program, results in checked))
 
 
 def _tied(tied: Mapping[str, str], weights: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:

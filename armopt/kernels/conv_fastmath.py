@@ -12,7 +12,7 @@ from armopt.kernels import onednn_convolution as onednn
 from armopt.kernels.base import Kernel, Rounding, Use
 
 _LAYERS = (examples.STEM, examples.MIDDLE, examples.STRIDED, examples.FEW_ROWS, examples.DILATED)
-_WITH_POST_OPS = (replace(examples.SMALL, post_op="relu"), replace(examples.SMALL, post_op="silu"))
+_WITH_POST_OPS = tuple(replace(examples.SMALL, post_op=name) for name in ("relu", "relu6", "silu"))
 
 
 def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:

@@ -50,7 +50,10 @@ KERNEL = Kernel(
     layout=Layout.CHANNELS_LAST,
     fuses=onednn.fuses,
     examples={
-        "graviton3": (examples.DEPTHWISE, _GROUPED, replace(examples.DEPTHWISE, post_op="silu")),
+        "graviton3": (
+            *(examples.DEPTHWISE, _GROUPED, replace(_GROUPED, post_op="hardswish")),
+            *(replace(examples.DEPTHWISE, post_op=name) for name in ("silu", "hardswish", "gelu", "gelu_tanh", "tanh")),
+        ),
         "yitian710": (examples.DEPTHWISE,),
         "graviton2": (examples.DEPTHWISE, *_DENSE),
     },

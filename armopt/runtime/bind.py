@@ -109,6 +109,8 @@ class Binder:
         between.pool_as_integers(source, mapping, program.shapes)
         if not self.bf16_attention:
             between.attend_in_fp32(source, mapping)
+        if calls.workspaces.layers:
+            owned |= calls.place_operations(source.graph, mapping, program.results)
         memory = arena.plan(source.graph, {old: calls.workspaces.layers[index].size for old, index in owned.items()})
         calls.finish(memory.size, {owned[old]: place for old, place in memory.places.items()})
         return finish(root, graph, constants), [bound[node] for node in found]

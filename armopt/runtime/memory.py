@@ -8,15 +8,21 @@ from armopt.bundle.program import Program
 from armopt.ir import arena
 from armopt.ir.calls import call_of, layers
 from armopt.kernels import sites, table
+from armopt.runtime import operations
 
 
 def between_layers(program: Program) -> tuple[int, int]:
-    """Bytes of the arena, and of all layers' results each by itself; at the planned sizes.
+    """Bytes of the arena, and of all that may lie there each by itself; at the planned sizes.
 
-    The first is what each call at a time holds, besides what it returns and what PyTorch's operations give.
+    The first is what each call at a time holds, besides what it returns and what those of PyTorch's operations give
+    that can't write to a place: layer norms, attention.
     """
     graph = program.graph_module.graph
     sizes = {
+        node: size
+        for node in graph.nodes
+        if (size := program.results.get(node.name)) is not None and operations.of(node, size) is not None
+    } | {
         node: math.prod(sites.result_shape(program.sites[node.name]))
         * table.get(call_of(node).kernel).activations.itemsize
         for node in layers(graph)

@@ -17,7 +17,7 @@ from armopt.kernels.onednn import primitives, views
 from armopt.kernels.onednn.any_size import AnySize
 from armopt.kernels.onednn.layer import Layer, Wanted, describe
 from armopt.kernels.onednn.workspaces import OneSize, Workspaces
-from armopt.runtime import numbers
+from armopt.runtime import numbers, operations
 from armopt.runtime.packings import Packings
 
 _aten = torch.ops.aten
@@ -165,6 +165,31 @@ class Calls:
         self._results[y] = len(layers) - 1
         y = call.call(_aten.squeeze.dim, y, 2) if flat else y
         return y if layer.wanted.post_op else call.post_op(y)
+
+    def place_operations(
+        self, source: fx.Graph, mapping: Mapping[fx.Node, fx.Node], sizes: Mapping[str, int]
+    ) -> dict[fx.Node, int]:
+        """Lets operations of PyTorch's write to places too; gives back the index of each by its node in `source`.
+
+        Args:
+            source: The graph of which this is a copy.
+            mapping: From nodes of `source` to those of the copy.
+            sizes: Bytes of results by the names of nodes in `source`.
+        """
+        placed = {}
+        for old in source.nodes:
+            node = mapping.get(old)
+            if old.op != "call_function" or old.name not in sizes or node is None or node.target is not old.target:
+                continue
+            operation = operations.of(node, sizes[old.name])
+            if operation is None:
+                continue
+            placed[old] = self._results[node] = len(self.workspaces.layers)
+            self.workspaces.layers.append(operation)
+            run = operation.function(placed[old])
+            run.__name__ = node.name
+            node.target, node.args = run, (self._taken(), *node.args)
+        return placed
 
     def _taken(self) -> fx.Node:
         if self._workspace is None:

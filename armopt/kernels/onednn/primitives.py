@@ -26,8 +26,16 @@ _CPU, _IN_ORDER, _USER, _ANY = 1, 1, 1, 1
 _FORWARD_INFERENCE, _DIRECT = 96, 1
 _STATUS = ("success", "out of memory", "invalid arguments", "unimplemented", "last implementation reached")
 _DTYPES = {torch.bfloat16: 2, torch.float32: 3}
-#: dnnl_eltwise_*, by the names of post_ops.
-ELTWISE = {"relu": 0x20, "sigmoid": 0x29}
+#: dnnl_eltwise_* with alpha and beta, by the names of post_ops.
+ELTWISE = {
+    "relu": (0x20, 0.0, 0.0),
+    "sigmoid": (0x29, 0.0, 0.0),
+    "gelu_tanh": (0x2B, 0.0, 0.0),
+    "silu": (0x2C, 1.0, 0.0),
+    "relu6": (0x2E, 0.0, 6.0),
+    "gelu": (0x31, 0.0, 0.0),
+    "hardswish": (0x34, 1 / 6, 1 / 2),
+}
 #: dnnl_fpmath_mode_*.
 _STRICT, _BF16 = 0, 1
 _ALIGNMENT = 64
@@ -171,7 +179,7 @@ class Api:
         self._call("primitive_attr_set_scratchpad_mode", attributes, _USER)
         if post_op:
             chain = self._new("post_ops", "post_ops_create")
-            self._call("post_ops_append_eltwise", chain, ELTWISE[post_op], 0.0, 0.0)
+            self._call("post_ops_append_eltwise", chain, *ELTWISE[post_op])
             self._call("primitive_attr_set_post_ops", attributes, chain)
         return attributes
 

@@ -36,7 +36,7 @@ class Call(Protocol):
     def arguments(self, threads: int, scratch: torch.Tensor, place: torch.Tensor | None) -> Any:
         """What one call at a time needs; `place` is where results that fit may lie."""
 
-    def function(self, index: int) -> Callable[[Workspace, torch.Tensor], torch.Tensor]:
+    def function(self, index: int) -> Callable[..., torch.Tensor]:
         """A function of a workspace, in which its arguments are at `index`, and the input."""
 
 
