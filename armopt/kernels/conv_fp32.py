@@ -52,7 +52,7 @@ KERNEL = Kernel(
     examples={
         "graviton3": (
             *(examples.DEPTHWISE, _GROUPED, replace(_GROUPED, post_op="hardswish")),
-            *(replace(examples.DEPTHWISE, post_op=name) for name in ("silu", "hardswish", "gelu", "gelu_tanh", "tanh")),
+            *(replace(examples.DEPTHWISE, post_op=name) for name in ("silu", "hardswish", "gelu", "gelu_tanh")),
         ),
         "yitian710": (examples.DEPTHWISE,),
         "graviton2": (examples.DEPTHWISE, *_DENSE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -172,14 +173,16 @@ def exact(case: Case) -> torch.Tensor:
         y = torch.nn.functional.linear(x, weight, bias)
     else:
         y = torch.convolution(x, weight, bias, *_geometry(case.layer))
-    match case.layer.post_op:
-        case "none":
-            return y
-        case "relu":
-            return y.relu()
-        case "silu":
-            return torch.nn.functional.silu(y)
-    raise AssertionError(case.layer.post_op)
+    functions = {
+        "none": lambda y: y,
+        "relu": torch.relu,
+        "relu6": torch.nn.functional.relu6,
+        "silu": torch.nn.functional.silu,
+        "hardswish": torch.nn.functional.hardswish,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    }
+    return functions[case.layer.post_op](y)
 
 
 def _geometry(layer: Example) -> tuple[object, ...]:
