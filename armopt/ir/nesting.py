@@ -11,7 +11,7 @@ import keyword
 import math
 import numbers
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -243,7 +243,7 @@ def _fields(node: Any) -> dict[str, Any] | None:
     return None
 
 
-def builder(structure: Structure) -> Callable[[list[Any]], Any]:
+def builder(structure: Structure) -> Callable[[Sequence[Any]], Any]:
     """A function from flat tensors to the nested value. What can be decided once is decided here."""
     if isinstance(structure, Tensor):
         index = structure.index

@@ -14,7 +14,7 @@ from armopt.errors import ArmoptError, InputError, first_line
 from armopt.ir import buckets, nesting
 from armopt.ir.pieces import BATCH, run_in_pieces
 from armopt.ir.records import Bucket, Signature
-from armopt.runtime import forks, surroundings
+from armopt.runtime import forks, guards, surroundings
 from armopt.runtime.arguments import Arguments
 from armopt.runtime.bind import Bound
 from armopt.runtime.forks import FORKS
@@ -41,12 +41,14 @@ class Model(Loaded):
         self.kernels = tuple(tuple(entries) for entries in kernels)
         self._arguments = Arguments(signature.inputs, [spec.name for spec in signature.specs])
         self._specs = [(spec.name, spec.shape, getattr(torch, spec.dtype)) for spec in signature.specs]
+        self._fit = guards.of([shape for _, shape, _ in self._specs], [dtype for *_, dtype in self._specs])
         self._plain = signature.inputs.names if _is_plain(signature.inputs) else None
         symbols = {symbol.name for symbol in signature.symbols}
         self._least, self._most = _bounds(signature)
         self._outputs = signature.outputs.tree
         self._build = nesting.builder(self._outputs)
         self._positions = signature.outputs.positions
+        self._in_order = [*self._positions] == [*range(len(self._positions))]
         self._empty = empty
         self._forks = None if forks.on_own_thread() else FORKS.count
         self._programs = [(dict(bucket), forward) for bucket, forward in programs]
@@ -55,6 +57,7 @@ class Model(Loaded):
         # where the symbols' values are found: (symbol, tensor, dimension); and sizes that follow from them: 2*batch
         self._where = [entry for entry in dynamic if entry[0] in symbols]
         self._rows = signature.rows
+        self._only = self._programs[0][1] if len(self._programs) == 1 and not (dynamic or self._rows) else None
         self._batched = [spec.shape[:1] == (BATCH,) for spec in signature.specs]
         self._following = [entry for entry in dynamic if entry[0] not in symbols]
         self.__signature__ = _signature(signature.inputs.names)
@@ -103,7 +106,7 @@ class Model(Loaded):
 
     def nested(self, results: Sequence[Any]) -> Any:
         """What the model returns, from the graph's flat outputs."""
-        return self._build([results[i] for i in self._positions])
+        return self._build(results if self._in_order else [results[i] for i in self._positions])
 
     def run_flat(
         self, tensors: Sequence[torch.Tensor], out: Sequence[torch.Tensor | None] | None = None
@@ -124,10 +127,10 @@ class Model(Loaded):
     def _run(self, tensors: Sequence[torch.Tensor], out: Sequence[torch.Tensor | None] | None) -> Sequence[Any]:
         try:
             if not torch.is_grad_enabled():
-                return self._call(tensors, out)
+                return self._only(*tensors) if self._only is not None and out is None else self._call(tensors, out)
             torch._C._set_grad_enabled(False)  # a fifth of what torch.no_grad() takes
             try:
-                return self._call(tensors, out)
+                return self._only(*tensors) if self._only is not None and out is None else self._call(tensors, out)
             finally:
                 torch._C._set_grad_enabled(True)
         except ArmoptError:
@@ -142,15 +145,17 @@ class Model(Loaded):
             return run_in_pieces(forward, tensors, self._batched, self._rows)
         return forward(*tensors) if out is None or forward not in self._lending else forward(*tensors, out)
 
-    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[torch.Tensor]:
         """The tensors of a call, in the order of the graph's inputs, checked."""
+        if not kwargs and self._plain is not None and len(args) == len(self._plain):
+            return self.check_inputs(args)
         if self._plain is not None and len(args) + len(kwargs) == len(self._plain):
             names = self._plain[len(args) :]
             if all(name in kwargs for name in names):
                 return self.check_inputs([*args, *(kwargs[name] for name in names)])
         return self.check_inputs(self._arguments.flatten(args, kwargs))
 
-    def check_inputs(self, tensors: Sequence[Any]) -> list[torch.Tensor]:
+    def check_inputs(self, tensors: Sequence[Any]) -> Sequence[torch.Tensor]:
         """Compares flat inputs with what the model was captured with.
 
         Returns:
@@ -159,6 +164,10 @@ class Model(Loaded):
         Raises:
             InputError: Naming the input that differs.
         """
+        if self._fit is not None and len(tensors) == len(self._specs) and self._fit(*tensors):
+            if self._where:
+                self._check_sizes(tensors)
+            return tensors
         checked = list(tensors)
         for i, (tensor, (name, shape, dtype)) in enumerate(zip(tensors, self._specs, strict=True)):
             if not isinstance(tensor, torch.Tensor) or not tensor.is_cpu or tensor.layout is not torch.strided:

@@ -1,0 +1,40 @@
+"""A check of all inputs in one call of C: the one by which torch.compile knows whether a graph takes its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from armopt.ir.records import Dim
+
+
+def of(shapes: Sequence[Sequence[Dim]], dtypes: Sequence[torch.dtype]) -> Callable[..., bool] | None:
+    """Whether inputs are plain tensors on the CPU, of these shapes and dtypes; as many have to be given.
+
+    It is strict: False means that they have to be looked at, one by one.
+
+    Args:
+        shapes: Of the inputs; names stand for any size.
+        dtypes: Of the inputs.
+
+    Returns:
+        The check; None where this PyTorch has none.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+    except ImportError:
+        return None
+    sizes = [[size if isinstance(size, int) else None for size in shape] for shape in shapes]
+    examples = [
+        torch.empty((), dtype=dtype, device="cpu").expand([2 if size is None else size for size in shape])
+        for shape, dtype in zip(sizes, dtypes, strict=True)
+    ]
+    # PyTorch's stubs say that these are flat lists
+    dynamic: dict[str, Any] = {"dynamic_dims_sizes": sizes, "dynamic_dims_strides": [[None] * len(s) for s in shapes]}
+    try:
+        check: Callable[..., bool] = TensorGuards(*examples, **dynamic).check
+        return check if examples and check(*examples) else None
+    except (TypeError, RuntimeError):
+        return None
