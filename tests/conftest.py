@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import shlex
 import signal
@@ -18,6 +19,9 @@ from armopt.emulation.folder import NEWEST_TORCH
 ARM64, E2E = (Path(__file__).parent / name for name in ("arm64", "e2e"))
 #: An error of armopt's own is one here, also where a model would run without it; so it is in programs that tests start.
 os.environ["ARMOPT_RAISE"] = "1"
+
+
+gc.disable()  # while all is imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,6 +55,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(
         key=lambda item: (not item.path.is_relative_to(ARM64), not item.path.is_relative_to(E2E), item.path not in slow)
     )
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of Python's search for cycles: again and again through torch is a sixth of all."""
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
+    gc.enable()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Graphs and their weights hold each other: those of a file go with it."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import operator
 import os
@@ -267,7 +268,10 @@ def _kill(group: int) -> None:
 
 def serve(descriptor: int, preload: str) -> None:
     """Forks a process for each job until the socket closes. This is what the emulated process executes."""
+    gc.disable()
     importlib.import_module(preload)
+    gc.freeze()  # no job looks for cycles in what was imported, nor copies the pages that it shares
+    gc.enable()
     control = socket.socket(fileno=descriptor)
     control.set_inheritable(False)  # a program that a job starts must not hold it open
     control.sendall(_STARTED)

@@ -14,6 +14,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from armopt.errors import CaptureError, PassError
 from armopt.ir.operations import SPLIT_ROWS
@@ -49,10 +50,11 @@ def attribute_name(graph_module: torch.nn.Module, wanted: str) -> str:
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     """The mode that the graph's metadata was made in."""
-    mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
-    if mode is None:
-        raise PassError("the graph has no fake tensors", hint="capture it with armopt.capture")
-    return mode
+    for node in graph.nodes:  # the first tells it: passes ask again for each node that they insert
+        mode = detect_fake_mode([node.meta.get("val")])
+        if mode is not None:
+            return mode
+    raise PassError("the graph has no fake tensors", hint="capture it with armopt.capture")
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -262,7 +264,7 @@ def written_constants(graph: fx.Graph) -> set[str]:
 
 
 def remove_unused(graph_module: fx.GraphModule) -> None:
-    """Drops unused pure nodes and the constants that nobody reads, then recompiles."""
+    """Drops unused pure nodes and the constants that nobody reads; the module runs what is left."""
     graph = graph_module.graph
     for node in reversed(list(graph.nodes)):
         if not node.users and is_pure(node):
@@ -275,7 +277,7 @@ def remove_unused(graph_module: fx.GraphModule) -> None:
 
 
 def copy(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy with its own graph and the same tensors."""
+    """A copy with its own graph and the same tensors. Its code is made when it runs: passes change the graph often."""
     tensors: dict[str, torch.Tensor] = dict(graph_module.named_buffers(remove_duplicate=False))
     tensors |= graph_module.named_parameters(remove_duplicate=False)
     graph = fx.Graph()
@@ -284,7 +286,7 @@ def copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     root = torch.nn.Module()
     for name, tensor in tensors.items():
         root.register_buffer(name, tensor.detach())
-    result = fx.GraphModule(root, graph)
+    result = _LazyGraphModule(root, graph)
     source = next(iter(reversed(graph_module.graph.nodes)))
     next(iter(reversed(result.graph.nodes))).meta.update(source.meta)
     return result

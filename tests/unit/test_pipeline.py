@@ -120,3 +120,23 @@ def test_the_order_is_one_visible_tuple() -> None:
         "FoldStride",
         "MergeProjections",
     ]
+
+
+def test_passes_make_no_code_until_the_graph_runs(
+    graph_module: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch makes it anew after each pass, a seventh of the time of an optimization, and nobody runs it."""
+    made: list[fx.Graph] = []
+    of_torch = fx.Graph.python_code
+
+    def counted(graph: fx.Graph, *args: object, **options: object) -> object:
+        made.append(graph)
+        return of_torch(graph, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fx.Graph, "python_code", counted)
+    prepared, records = pipeline.Pipeline().prepare(g.copy(graph_module))
+    assert any(record.rewritten for record in records)
+    assert not made
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(prepared(x)[0], graph_module(x)[0])
+    assert prepared.graph in made

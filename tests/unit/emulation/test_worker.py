@@ -52,6 +52,11 @@ def test_a_job_that_is_not_there_fails_alone(worker: EmulatedWorker, job: str) -
     assert worker.call("platform:machine").value == platform.machine()
 
 
+def test_jobs_look_for_no_cycles_in_what_was_imported(worker: EmulatedWorker) -> None:
+    assert worker.call("gc:get_freeze_count").value > 1000
+    assert worker.call("gc:isenabled").value
+
+
 def test_exit_is_a_failure(worker: EmulatedWorker) -> None:
     with pytest.raises(EmulatedError, match="SystemExit"):
         worker.call("sys:exit")
