@@ -18,7 +18,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from armopt.capture import decompositions, dimensions, refusals
+from armopt.capture import decompositions, dimensions, refusals, widening
 from armopt.capture.calls import (
     Args,
     Kwargs,
@@ -133,6 +133,8 @@ def exported(
     with quiet():
         program = decompositions.without_writes(program)
     graph_module = unlift(program, source)
+    _check_parameters(program, source)
+    half = widening.widened_program(graph_module, program, source)
     inputs, tensors = describe_inputs(args, kwargs, signature or _signature_names(program, args), defaults)
     own = [*signature[: len(args)], *kwargs]
     if isinstance(original, torch.jit.ScriptModule) and len(own) == len(tensors):
@@ -158,7 +160,7 @@ def exported(
         source=source,
         eager=(
             Eager.of_program(given, outputs, source)
-            if original is None
+            if original is None or half  # TorchScript stays in its dtype, so what was made of it serves
             else Eager.of_module(original, inputs, outputs, source)
         ),
     )
@@ -169,6 +171,18 @@ def _renamed(size: Dim, called: Mapping[str, str]) -> Dim:
     if isinstance(size, int) or size in called:
         return size if isinstance(size, int) else called[size]
     return re.sub(r"\w+", lambda found: called.get(found[0], found[0]), size)
+
+
+def _check_parameters(program: ExportedProgram, source: str) -> None:
+    """Refuses parameters that are neither in FP32 nor in what that holds exactly.
+
+    Raises:
+        InputError: Naming the first such parameter.
+    """
+    for name, tensor in program.state_dict.items():
+        known = (torch.float32, torch.complex64, *widening.HALF)
+        if isinstance(tensor, torch.nn.Parameter) and tensor.dtype not in known:
+            raise wrong_dtype(name, tensor.dtype, source)
 
 
 def check_dtypes(model: torch.nn.Module, source: str) -> None:

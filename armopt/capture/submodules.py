@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from armopt import capture
+from armopt.capture.widening import SAID, say_if_half
 from armopt.errors import CaptureError, InputError
 from armopt.ir import buckets
 from armopt.ir.nesting import Inputs
@@ -67,6 +69,7 @@ def find(
     parts: list[CapturedPart] = []
     left: list[Skip] = []
     level = {"": model}
+    say_if_half(model, source)
     with capture.eval_mode(model), torch.no_grad():
         seen = _watch(model, calls, source)
         while level:
@@ -228,7 +231,9 @@ def _capture(
     entries = [entry for entry in seen if isinstance(entry, _Seen)]
     args, kwargs = sample
     where = f"{source}: {path}" if path else source
-    captured = capture.module(module, args, kwargs, varying=_varying(entries), source=where)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=SAID)  # once, of the whole model
+        captured = capture.module(module, args, kwargs, varying=_varying(entries), source=where)
     found: list[Bucket] = []
     for entry in entries:
         sizes = _sizes(captured, entry)
