@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import pytest
 
 from armopt.accuracy.report import page
 from armopt.bundle import manifest, reader
-from armopt.cli.output import Output, text_table
+from armopt.cli.output import Output, show_warnings, text_table
 from armopt.compiler import plan_page
-from armopt.errors import BundleError, InputError, first_line
+from armopt.errors import ArmoptWarning, BundleError, InputError, first_line
 from tests.unit.test_manifest import hashed
 
 
@@ -90,3 +91,17 @@ def test_no_bundle_holds_it(mlp_bundle: Path, tmp_path: Path) -> None:
     described = reader.read(mlp_bundle).manifest
     odd = replace(described, model=replace(described.model, source="a\x1b\n.pt2"))
     assert manifest.from_bytes(manifest.to_bytes(odd), "m").model.source == r"a\x1b\n.pt2"
+
+
+def test_warnings_look_like_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """No line of armopt's source, which says nothing to people."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    show_warnings()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("model.pt has a prefix\x1b", ArmoptWarning, stacklevel=1)
+        warnings.warn("armopt: said", ArmoptWarning, stacklevel=1)
+        warnings.warn("another's", UserWarning, stacklevel=1)
+    ours, said, *others = capsys.readouterr().err.splitlines()
+    assert (ours, said) == ("armopt: model.pt has a prefix\\x1b", "armopt: said")
+    assert "UserWarning: another's" in others[0]
