@@ -105,8 +105,9 @@ def first_line(error: BaseException) -> str:
 
 
 def close_names(name: str, known: Collection[str]) -> list[str]:
-    """Up to three of the names known that come close to a wrong one."""
-    return difflib.get_close_matches(name, known, n=3)
+    """Up to three of the names known that come close to a wrong one; those first that it is the beginning of."""
+    longer = sorted((other for other in known if name and other.startswith(name)), key=lambda each: (len(each), each))
+    return list(dict.fromkeys((*longer, *difflib.get_close_matches(name, known, n=3))))[:3]
 
 
 def unknown(kind: str, name: str, known: Collection[str], *, where: str = "", said: str = "") -> InputError:

@@ -114,11 +114,15 @@ def parse(ranges: Sequence[str], at: Sequence[str]) -> dict[str, Dimension]:
         if (match := _RANGE.fullmatch(text)) is None:
             raise InputError(f"can't read {text!r}", where="--dim", hint="Write NAME=LEAST..MOST: tokens=1..512")
         most = int(match["most"]) if match["most"] else None
-        bounds.setdefault(match["name"], {}).update(least=int(match["least"]), most=most)
+        given = bounds.setdefault(match["name"], {})
+        if given:
+            raise InputError(f"{match['name']} is given twice", where="--dim", hint="Give one range for each name")
+        given.update(least=int(match["least"]), most=most)
     for text in at:
         if (match := _AT.fullmatch(text)) is None:
             raise InputError(f"can't read {text!r}", where="--at", hint="Write NAME=SIZES: tokens=32,128,512")
-        bounds.setdefault(match["name"], {}).update(at=tuple(map(int, match["sizes"].split(","))))
+        given = bounds.setdefault(match["name"], {})
+        given["at"] = (*given.get("at", ()), *map(int, match["sizes"].split(",")))
     return {name: Dimension(name, **given) for name, given in bounds.items()}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from armopt.errors import ArmoptError, InputError, first_line
 from armopt.models.torchvision_ops import ensure_torchvision_if_installed
@@ -78,10 +79,21 @@ def build(reference: str) -> torch.nn.Module:
     except Exception as error:
         raise InputError(
             f"transformers can't load it: {first_line(error)}",
-            where=str(folder),
+            where=str(_damaged(folder) or folder),
             hint="It needs config.json, and model.safetensors or shards and their index: save_pretrained writes them",
         ) from error
     return model
+
+
+def _damaged(folder: Path) -> Path | None:
+    """The first file of weights that can't be opened, which transformers does not name."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except Exception:
+            return path
+    return None
 
 
 def _foreign_kernels(described: Any, names_them: bool = False) -> Iterator[str]:
@@ -209,6 +221,8 @@ def _size(folder: Path, config: Any) -> tuple[int, int]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError("there is no such folder", where=str(folder), hint="Give one that save_pretrained wrote")
     if not (folder / CONFIG).is_file():
         raise InputError(
             f"holds no {CONFIG}",

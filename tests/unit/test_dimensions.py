@@ -14,6 +14,7 @@ import armopt
 from armopt.capture import dimensions
 from armopt.capture.dimensions import Dimension, Example
 from armopt.cli.app import app
+from armopt.compiler.captured_model import capture_model
 from armopt.errors import CaptureError, InputError
 
 HERE = "tests.unit.test_dimensions"
@@ -154,3 +155,11 @@ def test_an_example_names_tensors_and_dimensions_that_are_there() -> None:
     with pytest.raises(InputError, match="'tokens': has two ranges"):
         armopt.optimize(reader(), Example(given, two), output="never")
     assert dimensions.parse(["tokens=2..9"], ["tokens=3,4"]) == {"tokens": Dimension("tokens", 2, 9, (3, 4))}
+    assert dimensions.parse([], ["tokens=3", "tokens=4"])["tokens"].at == (3, 4)
+    with pytest.raises(InputError, match="tokens is given twice"):
+        dimensions.parse(["tokens=2..9", "tokens=3..4"], [])
+
+
+def test_sizes_of_a_batch_that_is_fixed_are_not_passed_over() -> None:
+    with pytest.raises(InputError, match=r"no dimension is called 'batch'.*--batch 1,8"):
+        capture_model(nn.Linear(4, 4), (torch.zeros(2, 4),), dims={"batch": Dimension("batch", at=(1, 8))})

@@ -146,6 +146,16 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, transformers: Any, 
     assert said in str(raised.value)
 
 
+def test_a_damaged_shard_and_a_missing_folder_are_named(tmp_path: Path, transformers: Any) -> None:
+    bert(transformers).save_pretrained(tmp_path, max_shard_size="20KB")
+    place = sorted(tmp_path.glob("*.safetensors"))[1]
+    place.write_bytes(b"x" * 20)
+    with pytest.raises(InputError, match=f"{place.name}: transformers can't load it"):
+        references.resolve(f"hf:{tmp_path}")()
+    with pytest.raises(InputError, match="nowhere: there is no such folder"):
+        references.resolve(f"hf:{tmp_path / 'nowhere'}")()
+
+
 def test_a_folder_of_pickles_is_not_read(tmp_path: Path, transformers: Any) -> None:
     model: Any = bert(transformers)
     model.config.architectures = ["BertForSequenceClassification"]
@@ -188,11 +198,13 @@ def test_a_state_dict_in_several_files(tmp_path: Path) -> None:
         ('{"weight_map": {"a": "../x.safetensors"}}', "names '../x.safetensors', no .safetensors beside it"),
         ('{"weight_map": {"a": "x.safetensors"}}', "x.safetensors: there is no such file"),
         ('{"weight_map": {"a": "model-0.safetensors"}}', "model-0.safetensors: lacks a"),
+        ('{"weight_map": {"a": "cut.safetensors"}}', "cut.safetensors: is truncated or damaged"),
     ],
 )
 def test_an_index_that_is_none_is_refused(tmp_path: Path, content: str, said: str) -> None:
     index = shards(tmp_path)
     index.write_text(content)
+    (tmp_path / "cut.safetensors").write_bytes(b"x" * 20)
     error = run("plan", str(index), "--model", "tests.unit.test_folders:linear", "--input", "2x8").exception
     assert isinstance(error, InputError)
     assert said in str(error)
