@@ -33,8 +33,9 @@ def is_tensor(leaf: Any) -> bool:
 @contextlib.contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """A model in eval mode, every part of it; afterwards as it was."""
-    training = [part for part in model.modules() if part.training]
-    model.eval()
+    training = [part for part in model.modules() if getattr(part, "training", False)]  # frozen TorchScript has none
+    if training:
+        model.eval()
     try:
         yield
     finally:

@@ -129,7 +129,7 @@ class Eager:
     def _as_called(self) -> Iterator[None]:
         exported = isinstance(self.module, torch.fx.GraphModule) and hasattr(self.module, "validate_inputs")
         with without_cache(self.module):
-            if exported or not self.module.training:
+            if exported or not getattr(self.module, "training", False):  # frozen TorchScript has none
                 yield
             else:
                 with eval_mode(self.module):

@@ -191,10 +191,13 @@ def _widen_call(node: fx.Node, casts: Mapping[fx.Node, fx.Node]) -> None:
 
 def _widen_tensors(module: torch.nn.Module) -> None:
     wide: dict[int, torch.Tensor] = {}
-    for table in (table for part in module.modules() for table in (part._parameters, part._buffers)):
+    tables: list[dict[str, Any]] = [
+        t for each in module.modules() for t in (each._parameters, each._buffers, vars(each))
+    ]
+    for table in tables:
         for name, tensor in table.items():
-            if tensor is not None and tensor.dtype in HALF:
-                table[name] = wide.setdefault(id(tensor), tensor.detach().float())  # type: ignore[assignment]
+            if isinstance(tensor, torch.Tensor) and tensor.dtype in HALF:
+                table[name] = wide.setdefault(id(tensor), tensor.detach().float())
 
 
 def _is_half(node: fx.Node) -> bool:
