@@ -93,14 +93,14 @@ _LONGEST = 600
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error that says something, whole; its type where that line is endless.
+    """The first line of another library's error that says something, less its full stop; its type where it is endless.
 
     An error of armopt's own says what to do next and is kept whole.
     """
     if isinstance(error, ArmoptError):
         return str(error)
     lines = (line.strip() for line in str(error).splitlines())
-    said = next((line for line in lines if line), "")
+    said = next((line for line in lines if line), "").removesuffix(".")
     return printable(said) if 0 < len(said) <= _LONGEST else type(error).__name__
 
 

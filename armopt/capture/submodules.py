@@ -66,6 +66,9 @@ def find(
     Raises:
         InputError: The model fails on a call, or nothing in it can be captured.
     """
+    if not has_layers(model):
+        hint = "armopt.compile runs it as it is"
+        raise InputError("has no Linear and no convolution, so nothing can be optimized", where=source, hint=hint)
     parts: list[CapturedPart] = []
     left: list[Skip] = []
     level = {"": model}
@@ -96,8 +99,8 @@ def find(
                 deeper |= dict(_children(module, path))
             level = deeper
     if not parts:
-        reason = left[0].reason if left else "it has no Linear and no convolution"
-        raise InputError(f"nothing in the model can be captured: {reason}", where=source, hint="See docs/compile.md")
+        what = f"nothing in the model can be captured: {left[0].reason}"
+        raise InputError(what, where=source, hint="See docs/compile.md")
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     return tuple(sorted(parts, key=lambda part: order[part.path])), tuple(left)
 

@@ -146,6 +146,11 @@ def test_arrays_and_unknown_kinds_are_refused(tmp_path: Path) -> None:
         armopt.optimize(model, x, output=tmp_path / "b", checks={"min_cosine": 0.9})  # type: ignore[arg-type]
 
 
+def test_a_model_without_layers_has_no_parts(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="LSTM: has no Linear and no convolution"):
+        armopt.optimize(nn.LSTM(4, 4), [(torch.randn(2, 3, 4),)], output=tmp_path / "b", kind="module")
+
+
 def test_a_function_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected a model, found a function.*wrap a function in a module"):
         armopt.optimize(lambda x: x, (torch.randn(2, 8),), output=tmp_path / "b")  # type: ignore[arg-type]

@@ -71,6 +71,7 @@ def test_a_cell_and_an_error_are_one_line() -> None:
     assert text_table(("a",), [("x\n  forged",)]).splitlines()[-1] == r"x\n  forged"
     assert str(InputError("x\narmopt: all is well")) == r"x\narmopt: all is well"
     assert first_line(ValueError("\x1b[2Jx\ny")) == r"\x1b[2Jx"
+    assert first_line(ValueError("It is not supported.\nMore.")) == "It is not supported"
 
 
 @pytest.mark.parametrize("text", [text for text in OBEYED if text != OBEYED[text]], ids=ascii)
