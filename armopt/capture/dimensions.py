@@ -139,6 +139,7 @@ def with_batch(args: Args, kwargs: Kwargs, axes: Axes, batch: Sequence[int]) -> 
     found = {key: dict(dimensions) for key, dimensions in axes.items()}
     for tensor in tensors:
         if tensor.shape[0] == tensors[0].shape[0]:
+            _refuse_batch_of(found.get(id(tensor), {}))
             found.setdefault(id(tensor), {}).setdefault(0, Dimension(BATCH, at=tuple(batch)))
     return found
 
@@ -158,6 +159,8 @@ def resized(args: Args, kwargs: Kwargs, axes: Axes, rows: int | None = None) -> 
             return leaf
         vary = axes.get(id(leaf), {})
         sizes = {0: rows} if rows is not None and leaf.dim() and leaf.shape[0] == current else {}
+        if sizes:
+            _refuse_batch_of(vary)
         tensor = at_sizes(leaf, sizes | {axis: each.captured(leaf.shape[axis]) for axis, each in vary.items()})
         if vary:
             found[id(tensor)] = vary
@@ -165,6 +168,14 @@ def resized(args: Args, kwargs: Kwargs, axes: Axes, rows: int | None = None) -> 
 
     args, named = tree_map(resize, (args, dict(kwargs)))
     return args, named, found
+
+
+def _refuse_batch_of(dimensions: Mapping[int, Dimension]) -> None:
+    """Refuses sizes of a batch where the first dimension has another name."""
+    if 0 in dimensions and dimensions[0].name != BATCH:
+        name = dimensions[0].name
+        hint = f"Give its sizes: --at {name}=1,8"
+        raise InputError(f"the first dimension is called {name!r}, so there is no batch", where="--batch", hint=hint)
 
 
 def at_sizes(tensor: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:

@@ -266,7 +266,8 @@ def _check_tensors(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]
             not isinstance(size, int) or size == found for size, found in zip(expected.shape, tensor.shape, strict=True)
         )
         if not fits or tensor.dtype != expected.dtype:
-            wanted = f"{list(g.symbolic_shape(expected.shape))} {expected.dtype}".replace("torch.", "")
+            sizes = ", ".join(str(size) if g.is_fixed(size) else "any" for size in expected.shape)
+            wanted = f"[{sizes}] {expected.dtype}".replace("torch.", "")
             found = f"{list(tensor.shape)} {tensor.dtype}".replace("torch.", "")
             raise InputError(
                 f"input {node.target} is {found}, the model takes {wanted}",
@@ -332,7 +333,7 @@ def _symbols(
 ) -> tuple[Symbol, ...]:
     """The dynamic dimensions of the inputs, but for those that follow from others.
 
-    Each has the name that was given it; else one of first dimensions is the batch.
+    Each has the name that was given it; else one of first dimensions is the batch, and others go by their number.
 
     Raises:
         InputError: A dimension that has a name is fixed.
@@ -346,10 +347,21 @@ def _symbols(
             expression = "" if isinstance(size, int) else str(size.node.expr)
             if expression not in ranges or expression in found or expression in following:
                 continue
-            first = dimension == 0 and BATCH not in {*called.values(), *(symbol.name for symbol in found.values())}
-            name = called.get(expression, BATCH if first else expression)
+            taken = {*called.values(), *(symbol.name for symbol in found.values())}
+            name = called.get(expression) or _free_name(dimension, taken)
             found[expression] = Symbol(name, expression, *_bounds(ranges[expression]))
     return tuple(found.values())
+
+
+def _free_name(dimension: int, taken: Collection[str]) -> str:
+    """A name for a dimension that nobody named: torch's own (s27) says nothing, and is another each time."""
+    if dimension == 0 and BATCH not in taken:
+        return BATCH
+    name, count = f"dim{dimension}", 1
+    while name in taken:
+        count += 1
+        name = f"dim{dimension}_{count}"
+    return name
 
 
 def _called(graph_module: fx.GraphModule, named: Sequence[Mapping[int, Dimension]], source: str) -> dict[str, str]:
