@@ -93,20 +93,21 @@ _LONGEST = 600
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error that says something, whole; its type where that line is endless.
+    """The first line of another library's error that says something, less its full stop; its type where it is endless.
 
     An error of armopt's own says what to do next and is kept whole.
     """
     if isinstance(error, ArmoptError):
         return str(error)
     lines = (line.strip() for line in str(error).splitlines())
-    said = next((line for line in lines if line), "")
+    said = next((line for line in lines if line), "").removesuffix(".")
     return printable(said) if 0 < len(said) <= _LONGEST else type(error).__name__
 
 
 def close_names(name: str, known: Collection[str]) -> list[str]:
-    """Up to three of the names known that come close to a wrong one."""
-    return difflib.get_close_matches(name, known, n=3)
+    """Up to three of the names known that come close to a wrong one; those first that it is the beginning of."""
+    longer = sorted((other for other in known if name and other.startswith(name)), key=lambda each: (len(each), each))
+    return list(dict.fromkeys((*longer, *difflib.get_close_matches(name, known, n=3))))[:3]
 
 
 def unknown(kind: str, name: str, known: Collection[str], *, where: str = "", said: str = "") -> InputError:

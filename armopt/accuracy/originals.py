@@ -17,6 +17,7 @@ from armopt.accuracy.metrics import relative_error
 from armopt.capture import files
 from armopt.capture.eager import Eager
 from armopt.capture.files.format import TrustedFile
+from armopt.capture.widening import in_fp32, is_half
 from armopt.errors import InputError
 from armopt.ir import graph as g
 
@@ -115,6 +116,8 @@ def _whole(read: Bundle, against: Against, model: str) -> Original:
 
 def _of_module(read: Bundle, part: Part, module: torch.nn.Module, source: str) -> Original:
     signature = part.signature
+    if is_half(module):
+        module = in_fp32(module, source)
     capture.check_dtypes(module, source)
     weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     eager = Eager.of_module(module, signature.inputs, signature.outputs, source)

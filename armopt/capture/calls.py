@@ -33,8 +33,9 @@ def is_tensor(leaf: Any) -> bool:
 @contextlib.contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """A model in eval mode, every part of it; afterwards as it was."""
-    training = [part for part in model.modules() if part.training]
-    model.eval()
+    training = [part for part in model.modules() if getattr(part, "training", False)]  # frozen TorchScript has none
+    if training:
+        model.eval()
     try:
         yield
     finally:
@@ -48,6 +49,10 @@ def check_signature(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: 
     Raises:
         InputError: It does not, or one has no values here.
     """
+    for leaf in torch.utils._pytree.tree_leaves((args, dict(kwargs))):
+        if type(leaf).__module__ == "numpy":
+            what = f"an example input is a numpy.{type(leaf).__name__}, no tensor"
+            raise InputError(what, where=source, hint="Convert it with torch.from_numpy() or torch.tensor()")
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)

@@ -114,11 +114,15 @@ def parse(ranges: Sequence[str], at: Sequence[str]) -> dict[str, Dimension]:
         if (match := _RANGE.fullmatch(text)) is None:
             raise InputError(f"can't read {text!r}", where="--dim", hint="Write NAME=LEAST..MOST: tokens=1..512")
         most = int(match["most"]) if match["most"] else None
-        bounds.setdefault(match["name"], {}).update(least=int(match["least"]), most=most)
+        given = bounds.setdefault(match["name"], {})
+        if given:
+            raise InputError(f"{match['name']} is given twice", where="--dim", hint="Give one range for each name")
+        given.update(least=int(match["least"]), most=most)
     for text in at:
         if (match := _AT.fullmatch(text)) is None:
             raise InputError(f"can't read {text!r}", where="--at", hint="Write NAME=SIZES: tokens=32,128,512")
-        bounds.setdefault(match["name"], {}).update(at=tuple(map(int, match["sizes"].split(","))))
+        given = bounds.setdefault(match["name"], {})
+        given["at"] = (*given.get("at", ()), *map(int, match["sizes"].split(",")))
     return {name: Dimension(name, **given) for name, given in bounds.items()}
 
 
@@ -135,6 +139,7 @@ def with_batch(args: Args, kwargs: Kwargs, axes: Axes, batch: Sequence[int]) -> 
     found = {key: dict(dimensions) for key, dimensions in axes.items()}
     for tensor in tensors:
         if tensor.shape[0] == tensors[0].shape[0]:
+            _refuse_batch_of(found.get(id(tensor), {}))
             found.setdefault(id(tensor), {}).setdefault(0, Dimension(BATCH, at=tuple(batch)))
     return found
 
@@ -154,6 +159,8 @@ def resized(args: Args, kwargs: Kwargs, axes: Axes, rows: int | None = None) -> 
             return leaf
         vary = axes.get(id(leaf), {})
         sizes = {0: rows} if rows is not None and leaf.dim() and leaf.shape[0] == current else {}
+        if sizes:
+            _refuse_batch_of(vary)
         tensor = at_sizes(leaf, sizes | {axis: each.captured(leaf.shape[axis]) for axis, each in vary.items()})
         if vary:
             found[id(tensor)] = vary
@@ -161,6 +168,14 @@ def resized(args: Args, kwargs: Kwargs, axes: Axes, rows: int | None = None) -> 
 
     args, named = tree_map(resize, (args, dict(kwargs)))
     return args, named, found
+
+
+def _refuse_batch_of(dimensions: Mapping[int, Dimension]) -> None:
+    """Refuses sizes of a batch where the first dimension has another name."""
+    if 0 in dimensions and dimensions[0].name != BATCH:
+        name = dimensions[0].name
+        hint = f"Give its sizes: --at {name}=1,8"
+        raise InputError(f"the first dimension is called {name!r}, so there is no batch", where="--batch", hint=hint)
 
 
 def at_sizes(tensor: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
 from armopt.capture.calls import eval_mode, unchanged
+from armopt.capture.widening import are_half, weights_of, widen_graph
 from armopt.errors import AccuracyError, ArmoptError, InputError, first_line
 from armopt.ir import nesting
 from armopt.models.huggingface import without_cache
@@ -50,7 +51,7 @@ class Eager:
 
     @classmethod
     def of_program(cls, program: ExportedProgram, outputs: nesting.Outputs, source: str) -> Eager:
-        """An exported program, run as it was loaded."""
+        """An exported program, run as it was loaded, but in FP32 where it is in half precision."""
         specs = [spec.arg for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
         assert program.call_spec.in_spec is not None
         tree = program.call_spec.in_spec
@@ -61,7 +62,10 @@ class Eager:
             args, kwargs = torch.utils._pytree.tree_unflatten(leaves, tree)
             return args, kwargs
 
-        return cls(program.module(), arrange, outputs, source)
+        module: Any = program.module()
+        if are_half(weights_of(program)):
+            widen_graph(module)
+        return cls(module, arrange, outputs, source)
 
     def __call__(self, tensors: Sequence[torch.Tensor], *, times: int = 1) -> Sequence[Any]:
         """The flat outputs of the last of so many calls on the same inputs, which stay as they are.
@@ -125,7 +129,7 @@ class Eager:
     def _as_called(self) -> Iterator[None]:
         exported = isinstance(self.module, torch.fx.GraphModule) and hasattr(self.module, "validate_inputs")
         with without_cache(self.module):
-            if exported or not self.module.training:
+            if exported or not getattr(self.module, "training", False):  # frozen TorchScript has none
                 yield
             else:
                 with eval_mode(self.module):

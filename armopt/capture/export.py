@@ -18,7 +18,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from armopt.capture import decompositions, dimensions, refusals
+from armopt.capture import decompositions, dimensions, refusals, widening
 from armopt.capture.calls import (
     Args,
     Kwargs,
@@ -133,6 +133,8 @@ def exported(
     with quiet():
         program = decompositions.without_writes(program)
     graph_module = unlift(program, source)
+    _check_parameters(program, source)
+    half = widening.widened_program(graph_module, program, source)
     inputs, tensors = describe_inputs(args, kwargs, signature or _signature_names(program, args), defaults)
     own = [*signature[: len(args)], *kwargs]
     if isinstance(original, torch.jit.ScriptModule) and len(own) == len(tensors):
@@ -158,7 +160,7 @@ def exported(
         source=source,
         eager=(
             Eager.of_program(given, outputs, source)
-            if original is None
+            if original is None or half  # TorchScript stays in its dtype, so what was made of it serves
             else Eager.of_module(original, inputs, outputs, source)
         ),
     )
@@ -169,6 +171,18 @@ def _renamed(size: Dim, called: Mapping[str, str]) -> Dim:
     if isinstance(size, int) or size in called:
         return size if isinstance(size, int) else called[size]
     return re.sub(r"\w+", lambda found: called.get(found[0], found[0]), size)
+
+
+def _check_parameters(program: ExportedProgram, source: str) -> None:
+    """Refuses parameters that are neither in FP32 nor in what that holds exactly.
+
+    Raises:
+        InputError: Naming the first such parameter.
+    """
+    for name, tensor in program.state_dict.items():
+        known = (torch.float32, torch.complex64, *widening.HALF)
+        if isinstance(tensor, torch.nn.Parameter) and tensor.dtype not in known:
+            raise wrong_dtype(name, tensor.dtype, source)
 
 
 def check_dtypes(model: torch.nn.Module, source: str) -> None:
@@ -252,7 +266,8 @@ def _check_tensors(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]
             not isinstance(size, int) or size == found for size, found in zip(expected.shape, tensor.shape, strict=True)
         )
         if not fits or tensor.dtype != expected.dtype:
-            wanted = f"{list(g.symbolic_shape(expected.shape))} {expected.dtype}".replace("torch.", "")
+            sizes = ", ".join(str(size) if g.is_fixed(size) else "any" for size in expected.shape)
+            wanted = f"[{sizes}] {expected.dtype}".replace("torch.", "")
             found = f"{list(tensor.shape)} {tensor.dtype}".replace("torch.", "")
             raise InputError(
                 f"input {node.target} is {found}, the model takes {wanted}",
@@ -318,7 +333,7 @@ def _symbols(
 ) -> tuple[Symbol, ...]:
     """The dynamic dimensions of the inputs, but for those that follow from others.
 
-    Each has the name that was given it; else one of first dimensions is the batch.
+    Each has the name that was given it; else one of first dimensions is the batch, and others go by their number.
 
     Raises:
         InputError: A dimension that has a name is fixed.
@@ -332,10 +347,21 @@ def _symbols(
             expression = "" if isinstance(size, int) else str(size.node.expr)
             if expression not in ranges or expression in found or expression in following:
                 continue
-            first = dimension == 0 and BATCH not in {*called.values(), *(symbol.name for symbol in found.values())}
-            name = called.get(expression, BATCH if first else expression)
+            taken = {*called.values(), *(symbol.name for symbol in found.values())}
+            name = called.get(expression) or _free_name(dimension, taken)
             found[expression] = Symbol(name, expression, *_bounds(ranges[expression]))
     return tuple(found.values())
+
+
+def _free_name(dimension: int, taken: Collection[str]) -> str:
+    """A name for a dimension that nobody named: torch's own (s27) says nothing, and is another each time."""
+    if dimension == 0 and BATCH not in taken:
+        return BATCH
+    name, count = f"dim{dimension}", 1
+    while name in taken:
+        count += 1
+        name = f"dim{dimension}_{count}"
+    return name
 
 
 def _called(graph_module: fx.GraphModule, named: Sequence[Mapping[int, Dimension]], source: str) -> dict[str, str]:

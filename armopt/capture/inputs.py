@@ -74,6 +74,8 @@ def parse(text: str) -> InputOption:
         if match["shape"] == "scalar"
         else tuple(int(size) if size.isdigit() else size for size in match["shape"].split("x"))
     )
+    if 0 in shape:
+        raise InputError(f"a size is 0 in {text!r}", where="--input", hint="Give sizes from 1")
     return InputOption(match["name"] or "", shape, getattr(torch, dtype), int(match["below"] or 2))
 
 

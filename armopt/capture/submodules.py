@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from armopt import capture
+from armopt.capture.widening import SAID, say_if_half
 from armopt.errors import CaptureError, InputError
 from armopt.ir import buckets
 from armopt.ir.nesting import Inputs
@@ -64,9 +66,13 @@ def find(
     Raises:
         InputError: The model fails on a call, or nothing in it can be captured.
     """
+    if not has_layers(model):
+        hint = "armopt.compile runs it as it is"
+        raise InputError("has no Linear and no convolution, so nothing can be optimized", where=source, hint=hint)
     parts: list[CapturedPart] = []
     left: list[Skip] = []
     level = {"": model}
+    say_if_half(model, source)
     with capture.eval_mode(model), torch.no_grad():
         seen = _watch(model, calls, source)
         while level:
@@ -93,8 +99,8 @@ def find(
                 deeper |= dict(_children(module, path))
             level = deeper
     if not parts:
-        reason = left[0].reason if left else "it has no Linear and no convolution"
-        raise InputError(f"nothing in the model can be captured: {reason}", where=source, hint="See docs/compile.md")
+        what = f"nothing in the model can be captured: {left[0].reason}"
+        raise InputError(what, where=source, hint="See docs/compile.md")
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     return tuple(sorted(parts, key=lambda part: order[part.path])), tuple(left)
 
@@ -228,7 +234,9 @@ def _capture(
     entries = [entry for entry in seen if isinstance(entry, _Seen)]
     args, kwargs = sample
     where = f"{source}: {path}" if path else source
-    captured = capture.module(module, args, kwargs, varying=_varying(entries), source=where)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=SAID)  # once, of the whole model
+        captured = capture.module(module, args, kwargs, varying=_varying(entries), source=where)
     found: list[Bucket] = []
     for entry in entries:
         sizes = _sizes(captured, entry)

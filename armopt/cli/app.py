@@ -23,6 +23,7 @@ from armopt.cli import (
     tune,
     validate,
 )
+from armopt.cli.output import show_warnings
 from armopt.errors import ArmoptError
 
 app = typer.Typer(
@@ -67,6 +68,7 @@ def _options(
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 a bug, 2 bad input, 3 this host can't, 4 an accuracy gate failed."""
+    show_warnings()
     try:
         app()
     except ArmoptError as error:

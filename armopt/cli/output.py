@@ -9,14 +9,28 @@ import json
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from armopt.errors import printable
+from armopt.errors import ArmoptWarning, printable
 
 #: Characters of a name that a narrow terminal shows at least.
 _LEAST_NAME = 16
+
+
+def show_warnings() -> None:
+    """From now on prints armopt's own warnings as it prints errors, without lines of its source."""
+    others = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, ArmoptWarning):
+            print(f"armopt: {printable(str(message)).removeprefix('armopt: ')}", file=sys.stderr)
+        else:
+            others(message, category, *where, **more)
+
+    warnings.showwarning = show
 
 
 class Output:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -19,7 +19,7 @@ from armopt.capture.dimensions import NO_AXES, Axes, Dimension, Example, capture
 from armopt.capture.files import torchscript
 from armopt.capture.files.format import TrustedFile
 from armopt.capture.submodules import CapturedPart
-from armopt.errors import InputError
+from armopt.errors import InputError, unknown
 from armopt.ir import graph as g
 from armopt.ir.pieces import BATCH
 from armopt.ir.records import Bucket, Captured, Skip, Symbol
@@ -115,6 +115,8 @@ def capture_model(
         CaptureError: torch.export can't take the model whole.
     """
     batch = _checked_batch(batch)
+    if kind not in get_args(Kind):
+        raise unknown("kind", str(kind), get_args(Kind))
     if isinstance(example_inputs, Example):
         dims = {each.name: each for given in example_inputs.dims.values() for each in given.values()} | dict(dims)
     if kind == "module":
@@ -127,7 +129,9 @@ def capture_model(
     if isinstance(model, files.Divided):
         return _divided(model)
     captured = _captured(model, example_inputs, captured_batch(batch, vary=any_batch), dims)
-    at = {name: each.at for name, each in dims.items()} | ({BATCH: tuple(batch)} if batch else {})
+    at = {name: each.at for name, each in dims.items()}
+    if batch and any(symbol.name == BATCH for symbol in captured.symbols):
+        at[BATCH] = tuple(batch)
     return CapturedModel(captured.source, (CapturedPart("", captured, find_buckets(captured, at)),))
 
 
@@ -203,7 +207,7 @@ def find_buckets(captured: Captured, at: Mapping[str, Sequence[int]]) -> tuple[B
 
     Args:
         captured: The model.
-        at: Dimension -> sizes; those of the batch count for nothing where that is fixed.
+        at: Dimension -> sizes.
 
     Raises:
         InputError: There is no such dimension, or it has no such size.
@@ -212,9 +216,11 @@ def find_buckets(captured: Captured, at: Mapping[str, Sequence[int]]) -> tuple[B
     for spec, tensor in zip(captured.input_specs, captured.example, strict=True):
         sizes |= {size: tensor.shape[d] for d, size in enumerate(spec.shape) if isinstance(size, str)}
     symbols = {symbol.name: symbol for symbol in captured.symbols}
-    if unknown := [name for name in at if name not in symbols and name != BATCH]:
+    if unknown := [name for name in at if name not in symbols]:
         said = f"Those that vary are {', '.join(symbols)}" if symbols else "No dimension varies"
         hint = f"{said}; name others in a shape: --input NAME=1x{unknown[0]}:int64"
+        if unknown[0] == BATCH:
+            hint = "Let it vary with --batch 1,8"
         raise InputError(f"no dimension is called {unknown[0]!r}", where=captured.source, hint=hint)
     wanted = [
         [(name, size) for size in _checked_sizes(symbol, at.get(name) or (sizes[name],), captured.source)]

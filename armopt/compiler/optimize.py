@@ -111,6 +111,8 @@ def optimize(
     """
     place = output if isinstance(output, Output) else Output(Path(output))
     recipe = Recipe.of(target, policy)
+    if not isinstance(checks, Checks):
+        raise InputError(f"checks is a {type(checks).__name__}", hint="Pass armopt.Checks(min_cosine=0.99)")
     opened = partial(capture_model, model, example_inputs, kind=kind, batch=batch, any_batch=checks.batch_invariant)
     result = carry_out(opened, recipe, checks, place, divided=kind == "module")
     if not result.passed:

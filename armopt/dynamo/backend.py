@@ -16,6 +16,7 @@ from torch._guards import TracingContext
 from torch.export import exported_program
 
 from armopt import targets
+from armopt.capture.widening import are_half, names_of, narrow_operation
 from armopt.compiler.recipe import Recipe
 from armopt.dynamo import programs
 from armopt.dynamo.fast_path import DECOMPOSITIONS
@@ -100,17 +101,21 @@ class Lowering:
         matrices = [t for t in (*example_inputs, *graph_module.parameters()) if isinstance(t, torch.nn.Parameter)]
         if all(matrix.dim() < 2 for matrix in matrices):
             return graph_module.forward  # nothing to multiply with
+        half = are_half(matrices)
         prefix = f"{self.prefix}_" if self.prefix else ""
         names = [prefix + name for name in _names(graph_module)]
         where = self.title or _place(graph_module)
 
         def compile_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            reason = _refusal(gm)
+            reason = _refusal(gm) or (_narrow(gm) if half else None)
             if reason is not None:
                 PROCESS.warn_once(*reason)
                 return _Boxed(gm.forward)
-            return Graph(gm, self.settings, where, _weights(names, example_inputs))
+            return Graph(gm, self.settings, where, _weights(names, example_inputs), half=half)
 
+        if half and not self.title:
+            said = f"its weights are in {names_of(matrices)}, and kernels take them as float32, which changes no value"
+            PROCESS.warn_once(f"{where}: {said}", "Results have the model's own dtypes", said)
         with _undecomposed():
             compiled = aot_module_simplified(
                 graph_module,
@@ -209,6 +214,15 @@ def _refusal(flat: fx.GraphModule) -> tuple[str, str] | None:
                 "Use Python's if and for: then the parts between them are optimized",
             )
     return None
+
+
+def _narrow(flat: fx.GraphModule) -> tuple[str, str] | None:
+    """Why a graph in half precision has no form in FP32."""
+    node = narrow_operation(flat.graph)
+    if node is None:
+        return None
+    what = f"{node.target} is called in half precision and may mean something else in float32"
+    return f"{what}, so PyTorch's own kernels run", "Give it the model in FP32: armopt rounds weights itself"
 
 
 def _is_training_norm(node: fx.Node) -> bool:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from armopt import capture
 from armopt.capture import submodules
 from armopt.capture.calls import held_tensors
+from armopt.capture.widening import in_fp32, is_half, say_if_half, widen_values
 from armopt.compiler.checks import Checks
 from armopt.dynamo import backend, graphs
 from armopt.dynamo.checking import Outcome, Subject, check
@@ -85,7 +86,7 @@ def compile(
     one warning. Weights that change are noticed at the next call.
 
     Args:
-        model: With FP32 parameters.
+        model: With parameters in FP32, or in BF16 and FP16: kernels take those as FP32, and it is compared with FP32.
         example_inputs: Positional inputs as a sequence, named ones as a mapping: compiles for them now, and leaves
             buffers as they are. Without them the first call compiles.
         checks: What has to hold on the example inputs, against the module itself: gated and repaired as `optimize`
@@ -102,7 +103,7 @@ def compile(
         Where a gate fails after all, a warning says so.
 
     Raises:
-        InputError: It is no module, its parameters are not FP32, or an argument is unusable.
+        InputError: It is no module, a parameter is of another dtype, or an argument is unusable.
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(
@@ -112,7 +113,9 @@ def compile(
         )
     original: Any = getattr(model, "_orig_mod", model)  # of torch.compile's wrapper
     name = type(original).__name__
-    capture.check_dtypes(original, name)
+    say_if_half(original, name)
+    if not is_half(original):
+        capture.check_dtypes(original, name)
     options: dict[str, Any] = {"target": target, "plans": plans, "policy": policy, "tuning": str(tuning or "")}
     checks = _usable(checks)
     options["keep_fp32"] = _pinned(original, checks)
@@ -291,13 +294,21 @@ class Forward:
         if not self._pending or checks is None:
             return
         self._pending = False
+        reference = self._in_fp32(original) if is_half(self.owner) else original
 
         def plainly(*args: Any, **kwargs: Any) -> Any:
             with _thread.set(plain=True):
-                return original(*args, **kwargs)
+                return reference(*args, **kwargs)
 
         with _thread.set(checked=True, inside=True):
             self.outcome = check(Subject(self.owner, plainly, compiled, self.title), args, kwargs, checks)
+
+    def _in_fp32(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The module in FP32 to compare with, whole, or its forward where that is what is called."""
+        wide: Any = in_fp32(self.owner, self.title)
+        if original is self.owner:
+            return wide  # type: ignore[no-any-return]
+        return lambda *args, **kwargs: wide.forward.original(*widen_values(args), **widen_values(kwargs))
 
     def explain(self) -> Explanation:
         """What runs where, and the bytes it holds."""

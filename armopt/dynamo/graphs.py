@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from armopt import capture
+from armopt.capture.widening import widen_graph
 from armopt.compiler import repair
 from armopt.compiler.recipe import Prepared
 from armopt.dynamo.process import PROCESS
@@ -44,7 +45,15 @@ class Graph:
     #: Why PyTorch runs it as it is, where armopt failed at it.
     failure: Failure | None = None
 
-    def __init__(self, graph_module: fx.GraphModule, settings: Settings, name: str, weights: dict[int, str]) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        settings: Settings,
+        name: str,
+        weights: dict[int, str],
+        *,
+        half: bool = False,
+    ) -> None:
         """Wraps a graph of ATen operations.
 
         Args:
@@ -52,7 +61,9 @@ class Graph:
             settings: How to plan it.
             name: Where it comes from.
             weights: Position among the inputs -> name, of parameters and buffers.
+            half: Whether weights are in half precision: programs take them as FP32.
         """
+        self.half = half
         self.name = name
         self.settings = settings
         placeholders = list(capture.placeholders(graph_module))
@@ -172,7 +183,7 @@ class Weights:
                 used[position] = used.get(position, frozenset()) | dtypes
         alone = {position for position, dtypes in used.items() if dtypes == {torch.bfloat16}}
         weights = [each.reference() for each in self._watched if each.position in alone]
-        return tuple(tensor for tensor in weights if tensor is not None and tensor.dim() > 1)
+        return tuple(t for t in weights if t is not None and t.dim() > 1 and t.dtype != torch.float16)
 
     @property
     def alive(self) -> bool:
@@ -315,6 +326,8 @@ class Weights:
             frozen = self._graph.freeze(weights)
             positions = {tensor.data_ptr(): i for i, tensor in weights.items()}
             names = {n: positions[t.data_ptr()] for n, t in frozen.named_buffers() if t.data_ptr() in positions}
+            if self._graph.half:
+                widen_graph(frozen)
             self._prepared = self._graph.settings.recipe.prepare(frozen), names
         return self._prepared
 
@@ -371,7 +384,7 @@ def release(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         freed = tuple(tensor for tensor in still if tensor.untyped_storage().data_ptr() not in kept)
         for tensor in freed:
             PROCESS.released[tensor] = PROCESS.pool.share(tensor.detach().bfloat16())
-            tensor.data = torch.full((1,) * tensor.dim(), math.nan).expand(tensor.shape)
+            tensor.data = torch.full((1,) * tensor.dim(), math.nan, dtype=tensor.dtype).expand(tensor.shape)
         for weights in owners:
             weights.watch()
         return freed
@@ -404,7 +417,7 @@ def is_released(tensor: torch.Tensor) -> bool:
 def _values_of(tensor: torch.Tensor) -> torch.Tensor:
     """A weight's values, also where the original is released."""
     half: torch.Tensor | None = PROCESS.released.get(tensor)
-    return tensor if half is None else half.float()
+    return tensor if half is None else half.to(tensor.dtype)
 
 
 @contextlib.contextmanager

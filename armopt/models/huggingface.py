@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from armopt.errors import ArmoptError, InputError, first_line
 from armopt.models.torchvision_ops import ensure_torchvision_if_installed
@@ -22,6 +23,8 @@ CONFIG = "config.json"
 _SHIFTED = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "data2vec-text", "xmod", "ibert", "esm")
 #: The longest text that is taken where a configuration says nothing, and the length that is planned for.
 _LONGEST, _USUAL = 4096, 128
+#: Samples of a second of sound.
+_RATE = 16_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +79,21 @@ def build(reference: str) -> torch.nn.Module:
     except Exception as error:
         raise InputError(
             f"transformers can't load it: {first_line(error)}",
-            where=str(folder),
+            where=str(_damaged(folder) or folder),
             hint="It needs config.json, and model.safetensors or shards and their index: save_pretrained writes them",
         ) from error
     return model
+
+
+def _damaged(folder: Path) -> Path | None:
+    """The first file of weights that can't be opened, which transformers does not name."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except Exception:
+            return path
+    return None
 
 
 def _foreign_kernels(described: Any, names_them: bool = False) -> Iterator[str]:
@@ -121,7 +135,8 @@ def example_inputs(model: Any, reference: str, seed: int = 0) -> tuple[dict[str,
     """Named inputs, and which of their dimensions vary.
 
     A text model gets ids and a mask, whose length varies; an encoder-decoder ids of the decoder too; a vision model
-    pixels of its processor's size.
+    pixels of its processor's size, in as many frames as a video has; a model on sound its spectrogram, or a second at
+    16 kHz.
 
     Raises:
         InputError: It takes something else.
@@ -130,14 +145,18 @@ def example_inputs(model: Any, reference: str, seed: int = 0) -> tuple[dict[str,
     folder, config = Path(reference.removeprefix(HF)), model.config
     taken = set(inspect.signature(model.forward).parameters)
     wanted = {"input_ids", "pixel_values"} & taken
-    if model.main_input_name not in wanted:
-        raise InputError(
-            f"its main input is {model.main_input_name}, for which armopt knows no example",
-            where=reference,
-            hint="Describe its inputs with --input NAME=1x80x3000:float32",
-        )
     given: dict[str, torch.Tensor] = {}
     varying: list[Varying] = []
+    main = model.main_input_name
+    if main not in wanted:
+        shape = _sound(main, config)
+        if shape is None:
+            hint = f"Describe its inputs: --input {main}=SHAPE:float32, such as 1x80x3000, and others that it takes"
+            raise InputError(f"its main input is {main}, for which armopt knows no example", where=reference, hint=hint)
+        given[main] = torch.randn(1, *shape, generator=generator)
+        if config.is_encoder_decoder and "decoder_input_ids" in taken:
+            given["decoder_input_ids"] = torch.randint(0, config.vocab_size, (1, 4), generator=generator)
+            varying.append(Varying(given["decoder_input_ids"], {1: ("decoder_tokens", _longest_target(config))}))
     if "input_ids" in wanted:
         text = config.get_text_config()
         longest = _longest(text)
@@ -152,13 +171,30 @@ def example_inputs(model: Any, reference: str, seed: int = 0) -> tuple[dict[str,
                 0, text.vocab_size, (1, max(2, length // 4)), generator=generator
             )
             names["decoder_input_ids"] = "decoder_tokens"
-        varying = [Varying(given[name], {1: (dimension, longest)}) for name, dimension in names.items()]
+        varying += [Varying(given[name], {1: (dimension, longest)}) for name, dimension in names.items()]
     if "pixel_values" in wanted:
         vision = getattr(config, "vision_config", config)
         height, width = _size(folder, vision)
         channels = getattr(vision, "num_channels", 3)
-        given["pixel_values"] = torch.randn(1, channels, height, width, generator=generator)
+        frames = getattr(vision, "num_frames", None)
+        shape = (channels, height, width) if frames is None else (frames, channels, height, width)
+        given["pixel_values"] = torch.randn(1, *shape, generator=generator)
     return given, varying
+
+
+def _sound(name: str, config: Any) -> tuple[int, ...] | None:
+    """The shape of one input of a model on sound; None where it is none that armopt knows."""
+    bins = getattr(config, "num_mel_bins", None)
+    if name == "input_features" and bins and (positions := getattr(config, "max_source_positions", None)):
+        return bins, 2 * positions
+    if name == "input_values":
+        return (config.max_length, bins) if bins and hasattr(config, "max_length") else (_RATE,)
+    return None
+
+
+def _longest_target(config: Any) -> int:
+    """The most tokens that a decoder gives."""
+    return max(2, int(getattr(config, "max_target_positions", None) or _LONGEST))
 
 
 def _longest(config: Any) -> int:
@@ -185,6 +221,8 @@ def _size(folder: Path, config: Any) -> tuple[int, int]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError("there is no such folder", where=str(folder), hint="Give one that save_pretrained wrote")
     if not (folder / CONFIG).is_file():
         raise InputError(
             f"holds no {CONFIG}",

@@ -245,7 +245,7 @@ def test_compiled_again_it_takes_the_new_target(model: Classifier) -> None:
     ("call", "says"),
     [
         (lambda m: armopt.compile(lambda x: x), "expected an nn.Module, found a function.*torch.compile"),
-        (lambda m: armopt.compile(m.half()), "parameter embed.weight is float16"),
+        (lambda m: armopt.compile(m.double()), "parameter embed.weight is float64"),
         (lambda m: armopt.compile(m, target="nothing"), "unknown target 'nothing'"),
         (lambda m: armopt.compile(m, policy="nothing"), "unknown policy 'nothing'"),
         (lambda m: armopt.compile(m, plans=-1), "plans is -1"),

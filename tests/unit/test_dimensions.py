@@ -14,6 +14,7 @@ import armopt
 from armopt.capture import dimensions
 from armopt.capture.dimensions import Dimension, Example
 from armopt.cli.app import app
+from armopt.compiler.captured_model import capture_model
 from armopt.errors import CaptureError, InputError
 
 HERE = "tests.unit.test_dimensions"
@@ -154,3 +155,29 @@ def test_an_example_names_tensors_and_dimensions_that_are_there() -> None:
     with pytest.raises(InputError, match="'tokens': has two ranges"):
         armopt.optimize(reader(), Example(given, two), output="never")
     assert dimensions.parse(["tokens=2..9"], ["tokens=3,4"]) == {"tokens": Dimension("tokens", 2, 9, (3, 4))}
+    assert dimensions.parse([], ["tokens=3", "tokens=4"])["tokens"].at == (3, 4)
+    with pytest.raises(InputError, match="tokens is given twice"):
+        dimensions.parse(["tokens=2..9", "tokens=3..4"], [])
+
+
+@pytest.mark.parametrize("batch", [(8,), (1, 8)])
+def test_sizes_of_a_batch_that_has_another_name_are_not_passed_over(batch: tuple[int, ...]) -> None:
+    given = Example((torch.zeros(2, 4),), {0: {0: Dimension("rows", at=(2, 4))}})
+    with pytest.raises(InputError, match=r"--batch: the first dimension is called 'rows'.*--at rows=1,8"):
+        capture_model(nn.Linear(4, 4), given, batch=batch)
+
+
+def test_what_nobody_named_goes_by_its_number() -> None:
+    """torch's own names (s27) are other ones each time."""
+    model, given = reader(), call(2, 8)
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    captured = capture_model(torch.export.export(model, given, dynamic_shapes=(free, free))).parts[0].captured
+    assert [spec.shape for spec in captured.input_specs] == [("batch", "dim1")] * 2
+    assert [symbol.name for symbol in captured.symbols] == ["batch", "dim1"]
+    with pytest.raises(InputError, match=r"the model takes \[any, any\] int64"):
+        capture_model(torch.export.export(model, given, dynamic_shapes=(free, free)), (given[0].float(), given[1]))
+
+
+def test_sizes_of_a_batch_that_is_fixed_are_not_passed_over() -> None:
+    with pytest.raises(InputError, match=r"no dimension is called 'batch'.*--batch 1,8"):
+        capture_model(nn.Linear(4, 4), (torch.zeros(2, 4),), dims={"batch": Dimension("batch", at=(1, 8))})

@@ -40,6 +40,8 @@ def test_another_form_says_how_to_write_it(text: str) -> None:
 def test_an_unknown_dtype_is_named() -> None:
     with pytest.raises(InputError, match=r"unknown dtype 'float31' .*Known are float32"):
         inputs.parse("x=1:float31")
+    with pytest.raises(InputError, match="a size is 0 in 'x=0x8'"):
+        inputs.parse("x=0x8")
 
 
 @given(st.text(max_size=20))

@@ -204,6 +204,15 @@ def test_a_prefix_of_all_names_is_left_out(prefix: str, tmp_path: Path) -> None:
     assert torch.equal(captured.graph_module(X)[0], MODEL(X))
 
 
+def test_what_a_wrapper_has_beside_the_model_is_left_out(tmp_path: Path) -> None:
+    """Lightning keeps the weights of losses, torch's AveragedModel a count."""
+    wrapped = {f"module.{name}": tensor for name, tensor in MODEL.state_dict().items()}
+    torch.save({"n_averaged": torch.tensor(5), **wrapped, "loss.weight": torch.ones(3)}, tmp_path / "m.pt")
+    with pytest.warns(ArmoptWarning, match=r"prefix 'module.' .* so is what has none: n_averaged, loss.weight"):
+        captured = files.open_model(tmp_path / "m.pt", options("state"))
+    assert torch.equal(captured.graph_module(X)[0], MODEL(X))
+
+
 def test_a_prefix_of_some_names_is_not(tmp_path: Path) -> None:
     first, *others = MODEL.state_dict().items()
     torch.save(dict([(f"module.{first[0]}", first[1]), *others]), tmp_path / "m.pt")
@@ -212,11 +221,27 @@ def test_a_prefix_of_some_names_is_not(tmp_path: Path) -> None:
 
 
 def test_training_checkpoints_hold_their_state_one_level_down(tmp_path: Path) -> None:
-    torch.save({"epoch": 3, "state_dict": MODEL.state_dict()}, tmp_path / "checkpoint.pt")
-    captured = files.open_model(tmp_path / "checkpoint.pt", options("state"))
-    assert torch.equal(captured.graph_module(X)[0], MODEL(X))
-    torch.save({"epoch": 3}, tmp_path / "checkpoint.pt")
-    with pytest.raises(InputError, match="not a state dict"):
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}
+    for key in ("state_dict", "params", "generator"):  # the likeliest one, and any where it is the only one
+        torch.save({"epoch": 3, key: MODEL.state_dict(), "optimizer": optimizer}, tmp_path / "checkpoint.pt")
+        with pytest.warns(ArmoptWarning, match=f"those under '{key}' are taken"):
+            captured = files.open_model(tmp_path / "checkpoint.pt", options("state"))
+        assert torch.equal(captured.graph_module(X)[0], MODEL(X))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"epoch": 3, "config": {}}, "holds a dict of epoch, config, not a state dict"),
+        ({}, "holds an empty dict"),
+        ([MODEL.state_dict()], "holds a list"),
+        ({**MODEL.state_dict(), "scale": None}, "a dict in which 'scale' is no tensor but a NoneType"),
+        ({"student": MODEL.state_dict(), "teacher": MODEL.state_dict()}, "several state dicts: student, teacher"),
+    ],
+)
+def test_what_is_no_state_dict_says_what_it_is(content: Any, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match=message):
         files.open_model(tmp_path / "checkpoint.pt", options("state"))
 
 

@@ -134,6 +134,23 @@ def test_a_batch_is_a_sequence_of_sizes(batch: Any, said: str, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_arrays_and_unknown_kinds_are_refused(tmp_path: Path) -> None:
+    model, x = nn.Linear(8, 8).eval(), torch.randn(2, 8)
+    given: Any
+    for given in (x.numpy(), (x.numpy(),), {"input": x.numpy()}):
+        with pytest.raises(InputError, match=r"input is a numpy.ndarray, no tensor.*torch.from_numpy\(\)"):
+            armopt.optimize(model, given, output=tmp_path / "b")
+    with pytest.raises(InputError, match=r"unknown kind 'modules'\. Did you mean module\?"):
+        armopt.optimize(model, x, output=tmp_path / "b", kind="modules")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="checks is a dict"):
+        armopt.optimize(model, x, output=tmp_path / "b", checks={"min_cosine": 0.9})  # type: ignore[arg-type]
+
+
+def test_a_model_without_layers_has_no_parts(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="LSTM: has no Linear and no convolution"):
+        armopt.optimize(nn.LSTM(4, 4), [(torch.randn(2, 3, 4),)], output=tmp_path / "b", kind="module")
+
+
 def test_a_function_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected a model, found a function.*wrap a function in a module"):
         armopt.optimize(lambda x: x, (torch.randn(2, 8),), output=tmp_path / "b")  # type: ignore[arg-type]

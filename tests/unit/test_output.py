@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import pytest
 
 from armopt.accuracy.report import page
 from armopt.bundle import manifest, reader
-from armopt.cli.output import Output, text_table
+from armopt.cli.output import Output, show_warnings, text_table
 from armopt.compiler import plan_page
-from armopt.errors import BundleError, InputError, first_line
+from armopt.errors import ArmoptWarning, BundleError, InputError, first_line
 from tests.unit.test_manifest import hashed
 
 
@@ -70,6 +71,7 @@ def test_a_cell_and_an_error_are_one_line() -> None:
     assert text_table(("a",), [("x\n  forged",)]).splitlines()[-1] == r"x\n  forged"
     assert str(InputError("x\narmopt: all is well")) == r"x\narmopt: all is well"
     assert first_line(ValueError("\x1b[2Jx\ny")) == r"\x1b[2Jx"
+    assert first_line(ValueError("It is not supported.\nMore.")) == "It is not supported"
 
 
 @pytest.mark.parametrize("text", [text for text in OBEYED if text != OBEYED[text]], ids=ascii)
@@ -90,3 +92,17 @@ def test_no_bundle_holds_it(mlp_bundle: Path, tmp_path: Path) -> None:
     described = reader.read(mlp_bundle).manifest
     odd = replace(described, model=replace(described.model, source="a\x1b\n.pt2"))
     assert manifest.from_bytes(manifest.to_bytes(odd), "m").model.source == r"a\x1b\n.pt2"
+
+
+def test_warnings_look_like_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """No line of armopt's source, which says nothing to people."""
+    others: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: others.append(str(message)))
+    show_warnings()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("model.pt has a prefix\x1b", ArmoptWarning, stacklevel=1)
+        warnings.warn("armopt: said", ArmoptWarning, stacklevel=1)
+        warnings.warn("another's", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err.splitlines() == ["armopt: model.pt has a prefix\\x1b", "armopt: said"]
+    assert others == ["another's"]

@@ -63,3 +63,18 @@ def test_names_and_sizes_in_what_is_shown_and_said(tmp_path: Path) -> None:
         armopt.optimize(made("trace"), (X,), batch=(1, 8), output=tmp_path / "b")
     with pytest.raises(InputError, match="needs example inputs"):
         armopt.optimize(made("trace"), output=tmp_path / "b")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_modules_keep_their_weights_as_constants(dtype: torch.dtype, tmp_path: Path) -> None:
+    """torch.jit.freeze leaves no parameters and no mode, as models that were made for serving come."""
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval().to(dtype),
+        torch.randn(2, 8).to(dtype),
+    )
+    frozen = torch.jit.freeze(torch.jit.trace(model, x))
+    armopt.optimize(frozen, (x,), output=tmp_path / "b").require()
+    found = armopt.load(tmp_path / "b")(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, model(x), atol=2e-2, rtol=0)

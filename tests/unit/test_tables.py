@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from armopt.errors import InputError
+from armopt.errors import InputError, close_names
 from armopt.tables import Line, Table
 
 
@@ -46,3 +46,8 @@ def test_a_line_is_added_in_its_place_and_taken_out() -> None:
     assert dict(found) == dict(table())
     with pytest.raises(KeyError):
         found.unregister("two")
+
+
+def test_names_that_one_is_the_beginning_of_come_first() -> None:
+    known = ("gcvit_tiny", "davit_tiny", "mvitv2_tiny", "vit_tiny_patch16_224")
+    assert close_names("vit_tiny", known)[0] == "vit_tiny_patch16_224"

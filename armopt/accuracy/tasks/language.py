@@ -52,7 +52,11 @@ class Language(Task):
             (name, given)
             for name, y in outputs.items()
             for given, x in tokens(inputs).items()
-            if y.dim() == 3 and y.is_floating_point() and y.shape[:2] == x.shape and y.shape[2] > int(x.max())
+            if y.dim() == 3
+            and y.is_floating_point()
+            and y.shape[:2] == x.shape
+            and x.numel()
+            and y.shape[2] > int(x.max())
         ]
         named = [pair for pair in pairs if last(pair[0]) in _NAMES]
         return next(iter(named or pairs), None)

@@ -161,6 +161,7 @@ def open_divided(path: Path | None, options: Options) -> Divided:
     """
     from armopt import capture
     from armopt.capture.files import modules
+    from armopt.capture.widening import is_half
     from armopt.models import torchvision_inputs
 
     if not options.model:
@@ -170,7 +171,8 @@ def open_divided(path: Path | None, options: Options) -> Divided:
             hint="Add --model torchvision:NAME or --model package.module:factory",
         )
     model = build(path, options)
-    capture.check_dtypes(model, options.model)
+    if not is_half(model):  # whose parts are widened
+        capture.check_dtypes(model, options.model)
     if torchvision_inputs.is_detection(options.model):
         calls = torchvision_inputs.detection_calls(options.model, modules.images_of(options))
         return Divided(model, calls, options.model)

@@ -21,6 +21,9 @@ from armopt.models import huggingface, references, timm_models, torchvision_inpu
 from armopt.models.huggingface import HF, Varying
 from armopt.models.timm_models import TIMM
 
+#: Where training scripts keep the weights beside other things, the likeliest first.
+_KEPT = ("state_dict", "model_state_dict", "model", "module", "ema", "ema_state_dict", "state_dict_ema")
+
 
 def capture_state(state: Mapping[str, torch.Tensor], path: Path, options: Options) -> Captured:
     """Captures the model that a reference builds, with the weights of a state dict.
@@ -63,34 +66,60 @@ def capture_module(model: torch.nn.Module, options: Options, source: str) -> Cap
 
 
 def checked_state(content: Any, path: Path) -> Mapping[str, torch.Tensor]:
-    """The state dict in what a file holds, also one level down as training scripts save it.
+    """The state dict in what a file holds, also further down as training scripts save it: then it is said where.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or more than one.
     """
-    state = _find_state(content, 4)
-    if state is None:
-        raise InputError(
-            f"holds a {type(content).__name__}, not a state dict", where=str(path), hint="Save model.state_dict()"
-        )
+    found = _find_state(content, path, 4)
+    if found is None:
+        raise InputError(f"{_described(content)}, not a state dict", where=str(path), hint="Save model.state_dict()")
+    keys, state = found
+    if keys:
+        _remark(path, f"holds more than weights: those under {'.'.join(keys)!r} are taken")
     return state
 
 
-def _find_state(content: Any, deep: int) -> Mapping[str, torch.Tensor] | None:
+def _find_state(content: Any, path: Path, deep: int) -> tuple[list[str], Mapping[str, torch.Tensor]] | None:
+    """A state dict, and the keys under which it stands."""
     if not isinstance(content, Mapping) or not deep:
         return None
-    if content and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()):
-        return content
-    for key in ("state_dict", "model_state_dict", "model", "module", "ema", "ema_state_dict", "state_dict_ema"):
-        if isinstance(content.get(key), Mapping):
-            return _find_state(content[key], deep - 1)
-    return None
+    if _is_state(content):
+        return [], content
+    for key in _KEPT:
+        if (found := _find_state(content.get(key), path, deep - 1)) is not None:
+            return [key, *found[0]], found[1]
+    others = [str(key) for key, value in content.items() if _is_state(value)]
+    if len(others) > 1:
+        what = f"holds several state dicts: {_few(others)}"
+        raise InputError(what, where=str(path), hint="Save one of them: torch.save(checkpoint[KEY], FILE)")
+    return (others, content[others[0]]) if others else None
+
+
+def _is_state(content: Any) -> bool:
+    return (
+        isinstance(content, Mapping)
+        and bool(content)
+        and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items())
+    )
+
+
+def _described(content: Any) -> str:
+    """What a file holds that is no state dict."""
+    kind = type(content).__name__
+    if not isinstance(content, Mapping):
+        return f"holds a {kind}"
+    tensors = [key for key, value in content.items() if isinstance(value, torch.Tensor)]
+    if len(tensors) > len(content) / 2:
+        other = next(key for key in content if key not in tensors)
+        return f"holds a {kind} in which {other!r} is no tensor but a {type(content[other]).__name__}"
+    return f"holds a {kind} of {_few([str(key) for key in content])}" if content else f"holds an empty {kind}"
 
 
 def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: Path, reference: str) -> None:
     """Gives a model the weights of a state dict.
 
-    A prefix that all of their names have, as wrappers of a model put it there, is left out; BF16 and FP16 are widened.
+    A prefix that their names have, as wrappers of a model put it there, is left out; BF16 and FP16 are widened.
 
     Raises:
         InputError: They are of other dtypes, or not this model's.
@@ -133,16 +162,21 @@ def _few(names: Sequence[str], most: int = 5) -> str:
 def _without_prefix(
     state: Mapping[str, torch.Tensor], model: torch.nn.Module, path: Path
 ) -> Mapping[str, torch.Tensor]:
-    """The state dict by the model's names, where all have one prefix more: ``module.``, ``_orig_mod.``, ``model.``…"""
+    """The state dict by the model's names, where these have one prefix more: ``module.``, ``_orig_mod.``, ``model.``…
+
+    What has none is the wrapper's own, such as its loss, where the prefix leaves nothing of the model out.
+    """
     expected = model.state_dict().keys()
-    first = next(iter(state), "")
-    if not expected or first in expected:
+    if not expected or expected <= state.keys():
         return state
-    prefix = next((first.removesuffix(name) for name in expected if first.endswith(f".{name}")), "")
-    if not prefix or not all(name.startswith(prefix) for name in state):
-        return state
-    _remark(path, f"has the prefix {prefix!r} in all names, which is left out")
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    first = next(iter(expected))
+    for prefix in [name.removesuffix(first) for name in state if name.endswith(f".{first}")]:
+        rest = [name for name in state if not name.startswith(prefix)]
+        if not rest or all(f"{prefix}{name}" in state for name in expected):
+            also = f", and so is what has none: {_few(rest)}" if rest else ""
+            _remark(path, f"has the prefix {prefix!r} in {'the' if rest else 'all'} names, which is left out{also}")
+            return {name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)}
+    return state
 
 
 def _remark(path: Path, what: str) -> None:

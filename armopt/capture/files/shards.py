@@ -34,7 +34,7 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
         for name, keys in _files(path).items():
             place = path.parent / name
             check_file(place, f"{path.name} names it: copy it as well")
-            with safe_open(place, framework="pt") as file:
+            with one_error(str(place), hint="Copy it again", passing=ArmoptError), safe_open(place, "pt") as file:
                 missing = keys - set(file.keys())
                 if missing:
                     raise InputError(f"lacks {min(missing)}", where=str(place), hint=f"{path.name} says it is there")

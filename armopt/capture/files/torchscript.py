@@ -17,6 +17,7 @@ from armopt.capture.files import script_code, scripts
 from armopt.capture.files.archive import Archive, one_error
 from armopt.capture.files.format import TRUST, Content, Format, Options
 from armopt.capture.files.modules import arrange_inputs
+from armopt.capture.widening import is_half
 from armopt.errors import ArmoptError, InputError
 from armopt.ir.records import Captured
 from armopt.models import torchvision_ops
@@ -73,7 +74,8 @@ def capture_script(
         raise InputError(what, where=source, hint="Give one size with --batch, and numbers alone with --input")
     if batch:
         args, kwargs, _ = dimensions.resized(args, kwargs, NO_AXES, batch[0])
-    capture.check_dtypes(script, source)
+    if not is_half(script):  # which is widened
+        capture.check_dtypes(script, source)
     names = _names(script, source)
     args, kwargs = _by_position(names, args, kwargs)
     hint = "Give the original model's state dict with --model, or a .pt2 from torch.export"
