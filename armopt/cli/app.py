@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -69,6 +70,7 @@ def _options(
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 a bug, 2 bad input, 3 this host can't, 4 an accuracy gate failed."""
     show_warnings()
+    gc.set_threshold(50_000, 10, 10)  # graphs are many objects that live long: Python's search for cycles took a second
     try:
         app()
     except ArmoptError as error:

@@ -1,7 +1,6 @@
 """What an emulated process imports once, before it forks one for each job: torch, then what most jobs use of armopt."""
 
-import torch
-import torch.fx.experimental.symbolic_shapes  # noqa: F401  what runs without data work with
+import torch  # noqa: F401
 from numpy import random  # noqa: F401
 
 import armopt.deploy.doctor

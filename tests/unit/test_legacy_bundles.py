@@ -18,6 +18,7 @@ import armopt
 from armopt.bundle import manifest, reader, writer
 from armopt.cli import app
 from armopt.errors import BundleError
+from tests.hashed_manifest import hashed
 
 FOLDER = Path(__file__).parents[1] / "data" / "bundles"
 GRAPH, MODULE = FOLDER / "schema1.zip", FOLDER / "schema2.zip"
@@ -86,14 +87,9 @@ def test_the_first_bundles_had_one_gate() -> None:
         content = json.loads(archive.read("manifest.json"))
     for name in ("gates", "inputs", "inputs_given", "task", "repair"):
         del content["accuracy"][name]
-    found = manifest.from_bytes(_hashed(content), "m")
+    found = manifest.from_bytes(hashed(content), "m")
     assert [gate.gate for gate in found.accuracy.gates] == ["cosine>=0.99"]
     assert found.accuracy.repair is None
-
-
-def _hashed(content: dict[str, Any]) -> bytes:
-    content = {key: value for key, value in content.items() if key != "digest"}
-    return manifest._canonical(content | {"digest": manifest._hash(content)})
 
 
 @pytest.mark.parametrize(
@@ -115,4 +111,4 @@ def test_what_fits_neither_schema_is_an_error_of_ours(change: Callable[[dict[str
         content = json.loads(archive.read("manifest.json"))
     change(content)
     with pytest.raises(BundleError):
-        manifest.from_bytes(_hashed(content), "m")
+        manifest.from_bytes(hashed(content), "m")

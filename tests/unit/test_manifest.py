@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
@@ -12,6 +11,7 @@ from armopt.bundle import manifest
 from armopt.environment import Variable
 from armopt.errors import BundleError
 from armopt.ir.records import Decision, InputSpec, Skip, Symbol
+from tests.hashed_manifest import hashed
 
 
 def example(**changes: Any) -> manifest.Manifest:
@@ -116,13 +116,6 @@ def test_a_field_too_many_or_too_few_is_found_even_with_a_true_digest(change: di
     content = json.loads(DATA) | change
     with pytest.raises(BundleError):
         manifest.from_bytes(hashed({k: v for k, v in content.items() if v is not None}), "m")
-
-
-def hashed(content: dict[str, Any]) -> bytes:
-    """With the digest that it should have: whoever can change a bundle can do that too."""
-    content = {k: v for k, v in content.items() if k != "digest"}
-    content["digest"] = hashlib.sha256(manifest._canonical(content)).hexdigest()
-    return manifest._canonical(content)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def _write_many(path: Path, name: str) -> None:
 
 def test_several_processes_never_leave_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # at once: another process would import torch first
     workers = [context.Process(target=_write_many, args=(path, name)) for name in "ab"]
     for worker in workers:
         worker.start()
