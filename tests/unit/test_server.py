@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -187,6 +188,53 @@ def test_a_busy_model_waits_for_more_but_not_for_ever(rows: Served) -> None:
     assert engine.stop(5)
     assert slow.runs == [1, 4, 1]
     assert last < 2
+
+
+class Where(Slow):
+    """Works for a while, and writes down whether the thread that asked does it."""
+
+    def run(self, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        self.runs.append(int(threading.current_thread() is threading.main_thread()))
+        until = time.thread_time() + self.seconds
+        while time.thread_time() < until:
+            pass
+        return self._served.run(tensors)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "threads", "at_once", "here"),
+    [(0, 1, 1, [0, 1, 1, 1]), (0.02, 1, 1, [0] * 4), (0, 2, 1, [0] * 4), (0, 1, 4, [0] * 4)],
+)
+def test_the_event_loop_runs_what_is_short_and_comes_alone_to_a_model_of_one_thread(
+    rows: Served, seconds: float, threads: int, at_once: int, here: list[int]
+) -> None:
+    before = torch.get_num_threads()
+    engine = Engine(where := Where(rows, seconds), most_waiting=9, wait_seconds=0, threads=threads)  # type: ignore[arg-type]
+    inputs = [torch.rand(at_once, 8) for _ in range(4)]
+
+    async def ask() -> None:
+        for x in inputs:
+            parts = await asyncio.gather(*(engine.run([row[None]], 30) for row in x))
+            close(torch.cat([part["log"] for part in parts]), rows.run([x])["log"])
+
+    try:
+        asyncio.run(ask())
+    finally:
+        assert engine.stop(5)
+        torch.set_num_threads(before)
+    assert where.runs == here
+
+
+def test_an_error_where_the_event_loop_runs_the_model_is_an_answer(tokens: Served) -> None:
+    engine = Engine(tokens, most_waiting=9, wait_seconds=0, threads=1)
+
+    async def ask() -> list[Any]:
+        asked = [torch.full((1, 5), word) for word in (1, 50, 1)]
+        return [(await asyncio.gather(engine.run([ids], 30), return_exceptions=True))[0] for ids in asked]
+
+    good, bad, again = asyncio.run(ask())
+    assert engine.stop(5)
+    assert (bad.status, torch.equal(good["output"], again["output"])) == (400, True)
 
 
 def test_time_that_is_up_and_a_queue_that_is_full(rows: Served) -> None:
@@ -468,6 +516,25 @@ def test_lines_of_log_hold_no_control_characters() -> None:
     assert line.isascii()
     assert line.isprintable()
     assert json.loads(line)["path"] == r"/\x7f\u202e\x00\n"
+
+
+def test_a_log_that_nobody_reads_holds_up_neither_work_nor_end() -> None:
+    code = (
+        "import os\n"
+        "from armopt.deploy.server.observe import log, logging_to_stderr\n"
+        "with logging_to_stderr():\n"
+        "    for i in range(5_000): log('request', path='x' * 100)\n"
+        "os.write(1, b'ended')\n"
+        "os._exit(0)\n"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        try:
+            assert process.wait(60) == 0
+            assert process.stdout
+            assert process.stdout.read() == b"ended"
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import logging.handlers
 import os
-import queue
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -20,6 +20,8 @@ from armopt.errors import printable
 
 LOGGER = "armopt.serve"
 _MOST_LINES = 10_000
+#: Seconds for which lines gather before they are written.
+_GATHERED = 0.1
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -51,27 +53,45 @@ def log(event: str, *, level: int = logging.INFO, error: BaseException | None = 
 @contextmanager
 def logging_to_stderr() -> Iterator[None]:
     """Sends this process's lines to stderr by a thread: a full disk or a reader that stopped holds up no request."""
-    logging.raiseExceptions = False  # a line that can't be written is lost, and nothing else is
-    to_stderr = logging.StreamHandler(sys.stderr)
-    to_stderr.setFormatter(JsonLines())
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_LINES)
+    lines = _Lines()
     logger = logging.getLogger(LOGGER)
-    logger.handlers, logger.propagate = [_Queued(lines)], False
+    logger.handlers, logger.propagate = [lines], False
     logger.setLevel(logging.INFO)
-    listener = logging.handlers.QueueListener(lines, to_stderr)
-    listener.start()
+    writer = threading.Thread(target=lines.write, name="armopt-log", daemon=True)
+    writer.start()
     try:
         yield
     finally:
-        with suppress(queue.Full):
-            listener.stop()
+        lines.ended.set()
+        writer.join(_GATHERED + 1)  # a reader that stopped doesn't hold up the end either
 
 
-class _Queued(logging.handlers.QueueHandler):
-    """Hands records over as they are: to another thread, not to another process."""
+class _Lines(logging.Handler):
+    """Keeps records until its thread writes them, some at a time: one that woke for each would hold up requests.
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record
+    Attributes:
+        ended: Set when no more come.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = threading.Event()
+        self._records: deque[logging.LogRecord] = deque(maxlen=_MOST_LINES)
+        self._format = JsonLines().format
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps it; the oldest goes where too many wait."""
+        self._records.append(record)
+
+    def write(self) -> None:
+        """Writes until the end. A line that can't be written is lost, and nothing else is."""
+        last = False
+        while not last:
+            last = self.ended.wait(_GATHERED)
+            while self._records:
+                line = self._format(self._records.popleft())
+                with suppress(OSError, ValueError):
+                    print(line, file=sys.stderr, flush=True)
 
 
 class Metrics:
