@@ -354,13 +354,17 @@ BAD = [
     (body({"name": "x", "shape": [1], "datatype": "FP32"}), "neither data nor binary_data_size"),
     (body(an_input(shape=[0, 2**70], data=[])), "no tensor has shape"),
     (body(an_input(shape=[2**200], data=[])), "its shape"),
-    (body(an_input(parameters={"binary_data_size": 32})), "32 bytes announced, 0 sent"),
+    (body(an_input(parameters={"binary_data_size": 32})), "both data and binary_data_size"),
+    (body(an_input(parameters={"binary_data_size": 32}, data="?")).replace(b', "data": "?"', b""), "announced, 0 sent"),
     (body(an_input(parameters={"binary_data_size": -1})), "binary_data_size is -1"),
     (body(an_input(parameters={"binary_data_size": "x"})), "binary_data_size is 'x'"),
     (body(an_input(parameters={"binary_data_size": 8})), "take 32"),
     (body(an_input(), parameters={"binary_data_output": 1}), "binary_data_output is 1, not true or false"),
     (body(an_input(), outputs=[{"name": "sum", "parameters": {"binary_data": "no"}}]), "not true or false"),
     (body(an_input(), outputs=[{}]), "missing required field `name`"),
+    (body(an_input(), outputs=[{"name": "sum"}] * 2), "asked for twice"),
+    (body(an_input(), outputs=[{"name": "sum", "parameters": {"classification": 1}}]), "no classification"),
+    (body(an_input(), outputs=[{"name": "sum", "parameters": {"shared_memory_region": "r"}}]), "no shared_memory"),
 ]
 
 
@@ -368,6 +372,16 @@ BAD = [
 def test_bodies_that_are_no_requests(content: bytes, text: str) -> None:
     with pytest.raises(RefusedError, match=text):
         protocol.read(content, None, 1 << 20)
+
+
+def test_what_is_null_is_not_there() -> None:
+    """As clients write it that put down every field they know of."""
+    asked = protocol.read(body(an_input(parameters=None), id=None, parameters=None, outputs=None), None, 1000)
+    assert (asked.id, asked.outputs, asked.all_binary) == ("", (), False)
+
+
+def test_an_error_of_ten_thousand_names_is_short() -> None:
+    assert len(str(RefusedError(", ".join(map(str, range(10_000)))))) == 1001
 
 
 @pytest.mark.parametrize("header", ["x", "-1", "", "9" * 30, "²", "1000"])
@@ -431,6 +445,8 @@ def test_requests_that_are_refused(client: TestClient, content: bytes, status: i
 
 def test_bodies_that_are_compressed_or_announced_too_long(client: TestClient) -> None:
     assert client.post(INFER, content=b"x", headers={"Content-Encoding": "gzip"}).status_code == 415
+    assert client.post(INFER, content=b"x", headers={"Transfer-Encoding": "gzip, chunked"}).status_code == 415
+    assert client.post(INFER, content=body(an_input()), headers={"Content-Encoding": "Identity"}).status_code == 200
 
     def chunks() -> Iterator[bytes]:
         for _ in range(20):
@@ -451,7 +467,7 @@ def test_pages(client: TestClient, rows: Served) -> None:
             "half": [-1, 8],
         }
         assert client.get(f"{path}/ready").status_code == 200
-    for path in ("/v2/models/other", "/v2/models/rows/versions/1", "/%1b"):
+    for path in ("/v2/models/other", "/v2/models/rows/versions/1", "/%1b", "/v2/"):
         answer = client.get(path)
         assert answer.status_code == 404
         assert "/docs lists what there is" in answer.json()["error"]
