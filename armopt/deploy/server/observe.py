@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
+import select
 import threading
 import time
 from collections import deque
@@ -22,6 +22,8 @@ LOGGER = "armopt.serve"
 _MOST_LINES = 10_000
 #: Seconds for which lines gather before they are written.
 _GATHERED = 0.1
+_STDERR = 2
+_PATIENCE_MS = 100
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -50,6 +52,19 @@ def log(event: str, *, level: int = logging.INFO, error: BaseException | None = 
     logging.getLogger(LOGGER).log(level, event, extra={"fields": fields}, exc_info=error)
 
 
+class ToStderr(logging.Handler):
+    """Writes a line at once, and loses one that can't be written: to a full disk, or to a reader that stopped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes it, in parts that a pipe takes whole."""
+        line = JsonLines().format(record).encode() + b"\n"
+        with suppress(OSError):
+            takes = select.poll()
+            takes.register(_STDERR, select.POLLOUT)
+            while line and takes.poll(_PATIENCE_MS):
+                line = line[os.write(_STDERR, line[: select.PIPE_BUF]) :]
+
+
 @contextmanager
 def logging_to_stderr() -> Iterator[None]:
     """Sends this process's lines to stderr by a thread: a full disk or a reader that stopped holds up no request."""
@@ -63,7 +78,7 @@ def logging_to_stderr() -> Iterator[None]:
         yield
     finally:
         lines.ended.set()
-        writer.join(_GATHERED + 1)  # a reader that stopped doesn't hold up the end either
+        writer.join(1)  # a reader that stopped doesn't hold up the end
 
 
 class _Lines(logging.Handler):
@@ -77,21 +92,18 @@ class _Lines(logging.Handler):
         super().__init__()
         self.ended = threading.Event()
         self._records: deque[logging.LogRecord] = deque(maxlen=_MOST_LINES)
-        self._format = JsonLines().format
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keeps it; the oldest goes where too many wait."""
         self._records.append(record)
 
     def write(self) -> None:
-        """Writes until the end. A line that can't be written is lost, and nothing else is."""
-        last = False
+        """Writes until the end."""
+        last, to_stderr = False, ToStderr()
         while not last:
             last = self.ended.wait(_GATHERED)
             while self._records:
-                line = self._format(self._records.popleft())
-                with suppress(OSError, ValueError):
-                    print(line, file=sys.stderr, flush=True)
+                to_stderr.emit(self._records.popleft())
 
 
 class Metrics:

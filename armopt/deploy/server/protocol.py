@@ -125,7 +125,12 @@ def read(body: bytes | bytearray, header_length: str | None, max_json_bytes: int
             at += size
     if at != len(body):
         raise RefusedError(f"{len(body) - at} bytes behind the JSON belong to no input")
-    outputs = head.outputs or ()
+    names, binary = _asked(head.outputs or ())
+    return Request(head.id or "", tensors, names, binary, bool(flag(head.parameters, "binary_data_output")))
+
+
+def _asked(outputs: Sequence[_Output]) -> tuple[tuple[str, ...], dict[str, bool]]:
+    """The names of outputs, and whether they are wanted as binary tensors, of those that say so."""
     for output in outputs:
         if extension := next((name for name in _EXTENSIONS if name in (output.parameters or ())), None):
             raise RefusedError(f"output {output.name}: this server has no {extension}")
@@ -133,13 +138,7 @@ def read(body: bytes | bytearray, header_length: str | None, max_json_bytes: int
     if len(set(names)) < len(names):
         raise RefusedError("an output is asked for twice")
     binary = {output.name: flag(output.parameters, "binary_data") for output in outputs}
-    return Request(
-        head.id or "",
-        tensors,
-        names,
-        {name: wanted for name, wanted in binary.items() if wanted is not None},
-        bool(flag(head.parameters, "binary_data_output")),
-    )
+    return names, {name: wanted for name, wanted in binary.items() if wanted is not None}
 
 
 def _length(most: int, header_length: str | None, max_json_bytes: int) -> int:

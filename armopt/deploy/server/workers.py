@@ -29,7 +29,7 @@ from starlette.types import ASGIApp
 from armopt import environment
 from armopt.deploy.server.app import Service
 from armopt.deploy.server.connection import protocol
-from armopt.deploy.server.observe import LOGGER, JsonLines
+from armopt.deploy.server.observe import LOGGER, ToStderr
 from armopt.deploy.server.seats import Seats
 from armopt.deploy.server.served import Served, prepare
 from armopt.deploy.server.settings import Settings
@@ -154,9 +154,7 @@ class _Logger(Logger):
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
-        logging.raiseExceptions = False
-        for handler in self.error_log.handlers:
-            handler.setFormatter(JsonLines())
+        self.error_log.handlers = [ToStderr()]
 
 
 class _Worker(Worker):
