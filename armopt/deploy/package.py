@@ -115,9 +115,7 @@ def write(
     if not parent.is_dir():
         raise InputError("the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {parent}")
     torch, kinds = torch_version(described), machines(platforms) or (machine(described),)
-    pinned: tuple[Pinned, ...] = ()
-    if hashes:
-        pinned = tuple(wheel for kind in kinds for wheel in resolve(torch, run or _pip, kind))
+    pinned = _all_wheels(torch, run or _pip, kinds) if hashes else ()
     texts = {
         DOCKERFILE: dockerfile(described, model_name(bundle), kinds, hashes=bool(pinned)),
         REQUIREMENTS: requirements(torch, pinned),
@@ -317,6 +315,10 @@ def resolve(torch: str, run: Runner, machine: str = "aarch64") -> tuple[Pinned, 
         if need.marker is None or need.marker.evaluate(there):
             needs.append(f"{need.name}{need.specifier}")
     return tuple(_pinned([*first, *_report(run, [*needs, *_NEEDED], machine)], machine))
+
+
+def _all_wheels(torch: str, run: Runner, kinds: Iterable[str]) -> tuple[Pinned, ...]:
+    return tuple(wheel for kind in kinds for wheel in resolve(torch, run, kind))
 
 
 def _report(run: Runner, wanted: Sequence[str], machine: str, *options: str) -> list[Mapping[str, Any]]:
