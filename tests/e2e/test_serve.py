@@ -392,6 +392,36 @@ def test_a_worker_that_dies_under_load_is_started_again_and_costs_its_connection
     assert 1 <= len(wrong) <= 8, wrong
 
 
+def test_workers_end_where_nobody_is_left_to_end_them(bundles: list[Path]) -> None:
+    with served(bundles[0], "--workers", "2", "--drain", "2") as server:
+        workers = server.workers()
+        server.process.kill()
+        until = time.monotonic() + 15
+        while time.monotonic() < until and any(Path(f"/proc/{pid}").exists() for pid in workers):
+            time.sleep(0.1)
+        left = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def test_connections_that_the_system_has_taken_are_answered_before_the_end(bundles: list[Path]) -> None:
+    """A worker that is stopped for a moment has not accepted them when SIGTERM comes."""
+    ask = LINE + b"Content-Length: %d\r\n\r\n%s" % (len(GOOD), GOOD)
+    with served(bundles[0], "--drain", "5") as server:
+        (worker,) = server.workers()
+        os.kill(worker, signal.SIGSTOP)
+        open_ones = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(10)]
+        for connection in open_ones:
+            connection.sendall(ask)
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGCONT)
+        statuses = [answered(connection)[9:12] for connection in open_ones]
+        for connection in open_ones:
+            connection.close()
+    assert statuses == [b"200"] * 10
+
+
 def test_sigterm_ends_it_while_clients_are_connected(bundles: list[Path]) -> None:
     with served(bundles[0], "--drain", "5") as server:
         idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]

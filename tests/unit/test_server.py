@@ -268,6 +268,19 @@ def test_models_whose_requests_stay_alone(model: nn.Module, batch: tuple[int, ..
         assert slow.runs == [2] * 4
 
 
+def test_a_batch_invariant_bundle_gives_the_same_to_the_bit_in_any_company(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    checks = armopt.Checks(batch_invariant=True)
+    armopt.optimize(Rows(64).eval(), (torch.rand(4, 8),), output=tmp_path / "b", batch=[1, 8], checks=checks)
+    found = prepare(Settings(str(tmp_path / "b")))
+    assert found.most_rows == 8
+    inputs = [torch.rand(1 + i % 3, 8) for i in range(20)]
+    slow = Slow(found)
+    for x, each in zip(inputs, together(slow, inputs), strict=True):
+        assert torch.equal(each["log"], found.run([x])["log"])
+    assert max(slow.runs) > 4
+
+
 def test_batching_can_be_switched_off(rows_bundle: Path) -> None:
     assert prepare(Settings(str(rows_bundle), batching=False)).most_rows == 1
 

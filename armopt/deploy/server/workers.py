@@ -8,6 +8,7 @@ another by then: new workers start with it, and the old ones end when they have 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -210,6 +211,7 @@ class _Uvicorn(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._seats, self._seat = seats, seat
+        self._parent = os.getppid()
         self._accepting: set[asyncio.Task[Any]] = set()
         service.connections = lambda: len(self.server_state.connections)
 
@@ -240,21 +242,24 @@ class _Uvicorn(uvicorn.Server):
             self._pause(listener, _LEFT, left=True)
             return
         try:
-            connection, _ = listener.accept()
+            self._take(listener)
         except (BlockingIOError, ConnectionAbortedError):  # another worker took it, or the client is gone
             pass
         except OSError:  # too many open files
             self._pause(listener, 0.5, left=False)
             return
         else:
-            connection.setblocking(False)
-            loop = asyncio.get_running_loop()
-            task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection))
-            self._accepting.add(task)
-            task.add_done_callback(self._accepting.discard)
             self._tell()
         if left:
             self._listen(listener)
+
+    def _take(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        connection.setblocking(False)
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection))
+        self._accepting.add(task)
+        task.add_done_callback(self._accepting.discard)
 
     def _tell(self) -> None:
         if not self._service.draining:
@@ -266,8 +271,9 @@ class _Uvicorn(uvicorn.Server):
         return made
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: connections also end."""
+        """Ten times a second: connections also end, and so may the arbiter, with nobody left to end its workers."""
         self._tell()
+        self.should_exit |= os.getppid() != self._parent
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -277,6 +283,9 @@ class _Uvicorn(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for listener in self._listeners:
             loop.remove_reader(listener)
+            with contextlib.suppress(OSError):
+                while True:  # those that the system has taken already would be reset
+                    self._take(listener)
             listener.close()
         until = loop.time() + 0.2 * self._service.settings.drain_seconds
         while (self._accepting or self.server_state.connections) and loop.time() < until and not self.force_exit:
