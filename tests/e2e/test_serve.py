@@ -411,15 +411,16 @@ def test_connections_that_the_system_has_taken_are_answered_before_the_end(bundl
     with served(bundles[0], "--drain", "5") as server:
         (worker,) = server.workers()
         os.kill(worker, signal.SIGSTOP)
-        open_ones = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(10)]
+        open_ones = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(100)]
         for connection in open_ones:
             connection.sendall(ask)
-        os.kill(worker, signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)  # so that it looks whether it should end as soon as it goes on
         os.kill(worker, signal.SIGCONT)
         statuses = [answered(connection)[9:12] for connection in open_ones]
         for connection in open_ones:
             connection.close()
-    assert statuses == [b"200"] * 10
+    assert statuses == [b"200"] * 100
 
 
 def test_sigterm_ends_it_while_clients_are_connected(bundles: list[Path]) -> None:
