@@ -3,7 +3,7 @@
     python -m benchmarks.serving_load                # 200 clients for 60 seconds
     python -m benchmarks.serving_load --write        # and writes the table
 
-All that is ill happens three times while the clients ask. Every answer of theirs is compared with what the model gives alone.
+All that is ill happens three times while the clients ask. Every answer of theirs is compared with the one alone.
 """
 
 from __future__ import annotations
