@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import math
 import re
 import sys
 import termios
@@ -18,6 +19,8 @@ from armopt.deploy.server.settings import Settings
 _MOST_AROUND = 64 << 10
 #: How many such bytes each byte of a body may bring: the shortest chunk has five.
 _AROUND = 5
+#: How often it is seen whether a client reads, while it has the time that a client may read nothing.
+_LOOKS = 10
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
@@ -89,7 +92,7 @@ class _Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self._taking is not None:
             self._taking.cancel()
-        self._look_again()
+        self._look(math.inf, 0)
 
     def _ends_behind_answers(self) -> bool:
         """Whether the last request came whole and has no answer yet; if so, the connection ends behind that."""
@@ -106,16 +109,15 @@ class _Connection(HttpToolsProtocol):
         self.transport.write(head.encode() + content)
         self.transport.close()
 
-    def _look_again(self) -> None:
+    def _look(self, before: float, still: int) -> None:
         """An answer that its client doesn't read stays in memory, and closing would wait for it."""
         left = _untaken(self.transport)
-        self._taking = self.loop.call_later(self.seconds, self._look, left) if left else None
-
-    def _look(self, before: int) -> None:
-        if before <= _untaken(self.transport):
+        still = still + 1 if left >= before else 0
+        self._taking = None
+        if still == _LOOKS:
             self.transport.abort()
-        else:
-            self._look_again()
+        elif left:
+            self._taking = self.loop.call_later(self.seconds / _LOOKS, self._look, left, still)
 
     def _arm(self) -> None:
         self._disarm()
