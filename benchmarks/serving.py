@@ -136,8 +136,10 @@ def measure(seconds: float, rounds: int) -> dict[tuple[str, int], list[Figures]]
     return found
 
 
-def table(found: dict[tuple[str, int], list[Figures]]) -> str:
+def table(found: dict[tuple[str, int], list[Figures]], busy: float) -> str:
     lines = [
+        f"Load of the machine before: {busy:.1f}.",
+        "",
         "| clients | server | requests a second | p50, ms | p99, ms | `armopt serve` to it |",
         "|---|---|---|---|---|---|",
     ]
@@ -160,7 +162,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="write docs/serving.md")
     options = parser.parse_args()
-    made = table(measure(options.seconds, options.rounds))
+    busy = os.getloadavg()[0]
+    made = table(measure(options.seconds, options.rounds), busy)
     print(made)
     if options.write:
         text = PAGE.read_text()

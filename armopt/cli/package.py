@@ -20,13 +20,22 @@ def package(
     hashes: Annotated[
         bool, typer.Option("--hashes/--no-hashes", help="Ask the package registry for the hashes of all wheels.")
     ] = True,
+    platforms: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--platform",
+            metavar="NAME",
+            help="What the image can be built for: linux/arm64, linux/amd64, or both. "
+            "[default: the machine of the bundle's kernels]",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Write what an image needs: Dockerfile with a health check, requirements with hashes, SBOM, the bundle."""
     from armopt.deploy import package
 
     out = Output(as_json)
-    written = package.write(bundle, output, hashes=hashes)
+    written = package.write(bundle, output, hashes=hashes, platforms=platforms or ())
     for remark in written.remarks:
         out.note(f"armopt: {remark}")
     out.result(_to_json(written), lambda: _text(written))
@@ -45,7 +54,8 @@ def _to_json(written: Package) -> dict[str, Any]:
 
 def _text(written: Package) -> str:
     hashes = "with" if written.hashes else "WITHOUT"
+    build = "docker buildx build" if "," in written.platform else "docker build"
     return (
         f"Wrote {written.path}: {', '.join(written.files)}; torch {written.torch}, requirements {hashes} hashes.\n\n"
-        f"Next:  docker build --platform {written.platform} -t model {written.path}"
+        f"Next:  {build} --platform {written.platform} -t model {written.path}"
     )

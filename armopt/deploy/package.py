@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,10 @@ _NEEDED = (
 #: The user of the image: no user of the host has its number.
 _USER = 10001
 #: Docker's names of the machines that images are for.
-_PLATFORM = {"aarch64": "linux/arm64", "x86_64": "linux/amd64"}
+PLATFORMS = {"aarch64": "linux/arm64", "x86_64": "linux/amd64"}
 _WHEELS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 _MINUTES = 10
+_HASHED = "# Wheels from the package registry; pip refuses any other file (--require-hashes).\n"
 
 #: Runs a command and returns what it wrote; raises OSError or subprocess.SubprocessError.
 Runner = Callable[[Sequence[str]], str]
@@ -54,11 +56,12 @@ Runner = Callable[[Sequence[str]], str]
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """One wheel: a package, its version, and the sha256 of its file."""
+    """One wheel: a package, its version, the sha256 of its file, and the machine that it was chosen for."""
 
     name: str
     version: str
     sha256: str
+    machine: str = "aarch64"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class Package:
     Attributes:
         path: The folder.
         files: In it, at the top.
-        platform: What the image is built for, by Docker's name.
+        platform: What the image can be built for, by Docker's names, with commas between.
         torch: The version that the image installs.
         hashes: Whether requirements.txt has them.
         remarks: What is worth knowing.
@@ -82,17 +85,20 @@ class Package:
     remarks: tuple[str, ...]
 
 
-def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None = None) -> Package:
+def write(
+    bundle: Path, output: Path, *, hashes: bool = True, platforms: Sequence[str] = (), run: Runner | None = None
+) -> Package:
     """Writes the folder of an image that serves a bundle.
 
     Args:
         bundle: A folder or a zip; all its hashes are checked.
         output: The folder to make.
         hashes: Whether to ask the package registry for the hashes of the wheels.
+        platforms: What the image can be built for, by Docker's names; by default, the machine of the bundle's kernels.
         run: How pip is run; for tests.
 
     Raises:
-        InputError: The place can't take it.
+        InputError: The place can't take it, or there is no such platform.
         BundleError: The bundle is damaged, or says something that can't go into these files.
         HostError: Hashes were asked for, and no package registry gave them.
     """
@@ -108,19 +114,10 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
         raise InputError("is there already", where=str(output), hint="Choose another place with -o")
     if not parent.is_dir():
         raise InputError("the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {parent}")
-    torch = torch_version(described)
-    remarks = []
-    pinned: tuple[Pinned, ...] = ()
-    if hashes:
-        pinned = resolve(torch, run or _pip, machine(described))
-    else:
-        remarks.append(f"{REQUIREMENTS} has no hashes, as asked for")
-    if not described.accuracy.passed:
-        remarks.append("the bundle failed its accuracy gate: it is not meant to be deployed")
-    if machine(described) != "aarch64":
-        remarks.append("the image is for the kind of machine that made the bundle; torch's wheels for it bring CUDA")
+    torch, kinds = torch_version(described), machines(platforms) or (machine(described),)
+    pinned = _all_wheels(torch, run or _pip, kinds) if hashes else ()
     texts = {
-        DOCKERFILE: dockerfile(described, model_name(bundle), hashes=bool(pinned)),
+        DOCKERFILE: dockerfile(described, model_name(bundle), kinds, hashes=bool(pinned)),
         REQUIREMENTS: requirements(torch, pinned),
         ".dockerignore": "**/__pycache__\n",
     }
@@ -143,13 +140,43 @@ def write(bundle: Path, output: Path, *, hashes: bool = True, run: Runner | None
             hint="Nothing was left behind. Free some space or choose another place with -o",
         ) from error
     files = tuple(sorted(entry.name for entry in output.iterdir()))
-    return Package(output, files, _PLATFORM[machine(described)], torch, bool(pinned), tuple(remarks))
+    return Package(output, files, _named(kinds), torch, bool(pinned), tuple(_remarks(described, kinds, bool(pinned))))
 
 
 def machine(described: manifest.Manifest) -> str:
-    """The machine that the image is for: kernels of a bundle are of one kind, so there is no image for both."""
+    """The machine of a bundle's kernels; on another, their portable twins run."""
     made = described.versions.get("machine", "")
-    return made if described.target == targets.HOST and made in _PLATFORM else "aarch64"
+    return made if described.target == targets.HOST and made in PLATFORMS else "aarch64"
+
+
+def machines(platforms: Sequence[str]) -> tuple[str, ...]:
+    """The machines of platforms by Docker's names.
+
+    Raises:
+        InputError: There is no image for one of them.
+    """
+    kinds = {name: kind for kind, name in PLATFORMS.items()}
+    names = [name for given in platforms for name in given.split(",")]
+    for name in names:
+        if name not in kinds:
+            raise InputError(f"is no platform that has wheels: {' and '.join(kinds)} have", where=f"--platform {name}")
+    return tuple(kind for name, kind in kinds.items() if name in names)
+
+
+def _remarks(described: manifest.Manifest, kinds: Sequence[str], hashes: bool) -> Iterator[str]:
+    """What is worth knowing."""
+    if not hashes:
+        yield f"{REQUIREMENTS} has no hashes, as asked for"
+    if not described.accuracy.passed:
+        yield "the bundle failed its accuracy gate: it is not meant to be deployed"
+    if "x86_64" in kinds:
+        yield f"torch's wheels for {PLATFORMS['x86_64']} bring CUDA, which takes gigabytes"
+    if other := [PLATFORMS[kind] for kind in kinds if kind != machine(described)]:
+        yield f"on {', '.join(other)} portable twins run: the same rounding, but not the speed"
+
+
+def _named(kinds: Iterable[str]) -> str:
+    return ",".join(PLATFORMS[kind] for kind in kinds)
 
 
 def torch_version(described: manifest.Manifest) -> str:
@@ -166,12 +193,13 @@ def torch_version(described: manifest.Manifest) -> str:
         ) from None
 
 
-def dockerfile(described: manifest.Manifest, name: str, *, hashes: bool) -> str:
+def dockerfile(described: manifest.Manifest, name: str, kinds: Sequence[str], *, hashes: bool) -> str:
     """The Dockerfile: the environment as ENV lines, and `armopt serve` as the entry point, which sets the threads.
 
     Args:
         described: The bundle's manifest.
         name: Of the model in URLs.
+        kinds: The machines that it can be built for.
         hashes: Whether requirements.txt has them.
     """
     wanted = environment.recorded(described.environment, manifest.NAME)
@@ -181,15 +209,14 @@ def dockerfile(described: manifest.Manifest, name: str, *, hashes: bool) -> str:
     command = ["python", "-m", "armopt", "serve", f"/app/{BUNDLE}", "--name", name]
     command += ["--host", "0.0.0.0", "--port", str(PORT)]
     install = f"pip install --no-cache-dir --only-binary=:all:{' --require-hashes' if hashes else ''}"
-    kind = machine(described)
-    other = f"this image is for {_PLATFORM[kind]}: docker build --platform {_PLATFORM[kind]} ."
+    build = f"docker {'build' if len(kinds) == 1 else 'buildx build'} --platform {_named(kinds)}"
     return f"""\
 # For {described.target}, by armopt {__version__}. Run it with options of armopt serve behind it:
-#   docker build --platform {_PLATFORM[kind]} -t model .
+#   {build} -t model .
 #   docker run --rm --read-only --cap-drop ALL -p {PORT}:{PORT} model --workers 2
 FROM python:{PYTHON}-slim
 
-RUN test "$(uname -m)" = {kind} || {{ echo "{other}" >&2; exit 1; }}
+RUN case "$(uname -m)" in {"|".join(kinds)}) ;; *) echo "this image is for {_named(kinds)}: {build} ." >&2; exit 1; esac
 # `armopt serve` preloads it: oneDNN makes many small objects on each call
 RUN apt-get update && apt-get install -y --no-install-recommends {ALLOCATOR} && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
@@ -216,16 +243,18 @@ def model_name(bundle: Path) -> str:
 
 def bill_of_materials(described: manifest.Manifest, name: str, pinned: Sequence[Pinned]) -> str:
     """All that is installed, and the bundle, as CycloneDX 1.5: names, versions, hashes; nothing of the base image."""
-    wheels = [
-        {
-            "type": "library",
-            "name": each.name,
-            "version": each.version,
-            "purl": f"pkg:pypi/{each.name}@{each.version}",
-            "hashes": [{"alg": "SHA-256", "content": each.sha256}],
-        }
-        for each in sorted(pinned, key=lambda p: p.name)
-    ]
+    wheels = []
+    for (name_, version, sha256), kinds in _grouped(pinned, lambda p: (p.name, p.version, p.sha256)):
+        wheels.append(
+            {
+                "type": "library",
+                "name": name_,
+                "version": version,
+                "purl": f"pkg:pypi/{name_}@{version}",
+                "hashes": [{"alg": "SHA-256", "content": sha256}],
+                "properties": [{"name": "armopt:platform", "value": PLATFORMS[kind]} for kind in kinds],
+            }
+        )
     model = {
         "type": "machine-learning-model",
         "name": name,
@@ -244,18 +273,27 @@ def bill_of_materials(described: manifest.Manifest, name: str, pinned: Sequence[
 
 
 def requirements(torch: str, pinned: Sequence[Pinned]) -> str:
-    """requirements.txt: each wheel with its hash; without hashes, how to add them."""
+    """requirements.txt: each wheel with its hash, and its machine where one alone has it; or how to add hashes."""
     if pinned:
-        head = "# Wheels from the package registry; pip refuses any other file (--require-hashes).\n"
-        return head + "".join(
-            f"{each.name}=={each.version} \\\n    --hash=sha256:{each.sha256}\n"
-            for each in sorted(pinned, key=lambda p: p.name)
-        )
+        every, text = {each.machine for each in pinned}, _HASHED
+        for (name, version), kinds in _grouped(pinned, lambda p: (p.name, p.version)):
+            only = "" if set(kinds) == every else f' ; platform_machine == "{kinds[0]}"'
+            hashes = {each.sha256 for each in pinned if (each.name, each.version) == (name, version)}
+            text += (
+                f"{name}=={version}{only}" + "".join(f" \\\n    --hash=sha256:{sha}" for sha in sorted(hashes)) + "\n"
+            )
+        return text
     return (
         "# NO HASHES: no package registry could be asked when this was written, so pip takes what it finds.\n"
         "# To add them, where a registry can be reached: armopt package BUNDLE -o DIR\n"
         + "".join(f"{line}\n" for line in (f"torch=={torch}", *_NEEDED))
     )
+
+
+def _grouped(pinned: Iterable[Pinned], key: Callable[[Pinned], Any]) -> Iterator[tuple[Any, list[str]]]:
+    """What wheels have in common, sorted, and the machines of those that have it."""
+    for found, group in groupby(sorted(pinned, key=key), key):
+        yield found, sorted({each.machine for each in group})
 
 
 def resolve(torch: str, run: Runner, machine: str = "aarch64") -> tuple[Pinned, ...]:
@@ -276,7 +314,11 @@ def resolve(torch: str, run: Runner, machine: str = "aarch64") -> tuple[Pinned, 
         need = Requirement(line)
         if need.marker is None or need.marker.evaluate(there):
             needs.append(f"{need.name}{need.specifier}")
-    return tuple(_pinned([*first, *_report(run, [*needs, *_NEEDED], machine)]))
+    return tuple(_pinned([*first, *_report(run, [*needs, *_NEEDED], machine)], machine))
+
+
+def _all_wheels(torch: str, run: Runner, kinds: Iterable[str]) -> tuple[Pinned, ...]:
+    return tuple(wheel for kind in kinds for wheel in resolve(torch, run, kind))
 
 
 def _report(run: Runner, wanted: Sequence[str], machine: str, *options: str) -> list[Mapping[str, Any]]:
@@ -303,7 +345,7 @@ def _report(run: Runner, wanted: Sequence[str], machine: str, *options: str) -> 
     return found
 
 
-def _pinned(items: Iterable[Mapping[str, Any]]) -> list[Pinned]:
+def _pinned(items: Iterable[Mapping[str, Any]], machine: str = "aarch64") -> list[Pinned]:
     found: dict[str, Pinned] = {}
     for item in items:
         name, version = canonicalize_name(item["metadata"]["name"]), item["metadata"]["version"]
@@ -311,7 +353,7 @@ def _pinned(items: Iterable[Mapping[str, Any]]) -> list[Pinned]:
         digest = archive.get("hashes", {}).get("sha256") or archive.get("hash", "").removeprefix("sha256=")
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise HostError("the registry gives no sha256", where=f"{name} {version}", hint="Try another registry")
-        found[name] = Pinned(name, version, digest)
+        found[name] = Pinned(name, version, digest, machine)
     return list(found.values())
 
 

@@ -168,7 +168,7 @@ def test_the_dockerfile(written: package.Package) -> None:
 
 
 def test_the_image_is_for_the_machine_of_its_kernels(bundle: Path) -> None:
-    """There is no image for both: wheels and kernels are of one kind."""
+    """Unless another is asked for."""
     from dataclasses import replace
 
     described = files.read_manifest(bundle)
@@ -182,7 +182,7 @@ def test_the_image_is_for_the_machine_of_its_kernels(bundle: Path) -> None:
         )
         assert package.machine(of_it) == machine
         assert package.torch_version(of_it) == ("2.11.0" if made == machine else "2.10.0")
-        text = package.dockerfile(of_it, "model", hashes=True)
+        text = package.dockerfile(of_it, "model", [machine], hashes=True)
         assert f"docker build --platform {platform_name} " in text
         (check,) = (rest for word, rest in parse(text) if word == "RUN" and "uname" in rest)
         for here, code in ((machine, 0), ("riscv64", 1)):
@@ -195,6 +195,40 @@ def test_the_image_is_for_the_machine_of_its_kernels(bundle: Path) -> None:
     package.resolve("2.10.0", run, "x86_64")
     assert "--platform=manylinux_2_28_x86_64" in run.calls[1]
     assert "nvidia-cublas-cu12==12.8.4.1" in run.calls[1]
+
+
+def test_an_image_for_both_kinds_of_machine(bundle: Path, tmp_path: Path) -> None:
+    """One Dockerfile: what differs are the wheels, and pip chooses those by their conditions."""
+    arm, x86 = (
+        [item("torch", "2.10.0", 'nvidia-nccl; platform_machine == "x86_64"')],
+        [item("nvidia-nccl", "2.27"), item("numpy", "2.4"), item("orjson", "3.13")],
+    )
+    other = item("numpy", "2.4")
+    other["download_info"]["archive_info"]["hashes"]["sha256"] = SHA[::-1]
+    run = Pip(arm, [other, item("orjson", "3.12")], arm, x86)
+    made = package.write(bundle, tmp_path / "image", platforms=["linux/amd64", "linux/arm64"], run=run)
+    assert made.platform == "linux/arm64,linux/amd64"
+    assert any("linux/amd64 portable twins run" in remark for remark in made.remarks)
+    lines = (made.path / "requirements.txt").read_text().replace(" \\\n   ", "").splitlines()
+    assert sorted(lines[1:]) == [
+        f"numpy==2.4 --hash=sha256:{SHA} --hash=sha256:{SHA[::-1]}",
+        f'nvidia-nccl==2.27 ; platform_machine == "x86_64" --hash=sha256:{SHA}',
+        f'orjson==3.12 ; platform_machine == "aarch64" --hash=sha256:{SHA}',
+        f'orjson==3.13 ; platform_machine == "x86_64" --hash=sha256:{SHA}',
+        f"torch==2.10.0 --hash=sha256:{SHA}",
+    ]
+    text = (made.path / "Dockerfile").read_text()
+    assert "docker buildx build --platform linux/arm64,linux/amd64 " in text
+    (check,) = (rest for word, rest in parse(text) if word == "RUN" and "uname" in rest)
+    for here, code in (("aarch64", 0), ("x86_64", 0), ("riscv64", 1)):
+        assert subprocess.run(["sh", "-c", check.replace("$(uname -m)", here)], check=False).returncode == code
+    parts = json.loads((made.path / "sbom.json").read_text())["components"]
+    of = [(each["name"], [at["value"] for at in each.get("properties", ())]) for each in parts]
+    assert ("nvidia-nccl", ["linux/amd64"]) in of
+    assert ("torch", ["linux/arm64", "linux/amd64"]) in of
+    assert sorted(platforms for name, platforms in of if name == "numpy") == [["linux/amd64"], ["linux/arm64"]]
+    with pytest.raises(InputError, match="--platform linux/riscv64: is no platform that has wheels"):
+        package.write(bundle, tmp_path / "other", platforms=["linux/arm64,linux/riscv64"], run=run)
 
 
 def test_the_images_user_can_read_it_whatever_the_umask(bundle: Path, tmp_path: Path) -> None:
@@ -253,14 +287,20 @@ def test_a_registry_without_hashes_is_refused() -> None:
 @pytest.mark.slow
 def test_hashes_are_what_pip_itself_accepts(tmp_path: Path) -> None:
     try:
-        pinned = package._pinned(package._report(package._pip, ["safetensors==0.8.0"], "aarch64", "--no-deps"))
+        pinned = [
+            wheel
+            for kind in ("aarch64", "x86_64")
+            for wheel in package._pinned(package._report(package._pip, ["safetensors==0.8.0"], kind, "--no-deps"), kind)
+        ]
     except HostError as error:
         warnings.warn(f"NOT TESTED against a package registry: {error}", stacklevel=2)
         pytest.skip(str(error))
     wanted = tmp_path / "requirements.txt"
     wanted.write_text(package.requirements("2.10.0", pinned))
     options = ["install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--only-binary=:all:"]
-    options += ["--python-version=3.11", "--platform=manylinux2014_aarch64", f"--target={tmp_path / 'x'}"]
+    options += ["--python-version=3.11", f"--target={tmp_path / 'x'}"]
+    package._pip([*options, "--platform=manylinux2014_x86_64", "--require-hashes", "-r", str(wanted)])
+    options += ["--platform=manylinux2014_aarch64"]
     package._pip([*options, "--require-hashes", "-r", str(wanted)])
     wanted.write_text(wanted.read_text().replace(pinned[0].sha256, SHA))
     with pytest.raises(subprocess.CalledProcessError) as refused:

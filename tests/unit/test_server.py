@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -189,6 +190,53 @@ def test_a_busy_model_waits_for_more_but_not_for_ever(rows: Served) -> None:
     assert last < 2
 
 
+class Where(Slow):
+    """Works for a while, and writes down whether the thread that asked does it."""
+
+    def run(self, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        self.runs.append(int(threading.current_thread() is threading.main_thread()))
+        until = time.thread_time() + self.seconds
+        while time.thread_time() < until:
+            pass
+        return self._served.run(tensors)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "threads", "at_once", "here"),
+    [(0, 1, 1, [0, 1, 1, 1]), (0.02, 1, 1, [0] * 4), (0, 2, 1, [0] * 4), (0, 1, 4, [0] * 4)],
+)
+def test_the_event_loop_runs_what_is_short_and_comes_alone_to_a_model_of_one_thread(
+    rows: Served, seconds: float, threads: int, at_once: int, here: list[int]
+) -> None:
+    before = torch.get_num_threads()
+    engine = Engine(where := Where(rows, seconds), most_waiting=9, wait_seconds=0, threads=threads)  # type: ignore[arg-type]
+    inputs = [torch.rand(at_once, 8) for _ in range(4)]
+
+    async def ask() -> None:
+        for x in inputs:
+            parts = await asyncio.gather(*(engine.run([row[None]], 30) for row in x))
+            close(torch.cat([part["log"] for part in parts]), rows.run([x])["log"])
+
+    try:
+        asyncio.run(ask())
+    finally:
+        assert engine.stop(5)
+        torch.set_num_threads(before)
+    assert where.runs == here
+
+
+def test_an_error_where_the_event_loop_runs_the_model_is_an_answer(tokens: Served) -> None:
+    engine = Engine(tokens, most_waiting=9, wait_seconds=0, threads=1)
+
+    async def ask() -> list[Any]:
+        asked = [torch.full((1, 5), word) for word in (1, 50, 1)]
+        return [(await asyncio.gather(engine.run([ids], 30), return_exceptions=True))[0] for ids in asked]
+
+    good, bad, again = asyncio.run(ask())
+    assert engine.stop(5)
+    assert (bad.status, torch.equal(good["output"], again["output"])) == (400, True)
+
+
 def test_time_that_is_up_and_a_queue_that_is_full(rows: Served) -> None:
     slow = Slow(rows, 0.3)
     late = together(slow, [torch.rand(4, 8) for _ in range(4)], seconds=0.15)
@@ -218,6 +266,19 @@ def test_models_whose_requests_stay_alone(model: nn.Module, batch: tuple[int, ..
         for x, each in zip(inputs, together(slow, inputs), strict=True):
             close(each["output"], found.run([x])["output"])
         assert slow.runs == [2] * 4
+
+
+def test_a_batch_invariant_bundle_gives_the_same_to_the_bit_in_any_company(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    checks = armopt.Checks(batch_invariant=True)
+    armopt.optimize(Rows(64).eval(), (torch.rand(4, 8),), output=tmp_path / "b", batch=[1, 8], checks=checks)
+    found = prepare(Settings(str(tmp_path / "b")))
+    assert found.most_rows == 8
+    inputs = [torch.rand(1 + i % 3, 8) for i in range(20)]
+    slow = Slow(found)
+    for x, each in zip(inputs, together(slow, inputs), strict=True):
+        assert torch.equal(each["log"], found.run([x])["log"])
+    assert max(slow.runs) > 4
 
 
 def test_batching_can_be_switched_off(rows_bundle: Path) -> None:
@@ -306,13 +367,17 @@ BAD = [
     (body({"name": "x", "shape": [1], "datatype": "FP32"}), "neither data nor binary_data_size"),
     (body(an_input(shape=[0, 2**70], data=[])), "no tensor has shape"),
     (body(an_input(shape=[2**200], data=[])), "its shape"),
-    (body(an_input(parameters={"binary_data_size": 32})), "32 bytes announced, 0 sent"),
+    (body(an_input(parameters={"binary_data_size": 32})), "both data and binary_data_size"),
+    (body(an_input(parameters={"binary_data_size": 32}, data="?")).replace(b', "data": "?"', b""), "announced, 0 sent"),
     (body(an_input(parameters={"binary_data_size": -1})), "binary_data_size is -1"),
     (body(an_input(parameters={"binary_data_size": "x"})), "binary_data_size is 'x'"),
     (body(an_input(parameters={"binary_data_size": 8})), "take 32"),
     (body(an_input(), parameters={"binary_data_output": 1}), "binary_data_output is 1, not true or false"),
     (body(an_input(), outputs=[{"name": "sum", "parameters": {"binary_data": "no"}}]), "not true or false"),
     (body(an_input(), outputs=[{}]), "missing required field `name`"),
+    (body(an_input(), outputs=[{"name": "sum"}] * 2), "asked for twice"),
+    (body(an_input(), outputs=[{"name": "sum", "parameters": {"classification": 1}}]), "no classification"),
+    (body(an_input(), outputs=[{"name": "sum", "parameters": {"shared_memory_region": "r"}}]), "no shared_memory"),
 ]
 
 
@@ -320,6 +385,16 @@ BAD = [
 def test_bodies_that_are_no_requests(content: bytes, text: str) -> None:
     with pytest.raises(RefusedError, match=text):
         protocol.read(content, None, 1 << 20)
+
+
+def test_what_is_null_is_not_there() -> None:
+    """As clients write it that put down every field they know of."""
+    asked = protocol.read(body(an_input(parameters=None), id=None, parameters=None, outputs=None), None, 1000)
+    assert (asked.id, asked.outputs, asked.all_binary) == ("", (), False)
+
+
+def test_an_error_of_ten_thousand_names_is_short() -> None:
+    assert len(str(RefusedError(", ".join(map(str, range(10_000)))))) == 1001
 
 
 @pytest.mark.parametrize("header", ["x", "-1", "", "9" * 30, "²", "1000"])
@@ -383,6 +458,8 @@ def test_requests_that_are_refused(client: TestClient, content: bytes, status: i
 
 def test_bodies_that_are_compressed_or_announced_too_long(client: TestClient) -> None:
     assert client.post(INFER, content=b"x", headers={"Content-Encoding": "gzip"}).status_code == 415
+    assert client.post(INFER, content=b"x", headers={"Transfer-Encoding": "gzip, chunked"}).status_code == 415
+    assert client.post(INFER, content=body(an_input()), headers={"Content-Encoding": "Identity"}).status_code == 200
 
     def chunks() -> Iterator[bytes]:
         for _ in range(20):
@@ -403,7 +480,7 @@ def test_pages(client: TestClient, rows: Served) -> None:
             "half": [-1, 8],
         }
         assert client.get(f"{path}/ready").status_code == 200
-    for path in ("/v2/models/other", "/v2/models/rows/versions/1", "/%1b"):
+    for path in ("/v2/models/other", "/v2/models/rows/versions/1", "/%1b", "/v2/"):
         answer = client.get(path)
         assert answer.status_code == 404
         assert "/docs lists what there is" in answer.json()["error"]
@@ -468,6 +545,25 @@ def test_lines_of_log_hold_no_control_characters() -> None:
     assert line.isascii()
     assert line.isprintable()
     assert json.loads(line)["path"] == r"/\x7f\u202e\x00\n"
+
+
+def test_a_log_that_nobody_reads_holds_up_neither_work_nor_end() -> None:
+    code = (
+        "import os\n"
+        "from armopt.deploy.server.observe import log, logging_to_stderr\n"
+        "with logging_to_stderr():\n"
+        "    for i in range(5_000): log('request', path='x' * 100)\n"
+        "os.write(1, b'ended')\n"
+        "os._exit(0)\n"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        try:
+            assert process.wait(60) == 0
+            assert process.stdout
+            assert process.stdout.read() == b"ended"
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow

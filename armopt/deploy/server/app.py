@@ -71,20 +71,18 @@ class Service:
                 Route(f"{prefix}/ready", self._ready),
                 Route(f"{prefix}/infer", self._infer, methods=["POST"]),
             ]
-        self.app: ASGIApp = _Told(
-            Starlette(
-                routes=routes,
-                lifespan=self._lifespan,
-                exception_handlers={
-                    HTTPException: _http_error,
-                    RefusedError: _refused,
-                    ClientDisconnect: _gone,
-                    Exception: _fault,
-                },
-            ),
-            self,
-            frozenset(route.path for route in routes),
+        starlette = Starlette(
+            routes=routes,
+            lifespan=self._lifespan,
+            exception_handlers={
+                HTTPException: _http_error,
+                RefusedError: _refused,
+                ClientDisconnect: _gone,
+                Exception: _fault,
+            },
         )
+        starlette.router.redirect_slashes = False  # to where the client's Host header says
+        self.app: ASGIApp = _Told(starlette, self, frozenset(route.path for route in routes))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -158,7 +156,9 @@ class Service:
         if self.connections() > self.settings.max_connections:
             what = f"more than {self.settings.max_connections} connections"
             raise RefusedError(what, HTTPStatus.SERVICE_UNAVAILABLE)
-        if request.headers.get("content-encoding", "identity") != "identity":
+        coding = request.headers.get("content-encoding", "").lower()
+        transfer = request.headers.get("transfer-encoding", "").lower()
+        if coding not in ("", "identity") or transfer not in ("", "chunked"):
             raise RefusedError("compressed bodies are not read", HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
         body = await self._body(request)
         asked = protocol.read(body, request.headers.get(protocol.HEADER_LENGTH), self.settings.max_json_bytes)

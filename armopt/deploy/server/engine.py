@@ -3,6 +3,9 @@
 Each other thread would start a pool of OpenMP threads of its own. While the model is idle a request runs at once. While
 it works, requests gather; those whose rows have one shape then run together, up to the largest bucket. Where they
 don't fill the next bucket yet, the first of them waits for more, never longer than the bound since it came.
+
+A model of one thread starts no pool. There the event loop itself runs a request that comes alone to an idle model, if
+such runs are short: the way to the other thread and back may take longer than they do.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from math import inf
 from typing import Any
 
 import torch
@@ -24,13 +28,16 @@ from armopt.deploy.server.served import Served
 from armopt.errors import InputError, first_line
 
 Outputs = dict[str, torch.Tensor]
+#: Seconds of work for which the event loop may stand still: as long as Python lets one thread hold up another.
+_SHORT = 0.005
 
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A request that waits: checked inputs, their rows, what must be equal to be joined, and who waits."""
+    """A request that waits: checked inputs, their values, their rows, what must be equal to be joined, who waits."""
 
     tensors: Sequence[torch.Tensor]
+    values: int
     rows: int
     key: tuple[Any, ...]
     loop: asyncio.AbstractEventLoop
@@ -61,12 +68,16 @@ class Engine:
         self._served = served
         self._most_waiting = most_waiting
         self._wait = wait_seconds
-        self._threads = threads
+        self._threads = threads or torch.get_num_threads()
+        torch.set_num_threads(1)  # of the event loop, which then starts no pool
         self._ran = ran
         self._waiting: deque[_Waiting] = deque()
         self._probing: asyncio.Future[str] | None = None
         self._to_probe: asyncio.Future[str] | None = None
         self._changed = threading.Condition()
+        self._works = False
+        self._called = False
+        self._took: dict[int, float] = {}
         self._stopped = False
         self._thread = threading.Thread(target=self._work, name="armopt-model", daemon=True)
         self._thread.start()
@@ -93,10 +104,15 @@ class Engine:
         rows = tensors[0].shape[0] if joins else 1
         key = tuple(tensor.shape[1:] for tensor in tensors) if joins and rows else ()
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(tensors, rows, key, loop, loop.create_future())
+        values = sum(tensor.numel() for tensor in tensors)
+        waiting = _Waiting(tensors, values, rows, key, loop, loop.create_future())
         with self._changed:
             self._waiting.append(waiting)
-            self._changed.notify()
+            if self._threads != 1:
+                self._changed.notify()
+            elif not self._called:  # when all that came at once wait too
+                self._called = True
+                loop.call_soon(self._here)
         try:
             async with asyncio.timeout(seconds):
                 return await waiting.future
@@ -126,15 +142,26 @@ class Engine:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
+    def _here(self) -> None:
+        """On the event loop: runs the one request that waits, if that is short. All else is for the other thread."""
+        self._called = False
+        with self._changed:
+            alone = len(self._waiting) == 1 and not (self._works or self._to_probe)
+            if not alone or self._took.get(_size(self._waiting), inf) > _SHORT:
+                self._changed.notify()
+                return
+            group = self._take()
+        _deliver(group, self._results(group))
+
     def _work(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._threads)
         busy = False
         while not self._stopped:
             with self._changed:
                 if not (self._waiting or self._to_probe or self._stopped):
-                    busy = False
+                    busy = self._works = False
                     self._changed.wait()
+                self._works = True
                 probe, self._to_probe = self._to_probe, None
                 if busy and probe is None:
                     self._gather()
@@ -172,19 +199,22 @@ class Engine:
         return group
 
     def _answer(self, group: Sequence[_Waiting]) -> None:
-        start = time.perf_counter()
-        try:
-            results: list[Outputs | Exception] = list(self._run_joined(group))
-        except Exception as error:  # the thread outlives any request
-            if len(group) > 1:  # one of them may be at fault: the others are answered
-                for each in group:
-                    self._answer([each])
-                return
-            results = [error]
-        seconds = time.perf_counter() - start
-        self._ran(len(group), sum(each.rows for each in group), seconds)
+        results = self._results(group)
         with contextlib.suppress(RuntimeError):  # the loop has ended
             group[0].loop.call_soon_threadsafe(_deliver, group, results)
+
+    def _results(self, group: Sequence[_Waiting]) -> list[Outputs | Exception]:
+        """What each of the group gets; what went wrong where it gets nothing."""
+        start, own = time.perf_counter(), time.thread_time()
+        try:
+            results: list[Outputs | Exception] = list(self._run_joined(group))
+            self._took[_size(group)] = time.thread_time() - own
+        except Exception as error:  # the thread outlives any request
+            if len(group) > 1:  # one of them may be at fault: the others are answered
+                return [self._results([each])[0] for each in group]
+            results = [error]
+        self._ran(len(group), sum(each.rows for each in group), time.perf_counter() - start)
+        return results
 
     def _run_joined(self, group: Sequence[_Waiting]) -> list[Outputs]:
         run = self._served.run
@@ -203,6 +233,11 @@ class Engine:
             found = f"the probe fails: {first_line(error)}"
         with contextlib.suppress(RuntimeError):
             probe.get_loop().call_soon_threadsafe(probe.set_result, found)
+
+
+def _size(group: Iterable[_Waiting]) -> int:
+    """What has the same one takes about as long: the power of two of all values that go in."""
+    return sum(each.values for each in group).bit_length()
 
 
 def _deliver(group: Sequence[_Waiting], results: Sequence[Outputs | Exception]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import logging.handlers
 import os
-import queue
-import sys
+import select
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -20,6 +20,10 @@ from armopt.errors import printable
 
 LOGGER = "armopt.serve"
 _MOST_LINES = 10_000
+#: Seconds for which lines gather before they are written.
+_GATHERED = 0.1
+_STDERR = 2
+_PATIENCE_MS = 100
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -48,30 +52,58 @@ def log(event: str, *, level: int = logging.INFO, error: BaseException | None = 
     logging.getLogger(LOGGER).log(level, event, extra={"fields": fields}, exc_info=error)
 
 
+class ToStderr(logging.Handler):
+    """Writes a line at once, and loses one that can't be written: to a full disk, or to a reader that stopped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes it, in parts that a pipe takes whole."""
+        line = JsonLines().format(record).encode() + b"\n"
+        with suppress(OSError):
+            takes = select.poll()
+            takes.register(_STDERR, select.POLLOUT)
+            while line and takes.poll(_PATIENCE_MS):
+                line = line[os.write(_STDERR, line[: select.PIPE_BUF]) :]
+
+
 @contextmanager
 def logging_to_stderr() -> Iterator[None]:
     """Sends this process's lines to stderr by a thread: a full disk or a reader that stopped holds up no request."""
-    logging.raiseExceptions = False  # a line that can't be written is lost, and nothing else is
-    to_stderr = logging.StreamHandler(sys.stderr)
-    to_stderr.setFormatter(JsonLines())
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(_MOST_LINES)
+    lines = _Lines()
     logger = logging.getLogger(LOGGER)
-    logger.handlers, logger.propagate = [_Queued(lines)], False
+    logger.handlers, logger.propagate = [lines], False
     logger.setLevel(logging.INFO)
-    listener = logging.handlers.QueueListener(lines, to_stderr)
-    listener.start()
+    writer = threading.Thread(target=lines.write, name="armopt-log", daemon=True)
+    writer.start()
     try:
         yield
     finally:
-        with suppress(queue.Full):
-            listener.stop()
+        lines.ended.set()
+        writer.join(1)  # a reader that stopped doesn't hold up the end
 
 
-class _Queued(logging.handlers.QueueHandler):
-    """Hands records over as they are: to another thread, not to another process."""
+class _Lines(logging.Handler):
+    """Keeps records until its thread writes them, some at a time: one that woke for each would hold up requests.
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record
+    Attributes:
+        ended: Set when no more come.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = threading.Event()
+        self._records: deque[logging.LogRecord] = deque(maxlen=_MOST_LINES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps it; the oldest goes where too many wait."""
+        self._records.append(record)
+
+    def write(self) -> None:
+        """Writes until the end."""
+        last, to_stderr = False, ToStderr()
+        while not last:
+            last = self.ended.wait(_GATHERED)
+            while self._records:
+                to_stderr.emit(self._records.popleft())
 
 
 class Metrics:

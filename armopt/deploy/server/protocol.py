@@ -38,13 +38,17 @@ DATATYPES = {
 }
 _DTYPES = {name: dtype for dtype, name in DATATYPES.items()}
 _MOST_DIMENSIONS = 64
+#: Characters of an error: a client may have sent ten thousand names.
+_MOST_SAID = 1000
+#: Of Triton's, by their parameters: who asks for these would take another answer for theirs.
+_EXTENSIONS = ("classification", "shared_memory_region")
 
 
 class RefusedError(Exception):
     """A request that is answered with an error: what is wrong, and the status code."""
 
     def __init__(self, what: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
-        super().__init__(printable(what))
+        super().__init__(printable(what if len(what) <= _MOST_SAID else f"{what[:_MOST_SAID]}…"))
         self.status = status
 
 
@@ -52,20 +56,20 @@ class _Input(Struct):
     name: str
     shape: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=_MOST_DIMENSIONS)]
     datatype: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
     data: Raw = Raw(b"")
 
 
 class _Output(Struct):
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
 
 
 class _Head(Struct):
     inputs: list[_Input]
-    id: str = ""
-    parameters: dict[str, Any] = {}
-    outputs: list[_Output] = []
+    id: str | None = None
+    parameters: dict[str, Any] | None = None
+    outputs: list[_Output] | None = None
 
 
 class Request(Struct, frozen=True):
@@ -113,7 +117,7 @@ def read(body: bytes | bytearray, header_length: str | None, max_json_bytes: int
         dtype = _DTYPES.get(given.datatype)
         if dtype is None:
             raise RefusedError(f"input {given.name}: datatype {given.datatype!r} is none of {', '.join(_DTYPES)}")
-        size = given.parameters.get("binary_data_size")
+        size = (given.parameters or {}).get("binary_data_size")
         if size is None:
             tensors[given.name] = _from_json(given, dtype)
         else:
@@ -121,14 +125,20 @@ def read(body: bytes | bytearray, header_length: str | None, max_json_bytes: int
             at += size
     if at != len(body):
         raise RefusedError(f"{len(body) - at} bytes behind the JSON belong to no input")
-    binary = {output.name: flag(output.parameters, "binary_data") for output in head.outputs}
-    return Request(
-        head.id,
-        tensors,
-        tuple(output.name for output in head.outputs),
-        {name: wanted for name, wanted in binary.items() if wanted is not None},
-        bool(flag(head.parameters, "binary_data_output")),
-    )
+    names, binary = _asked(head.outputs or ())
+    return Request(head.id or "", tensors, names, binary, bool(flag(head.parameters, "binary_data_output")))
+
+
+def _asked(outputs: Sequence[_Output]) -> tuple[tuple[str, ...], dict[str, bool]]:
+    """The names of outputs, and whether they are wanted as binary tensors, of those that say so."""
+    for output in outputs:
+        if extension := next((name for name in _EXTENSIONS if name in (output.parameters or ())), None):
+            raise RefusedError(f"output {output.name}: this server has no {extension}")
+    names = tuple(output.name for output in outputs)
+    if len(set(names)) < len(names):
+        raise RefusedError("an output is asked for twice")
+    binary = {output.name: flag(output.parameters, "binary_data") for output in outputs}
+    return names, {name: wanted for name, wanted in binary.items() if wanted is not None}
 
 
 def _length(most: int, header_length: str | None, max_json_bytes: int) -> int:
@@ -148,13 +158,13 @@ def _length(most: int, header_length: str | None, max_json_bytes: int) -> int:
     return length
 
 
-def flag(parameters: Mapping[str, Any], name: str) -> bool | None:
+def flag(parameters: Mapping[str, Any] | None, name: str) -> bool | None:
     """A parameter that is true or false; None where it isn't given.
 
     Raises:
         RefusedError: It is neither.
     """
-    value = parameters.get(name)
+    value = (parameters or {}).get(name)
     if value is not None and not isinstance(value, bool):
         raise RefusedError(f"parameter {name} is {value!r}, not true or false")
     return value
@@ -164,6 +174,8 @@ def _from_bytes(given: _Input, dtype: torch.dtype, size: Any, data: memoryview) 
     expected = math.prod(given.shape) * dtype.itemsize
     if type(size) is not int or size != expected:
         raise RefusedError(f"input {given.name}: binary_data_size is {size!r}, its shape and datatype take {expected}")
+    if bytes(given.data):
+        raise RefusedError(f"input {given.name} has both data and binary_data_size")
     if size > len(data):
         raise RefusedError(f"input {given.name}: {size} bytes announced, {len(data)} sent")
     if not size:

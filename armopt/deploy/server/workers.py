@@ -8,7 +8,7 @@ another by then: new workers start with it, and the old ones end when they have 
 from __future__ import annotations
 
 import asyncio
-import fcntl
+import contextlib
 import gc
 import logging
 import os
@@ -16,7 +16,6 @@ import resource
 import signal
 import socket
 import sys
-import termios
 from typing import Any
 
 import torch
@@ -27,11 +26,11 @@ from gunicorn.glogging import Logger
 from gunicorn.workers.base import Worker
 from prometheus_client import multiprocess
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from armopt import environment
 from armopt.deploy.server.app import Service
-from armopt.deploy.server.observe import JsonLines
+from armopt.deploy.server.connection import protocol
+from armopt.deploy.server.observe import LOGGER, ToStderr
 from armopt.deploy.server.seats import Seats
 from armopt.deploy.server.served import Served, prepare
 from armopt.deploy.server.settings import Settings
@@ -156,9 +155,7 @@ class _Logger(Logger):
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
-        logging.raiseExceptions = False
-        for handler in self.error_log.handlers:
-            handler.setFormatter(JsonLines())
+        self.error_log.handlers = [ToStderr()]
 
 
 class _Worker(Worker):
@@ -172,7 +169,7 @@ class _Worker(Worker):
         settings, service = self.app.settings, self.app.service
         config = uvicorn.Config(
             service.app,
-            http=_protocol(settings),
+            http=protocol(settings),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -214,12 +211,16 @@ class _Uvicorn(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._seats, self._seat = seats, seat
+        self._parent = os.getppid()
         self._accepting: set[asyncio.Task[Any]] = set()
         service.connections = lambda: len(self.server_state.connections)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes one connection at a time, and leaves it to others for a moment where they have fewer."""
         await super().startup(sockets=[])
+        for name in ("uvicorn", "asyncio"):  # their lines are lines of the same log
+            logging.getLogger(name).handlers = logging.getLogger(LOGGER).handlers
+            logging.getLogger(name).propagate = False
         self._listeners = sockets or []
         for listener in self._listeners:
             listener.setblocking(False)
@@ -241,21 +242,24 @@ class _Uvicorn(uvicorn.Server):
             self._pause(listener, _LEFT, left=True)
             return
         try:
-            connection, _ = listener.accept()
+            self._take(listener)
         except (BlockingIOError, ConnectionAbortedError):  # another worker took it, or the client is gone
             pass
         except OSError:  # too many open files
             self._pause(listener, 0.5, left=False)
             return
         else:
-            connection.setblocking(False)
-            loop = asyncio.get_running_loop()
-            task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection))
-            self._accepting.add(task)
-            task.add_done_callback(self._accepting.discard)
             self._tell()
         if left:
             self._listen(listener)
+
+    def _take(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        connection.setblocking(False)
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection))
+        self._accepting.add(task)
+        task.add_done_callback(self._accepting.discard)
 
     def _tell(self) -> None:
         if not self._service.draining:
@@ -267,8 +271,9 @@ class _Uvicorn(uvicorn.Server):
         return made
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: connections also end."""
+        """Ten times a second: connections also end, and so may the arbiter, with nobody left to end its workers."""
         self._tell()
+        self.should_exit |= os.getppid() != self._parent
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -278,76 +283,11 @@ class _Uvicorn(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for listener in self._listeners:
             loop.remove_reader(listener)
+            with contextlib.suppress(OSError):
+                while True:  # those that the system has taken already would be reset
+                    self._take(listener)
             listener.close()
         until = loop.time() + 0.2 * self._service.settings.drain_seconds
         while (self._accepting or self.server_state.connections) and loop.time() < until and not self.force_exit:
             await asyncio.sleep(0.02)
         await super().shutdown()
-
-
-def _protocol(settings: Settings) -> type[asyncio.Protocol]:
-    """HTTP by httptools, where a request has a time to arrive in, and an answer is read."""
-
-    class Protocol(HttpToolsProtocol):
-        _timer: asyncio.TimerHandle | None = None
-        _taking: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._arm()
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._arm()
-
-        def on_message_complete(self) -> None:
-            super().on_message_complete()
-            self._disarm()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._disarm()
-            if self._taking is not None:
-                self._taking.cancel()
-            super().connection_lost(exc)
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if self._taking is not None:
-                self._taking.cancel()
-            self._look_again()
-
-        def _look_again(self) -> None:
-            """An answer that its client doesn't read stays in memory, and closing would wait for it."""
-            left = _untaken(self.transport)
-            self._taking = self.loop.call_later(settings.request_seconds, self._look, left) if left else None
-
-        def _look(self, before: int) -> None:
-            if before <= _untaken(self.transport):
-                self.transport.abort()
-            else:
-                self._look_again()
-
-        def _arm(self) -> None:
-            self._disarm()
-            # a body that is late is answered before that, where its head came
-            self._timer = self.loop.call_later(settings.request_seconds + 1, self._late)
-
-        def _disarm(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-        def _late(self) -> None:
-            self._timer = None
-            self.transport.close()
-
-    return Protocol
-
-
-def _untaken(connection: asyncio.Transport) -> int:
-    """Bytes of answers that a client hasn't taken, where some of them are still this process's; 0 else."""
-    ours = connection.get_write_buffer_size()
-    if not ours:
-        return 0
-    sent = fcntl.ioctl(connection.get_extra_info("socket").fileno(), termios.TIOCOUTQ, b"\0" * 4)
-    return ours + int.from_bytes(sent, sys.byteorder)
