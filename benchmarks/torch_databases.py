@@ -279,7 +279,7 @@ def _said(error: BaseException | str) -> str:
     """A message's first line without what differs between runs."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     first = re.sub(r"/tmp/\S+|0x[0-9a-f]+", "…", first)
-    return first[:300]
+    return first if len(first) <= 300 else first[: first.rfind(". ", 0, 300) + 1] or first
 
 
 @contextlib.contextmanager

@@ -49,6 +49,8 @@ PLATFORMS = {"aarch64": "linux/arm64", "x86_64": "linux/amd64"}
 _WHEELS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 _MINUTES = 10
 _HASHED = "# Wheels from the package registry; pip refuses any other file (--require-hashes).\n"
+#: What pip adds to a name that it has no fitting version of: hundreds of numbers.
+_VERSIONS = r" ?\(from versions: [^)]*\)"
 
 #: Runs a command and returns what it wrote; raises OSError or subprocess.SubprocessError.
 Runner = Callable[[Sequence[str]], str]
@@ -337,7 +339,7 @@ def _report(run: Runner, wanted: Sequence[str], machine: str, *options: str) -> 
             said = getattr(error, "stderr", "") or str(error)
             lines = [line for line in said.splitlines() if line.startswith("ERROR")] or said.splitlines()[-1:]
             raise HostError(
-                f"pip found no {machine} wheels: {' '.join(lines)[:300]}",
+                f"pip found no {machine} wheels: {re.sub(_VERSIONS, '', ' '.join(lines))}",
                 where=" ".join(wanted),
                 hint="Try again where a package registry can be reached, or write the package with --no-hashes",
             ) from None

@@ -27,7 +27,7 @@ from armopt.dynamo.explain import Explanation, explain
 from armopt.dynamo.isolated import isolated, without_weights
 from armopt.dynamo.process import PROCESS
 from armopt.dynamo.programs import Settings
-from armopt.errors import ArmoptError, InputError
+from armopt.errors import ArmoptError, InputError, first_line
 from armopt.ir.records import Target
 from armopt.models import torchvision_ops
 from armopt.plan import pinning
@@ -363,13 +363,12 @@ class Forward:
         if isinstance(inner, ArmoptError):
             raise inner from error
         with self._lock:
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             for path, part in _parts(self.owner, 1):
                 if submodules.has_layers(part) and not isinstance(part.forward, Forward):
                     name = f"{self.name}.{path}" if self.name else path
                     made = Forward(part, part.forward, name, self._common, pending=False)
                     part.__dict__["forward"] = made
-            self.divided = f"Python runs it, its parts are compiled: {first[:200]}"
+            self.divided = f"Python runs it, its parts are compiled: {first_line(error)}"
 
     def _release_weights(self) -> None:
         """Frees what new programs made superfluous."""
