@@ -37,10 +37,10 @@ def cases() -> list[Case]:
 
 
 def run(wanted: Sequence[Case], limit: float, resume: bool) -> None:
-    """Measures each model and keeps its result."""
+    """Measures each model, giants last, and keeps its result."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     processes.warm_up()
-    for i, case in enumerate(wanted, start=1):
+    for i, case in enumerate(sorted(wanted, key=lambda case: case.parameters), start=1):
         stored = _stored(case)
         if resume and stored.is_file() and passed(json.loads(stored.read_text())):
             continue

@@ -38,9 +38,11 @@ class Case:
         family: What it stands for within that.
         name: As the library calls it.
         build: Makes it, in the process that measures it.
+        parameters: How many it has, where that is known: giants are measured last.
     """
 
     section: str
     family: str
     name: str
     build: Callable[[], Sample]
+    parameters: int = 0
