@@ -15,6 +15,7 @@ from armopt.errors import CaptureError, InputError
 from armopt.ir import buckets
 from armopt.ir.nesting import Inputs
 from armopt.ir.records import Bucket, Captured, Skip
+from armopt.models.huggingface import without_cache
 
 #: Positional and named inputs of one call.
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -67,7 +68,7 @@ def find(
     parts: list[CapturedPart] = []
     left: list[Skip] = []
     level = {"": model}
-    with capture.eval_mode(model), torch.no_grad():
+    with capture.eval_mode(model), without_cache(model), torch.no_grad():
         seen = _watch(model, calls, source)
         while level:
             reasons = {path: _unfit(seen.get(path, [])) for path in level}

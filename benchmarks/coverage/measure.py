@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import re
 import resource
 import tempfile
 import time
@@ -35,6 +35,8 @@ MIN_COSINE = accuracy.MIN_COSINE
 CLASSES = ("BF16", "FP32", "BLAS", "ATen")
 #: A reason is told where so large a share of the multiplications has it.
 _TELLING = 0.02
+#: What a layer's reason begins with, and others of the same reason don't have.
+_ESTIMATE = re.compile(r"^about [\d.]+ [mu]?s; ")
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def _optimize(model: torch.nn.Module, inputs: Any, place: Path, kind: Any) -> tu
     """What `armopt.optimize` does, and the plan of each part."""
     recipe = _Recording(**{name: getattr(Recipe.of(TARGET), name) for name in Recipe.__slots__})
     if kind == "module":
-        calls = [tuple(args) for args, _ in inputs]
+        calls = [kwargs or args for args, kwargs in inputs]
         opened = lambda: capture_model(model, calls, kind="module")  # noqa: E731
     else:
         opened = lambda: capture_model(model, inputs)  # noqa: E731
@@ -283,7 +285,7 @@ def _reasons(plans: list[Plan]) -> list[str]:
         for product in plan.products:
             decision = decisions.get(product.node)
             if decision is not None and decision.precision != Precision.BF16:
-                found[decision.reason] += product.multiplications
+                found[_ESTIMATE.sub("", decision.reason)] += product.multiplications
             elif decision is None and product.weight_bytes:
                 found[product.reason] += product.multiplications
     said = [(count / max(total, 1), reason) for reason, count in found.most_common()]

@@ -193,6 +193,25 @@ def test_any_model_and_its_own_parameters(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(x)["y"], expected, atol=0.02 * float(expected.abs().max()), rtol=0)
 
 
+class NamedRouter(Router):
+    """Its inputs have names alone."""
+
+    def forward(self, *, x: torch.Tensor, scale: torch.Tensor) -> OrderedDict[str, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x * scale)
+
+
+def test_calls_with_named_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = NamedRouter().eval()
+    call = {"x": torch.randn(4, 16), "scale": torch.tensor(2.0)}
+    for i, calls in enumerate((call, [call, {**call, "x": torch.randn(6, 16)}])):
+        armopt.optimize(model, calls, kind="module", output=tmp_path / str(i), target="graviton3")
+        loaded = armopt.load(tmp_path / str(i), model=NamedRouter)
+        with torch.no_grad():
+            expected = model(**call)["y"]
+        torch.testing.assert_close(loaded(**call)["y"], expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+
+
 def test_parts_that_break_a_gate_are_repaired(tmp_path: Path) -> None:
     """Each part alone; a gate that nothing can keep fails the whole bundle."""
     torch.manual_seed(0)
