@@ -59,6 +59,11 @@ def text(generator: torch.Generator) -> Inputs:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def ids(generator: torch.Generator) -> Inputs:
+    """A prompt without a mask, for a model that takes none of its own."""
+    return {"input_ids": text(generator)["input_ids"]}
+
+
 def pair(generator: torch.Generator) -> Inputs:
     """A text, and the beginning of an answer."""
     return text(generator) | {"decoder_input_ids": torch.randint(3, VOCABULARY, (1, DECODED), generator=generator)}
@@ -111,6 +116,8 @@ _TOWER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, 
 _VISION = {**_TOWER, "image_size": 64, "patch_size": 16, "initializer_range": 0.08}
 _TEXT = {**_TOWER, "vocab_size": VOCABULARY, "max_position_embeddings": TOKENS, "initializer_range": 0.08}
 _TEXT |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_GEMMA = {**_TEXT, "model_type": "gemma", "num_key_value_heads": 2, "head_dim": 32}
+_CLAP = {"hidden_size": 256, "patch_embeds_hidden_size": 32, "depths": [1, 1, 1, 1]}
 _TWO = {"text_config": _TEXT, "vision_config": _VISION, "projection_dim": 64}
 _LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
 _GROUPS = {"n_routed_experts": 4, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
@@ -136,7 +143,7 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
         Entry("FNetModel"),
         Entry("FunnelModel", {"block_sizes": [1, 1], "d_model": 128, "n_head": 4, "d_head": 32, "d_inner": 256}),
         Entry("RoFormerModel", {"embedding_size": 128}),
-        Entry("NystromformerModel", {"num_landmarks": 16, "segment_means_seq_len": 128}),
+        Entry("NystromformerModel", {"num_landmarks": 16, "segment_means_seq_len": 128}, ids),
         Entry("BigBirdModel", {"block_size": 16, "num_random_blocks": 1}),
         Entry("LongformerModel", {"attention_window": 32}),
         Entry("XLNetModel", {"d_model": 128, "n_layer": 2, "n_head": 4, "d_inner": 256}),
@@ -201,13 +208,15 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
         Entry("ConvNextV2ForImageClassification", _CONVNEXT, pixels(128)),
         Entry("ResNetForImageClassification", inputs=pixels(128)),
         Entry("RegNetForImageClassification", inputs=pixels(128)),
-        Entry("EfficientNetForImageClassification", {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}, inputs=pixels(128)),
+        Entry("EfficientNetForImageClassification", {"width_coefficient": 1.0, "depth_coefficient": 1.0,
+              "hidden_dim": 1280}, pixels(128)),
         Entry("MobileNetV2ForImageClassification", inputs=pixels(128)),
         Entry("MobileViTForImageClassification", {"image_size": 256, "patch_size": 2}, pixels(256)),
         Entry("SegformerForSemanticSegmentation", _PYRAMID, pixels(128)),
         Entry("PoolFormerForImageClassification", {"patch_size": 7}, pixels(128)),
         Entry("PvtV2ForImageClassification", _PYRAMID, pixels(128)),
-        Entry("LevitForImageClassification", {"image_size": 224, "num_attention_heads": [4, 8, 12], "initializer_range": 0.02}, pixels(224)),
+        Entry("LevitForImageClassification", {"image_size": 224, "num_attention_heads": [4, 8, 12],
+              "initializer_range": 0.02}, pixels(224)),
         Entry("CvtForImageClassification", inputs=pixels(128)),
         Entry("DPTForDepthEstimation", {"backbone_out_indices": [0, 1], "neck_hidden_sizes": [32, 64]}, pixels(64)),
         Entry("YolosForObjectDetection", {"image_size": [64, 64], "num_detection_tokens": 16}, pixels()),
@@ -252,14 +261,15 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
         Entry("LlavaForConditionalGeneration", {"text_config": {**_TEXT, "model_type": "llama"},
               "vision_config": {**_VISION, "model_type": "clip_vision_model"}, "image_token_index": _IMAGE_TOKEN,
               "vision_feature_layer": -1}, pixels(64, looked_at)),
-        Entry("PaliGemmaForConditionalGeneration", {"text_config": {**_TEXT, "model_type": "gemma", "num_key_value_heads": 2, "head_dim": 32},
+        Entry("PaliGemmaForConditionalGeneration", {"text_config": _GEMMA,
               "vision_config": {**_VISION, "model_type": "siglip_vision_model"}, "image_token_index": _IMAGE_TOKEN,
               "projection_dim": 128}, pixels(64, looked_at)),
         Entry("Blip2ForConditionalGeneration", {"text_config": {**_TEXT, "model_type": "opt", "ffn_dim": 256},
               "vision_config": _VISION, "num_query_tokens": 16, "image_token_index": _IMAGE_TOKEN,
               "qformer_config": {**_TEXT, "encoder_hidden_size": 128}}, pixels(64, looked_at)),
         Entry("VisualBertModel", {"visual_embedding_dim": 64}, noise(text, visual_embeds=(1, 16, 64))),
-        Entry("ClapModel", {"text_config": {**_TEXT, "max_position_embeddings": 160}, "audio_config": {"hidden_size": 256, "patch_embeds_hidden_size": 32, "depths": [1, 1, 1, 1]}}, noise(text, input_features=(1, 1, 1001, 64))),
+        Entry("ClapModel", {"text_config": {**_TEXT, "max_position_embeddings": 160}, "audio_config": _CLAP},
+              noise(text, input_features=(1, 1, 1001, 64))),
     ),
     "state space": (
         Entry("MambaForCausalLM", {"state_size": 8}, generates=True),

@@ -19,8 +19,8 @@ import armopt
 from armopt import accuracy
 from armopt.bundle.program import Program
 from armopt.compiler.captured_model import capture_model
-from armopt.compiler.output import Output
 from armopt.compiler.optimize import Result, carry_out
+from armopt.compiler.output import Output
 from armopt.compiler.recipe import Planned, Recipe
 from armopt.dynamo import graphs
 from armopt.errors import CaptureError

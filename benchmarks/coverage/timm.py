@@ -79,8 +79,7 @@ SMALLEST = {
     "lowformer": "lowformer_b0",
     "mambaout": "mambaout_femto",
     "maxxvit": (
-        "coatnet_pico_rw_224 coatnext_nano_rw_224 maxvit_pico_rw_256 maxxvit_rmlp_nano_rw_256 "
-        "maxxvitv2_nano_rw_256"
+        "coatnet_pico_rw_224 coatnext_nano_rw_224 maxvit_pico_rw_256 maxxvit_rmlp_nano_rw_256 maxxvitv2_nano_rw_256"
     ),
     "metaformer": "caformer_s18 convformer_s18 poolformer_s12 poolformerv2_s12",
     "mlp_mixer": "gmixer_12_224 gmlp_ti16_224 mixer_s16_224 resmlp_12_224",
@@ -127,8 +126,7 @@ SMALLEST = {
     "vgg": "vgg11",
     "visformer": "visformer_tiny",
     "vision_transformer": (
-        "aimv2_large_patch14_224 beit3_base_patch16_224 eva_large_patch14_196 flexivit_small "
-        "vit_tiny_patch16_224"
+        "aimv2_large_patch14_224 beit3_base_patch16_224 eva_large_patch14_196 flexivit_small vit_tiny_patch16_224"
     ),
     "vision_transformer_hybrid": "vit_tiny_r_s16_p8_224",
     "vision_transformer_relpos": "vit_srelpos_small_patch16_224",
