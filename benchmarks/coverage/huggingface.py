@@ -201,7 +201,7 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
         Entry("BeitForImageClassification", inputs=pixels()),
         Entry("Dinov2ForImageClassification", inputs=pixels()),
         Entry("DINOv3ViTModel", inputs=pixels()),
-        Entry("ViTMAEModel", {"mask_ratio": 0.0}, pixels()),
+        Entry("ViTMAEModel", {"mask_ratio": 0.0}, noise(pixel_values=(1, 3, 64, 64), noise=(1, 16))),
         Entry("SwinForImageClassification", _STAGES, pixels(128)),
         Entry("Swinv2ForImageClassification", {**_STAGES, "image_size": 128}, pixels(128)),
         Entry("ConvNextForImageClassification", _CONVNEXT, pixels(128)),
@@ -332,7 +332,10 @@ def build(entry: Entry, generates: bool = False) -> Sample:
     if not generates:
         return Sample(model, (((), inputs),))
     inputs.pop("decoder_input_ids", None)
-    return Sample(model, (((), inputs),), generates={"max_new_tokens": NEW, "min_new_tokens": NEW})
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW}
+    if model.config.is_encoder_decoder:
+        options["decoder_start_token_id"] = SIZES["decoder_start_token_id"]
+    return Sample(model, (((), inputs),), generates=options)
 
 
 def config(kind: Any, options: Mapping[str, Any]) -> Any:

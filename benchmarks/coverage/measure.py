@@ -56,7 +56,7 @@ class _Outcome:
     """What came of a model.
 
     Attributes:
-        form: As what it runs: "graph", "N parts", "compiled" or "generate".
+        form: As what it runs: "graph", "1 part", "N parts", "compiled" or "generate".
         plans: One of each graph.
         figures: Of every output.
         seconds: Of CPU that optimizing took.
@@ -149,7 +149,8 @@ def _parts(sample: Sample, place: Path) -> _Outcome:
         figures = [each for found in result.verdict.figures.values() for each in found.outputs]
     else:
         figures = _compared(expected, found)
-    return _Outcome(f"{len(plans)} parts", plans, figures, clock.seconds, clock.megabytes, notes)
+    form = f"{len(plans)} part{'s'[: len(plans) > 1]}"
+    return _Outcome(form, plans, figures, clock.seconds, clock.megabytes, notes)
 
 
 def _compiled(sample: Sample) -> _Outcome:

@@ -60,7 +60,7 @@ zero and layer scales of 1e-6 would hide errors. Nothing is left out: what can't
 def _summary(rows: Sequence[Row]) -> str:
     good = [row for row in rows if passed(row)]
     worst = min(good, key=lambda row: row["cosine"])
-    forms = Counter("parts" if row["form"].endswith("parts") else row["form"] for row in good)
+    forms = Counter("parts" if "part" in row["form"] else row["form"] for row in good)
     shares = sorted(row["share"] for row in good)
     counted = (
         f"{forms['graph']} are one graph, {forms['parts']} a bundle of parts, {forms['compiled']} are compiled, "
