@@ -104,6 +104,11 @@ def looked_at(generator: torch.Generator) -> Inputs:
     return found
 
 
+def prefix(generator: torch.Generator) -> Inputs:
+    """Says which tokens see each other; without, PaliGemma's own mask is another in eager mode than when exported."""
+    return {"token_type_ids": (torch.arange(TOKENS) >= TOKENS // 2).long()[None]}
+
+
 _IMAGE_TOKEN = 7
 _DEEP = {"encoder_layers": 2, "encoder_attention_heads": 4, "num_encoder_layers": 2, "num_decoder_layers": 2}
 _T5 = {"d_kv": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "d_ff": 256}
@@ -263,7 +268,7 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
               "vision_feature_layer": -1}, pixels(64, looked_at)),
         Entry("PaliGemmaForConditionalGeneration", {"text_config": _GEMMA,
               "vision_config": {**_VISION, "model_type": "siglip_vision_model"}, "image_token_index": _IMAGE_TOKEN,
-              "projection_dim": 128}, pixels(64, looked_at)),
+              "projection_dim": 128}, pixels(64, looked_at, prefix)),
         Entry("Blip2ForConditionalGeneration", {"text_config": {**_TEXT, "model_type": "opt", "ffn_dim": 256},
               "vision_config": _VISION, "num_query_tokens": 16, "image_token_index": _IMAGE_TOKEN,
               "qformer_config": {**_TEXT, "encoder_hidden_size": 128}}, pixels(64, looked_at)),
