@@ -250,7 +250,9 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
               noise(decoded, input_values=(1, 16000))),
         Entry("EncodecModel", {}, noise(input_values=(1, 1, 4800))),
         Entry("DacModel", {"encoder_hidden_size": 16, "decoder_hidden_size": 256}, noise(input_values=(1, 1, 5120))),
-        Entry("VitsModel", {}, text),
+        Entry("VitsModel", {"noise_scale": 0.0, "noise_scale_duration": 0.0, "upsample_initial_channel": 64,
+              "flow_size": 64, "spectrogram_bins": 65, "prior_encoder_num_flows": 2, "duration_predictor_num_flows": 2,
+              "prior_encoder_num_wavenet_layers": 2}, text),
     ),
     "multimodal": (
         Entry("CLIPModel", _TWO, pixels(64, text)),
