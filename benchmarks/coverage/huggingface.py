@@ -335,9 +335,10 @@ def build(entry: Entry, generates: bool = False) -> Sample:
     kind = getattr(library, entry.model)
     torch.manual_seed(0)
     model = random_weights.randomize(kind(config(kind.config_class, entry.options)))
-    inputs = (entry.inputs or text)(torch.Generator().manual_seed(1))
+    make = entry.inputs or text
+    inputs, others = (make(torch.Generator().manual_seed(seed)) for seed in (1, 2))
     if not generates:
-        return Sample(model, (((), inputs),))
+        return Sample(model, (((), inputs), ((), others)))
     inputs.pop("decoder_input_ids", None)
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW}
     if model.config.is_encoder_decoder:

@@ -116,11 +116,15 @@ def _outcome(sample: Sample, place: Path) -> _Outcome:
         why = f"no single graph: {error.what}"
     try:
         outcome = _parts(sample, place)
-    except armopt.ArmoptError as error:
-        why = f"{why}; no parts: {error.what}"
+    except _NoPartsError as error:
+        why = f"{why}; no parts: {error}"
         outcome = _compiled(sample)
     outcome.notes.append(why)
     return outcome
+
+
+class _NoPartsError(Exception):
+    """Why a model can't be taken in parts."""
 
 
 def _graph(sample: Sample, place: Path) -> _Outcome:
@@ -137,7 +141,10 @@ def _parts(sample: Sample, place: Path) -> _Outcome:
     """A bundle of kind "module"; detections are compared part by part, for a list of boxes has no cosine."""
     expected = _eager(sample)
     with _Clock() as clock:
-        result, plans = _optimize(sample.model, sample.calls, place, "module")
+        try:
+            result, plans = _optimize(sample.model, sample.calls, place, "module")
+        except armopt.ArmoptError as error:
+            raise _NoPartsError(error.what) from error
     args, kwargs = sample.calls[0]
     found = armopt.load(place, model=sample.model)(*args, **kwargs)
     notes = _repaired(result)
