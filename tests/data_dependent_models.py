@@ -74,6 +74,19 @@ class Checked(nn.Module):
         return self.after(self.before(x)[:count])
 
 
+class CheckedAll(nn.Module):
+    """All values of a tensor are checked, as transformers' models of images and text check their placeholders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        torch._check_tensor_all(x.abs() < 100)
+        return y
+
+
 class Ragged(nn.Module):
     """Rows of several sequences in one tensor."""
 
@@ -192,6 +205,7 @@ CASES: Mapping[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "experts": (Experts, (_x(),)),
     "check": (Checked, (_x(), torch.tensor(3))),
     "check_zero": (Checked, (_x(), torch.tensor(0))),
+    "check_all": (CheckedAll, (_x(),)),
     "images": (lambda: Images(True), (torch.randn(4, 3, 12, 12, generator=_seeded()), torch.tensor(8))),
     "widths": (lambda: Images(False), (torch.randn(4, 3, 12, 12, generator=_seeded()), torch.tensor(8))),
     "ragged": (Ragged, (_x(8), _COUNTS)),

@@ -1,6 +1,7 @@
 """Small random models for the tests: Hugging Face's architectures and small nets, made without arguments.
 
-``EXAMPLES[name]()`` gives the keyword inputs of ``MODELS[name]()``. All are seeded and in eval mode.
+``EXAMPLES[name]()`` gives the keyword inputs of ``MODELS[name]()``. All are seeded and in eval mode. ``build`` makes
+torchvision's by name too, on small inputs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from armopt.models import references, torchvision_inputs
 from armopt.models.torchvision_ops import ensure_torchvision
 from benchmarks.random_weights import randomize
 
@@ -427,3 +429,18 @@ EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
         "mask": (_noise(2, 1) > 0).float(),
     },
 }
+
+
+def build(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A model of these tables or one of torchvision's, with its positional and named inputs.
+
+    Torchvision's keep their own weights where they have batch norms: without other statistics they are tame.
+    """
+    if name in MODELS:
+        return MODELS[name](), (), EXAMPLES[name]()
+    found = torchvision_inputs.entry(name, "smallest")
+    torch.manual_seed(0)
+    model = references.resolve(found.reference)().eval()
+    if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+        randomize(model)
+    return model, torchvision_inputs.example_inputs(found.reference, "smallest"), {}

@@ -23,7 +23,7 @@ from armopt.compiler.captured_model import CapturedModel, capture_model
 from armopt.compiler.recipe import Recipe
 from armopt.ir.records import Signature
 from armopt.models import references, torchvision_inputs
-from benchmarks import coverage
+from benchmarks.coverage import torchvision
 from tests import zoo_models
 
 FILE = Path(__file__).parent / "data" / "zoo_operations.txt"
@@ -41,10 +41,8 @@ DETECTION = (
 
 def captured(name: str) -> CapturedModel:
     """A model by name; detection models in parts, on small images."""
-    if name in zoo_models.NETS:
-        return capture_model(capture.module(zoo_models.NETS[name](), (), zoo_models.EXAMPLES[name](), source=name))
     if name not in DETECTION:
-        model, args, kwargs = coverage.build(name)
+        model, args, kwargs = zoo_models.build(name)
         return capture_model(capture.module(model, args, kwargs, source=name))
     reference = f"{references.TORCHVISION}{name}"
     model = references.resolve(reference)().eval()
@@ -78,8 +76,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args(words)
-    classification = [name for name in coverage.torchvision_names() if name not in SEGMENTATION]
-    names = asked.only or [*zoo_models.MODELS, *classification, *SEGMENTATION, *VIDEO, *DETECTION]
+    names = asked.only or [*zoo_models.MODELS, *torchvision.names("classification"), *SEGMENTATION, *VIDEO, *DETECTION]
     found = set(FILE.read_text().split()) if asked.only else set()
     failed = []
     for name in names:

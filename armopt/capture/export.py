@@ -185,6 +185,10 @@ def _check_parameters(program: ExportedProgram, source: str) -> None:
             raise wrong_dtype(name, tensor.dtype, source)
 
 
+#: Stand in a model that is to be quantized, and work in FP32 until it is.
+_FLOAT = (torch.ao.nn.quantized.FloatFunctional, torch.ao.nn.quantized.FXFloatFunctional)
+
+
 def check_dtypes(model: torch.nn.Module, source: str) -> None:
     """Refuses parameters that are not in FP32, or complex numbers of it, and those that are not on the CPU.
 
@@ -195,7 +199,10 @@ def check_dtypes(model: torch.nn.Module, source: str) -> None:
         check_device(parameter, f"parameter {name}", source)
         if parameter.dtype not in (torch.float32, torch.complex64):
             raise wrong_dtype(name, parameter.dtype, source)
-    if any(type(part).__module__.startswith("torch.ao.nn.quantized") for part in model.modules()):
+    if any(
+        type(part).__module__.startswith("torch.ao.nn.quantized") and not isinstance(part, _FLOAT)
+        for part in model.modules()
+    ):
         raise InputError("the model is quantized (int8)", where=source, hint="Give the FP32 model")
 
 

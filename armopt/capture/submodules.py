@@ -17,6 +17,7 @@ from armopt.errors import CaptureError, InputError
 from armopt.ir import buckets
 from armopt.ir.nesting import Inputs
 from armopt.ir.records import Bucket, Captured, Skip
+from armopt.models.huggingface import without_cache
 
 #: Positional and named inputs of one call.
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -73,7 +74,7 @@ def find(
     left: list[Skip] = []
     level = {"": model}
     say_if_half(model, source)
-    with capture.eval_mode(model), torch.no_grad():
+    with capture.eval_mode(model), without_cache(model), torch.no_grad():
         seen = _watch(model, calls, source)
         while level:
             reasons = {path: _unfit(seen.get(path, [])) for path in level}

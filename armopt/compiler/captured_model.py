@@ -104,7 +104,7 @@ def capture_model(
     Args:
         model: See :data:`Model`.
         example_inputs: Positional inputs as a sequence, or named ones as a mapping; a file may have its own. Of kind
-            "module": a sequence of calls, each a tuple of positional inputs; sizes that differ between them may vary.
+            "module": a sequence of calls, each with such inputs; sizes that differ between them may vary.
         kind: "graph" or "module".
         batch: Sizes of the first dimension to plan for; several make it dynamic.
         dims: Other dimensions that vary, of what is captured already or named in an :class:`Example`.
@@ -125,7 +125,8 @@ def capture_model(
         if isinstance(example_inputs, Example):
             hint = "Give a sequence of calls; sizes that differ between them may vary"
             raise InputError('kind "module" takes no Example', where="example_inputs", hint=hint)
-        model = files.Divided(model, tuple((tuple(args), {}) for args in example_inputs or ()))
+        calls = [example_inputs] if isinstance(example_inputs, Mapping) else example_inputs or ()
+        model = files.Divided(model, tuple(_call(given) for given in calls))
     if isinstance(model, files.Divided):
         return _divided(model)
     captured = _captured(model, example_inputs, captured_batch(batch, vary=any_batch), dims)
@@ -133,6 +134,11 @@ def capture_model(
     if batch and any(symbol.name == BATCH for symbol in captured.symbols):
         at[BATCH] = tuple(batch)
     return CapturedModel(captured.source, (CapturedPart("", captured, find_buckets(captured, at)),))
+
+
+def _call(given: Any) -> submodules.Call:
+    """Positional and named inputs of one call."""
+    return ((), dict(given)) if isinstance(given, Mapping) else (tuple(given), {})
 
 
 def _checked_batch(batch: Any) -> Sequence[int]:

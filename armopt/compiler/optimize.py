@@ -90,8 +90,8 @@ def optimize(
         model: A module, an exported program, or the path of a model file; a :class:`TrustedFile` where reading it may
             run code of the file.
         example_inputs: Positional inputs as a sequence, or named ones as a mapping; a file may have its own. An
-            :class:`Example` says which dimensions vary besides the batch. Of kind "module": a sequence of calls, each a
-            tuple of positional inputs; sizes that differ between them may vary.
+            :class:`Example` says which dimensions vary besides the batch. Of kind "module": a sequence of calls, each
+            with such inputs; sizes that differ between them may vary.
         output: Where the bundle goes: a folder, or one file where it ends in .zip; or an :class:`Output`, which also
             says what else is written.
         target: A product's name (see ``armopt targets``), or ``host``.

@@ -33,7 +33,7 @@ all allclose amax amin aminmax any argmax argmin bincount count_nonzero cummax c
 frobenius_norm logcumsumexp logsumexp max mean median min mode nanmean nanmedian nansum norm nuclear_norm prod renorm
 special_logsumexp std std_mean sum trace var var_mean linalg_norm linalg_vector_norm linalg_matrix_norm
 cosine_similarity pairwise_distance cdist _cdist_forward pdist _pdist_forward _euclidean_dist is_nonzero kthvalue
-trapezoid trapz cumulative_trapezoid gradient histc
+trapezoid trapz cumulative_trapezoid gradient histc _is_all_true _is_any_true
 """
 _LOSSES = """
 binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss cross_entropy_loss hinge_embedding_loss

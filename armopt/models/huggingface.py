@@ -114,14 +114,20 @@ def _foreign_kernels(described: Any, names_them: bool = False) -> Iterator[str]:
 @contextlib.contextmanager
 def without_cache(model: torch.nn.Module) -> Iterator[None]:
     """Switches off the caches of transformers' modules in a model, for a while: no bundle returns one."""
-    on = [config for part in model.modules() for config in _configs(part) if getattr(config, "use_cache", False)]
-    for config in on:
-        config.use_cache = False
+    on = switch_caches_off(model)
     try:
         yield
     finally:
         for config in on:
             config.use_cache = True
+
+
+def switch_caches_off(model: torch.nn.Module) -> list[Any]:
+    """Switches off the caches of transformers' modules in a model; returns the configurations that had them on."""
+    on = [config for part in model.modules() for config in _configs(part) if getattr(config, "use_cache", False)]
+    for config in on:
+        config.use_cache = False
+    return on
 
 
 def _configs(part: torch.nn.Module) -> Iterator[Any]:

@@ -11,7 +11,7 @@ import torch
 from armopt.bundle.manifest import Manifest
 from armopt.bundle.reader import Bundle
 from armopt.errors import BundleError, InputError
-from armopt.models import references
+from armopt.models import huggingface, references
 from armopt.runtime import surroundings
 from armopt.runtime.loaded import Loaded
 from armopt.runtime.model import Model
@@ -74,10 +74,20 @@ def assemble(
     for path, graph in parts.items():
         part = model.get_submodule(path)
         for module in part.modules():  # its weights are the graph's
-            module._parameters = dict.fromkeys(module._parameters)
-            module._buffers = dict.fromkeys(module._buffers)
+            module._parameters = {name: _held_elsewhere(tensor) for name, tensor in module._parameters.items()}
+            module._buffers = {name: _held_elsewhere(tensor) for name, tensor in module._buffers.items()}
         part.__dict__["forward"] = graph
+    huggingface.switch_caches_off(model)  # the graphs were captured without
     return model.requires_grad_(False)
+
+
+def _held_elsewhere(tensor: torch.Tensor | None) -> Any:
+    """For Python that asks what a part's weight is like: a tensor of that shape and dtype, without memory, of NaNs."""
+    if tensor is None:
+        return None
+    value = float("nan") if tensor.is_floating_point() or tensor.is_complex() else 0
+    stand_in = torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)
+    return torch.nn.Parameter(stand_in, False) if isinstance(tensor, torch.nn.Parameter) else stand_in
 
 
 def _other_model(bundle: Bundle, what: str) -> BundleError:

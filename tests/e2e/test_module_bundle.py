@@ -15,6 +15,7 @@ from armopt import accuracy
 from armopt.bundle import reader
 from armopt.deploy import doctor, package
 from armopt.errors import AccuracyError, ArmoptWarning, BundleError, InputError
+from armopt.models import torchvision_ops
 from armopt.runtime.module import ModuleModel
 from tests import detection
 
@@ -86,7 +87,9 @@ def test_its_parts_are_the_largest_that_can_be_captured(bundle: Path) -> None:
 
 
 def test_the_loaded_model_holds_no_weights_of_its_parts(loaded: ModuleModel) -> None:
-    assert not list(loaded.module.backbone.parameters())
+    for weight in loaded.module.backbone.parameters():
+        assert weight.untyped_storage().nbytes() == 4
+        assert weight.isnan().all()
     assert loaded.module.backbone.out_channels == 32
     assert str(loaded.__signature__).startswith("(images")
 
@@ -191,6 +194,59 @@ def test_any_model_and_its_own_parameters(tmp_path: Path) -> None:
         with torch.no_grad():
             expected = model(x)["y"]
         torch.testing.assert_close(loaded(x)["y"], expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+
+
+class Asking(Router):
+    """Asks for the shape and dtype of a weight that a part holds."""
+
+    def forward(self, x: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        weight = self.look[0].weight
+        return super().forward(x.to(weight.dtype).narrow(1, 0, weight.shape[1]))
+
+
+def test_python_between_parts_may_ask_what_their_weights_are_like(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Asking().eval(), torch.randn(4, 20)
+    armopt.optimize(model, [(x,)], kind="module", output=tmp_path / "b", target="graviton3")
+    with torch.no_grad():
+        expected = model(x)["y"]
+    found = armopt.load(tmp_path / "b", model=Asking)(x)["y"]
+    torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+
+
+def test_caches_of_transformers_stay_off_where_its_parts_were_captured_without(tmp_path: Path) -> None:
+    torchvision_ops.ensure_torchvision_if_installed()
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "attention_window": 8, "vocab_size": 99}
+    torch.manual_seed(0)
+    model = transformers.LEDModel(transformers.LEDConfig(**sizes, **heads)).eval()
+    ids = torch.randint(3, 99, (1, 16))
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :8]}
+    armopt.optimize(model, [call], kind="module", output=tmp_path / "b", target="graviton3")
+    with torch.no_grad():
+        expected = model(**call, use_cache=False).last_hidden_state
+    found = armopt.load(tmp_path / "b", model=model)(**call).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=0.03 * float(expected.abs().max()), rtol=0)
+
+
+class NamedRouter(Router):
+    """Its inputs have names alone."""
+
+    def forward(self, *, x: torch.Tensor, scale: torch.Tensor) -> OrderedDict[str, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x * scale)
+
+
+def test_calls_with_named_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = NamedRouter().eval()
+    call = {"x": torch.randn(4, 16), "scale": torch.tensor(2.0)}
+    for i, calls in enumerate((call, [call, {**call, "x": torch.randn(6, 16)}])):
+        armopt.optimize(model, calls, kind="module", output=tmp_path / str(i), target="graviton3")
+        loaded = armopt.load(tmp_path / str(i), model=NamedRouter)
+        with torch.no_grad():
+            expected = model(**call)["y"]
+        torch.testing.assert_close(loaded(**call)["y"], expected, atol=0.02 * float(expected.abs().max()), rtol=0)
 
 
 def test_parts_that_break_a_gate_are_repaired(tmp_path: Path) -> None:

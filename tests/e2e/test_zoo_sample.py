@@ -1,4 +1,4 @@
-"""A fixed sample of the zoo: optimize, load, compare with the module in FP32. The whole: benchmarks/coverage.py."""
+"""A fixed sample of the zoo: optimize, load, compare with the module in FP32. The whole: benchmarks/coverage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 import armopt
 from armopt import accuracy
-from benchmarks import coverage  # how models are built
 from tests import zoo_models
 from tests.sampling import only
 
@@ -24,7 +23,6 @@ LONG = (
     "deeplabv3_mobilenet_v3_large",
 )
 #: BF16 against FP32 on random weights. Most reach 0.9999; each of a net's many roundings is a relative error of 2^-9.
-#: PyTorch's own BF16 autocast is no closer, see docs/coverage.md.
 LEAST_COSINE = 0.999
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::armopt.errors.ArmoptWarning")]
@@ -62,10 +60,7 @@ def compare(expected: Any, found: Any, path: str = "") -> None:
     "name", only([*TORCHVISION, *zoo_models.MODELS, *LONG], [*TORCHVISION[:3], *list(zoo_models.MODELS)[::3]])
 )
 def test_optimizes_loads_and_agrees(name: str, tmp_path: Path) -> None:
-    if name in zoo_models.NETS:
-        model, args, kwargs = zoo_models.NETS[name](), (), zoo_models.EXAMPLES[name]()
-    else:
-        model, args, kwargs = coverage.build(name)
+    model, args, kwargs = zoo_models.build(name)
     written = armopt.optimize(model, kwargs or args, output=tmp_path / "b", target="graviton3").manifest
     loaded = armopt.load(tmp_path / "b")
     with torch.no_grad():

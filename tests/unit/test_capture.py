@@ -103,6 +103,28 @@ def test_another_dtype_is_refused(build: Callable[[], nn.Module], message: str) 
         capture.module(build(), (X,))
 
 
+class Quantizable(nn.Module):
+    """Prepared for quantization by its author, as torchvision's quantizable models are; in FP32 until it is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
+        self.layer = nn.Linear(4, 4)
+        self.add = torch.ao.nn.quantized.FloatFunctional()
+        self.more = torch.ao.nn.quantized.FXFloatFunctional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.quant(x)
+        return self.dequant(self.more.mul(self.add.add_relu(self.layer(y), y), y))
+
+
+def test_a_model_that_may_be_quantized_is_in_fp32_until_it_is() -> None:
+    model, x = Quantizable().eval(), torch.randn(2, 4)
+    captured = capture.module(model, (x,))
+    with torch.no_grad():
+        assert captured.graph_module(x)[0].equal(model(x))
+
+
 def test_a_quantized_model_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)

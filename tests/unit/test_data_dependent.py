@@ -89,7 +89,13 @@ _REFUSED: Mapping[tuple[str, str], str] = {
 _SAMPLE = {
     *((_MASK, way) for way in _WAYS),
     *(("branch", "compile"), ("cond", "backend"), ("cond", "bundle"), ("split_list", "compile"), (_MOE, "bundle")),
-    *(("mask_empty", "bundle"), ("check_zero", "fullgraph"), ("unique", "bundle"), ("topk_item", "fullgraph")),
+    *(
+        ("check_all", "bundle"),
+        ("mask_empty", "bundle"),
+        ("check_zero", "fullgraph"),
+        ("unique", "bundle"),
+        ("topk_item", "fullgraph"),
+    ),
 }
 
 

@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 
 from armopt.errors import InputError
 from armopt.models import references, torchvision_inputs, torchvision_ops
-from benchmarks import coverage, random_weights
+from benchmarks import random_weights
+from benchmarks.coverage import torchvision as list_of_models
 
 torchvision_ops.ensure_torchvision()
 
@@ -18,11 +19,12 @@ import torchvision  # noqa: E402
 
 
 class TestEntries:
-    def test_every_classification_and_segmentation_model_is_listed(self) -> None:
-        listed = coverage.torchvision_names()
+    def test_the_coverage_lists_every_model(self) -> None:
+        listed = list_of_models.names()
         models = torchvision.models
-        assert listed == models.list_models(models) + models.list_models(models.segmentation)
-        assert len(listed) >= 86
+        assert sorted(listed) == models.list_models()
+        assert list_of_models.names("segmentation") == models.list_models(models.segmentation)
+        assert [case.name for case in list_of_models.cases()] == listed
 
     def test_every_model_has_inputs(self) -> None:
         kinds = set()
