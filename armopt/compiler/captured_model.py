@@ -120,13 +120,7 @@ def capture_model(
     if isinstance(example_inputs, Example):
         dims = {each.name: each for given in example_inputs.dims.values() for each in given.values()} | dict(dims)
     if kind == "module":
-        if not isinstance(model, torch.nn.Module):
-            raise InputError('kind "module" needs an nn.Module', where=type(model).__name__, hint="Pass the module")
-        if isinstance(example_inputs, Example):
-            hint = "Give a sequence of calls; sizes that differ between them may vary"
-            raise InputError('kind "module" takes no Example', where="example_inputs", hint=hint)
-        calls = [example_inputs] if isinstance(example_inputs, Mapping) else example_inputs or ()
-        model = files.Divided(model, tuple(_call(given) for given in calls))
+        model = _to_divide(model, example_inputs)
     if isinstance(model, files.Divided):
         return _divided(model)
     captured = _captured(model, example_inputs, captured_batch(batch, vary=any_batch), dims)
@@ -134,6 +128,21 @@ def capture_model(
     if batch and any(symbol.name == BATCH for symbol in captured.symbols):
         at[BATCH] = tuple(batch)
     return CapturedModel(captured.source, (CapturedPart("", captured, find_buckets(captured, at)),))
+
+
+def _to_divide(model: Model, example_inputs: Inputs | None) -> files.Divided:
+    """A module with the calls that it is to be divided by.
+
+    Raises:
+        InputError: It is no module, or these are no calls.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError('kind "module" needs an nn.Module', where=type(model).__name__, hint="Pass the module")
+    if isinstance(example_inputs, Example):
+        hint = "Give a sequence of calls; sizes that differ between them may vary"
+        raise InputError('kind "module" takes no Example', where="example_inputs", hint=hint)
+    calls = [example_inputs] if isinstance(example_inputs, Mapping) else example_inputs or ()
+    return files.Divided(model, tuple(_call(given) for given in calls))
 
 
 def _call(given: Any) -> submodules.Call:

@@ -10,14 +10,13 @@ import torch
 from armopt.ir.records import Dim
 
 
-def of(shapes: Sequence[Sequence[Dim]], dtypes: Sequence[torch.dtype]) -> Callable[..., bool] | None:
+def of(specs: Sequence[tuple[str, Sequence[Dim], torch.dtype]]) -> Callable[..., bool] | None:
     """Whether inputs are plain tensors on the CPU, of these shapes and dtypes; as many have to be given.
 
     It is strict: False means that they have to be looked at, one by one.
 
     Args:
-        shapes: Of the inputs; names stand for any size.
-        dtypes: Of the inputs.
+        specs: Name, shape and dtype of each input; names in shapes stand for any size.
 
     Returns:
         The check; None where this PyTorch has none.
@@ -26,13 +25,13 @@ def of(shapes: Sequence[Sequence[Dim]], dtypes: Sequence[torch.dtype]) -> Callab
         from torch._C._dynamo.guards import TensorGuards
     except ImportError:
         return None
-    sizes = [[size if isinstance(size, int) else None for size in shape] for shape in shapes]
+    sizes = [[size if isinstance(size, int) else None for size in shape] for _, shape, _ in specs]
     examples = [
         torch.empty((), dtype=dtype, device="cpu").expand([2 if size is None else size for size in shape])
-        for shape, dtype in zip(sizes, dtypes, strict=True)
+        for shape, (*_, dtype) in zip(sizes, specs, strict=True)
     ]
     # PyTorch's stubs say that these are flat lists
-    dynamic: dict[str, Any] = {"dynamic_dims_sizes": sizes, "dynamic_dims_strides": [[None] * len(s) for s in shapes]}
+    dynamic: dict[str, Any] = {"dynamic_dims_sizes": sizes, "dynamic_dims_strides": [[None] * len(s) for s in sizes]}
     try:
         check: Callable[..., bool] = TensorGuards(*examples, **dynamic).check
         return check if examples and check(*examples) else None

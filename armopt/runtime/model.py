@@ -13,7 +13,7 @@ from armopt.bundle.manifest import Manifest
 from armopt.errors import ArmoptError, InputError, first_line
 from armopt.ir import buckets, nesting
 from armopt.ir.pieces import BATCH, run_in_pieces
-from armopt.ir.records import Bucket, Signature
+from armopt.ir.records import Bucket, Dim, Signature
 from armopt.runtime import forks, guards, surroundings
 from armopt.runtime.arguments import Arguments
 from armopt.runtime.bind import Bound
@@ -41,14 +41,14 @@ class Model(Loaded):
         self.kernels = tuple(tuple(entries) for entries in kernels)
         self._arguments = Arguments(signature.inputs, [spec.name for spec in signature.specs])
         self._specs = [(spec.name, spec.shape, getattr(torch, spec.dtype)) for spec in signature.specs]
-        self._fit = guards.of([shape for _, shape, _ in self._specs], [dtype for *_, dtype in self._specs])
+        self._fit = guards.of(self._specs)
         self._plain = signature.inputs.names if _is_plain(signature.inputs) else None
         symbols = {symbol.name for symbol in signature.symbols}
         self._least, self._most = _bounds(signature)
         self._outputs = signature.outputs.tree
         self._build = nesting.builder(self._outputs)
         self._positions = signature.outputs.positions
-        self._in_order = [*self._positions] == [*range(len(self._positions))]
+        self._in_order = tuple(self._positions) == tuple(range(len(self._positions)))
         self._empty = empty
         self._forks = None if forks.on_own_thread() else FORKS.count
         self._programs = [(dict(bucket), forward) for bucket, forward in programs]
@@ -57,7 +57,7 @@ class Model(Loaded):
         # where the symbols' values are found: (symbol, tensor, dimension); and sizes that follow from them: 2*batch
         self._where = [entry for entry in dynamic if entry[0] in symbols]
         self._rows = signature.rows
-        self._only = self._programs[0][1] if len(self._programs) == 1 and not (dynamic or self._rows) else None
+        self._only = _only(programs, signature)
         self._batched = [spec.shape[:1] == (BATCH,) for spec in signature.specs]
         self._following = [entry for entry in dynamic if entry[0] not in symbols]
         self.__signature__ = _signature(signature.inputs.names)
@@ -168,27 +168,7 @@ class Model(Loaded):
             if self._where:
                 self._check_sizes(tensors)
             return tensors
-        checked = list(tensors)
-        for i, (tensor, (name, shape, dtype)) in enumerate(zip(tensors, self._specs, strict=True)):
-            if not isinstance(tensor, torch.Tensor) or not tensor.is_cpu or tensor.layout is not torch.strided:
-                raise _no_tensor(f"input {name}", tensor)
-            if tensor.dtype != dtype:
-                if (tensor.dtype, dtype) != (torch.int32, torch.int64):
-                    raise InputError(
-                        f"expected {_short(dtype)}, found {_short(tensor.dtype)}",
-                        where=f"input {name}",
-                        hint=f"Convert it with .to(torch.{_short(dtype)})",
-                    )
-                checked[i] = tensor.long()
-            if tensor.shape != shape and (
-                len(shape) != tensor.dim()
-                or any(n != wanted for n, wanted in zip(tensor.shape, shape, strict=True) if isinstance(wanted, int))
-            ):
-                raise InputError(
-                    f"expected shape {_shape(shape)}, found {_shape(tensor.shape)}",
-                    where=f"input {name}",
-                    hint="Optimize the model again for this shape, with --batch or --input",
-                )
+        checked = [_checked(tensor, *spec) for tensor, spec in zip(tensors, self._specs, strict=True)]
         if self._where:
             self._check_sizes(checked)
         return checked
@@ -241,6 +221,38 @@ class Model(Loaded):
             return self._programs[0][1]
         values = {symbol: tensors[i].shape[d] for symbol, i, d in self._where}
         return buckets.nearest(self._programs, values)
+
+
+def _only(programs: Sequence[tuple[Bucket, Forward]], signature: Signature) -> Forward | None:
+    """The program of every call; None where sizes decide."""
+    fixed = not signature.symbols and not signature.rows
+    return programs[0][1] if len(programs) == 1 and fixed else None
+
+
+def _checked(tensor: Any, name: str, shape: Sequence[Dim], dtype: torch.dtype) -> torch.Tensor:
+    """An input as the graph takes it.
+
+    Raises:
+        InputError: It is not what the model was captured with.
+    """
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_cpu or tensor.layout is not torch.strided:
+        raise _no_tensor(f"input {name}", tensor)
+    if tensor.dtype != dtype and (tensor.dtype, dtype) != (torch.int32, torch.int64):
+        raise InputError(
+            f"expected {_short(dtype)}, found {_short(tensor.dtype)}",
+            where=f"input {name}",
+            hint=f"Convert it with .to(torch.{_short(dtype)})",
+        )
+    if tensor.shape != shape and (
+        len(shape) != tensor.dim()
+        or any(n != wanted for n, wanted in zip(tensor.shape, shape, strict=True) if isinstance(wanted, int))
+    ):
+        raise InputError(
+            f"expected shape {_shape(shape)}, found {_shape(tensor.shape)}",
+            where=f"input {name}",
+            hint="Optimize the model again for this shape, with --batch or --input",
+        )
+    return tensor if tensor.dtype == dtype else tensor.long()
 
 
 def _lending(programs: Sequence[tuple[Bucket, Forward]], inputs: int) -> list[Forward]:

@@ -216,7 +216,7 @@ class Calls:
                 if isinstance(node, fx.Node) and node in self._results
             }
             with self.graph.inserting_before(end):
-                self.graph.call_function(Workspaces.give, (self._workspace,))
+                self.graph.call_function(self.workspaces.give, (self._workspace,))
             first = self.workspaces.take()
             fixed = first.results
             layers = {node: index for node, index in self._results.items() if index in fixed}
@@ -224,4 +224,4 @@ class Calls:
             views.replace(self.graph, found, self._workspace)
             self.workspaces.views = tuple(found.values())
             first.views = views.make(self.workspaces.views, fixed)
-            Workspaces.give(first)
+            self.workspaces.give(first)

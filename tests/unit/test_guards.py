@@ -18,7 +18,7 @@ class Named(torch.Tensor):
 
 
 def test_plain_tensors_pass_however_they_lie() -> None:
-    check = guards.of([(2, "n"), ()], [torch.float32, torch.int64])
+    check = guards.of([("x", (2, "n"), torch.float32), ("y", (), torch.int64)])
     assert check is not None
     number = torch.tensor(1)
     assert check(torch.zeros(2, 3), number)

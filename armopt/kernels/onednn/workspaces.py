@@ -102,14 +102,14 @@ class Workspace:
     Attributes:
         arguments: Of each layer.
         views: Of results that have a place, in the order of the program's.
-        free: Where it goes when the call is over.
+        threads: With which its primitives work.
         lent: The arguments of layers that write to what the caller gave.
     """
 
-    __slots__ = ("arguments", "free", "lent", "views")
+    __slots__ = ("arguments", "lent", "threads", "views")
 
-    def __init__(self, arguments: list[Any], free: list[Workspace]) -> None:
-        self.arguments, self.free = arguments, free
+    def __init__(self, arguments: list[Any], threads: int) -> None:
+        self.arguments, self.threads = arguments, threads
         self.views: list[Any] = []
         self.lent: list[Any] = []
 
@@ -150,11 +150,10 @@ class Workspaces:
         """
         # asking is also what tells OpenMP's runtime of a new thread how many it has
         threads = torch.get_num_threads()
-        free = self._free[threads]
         try:
-            workspace = free.pop()
+            workspace = self._free[threads].pop()
         except IndexError:
-            workspace = Workspace(self._arguments(threads), free)
+            workspace = Workspace(self._arguments(threads), threads)
             workspace.views = views.make(self.views, workspace.results)
         if out is not None:
             for index, output in self.outputs.items():
@@ -175,15 +174,15 @@ class Workspaces:
             made.append(layer.arguments(threads, scratch, place))
         return made
 
-    @staticmethod
-    def give(workspace: Workspace) -> None:
+    def give(self, workspace: Workspace) -> None:
         """Gives a workspace back, without what the caller lent it."""
         if workspace.lent:
             for arguments in workspace.lent:
                 arguments.lend(None)
             workspace.lent.clear()
-        if len(workspace.free) < _MOST_WORKSPACES:
-            workspace.free.append(workspace)
+        free = self._free[workspace.threads]
+        if len(free) < _MOST_WORKSPACES:
+            free.append(workspace)
 
 
 def memory_format(shape: Sequence[int], *, channels_last: bool) -> torch.memory_format:
