@@ -300,11 +300,12 @@ def test_what_is_dropped_is_freed(api: primitives.Api) -> None:
     x = random(8, 32)
 
     def cycles(count: int) -> None:
-        for _ in range(count):
+        for i in range(1, count + 1):
             made, _, _ = layer(api)
             own.alone(made, SITE)(x)
             del made
-        gc.collect()
+            if i % 50 == 0:
+                gc.collect()
 
     cycles(100)
     before = resident()
