@@ -137,7 +137,9 @@ class Fidelity:
         return runs.name_outputs(self._outputs, runs.run_eager(self._eager, tensors, seed=seed, times=times))
 
     def _capture(self, tensors: Sequence[torch.Tensor], *, times: int = 1) -> Outputs:
-        return runs.name_outputs(self._outputs, runs.run_with(fx.Interpreter(self._graph_module), tensors, times=times))
+        return runs.name_outputs(
+            self._outputs, runs.run_with(runs.AsCaptured(self._graph_module), tensors, times=times)
+        )
 
     def _explain(self, tensors: Sequence[torch.Tensor], captured: Outputs) -> tuple[str, str]:
         """The first layer that differs, and the likely reason."""
@@ -239,7 +241,7 @@ def _results(eager: Eager, tensors: Sequence[torch.Tensor]) -> dict[str, torch.T
     return seen
 
 
-class _Watch(fx.Interpreter):
+class _Watch(runs.AsCaptured):
     """Runs a capture and looks for the results of the model's modules among its values."""
 
     def __init__(self, graph_module: fx.GraphModule, wanted: dict[str, torch.Tensor]) -> None:

@@ -14,8 +14,10 @@ from benchmarks import random_weights
 from benchmarks.coverage.cases import Case, Sample
 
 SECTION = "torchvision"
-#: Pixels: with fewer, the last layers of a classifier have so few places that BLAS takes them.
-MOST = 224
+#: Pixels on a side: with fewer, the last layers of a classifier have so few places that BLAS takes them.
+MOST, MOST_OF_LARGE = 224, 128
+#: From so many parameters on a model is large.
+LARGE = 50_000_000
 #: Kinds in the order of the page, as torchvision's own folders.
 KINDS = ("classification", "segmentation", "detection", "video", "optical_flow", "quantization")
 
@@ -57,8 +59,13 @@ def build(name: str) -> Sample:
 
 
 def shapes(name: str) -> tuple[tuple[int, ...], ...]:
-    """Of its inputs: an image as it was made for, of 224 pixels at most; clips and pairs of images are smaller."""
+    """Of its inputs: an image as it was made for, of 224 pixels at most; clips and pairs of images are smaller.
+
+    Large models get smaller ones, but for those whose positions are learnt for a size.
+    """
     found = torchvision_inputs.entry(name)
     if found.kind in ("video", "optical_flow"):
         return torchvision_inputs.entry(name, "smallest").input_shapes
-    return tuple((*shape[:2], *(min(side, MOST) for side in shape[2:])) for shape in found.input_shapes)
+    fixed = name.startswith(("vit_", "maxvit_"))
+    most = MOST_OF_LARGE if _parameters(name) > LARGE and not fixed else MOST
+    return tuple((*shape[:2], *(min(side, most) for side in shape[2:])) for shape in found.input_shapes)

@@ -315,3 +315,32 @@ def test_a_bundle_draws_no_random_numbers(tmp_path: Path) -> None:
 def test_what_to_compare_with_is_one_of_two() -> None:
     with pytest.raises(InputError, match="against: can't compare with 'graph'"):
         Checks(against="graph")
+
+
+class Pixels(nn.Module):
+    """Attention over the pixels of one image: the layout of its result is ambiguous, and torch.export takes another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 144, 1), nn.Conv2d(48, 144, 1), nn.Conv2d(48, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.attend(self.second(self.attend(self.first(x), 1)), 3))
+
+    def attend(self, x: Tensor, heads: int) -> Tensor:
+        n, _, h, w = x.shape
+        q, k, v = x.reshape(n, heads, -1, h * w).permute(0, 1, 3, 2).chunk(3, dim=3)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return y.permute(0, 1, 3, 2).reshape(n, 48, h, w)
+
+
+def test_a_view_of_what_lies_otherwise_than_torch_export_took_it_to(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Pixels().eval(), torch.randn(1, 3, 7, 7)
+    result = armopt.optimize(model, (x,), output=tmp_path / "b", target="graviton2")
+    assert result.passed
+    assert result.verdict.difference == ""
+    with pytest.warns(armopt.ArmoptWarning, match="portable twins"):
+        found = armopt.load(tmp_path / "b")(x)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(x), atol=1e-5, rtol=1e-5)
