@@ -120,7 +120,7 @@ def test_a_reshape_that_copies_is_no_view_and_one_behind_an_in_place_function_is
 
 
 def test_gelu_behind_a_convolution_gets_what_onednn_takes() -> None:
-    """PyTorch gives it to oneDNN where it is contiguous, else it works it out by itself, for more than twice as much."""
+    """PyTorch gives oneDNN what is contiguous; anything else it works out by itself, for more than twice as much."""
 
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
