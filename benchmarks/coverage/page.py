@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -21,8 +22,8 @@ ABOUT = {
     torchvision.SECTION: """\
 All of `torchvision.models.list_models()`. Images have 224 pixels on a side at most, 128 where a model has more than 50
 million parameters; clips and pairs of images are smaller. Detectors are narrow: four classes, images of 128 pixels,
-heads scaled so that there is something to detect. The quantizable ones are taken as they are before quantization, in
-FP32.""",
+heads scaled so that there is something to detect; random weights rank boxes by next to nothing, so that now and then one
+is not found again. The quantizable ones are taken as they are before quantization, in FP32.""",
     timm.SECTION: """\
 The smallest model of each family, on an image of its own size. A family is what one of timm's files calls by one name;
 timm's models for tests don't count.""",
@@ -69,14 +70,15 @@ def _summary(rows: Sequence[Row]) -> str:
     forms = Counter("parts" if "part" in row["form"] else row["form"] for row in good)
     shares = sorted(row["share"] for row in good)
     counted = (
-        f"{forms['graph']} are one graph, {forms['parts']} a bundle of parts, {forms['compiled']} are compiled, "
-        f"and {forms['generate']} are generate loops"
+        f"{forms['graph']} as one graph, {forms['parts']} in parts, {forms['compiled']} compiled, "
+        f"{forms['generate']} as generate loops"
     )
-    return (
+    said = (
         f"{len(good)} of {len(rows)} pass the gate of cosine >= {MIN_COSINE}: {counted}. The lowest cosine is "
         f"{worst['cosine']:.6f} ({worst['model']}). Half of the models have {statistics.median(shares):.0%} of their "
         f"multiplications in BF16 or more, nine of ten at least {shares[len(shares) // 10]:.0%}."
     )
+    return textwrap.fill(said, 120, break_on_hyphens=False)
 
 
 def _sections(rows: Sequence[Row]) -> Iterator[str]:
