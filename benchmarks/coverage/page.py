@@ -22,8 +22,8 @@ ABOUT = {
     torchvision.SECTION: """\
 All of `torchvision.models.list_models()`. Images have 224 pixels on a side at most, 128 where a model has more than 50
 million parameters; clips and pairs of images are smaller. Detectors are narrow: four classes, images of 128 pixels,
-heads scaled so that there is something to detect; random weights rank boxes by next to nothing, so that now and then one
-is not found again. The quantizable ones are taken as they are before quantization, in FP32.""",
+heads scaled so that there is something to detect; random weights rank boxes by next to nothing, so that now and then
+one is not found again. The quantizable ones are taken as they are before quantization, in FP32.""",
     timm.SECTION: """\
 The smallest model of each family, on an image of its own size. A family is what one of timm's files calls by one name;
 timm's models for tests don't count.""",
