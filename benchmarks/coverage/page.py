@@ -25,8 +25,8 @@ million parameters; clips and pairs of images are smaller. Detectors are narrow:
 heads scaled so that there is something to detect; random weights rank boxes by next to nothing, so that now and then
 one is not found again. The quantizable ones are taken as they are before quantization, in FP32.""",
     timm.SECTION: """\
-The smallest model of each family, on an image of its own size. A family is what one of timm's files calls by one name;
-timm's models for tests don't count.""",
+The smallest model of each architecture, on an image of its own size. An architecture is what is in one of timm's files;
+its models for tests don't count.""",
     huggingface.SECTION: """\
 Small random configurations: two layers, a width of 128, texts of 128 tokens. The rows with `.generate` are whole
 generate loops with their cache, which `armopt.compile` runs; their layers are those of all graphs, the prompt's and a
