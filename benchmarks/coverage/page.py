@@ -34,6 +34,8 @@ step's. Where experts are chosen, rounding may choose another for a token: weigh
 other. PyTorch's own BF16 autocast differs in about as many tokens.""",
 }
 Row = Mapping[str, Any]
+#: Of a model that was not measured on this machine.
+NOT_YET = "not measured yet: --resume goes on"
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -78,6 +80,8 @@ def _summary(rows: Sequence[Row]) -> str:
         f"{worst['cosine']:.6f} ({worst['model']}). Half of the models have {statistics.median(shares):.0%} of their "
         f"multiplications in BF16 or more, nine of ten at least {shares[len(shares) // 10]:.0%}."
     )
+    if pending := sum(row.get("error") == NOT_YET for row in rows):
+        said += f" {pending} are not measured yet."
     return textwrap.fill(said, 120, break_on_hyphens=False)
 
 
@@ -102,7 +106,8 @@ def table(rows: Sequence[Row]) -> str:
 def cells(row: Row) -> list[str]:
     """One model as cells."""
     if "error" in row:
-        return [row["model"], *["-"] * (len(COLUMNS) - 2), f"FAILS: {_cell(row['error'])}"]
+        said = NOT_YET if row["error"] == NOT_YET else f"FAILS: {_cell(row['error'])}"
+        return [row["model"], *["-"] * (len(COLUMNS) - 2), said]
     return [
         row["model"],
         row["input"],
