@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -21,11 +22,11 @@ ABOUT = {
     torchvision.SECTION: """\
 All of `torchvision.models.list_models()`. Images have 224 pixels on a side at most, 128 where a model has more than 50
 million parameters; clips and pairs of images are smaller. Detectors are narrow: four classes, images of 128 pixels,
-heads scaled so that there is something to detect. The quantizable ones are taken as they are before quantization, in
-FP32.""",
+heads scaled so that there is something to detect; random weights rank boxes by next to nothing, so that now and then
+one is not found again. The quantizable ones are taken as they are before quantization, in FP32.""",
     timm.SECTION: """\
-The smallest model of each family, on an image of its own size. A family is what one of timm's files calls by one name;
-timm's models for tests don't count.""",
+The smallest model of each architecture, on an image of its own size. An architecture is what is in one of timm's files;
+its models for tests don't count.""",
     huggingface.SECTION: """\
 Small random configurations: two layers, a width of 128, texts of 128 tokens. The rows with `.generate` are whole
 generate loops with their cache, which `armopt.compile` runs; their layers are those of all graphs, the prompt's and a
@@ -33,6 +34,8 @@ step's. Where experts are chosen, rounding may choose another for a token: weigh
 other. PyTorch's own BF16 autocast differs in about as many tokens.""",
 }
 Row = Mapping[str, Any]
+#: Of a model that was not measured on this machine.
+NOT_YET = "not measured yet: --resume goes on"
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -69,14 +72,17 @@ def _summary(rows: Sequence[Row]) -> str:
     forms = Counter("parts" if "part" in row["form"] else row["form"] for row in good)
     shares = sorted(row["share"] for row in good)
     counted = (
-        f"{forms['graph']} are one graph, {forms['parts']} a bundle of parts, {forms['compiled']} are compiled, "
-        f"and {forms['generate']} are generate loops"
+        f"{forms['graph']} as one graph, {forms['parts']} in parts, {forms['compiled']} compiled, "
+        f"{forms['generate']} as generate loops"
     )
-    return (
+    said = (
         f"{len(good)} of {len(rows)} pass the gate of cosine >= {MIN_COSINE}: {counted}. The lowest cosine is "
         f"{worst['cosine']:.6f} ({worst['model']}). Half of the models have {statistics.median(shares):.0%} of their "
         f"multiplications in BF16 or more, nine of ten at least {shares[len(shares) // 10]:.0%}."
     )
+    if pending := sum(row.get("error") == NOT_YET for row in rows):
+        said += f" {pending} are not measured yet."
+    return textwrap.fill(said, 120, break_on_hyphens=False)
 
 
 def _sections(rows: Sequence[Row]) -> Iterator[str]:
@@ -100,7 +106,8 @@ def table(rows: Sequence[Row]) -> str:
 def cells(row: Row) -> list[str]:
     """One model as cells."""
     if "error" in row:
-        return [row["model"], *["-"] * (len(COLUMNS) - 2), f"FAILS: {_cell(row['error'])}"]
+        said = NOT_YET if row["error"] == NOT_YET else f"FAILS: {_cell(row['error'])}"
+        return [row["model"], *["-"] * (len(COLUMNS) - 2), said]
     return [
         row["model"],
         row["input"],
