@@ -20,6 +20,7 @@ from armopt.capture.files.format import TrustedFile
 from armopt.capture.widening import in_fp32, is_half
 from armopt.errors import InputError
 from armopt.ir import graph as g
+from armopt.runtime.loaded import Loaded
 
 if TYPE_CHECKING:
     from armopt.bundle.program import Part, Program
@@ -116,6 +117,9 @@ def _whole(read: Bundle, against: Against, model: str) -> Original:
 
 def _of_module(read: Bundle, part: Part, module: torch.nn.Module, source: str) -> Original:
     signature = part.signature
+    if any(isinstance(each.__dict__.get("forward"), Loaded) for each in module.modules()):
+        what = "runs a bundle's graphs since armopt.load took it: it is no original any more"
+        raise InputError(what, where=source, hint="Give a copy from before, or what builds the model")
     if is_half(module):
         module = in_fp32(module, source)
     capture.check_dtypes(module, source)

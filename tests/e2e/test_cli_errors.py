@@ -78,9 +78,6 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "--batch for TorchScript": (("{m}/script.pt", *X, "--batch", "1,8"), ("script.pt", "--batch")),
     # dtypes
     "fp64 pt2": (("{b}/float64.pt2",), ("float64.pt2", "weight", "float64", ".float()")),
-    "fp16 pt2": (("{b}/float16.pt2",), ("float16.pt2", "weight", "float16", ".float()")),
-    "bf16 pt2": (("{b}/bfloat16.pt2",), ("bfloat16.pt2", "weight", "bfloat16", ".float()")),
-    "complex pt2": (("{b}/complex64.pt2",), ("complex64.pt2", "weight", "complex64", "FP32")),
     "fp64 state dict": (("{b}/float64.pt", *NET, *X), ("float64.pt", "float64", ".float()")),
     "fp64 pickle": (("{b}/float64-module.pt", "--trust-pickle", "--input", "x=8x8"), ("float64", ".float()")),
     "fp64 TorchScript": (("{b}/float64-script.pt", "--input", "x=8x8"), ("float64", ".float()")),

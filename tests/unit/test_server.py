@@ -203,14 +203,14 @@ class Where(Slow):
 
 @pytest.mark.parametrize(
     ("seconds", "threads", "at_once", "here"),
-    [(0, 1, 1, [0, 1, 1, 1]), (0.02, 1, 1, [0] * 4), (0, 2, 1, [0] * 4), (0, 1, 4, [0] * 4)],
+    [(0, 1, 1, 1), (0.02, 1, 1, 0), (0, 2, 1, 0), (0, 1, 4, 0)],
 )
 def test_the_event_loop_runs_what_is_short_and_comes_alone_to_a_model_of_one_thread(
-    rows: Served, seconds: float, threads: int, at_once: int, here: list[int]
+    rows: Served, seconds: float, threads: int, at_once: int, here: int
 ) -> None:
     before = torch.get_num_threads()
     engine = Engine(where := Where(rows, seconds), most_waiting=9, wait_seconds=0, threads=threads)  # type: ignore[arg-type]
-    inputs = [torch.rand(at_once, 8) for _ in range(4)]
+    inputs = [torch.rand(at_once, 8) for _ in range(8)]
 
     async def ask() -> None:
         for x in inputs:
@@ -222,7 +222,10 @@ def test_the_event_loop_runs_what_is_short_and_comes_alone_to_a_model_of_one_thr
     finally:
         assert engine.stop(5)
         torch.set_num_threads(before)
-    assert where.runs == here
+    # how long a run takes is not known before the first, and the first ones take longer
+    assert where.runs[0] == 0
+    assert where.runs[-1] == here
+    assert here or not any(where.runs)
 
 
 def test_an_error_where_the_event_loop_runs_the_model_is_an_answer(tokens: Served) -> None:

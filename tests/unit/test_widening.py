@@ -13,6 +13,7 @@ from torch import nn
 
 import armopt
 from armopt.dynamo import graphs
+from armopt.errors import InputError
 
 SAID = "widened to float32, which changes no value"
 
@@ -168,7 +169,10 @@ def test_parts_are_widened_and_it_is_said_once(tmp_path: Path) -> None:
     with pytest.warns(armopt.ArmoptWarning) as said:
         armopt.optimize(model, [(x,), (-x,)], output=tmp_path / "b", kind="module", target="host").require()
     assert len([each for each in said if SAID in str(each.message)]) == 1
-    found = armopt.load(tmp_path / "b", model=model)(x)
+    taken = copy.deepcopy(model)
+    found = armopt.load(tmp_path / "b", model=taken)(x)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, model(x), atol=0.02, rtol=0.02)
     assert armopt.validate(tmp_path / "b", against=model)["passed"]
+    with pytest.raises(InputError, match="no original any more"):
+        armopt.validate(tmp_path / "b", against=taken)

@@ -109,10 +109,12 @@ def _described(content: Any) -> str:
     kind = type(content).__name__
     if not isinstance(content, Mapping):
         return f"holds a {kind}"
-    tensors = [key for key, value in content.items() if isinstance(value, torch.Tensor)]
-    if len(tensors) > len(content) / 2:
-        other = next(key for key in content if key not in tensors)
-        return f"holds a {kind} in which {other!r} is no tensor but a {type(content[other]).__name__}"
+    others = [key for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    unnamed = [key for key in content if not isinstance(key, str)]
+    if len(others) < len(content) / 2 and (others or unnamed):
+        if unnamed:
+            return f"holds a {kind} in which {unnamed[0]!r} is no name but a {type(unnamed[0]).__name__}"
+        return f"holds a {kind} in which {others[0]!r} is no tensor but a {type(content[others[0]]).__name__}"
     return f"holds a {kind} of {_few([str(key) for key in content])}" if content else f"holds an empty {kind}"
 
 
