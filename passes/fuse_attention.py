@@ -52,7 +52,7 @@ class _Mask:
     Attributes:
         node: The mask.
         expanded: Sizes to expand it to, as aten.expand has them; empty where it is as it should be.
-        joined: Sizes to reshape it to then; empty ditto.
+        joined: Sizes to reshape it to then; empty where it has the right ones.
     """
 
     node: fx.Node
