@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +45,10 @@ class CanonicaliseActivation:
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Runs the pass."""
         rewritten = []
-        written = g.written_nodes(graph_module.graph)
+        written, numbers = g.written_nodes(graph_module.graph), _numbers(graph_module)
         order = {node: at for at, node in enumerate(graph_module.graph.nodes)}
         for end in g.calls_to(graph_module.graph, *_ENDS):
-            found = _match(graph_module, end, order)
+            found = _match(end, numbers, order)
             if found is not None and found[0] not in written:
                 x, (target, named) = found
                 rewritten.append(end.name)
@@ -57,14 +57,25 @@ class CanonicaliseActivation:
         return PassResult(graph_module, bool(rewritten), tuple(rewritten))
 
 
+def _numbers(graph_module: fx.GraphModule) -> dict[fx.Node, torch.Tensor]:
+    """The constants that are one number for all values, in FP64."""
+    written = g.written_constants(graph_module.graph)
+    constants = {node: g.find_constant(graph_module, node) for node in graph_module.graph.find_nodes(op="get_attr")}
+    return {
+        node: value.detach().double()
+        for node, value in constants.items()
+        if value is not None and value.dim() == 0 and str(node.target) not in written
+    }
+
+
 def _match(
-    graph_module: fx.GraphModule, end: fx.Node, order: dict[fx.Node, int]
+    end: fx.Node, numbers: Mapping[fx.Node, torch.Tensor], order: Mapping[fx.Node, int]
 ) -> tuple[fx.Node, tuple[Any, dict[str, Any]]] | None:
     """The input of a formula, and the operation that it is."""
-    for x, formula in _formulas(graph_module, end, order):
+    for x, formula in _formulas(end, numbers, order):
         if not any(node.target in _CURVES for node in formula):
             continue
-        values = _values(graph_module, x, formula)
+        values = _values(x, formula, numbers)
         for function in _FUNCTIONS:
             if _agree(values, function[0](_samples(), **function[1])):
                 return x, function
@@ -72,7 +83,7 @@ def _match(
 
 
 def _formulas(
-    graph_module: fx.GraphModule, end: fx.Node, order: dict[fx.Node, int]
+    end: fx.Node, numbers: Mapping[fx.Node, torch.Tensor], order: Mapping[fx.Node, int]
 ) -> Iterator[tuple[fx.Node, Sequence[fx.Node]]]:
     """Every node of which alone `end` is a function, the nearest first; with the operations between, in order."""
     formula: list[fx.Node] = []
@@ -83,7 +94,7 @@ def _formulas(
             return
         reached.remove(node)
         formula.insert(0, node)
-        reached |= {source for source in node.all_input_nodes if _number(graph_module, source) is None}
+        reached |= {source for source in node.all_input_nodes if source not in numbers}
         if len(reached) == 1:
             (x,) = reached
             if _is_alike(x, end):
@@ -99,28 +110,12 @@ def _shape(node: fx.Node) -> Any:
     return g.symbolic_shape(g.fake_value(node).shape)
 
 
-def _number(graph_module: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
-    """A constant that is one number for all values."""
-    value = g.find_constant(graph_module, node)
-    if value is None or value.dim() or str(node.target) in g.written_constants(graph_module.graph):
-        return None
-    return value.double()
-
-
-def _values(graph_module: fx.GraphModule, x: fx.Node, formula: Sequence[fx.Node]) -> torch.Tensor:
+def _values(x: fx.Node, formula: Sequence[fx.Node], numbers: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor:
     """A formula of the samples."""
-    known = {x: _samples()}
-
-    def value(node: fx.Node) -> torch.Tensor:
-        if node not in known:
-            number = _number(graph_module, node)
-            assert number is not None, f"{node} is no part of the formula"
-            known[node] = number
-        return known[node]
-
+    known = {**numbers, x: _samples()}
     for node in formula:
         target: Callable[..., Any] = node.target  # type: ignore[assignment]
-        known[node] = target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
+        known[node] = target(*fx.map_arg(node.args, known.__getitem__), **fx.map_arg(node.kwargs, known.__getitem__))
     return known[formula[-1]]
 
 

@@ -1,12 +1,12 @@
 """What the kernels that call oneDNN's packed convolution share: packing, the call, and which post-ops it fuses.
 
-Source of what fuses: oneDNN's names and log on the aarch64 builds 2.10.0 and 2.13.0, and counts on the emulated
-Graviton3. On FP32 activations the Compute Library takes relu and relu6 (almost free) and sigmoid; a residual add it
-takes too, for 9 instructions an element where an in-place add retires 0.8; gelu and tanh cost more than apart, and
-hardswish and silu it leaves to ``gemm:ref`` or to FP32. oneDNN's own SVE kernels take them all, by the same
-implementation: a depthwise 3x3 of 120 channels with gelu retires 0.42 of what both retire apart, with silu 0.90, with
-hardswish 0.93. But of NaN they make 0 in relu, relu6 and hardsigmoid (FMAXNM), and tanh costs more. On BF16 activations
-any post-op gives ``ref:any`` on 2.10.0. What isn't fused runs as a separate in-place operation.
+Source of what fuses: `python -m benchmarks.arm64.post_ops`, and oneDNN's log on the aarch64 builds 2.10.0 and 2.13.0.
+On FP32 activations the Compute Library takes relu and relu6 (almost free) and sigmoid; a residual add it takes too,
+for 9 instructions an element where an in-place add retires 0.8; gelu costs more than apart, and hardswish and silu it
+leaves to ``gemm:ref`` or to FP32. oneDNN's own SVE kernels take them all, by the same implementation: a depthwise 3x3
+of 120 channels with gelu retires 0.91 of what both retire apart, with silu 0.90, with hardswish 0.93. But of NaN they
+make 0 in relu and relu6 (FMAXNM). On BF16 activations any post-op gives ``ref:any`` on 2.10.0. What isn't fused runs
+as a separate in-place operation.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Binder:
         if not self.bf16_attention:
             between.attend_in_fp32(source, mapping)
         if calls.workspaces.layers:
-            owned |= calls.place_operations(source.graph, mapping, program.results)
+            owned |= calls.place_operations(source.graph, mapping, program.results, owned)
         memory = arena.plan(source.graph, {old: calls.workspaces.layers[index].size for old, index in owned.items()})
         calls.finish(memory.size, {owned[old]: place for old, place in memory.places.items()})
         return finish(root, graph, constants), [bound[node] for node in found]

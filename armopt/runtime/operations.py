@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from armopt.kernels.onednn.arguments import keep
+from armopt.kernels.onednn.arguments import kept_in, lies_as
 from armopt.kernels.onednn.workspaces import Workspace
 from armopt.runtime.python_calls import BINDINGS
 
@@ -26,6 +27,7 @@ class Result:
         kept: The result there: the same tensor for each call, as the first call's lay.
         lent: The result of this call, where its caller gave one that lies as results do.
         like: A result without memory; None before the first call.
+        operands: How the operands of the first call lay.
     """
 
     place: torch.Tensor | None
@@ -33,6 +35,7 @@ class Result:
     kept: torch.Tensor | None = None
     lent: torch.Tensor | None = None
     like: torch.Tensor | None = None
+    operands: Any = None
 
     def learn(self, y: torch.Tensor) -> None:
         """Takes from the first call's result how results lie."""
@@ -40,17 +43,11 @@ class Result:
             return
         self.like = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device="meta")
         if self.place is not None:
-            self.kept = self.place[: self.size].view(y.dtype).as_strided(y.shape, y.stride())
-            keep(self.kept)
+            self.kept = kept_in(self.place, self.like)
 
     def lend(self, y: torch.Tensor | None) -> None:
         """Takes what the next result is to be, where it is as that lies; None where the call makes one."""
-        like = self.like
-        if y is None or like is None:
-            self.lent = None
-            return
-        fits = (y.shape, y.stride(), y.dtype) == (like.shape, like.stride(), like.dtype)
-        self.lent = y if fits else None
+        self.lent = y if y is not None and self.like is not None and lies_as(y, self.like) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +58,13 @@ class Operation:
         target: The operation, called as it is the first time.
         writes: The same, with a tensor to write to in front.
         size: Bytes of its result.
+        settled: Whether its operands lie as they did in every call, whatever callers give.
     """
 
     target: Callable[..., torch.Tensor]
     writes: Callable[..., torch.Tensor]
     size: int
+    settled: bool
 
     @property
     def packed(self) -> tuple[torch.Tensor, ...]:
@@ -82,33 +81,43 @@ class Operation:
 
     def function(self, index: int) -> Callable[..., torch.Tensor]:
         """A function of a workspace, in which its result is at `index`, and of the operation's arguments."""
-        target, writes = self.target, self.writes
+        target, writes, settled = self.target, self.writes, self.settled
 
         def run(workspace: Workspace, *args: Any, **kwargs: Any) -> torch.Tensor:
             result: Result = workspace.arguments[index]
             y = result.kept if result.lent is None else result.lent
-            if y is not None:
+            if y is not None and (settled or _lie(args) == result.operands):
                 return writes(y, *args, **kwargs)
             y = target(*args, **kwargs)
             if result.like is None:
                 result.learn(y)
+                result.operands = _lie(args)
             return y
 
         return run
 
 
-def of(node: fx.Node, size: int) -> Operation | None:
+def _lie(args: Sequence[Any]) -> list[Any]:
+    """How the tensors among arguments lie, on which it depends how a result does."""
+    return [
+        each.stride() if isinstance(each, torch.Tensor) else _lie(each)
+        for each in args
+        if isinstance(each, (torch.Tensor, list, tuple))
+    ]
+
+
+def of(node: fx.Node, size: int, *, settled: bool = False) -> Operation | None:
     """The call of a node, with so many bytes of result; None where its operation can't write to a tensor."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return None
     if target is _aten.clone.default or (target is _aten._to_copy.default and set(node.kwargs) <= {"dtype"}):
-        return Operation(BINDINGS.get(target, target), _copy, size)
+        return Operation(BINDINGS.get(target, target), _copy, size, settled)
     out = _out(target)
     if out is None:
         return None
     call = BINDINGS.get(target)
-    return Operation(call or target, _writing(call or out), size)
+    return Operation(call or target, _writing(call or out), size, settled)
 
 
 def _copy(y: torch.Tensor, x: torch.Tensor, **how: Any) -> torch.Tensor:
@@ -122,6 +131,7 @@ def _writing(call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return write
 
 
+@functools.cache
 def _out(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
     """The overload that takes the same and a tensor to write to, where it doesn't make another and copy it."""
     if len(target._schema.returns) != 1 or target._schema.returns[0].alias_info is not None:

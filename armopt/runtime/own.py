@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -167,7 +167,11 @@ class Calls:
         return y if layer.wanted.post_op else call.post_op(y)
 
     def place_operations(
-        self, source: fx.Graph, mapping: Mapping[fx.Node, fx.Node], sizes: Mapping[str, int]
+        self,
+        source: fx.Graph,
+        mapping: Mapping[fx.Node, fx.Node],
+        sizes: Mapping[str, int],
+        layers: Collection[fx.Node],
     ) -> dict[fx.Node, int]:
         """Lets operations of PyTorch's write to places too; gives back the index of each by its node in `source`.
 
@@ -175,13 +179,17 @@ class Calls:
             source: The graph of which this is a copy.
             mapping: From nodes of `source` to those of the copy.
             sizes: Bytes of results by the names of nodes in `source`.
+            layers: Nodes in `source` whose results lie the same however their inputs do.
         """
         placed = {}
+        settled = set(layers)
         for old in source.nodes:
+            if old.op == "get_attr" or (old.op == "call_function" and settled.issuperset(old.all_input_nodes)):
+                settled.add(old)
             node = mapping.get(old)
             if old.op != "call_function" or old.name not in sizes or node is None or node.target is not old.target:
                 continue
-            operation = operations.of(node, sizes[old.name])
+            operation = operations.of(node, sizes[old.name], settled=old in settled)
             if operation is None:
                 continue
             placed[old] = self._results[node] = len(self.workspaces.layers)

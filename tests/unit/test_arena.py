@@ -22,13 +22,9 @@ from armopt.kernels.onednn import primitives
 from armopt.plan.threshold_policy import ThresholdPolicy
 from armopt.runtime import bind, memory, own
 from tests.allocations import Made
-from tests.planning import programs
+from tests.own_programs import found_api, lowered, random
 
 _aten = torch.ops.aten
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def chain(length: int) -> tuple[fx.Graph, list[fx.Node]]:
@@ -110,14 +106,7 @@ def test_what_is_turned_in_place_gets_no_place() -> None:
 
 @pytest.fixture
 def api() -> primitives.Api:
-    found = primitives.api()
-    if isinstance(found, str):
-        pytest.skip(f"NOT TESTED: {found}")
-    return found
-
-
-def lowered(model: nn.Module, *inputs: torch.Tensor) -> Program:
-    return programs(model.eval(), *inputs, target="graviton2", policy=ThresholdPolicy(1))[0]
+    return found_api()
 
 
 def of_any_batch(model: nn.Module, *inputs: torch.Tensor, batch: tuple[int, ...]) -> Program:

@@ -22,25 +22,17 @@ from armopt.kernels.examples import Example
 from armopt.kernels.onednn import implementations, primitives, symbols
 from armopt.kernels.onednn.layer import Layer, Wanted, describe
 from armopt.kernels.onednn.workspaces import Workspaces
-from armopt.plan import threshold_policy
 from armopt.runtime import bind, numbers, own
-from tests.planning import programs
+from tests.own_programs import found_api, lowered, random
 
 SITE = Site("fc", Op.LINEAR, 8, 32, 16, (8, 32), (16, 32))
 FP32 = table.get("conv1x1_fp32")
 WANTED = Wanted((8, 32), (16, 32), (8, 16), torch.float32, torch.float32, None)
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def api() -> primitives.Api:
-    found = primitives.api()
-    if isinstance(found, str):
-        pytest.skip(f"NOT TESTED: {found}")
-    return found
+    return found_api()
 
 
 @pytest.fixture
@@ -49,10 +41,6 @@ def of_another_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
     primitives.api.cache_clear()
-
-
-def lowered(model: nn.Module, *inputs: torch.Tensor) -> Program:
-    return programs(model.eval(), *inputs, target="graviton2", policy=threshold_policy.ThresholdPolicy(1))[0]
 
 
 def layer(api: primitives.Api, rows: int = 8, bias: bool = True) -> tuple[Layer, torch.Tensor, torch.Tensor | None]:

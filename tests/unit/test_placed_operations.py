@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,24 +13,16 @@ from torch import Tensor, fx, nn
 
 from armopt.bundle.program import Program
 from armopt.kernels.onednn import primitives
-from armopt.plan.threshold_policy import ThresholdPolicy
 from armopt.runtime import bind, memory
 from tests.allocations import Made
-from tests.planning import programs
+from tests.own_programs import found_api, lowered, random
 
 _functional = nn.functional
 
 
 @pytest.fixture(scope="module", autouse=True)
 def api() -> primitives.Api:
-    found = primitives.api()
-    if isinstance(found, str):
-        pytest.skip(f"NOT TESTED: {found}")
-    return found
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return found_api()
 
 
 class Between(nn.Module):
@@ -42,10 +35,6 @@ class Between(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
         return self.second(self.operation(y)) - y
-
-
-def lowered(model: nn.Module, x: Tensor) -> Program:
-    return programs(model.eval(), x, target="graviton2", policy=ThresholdPolicy(1))[0]
 
 
 def bound(program: Program) -> fx.GraphModule:
@@ -134,3 +123,32 @@ def test_the_arena_holds_them_too() -> None:
     with_operations, each = memory.between_layers(program)
     layers_alone, _ = memory.between_layers(replace(program, results={}))
     assert layers_alone < with_operations <= each
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: (s.first(x), torch.exp(x) + 1),
+        lambda s, x: (s.first(x), torch.cat([x * 2, x], 0).sinh()),
+        lambda s, x: (s.first(torch.sin(x)), x.to(torch.float64).float()),
+        lambda s, x: (s.first(x), torch.relu(x).clone() * torch.exp(x).mT.cos().mT),
+    ],
+)
+def test_what_one_caller_gave_does_not_lay_out_what_the_next_one_gets(forward: Callable[..., Any]) -> None:
+    """A result lies as its operands do, and callers may lay these out otherwise each time."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Any:
+            return forward(self, x)
+
+    program = lowered(Net(), random(4, 16))
+    placed, plain = bound(program), bound(replace(program, results={}))
+    x = random(4, 16)
+    for given in (x.mT.contiguous().mT, x, x.expand(4, 16), random(4, 32)[:, ::2], x.mT.contiguous().mT, x):
+        for found, wanted in zip(placed(given), plain(given), strict=True):
+            assert torch.equal(found, wanted)
+            assert found.stride() == wanted.stride()

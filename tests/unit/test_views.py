@@ -9,29 +9,16 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from armopt.bundle.program import Program
 from armopt.kernels.onednn import primitives, views
-from armopt.plan.threshold_policy import ThresholdPolicy
 from armopt.runtime import bind
-from tests.planning import programs
+from tests.own_programs import found_api, lowered, random
 
 _aten = torch.ops.aten
 
 
 @pytest.fixture(scope="module", autouse=True)
 def api() -> primitives.Api:
-    found = primitives.api()
-    if isinstance(found, str):
-        pytest.skip(f"NOT TESTED: {found}")
-    return found
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def lowered(model: nn.Module, x: torch.Tensor) -> Program:
-    return programs(model.eval(), x, target="graviton2", policy=ThresholdPolicy(1))[0]
+    return found_api()
 
 
 class Attention(nn.Module):
@@ -120,7 +107,7 @@ def test_a_reshape_that_copies_is_no_view_and_one_behind_an_in_place_function_is
 
 
 def test_gelu_behind_a_convolution_gets_what_onednn_takes() -> None:
-    """PyTorch gives oneDNN what is contiguous; anything else it works out by itself, for more than twice as much."""
+    """PyTorch gives oneDNN what is contiguous; anything else it works out by itself, for more."""
 
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

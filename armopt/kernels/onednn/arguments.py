@@ -22,6 +22,18 @@ def keep(tensor: torch.Tensor) -> None:
     setattr(tensor, _KEPT, True)
 
 
+def kept_in(place: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The tensor in the first bytes of a place that lies as another."""
+    made = place[: like.nbytes].view(like.dtype).as_strided(like.shape, like.stride())
+    keep(made)
+    return made
+
+
+def lies_as(y: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether a tensor is of the shape, strides and dtype of another."""
+    return (y.shape, y.stride(), y.dtype) == (like.shape, like.stride(), like.dtype)
+
+
 @dataclass(slots=True)
 class Arguments:
     """What a call of a layer needs of its own: no other call may use it meanwhile.
@@ -63,17 +75,13 @@ class Arguments:
 
     def keep(self, arena: torch.Tensor | None) -> None:
         """Gives the result the first bytes of a part of an arena, where it fits."""
-        size = self.like.numel() * self.like.element_size()
-        if arena is not None and size <= arena.numel():
-            self.kept = arena[:size].view(self.like.dtype).as_strided(self.like.shape, self.like.stride())
-            keep(self.kept)
+        if arena is not None and self.like.nbytes <= arena.numel():
+            self.kept = kept_in(arena, self.like)
             self.place(self.result, self.kept.data_ptr())
 
     def lend(self, y: torch.Tensor | None) -> None:
         """Takes what the next result is to be, where it is as that lies; None where the call makes one."""
-        like = self.like
-        fits = y is not None and (y.shape, y.stride(), y.dtype) == (like.shape, like.stride(), like.dtype)
-        self.lent = y if fits else None
+        self.lent = y if y is not None and lies_as(y, self.like) else None
 
     def run(self) -> torch.Tensor:
         """The result for the input that was taken last."""
