@@ -227,7 +227,7 @@ def table(clients: int, seconds: float, result: tuple[Figures, dict[str, list[st
     lines = ["| what | expected | found |", "|---|---|---|"]
     refused = Counter(each[:3] for each in figures.wrong if each[:3].isdecimal())
     said = f"{len(figures.seconds)} answers, {len(figures.wrong) - refused.total()} wrong, "
-    said += f"{refused.total()} refused {dict(refused) or ''}; p50 {figures.percentile(50):.0f} ms, "
+    said += f"{refused.total()} refused{f' {dict(refused)}' if refused else ''}; p50 {figures.percentile(50):.0f} ms, "
     said += f"p99 {figures.percentile(99):.0f} ms"
     lines.append(f"| {clients} clients for {figures.elapsed:.0f} s | each gets its own answer | {said} |")
     for name, (expected, _) in ILL.items():
