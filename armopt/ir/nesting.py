@@ -10,6 +10,7 @@ import dataclasses
 import keyword
 import math
 import numbers
+import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -246,8 +247,7 @@ def _fields(node: Any) -> dict[str, Any] | None:
 def builder(structure: Structure) -> Callable[[Sequence[Any]], Any]:
     """A function from flat tensors to the nested value. What can be decided once is decided here."""
     if isinstance(structure, Tensor):
-        index = structure.index
-        return lambda tensors: tensors[index]
+        return operator.itemgetter(structure.index)
     if isinstance(structure, Constant):
         value = structure.value
         return lambda tensors: value

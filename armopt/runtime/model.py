@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import keyword
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -41,7 +41,8 @@ class Model(Loaded):
         self.kernels = tuple(tuple(entries) for entries in kernels)
         self._arguments = Arguments(signature.inputs, [spec.name for spec in signature.specs])
         self._specs = [(spec.name, spec.shape, getattr(torch, spec.dtype)) for spec in signature.specs]
-        self._fit = guards.of(self._specs)
+        self._count = len(self._specs)
+        self._fit = guards.of(self._specs) or _never
         self._plain = signature.inputs.names if _is_plain(signature.inputs) else None
         symbols = {symbol.name for symbol in signature.symbols}
         self._least, self._most = _bounds(signature)
@@ -58,6 +59,7 @@ class Model(Loaded):
         self._where = [entry for entry in dynamic if entry[0] in symbols]
         self._rows = signature.rows
         self._only = _only(programs, signature)
+        self._quick = self._fit if self._only is not None and self._plain is not None and self._in_order else _never
         self._batched = [spec.shape[:1] == (BATCH,) for spec in signature.specs]
         self._following = [entry for entry in dynamic if entry[0] not in symbols]
         self.__signature__ = _signature(signature.inputs.names)
@@ -68,6 +70,18 @@ class Model(Loaded):
         Raises:
             InputError: An input's name, shape or dtype is not what the model was captured with.
         """
+        tensors = args if not kwargs else self._ordered(args, kwargs)
+        # one frame of Python where tensors of one size are all there is; of what fits, none wants gradients
+        if (
+            len(tensors) == self._count
+            and self._quick(*tensors)
+            and self._forks == FORKS.count
+            and not surroundings.differ()
+        ):
+            try:
+                return self._build(self._only(*tensors))  # type: ignore[misc]
+            except Exception as error:
+                self._fail(error)
         return self.nested(self.run_flat(self.flatten(args, kwargs)))
 
     def run(self, *args: Any, out: Any, **kwargs: Any) -> Any:
@@ -133,11 +147,15 @@ class Model(Loaded):
                 return self._only(*tensors) if self._only is not None and out is None else self._call(tensors, out)
             finally:
                 torch._C._set_grad_enabled(True)
-        except ArmoptError:
-            raise
-        except Exception as error:  # an index beyond a table, too little memory…
-            what = f"the model can't run on these inputs: {type(error).__name__}: {first_line(error)}"
-            raise InputError(what, where=f"the bundle for {self.manifest.target}") from error
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> NoReturn:
+        """Says of an error in a call where it was: an index beyond a table, too little memory…"""
+        if isinstance(error, ArmoptError):
+            raise error
+        what = f"the model can't run on these inputs: {type(error).__name__}: {first_line(error)}"
+        raise InputError(what, where=f"the bundle for {self.manifest.target}") from error
 
     def _call(self, tensors: Sequence[torch.Tensor], out: Sequence[torch.Tensor | None] | None) -> Sequence[Any]:
         forward = self._select(tensors)
@@ -147,13 +165,18 @@ class Model(Loaded):
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[torch.Tensor]:
         """The tensors of a call, in the order of the graph's inputs, checked."""
-        if not kwargs and self._plain is not None and len(args) == len(self._plain):
-            return self.check_inputs(args)
-        if self._plain is not None and len(args) + len(kwargs) == len(self._plain):
-            names = self._plain[len(args) :]
-            if all(name in kwargs for name in names):
-                return self.check_inputs([*args, *(kwargs[name] for name in names)])
+        tensors = args if not kwargs else self._ordered(args, kwargs)
+        if self._plain is not None and len(tensors) == self._count and self._fit(*tensors):
+            if self._where:
+                self._check_sizes(tensors)
+            return tensors
         return self.check_inputs(self._arguments.flatten(args, kwargs))
+
+    def _ordered(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+        """Tensors in the graph's order, some given by name; None, or nothing, where that can't be told so quickly."""
+        if self._plain is None or len(args) + len(kwargs) != self._count:
+            return ()
+        return (*args, *map(kwargs.get, self._plain[len(args) :]))
 
     def check_inputs(self, tensors: Sequence[Any]) -> Sequence[torch.Tensor]:
         """Compares flat inputs with what the model was captured with.
@@ -164,7 +187,7 @@ class Model(Loaded):
         Raises:
             InputError: Naming the input that differs.
         """
-        if self._fit is not None and len(tensors) == len(self._specs) and self._fit(*tensors):
+        if len(tensors) == self._count and self._fit(*tensors):
             if self._where:
                 self._check_sizes(tensors)
             return tensors
@@ -221,6 +244,10 @@ class Model(Loaded):
             return self._programs[0][1]
         values = {symbol: tensors[i].shape[d] for symbol, i, d in self._where}
         return buckets.nearest(self._programs, values)
+
+
+def _never(*tensors: torch.Tensor) -> bool:
+    return False
 
 
 def _only(programs: Sequence[tuple[Bucket, Forward]], signature: Signature) -> Forward | None:

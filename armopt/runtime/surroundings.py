@@ -41,11 +41,12 @@ _default = _DefaultDtype()
 
 def differ() -> bool:
     """Whether something is set that would change what a bundle's operations give."""
-    return bool(
-        torch.is_autocast_enabled("cpu")
-        or torch.get_default_dtype() is not _CAPTURED
-        or _default.users
-        or torch._C._len_torch_function_stack()
+    return (
+        torch.get_default_dtype() is not _CAPTURED
+        or _default.users > 0
+        or torch._C._len_torch_function_stack() > 0
+        # the quicker question first: to name a device takes as long as all others together
+        or (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"))
     )
 
 

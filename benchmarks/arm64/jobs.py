@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from armopt.errors import InputError
 from armopt.ir.records import Site
 from armopt.kernels import table
 from armopt.kernels.base import KernelCall
@@ -73,7 +74,10 @@ def bundle(path: str, inputs: str = "") -> BundleCall:
     for spec in model.manifest.model.inputs:
         shape = [bucket.get(size, size) if isinstance(size, str) else size for size in spec.shape]
         tensors[spec.name] = torch.zeros(shape, dtype=getattr(torch, spec.dtype))
-    return BundleCall(model, (), tensors)
+    try:  # as eager mode is called here: by position
+        return BundleCall(model, model.flatten(tuple(tensors.values()), {}), {})
+    except InputError:  # of inputs that are nested, the names alone are known
+        return BundleCall(model, (), tensors)
 
 
 def module_bundle(path: str, workload: str) -> Prepared:
