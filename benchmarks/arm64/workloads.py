@@ -66,8 +66,10 @@ class Decode(Prefill):
 
 
 class Experts(nn.Module):
-    """A small Mixtral's block: eight experts, of which each token asks two. A buffer has the router's random weights, as
-    constant ones would send all tokens to the same two experts."""
+    """A small Mixtral's block: eight experts, of which each token asks two.
+
+    A buffer has the router's random weights, as constant ones would send all tokens to the same two experts.
+    """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
