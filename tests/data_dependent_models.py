@@ -184,6 +184,11 @@ _STEPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], bool]] = {
     "assign_values": (_assign_values, (_x(),), True),
     "nms": (_nms, (_x(),), True),
     "topk_item": (lambda y, k: y.topk(k.item(), dim=0).values, (_x(), torch.tensor(3)), True),
+    "split_rows": (
+        lambda y, n: torch.cat([p.relu() for p in y[n.argsort()].split(torch.bincount(n, minlength=4).tolist())]),
+        (_x(), _COUNTS),
+        True,
+    ),
     "split_list": (lambda y, n: torch.cat([p.relu() for p in y.split(n.tolist())]), (_x(8), _COUNTS), True),
     "item_scale": (lambda y: y * y.max().item(), (_x(),), True),
     "item_bool": (lambda y: y + 1 if (y > 0).any().item() else y, (_x(),), True),

@@ -194,7 +194,14 @@ def run_eager(
 def name_outputs(outputs: nesting.Outputs, results: Sequence[Any]) -> dict[str, torch.Tensor]:
     """The tensors among flat outputs, each by its path in what the model returns."""
     names = nesting.output_names(outputs, len(results))
-    return {names[i]: results[i] for i in outputs.positions if isinstance(results[i], torch.Tensor)}
+    return {names[i]: plain(results[i]) for i in outputs.positions if isinstance(results[i], torch.Tensor)}
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """What a quantized or a sparse tensor stands for, to be compared; any other as it is."""
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 class Steps:

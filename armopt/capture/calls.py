@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -95,17 +96,31 @@ def describe_inputs(
     return nesting.describe_inputs(args, kwargs, tuple(names), is_tensor, defaults)
 
 
-def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> None:
+def register_dataclasses(tree: Any) -> None:
+    """Lets torch look into the dataclasses among nested values, as `torch.export.register_dataclass` does."""
+    items: Any = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type) and not items:
+        if type(tree) not in torch.utils._pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(type(tree))
+        items = [getattr(tree, each.name) for each in dataclasses.fields(tree)]
+    for item in items:
+        register_dataclasses(item)
+
+
+def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) -> Any:
     """Runs the model, whose own error on unfit inputs says more than an export's.
 
     Buffers, and the random numbers to come, stay as they were.
+
+    Returns:
+        What it gives.
 
     Raises:
         InputError: The model fails.
     """
     try:
         with unchanged(model, attributes=False), torch.random.fork_rng(devices=[]):
-            model(*args, **kwargs)
+            return model(*args, **kwargs)
     except ArmoptError:
         raise
     except Exception as error:

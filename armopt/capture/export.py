@@ -28,6 +28,7 @@ from armopt.capture.calls import (
     eval_mode,
     is_tensor,
     placeholders,
+    register_dataclasses,
     try_once,
 )
 from armopt.capture.constants import unlift
@@ -85,7 +86,7 @@ def module(
     if any(varying):
         dynamic = _varying_shapes(model, args, kwargs, varying)
     with eval_mode(model), without_cache(model), torch.no_grad():
-        try_once(model, args, kwargs, source)
+        register_dataclasses((args, kwargs, try_once(model, args, kwargs, source)))
         try:
             with quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)

@@ -143,7 +143,7 @@ class _Trial:
         args, kwargs = _copied(torch.utils._pytree.tree_unflatten(leaves, self._tree))
         with torch.no_grad(), runs.seeded(), unchanged(self.subject.module):
             result = call(*args, **kwargs)
-            return {name: tensor.clone() for name, tensor in named_leaves(result).items()}
+            return {name: runs.plain(tensor).clone() for name, tensor in named_leaves(result).items()}
 
 
 def _copied(arguments: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch._dynamo import exc
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 
 from armopt import capture
@@ -34,6 +35,9 @@ from armopt.plan import pinning
 from armopt.plan.planner import Policy
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
+
+#: What Dynamo raises where it can't trace a forward: before anything of it ran.
+_UNTRACED = (exc.TorchDynamoException, GuardOnDataDependentSymNode)
 
 #: How deep parts may be called by others than the model's own forward: ``model.model.encoder`` in a generate loop.
 _DEPTH = 2
@@ -334,7 +338,7 @@ class Forward:
                 return self._compiled(*args, **kwargs)
             except exc.FailOnRecompileLimitHit:
                 return self._run_dynamic(args, kwargs)
-            except exc.TorchDynamoException as error:  # raised before anything ran
+            except _UNTRACED as error:
                 self._divide(error)
         return self.original(*args, **kwargs)
 
@@ -344,7 +348,7 @@ class Forward:
             self._compiled = self._compile(True)
         try:
             return self._compiled(*args, **kwargs)
-        except exc.TorchDynamoException as error:
+        except _UNTRACED as error:
             self._divide(error)
         return self.original(*args, **kwargs)
 
@@ -357,7 +361,7 @@ class Forward:
         )
         return made
 
-    def _divide(self, error: exc.TorchDynamoException) -> None:
+    def _divide(self, error: Exception) -> None:
         """From now on this module is Python, and its parts are compiled."""
         inner = getattr(error, "inner_exception", None)
         if isinstance(inner, ArmoptError):

@@ -65,6 +65,29 @@ class Decode(Prefill):
         return self.step(tokens, cache)
 
 
+class Experts(nn.Module):
+    """A small Mixtral's block: eight experts, of which each token asks two.
+
+    A buffer has the router's random weights, as constant ones would send all tokens to the same two experts.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        config = _transformers().MixtralConfig(hidden_size=width, intermediate_size=hidden)
+        config._experts_implementation = "grouped_mm"  # as a whole model has it
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+        self.block = MixtralSparseMoeBlock(config)
+        for parameter in self.block.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        router = self.block.gate
+        del router.weight
+        router.register_buffer("weight", torch.randn(config.num_local_experts, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)  # type: ignore[no-any-return]
+
+
 def _transformers() -> Any:
     from armopt.models import torchvision_ops
 
@@ -151,6 +174,11 @@ def _block_at(tokens: int, *, causal: bool) -> Workload:
     return Workload(lambda: Block(768, 12, causal=causal), (1, tokens, 768), tokens * 768 * (12 * 768 + 2 * tokens))
 
 
+def _experts_at(tokens: int, width: int = 512, hidden: int = 1024) -> Workload:
+    macs = tokens * (2 * 3 * width * hidden + 8 * width)
+    return Workload(lambda: Experts(width, hidden), (1, tokens, width), macs)
+
+
 def _image() -> torch.Tensor:
     return torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
 
@@ -170,6 +198,8 @@ WORKLOADS = {
     "gpt2 block, 64 tokens": _block_at(64, causal=True),
     "gpt2 block, 1 token": _block_at(1, causal=True),
     "bert block, 128 tokens": _block_at(128, causal=False),
+    "mixtral experts, 64 tokens": _experts_at(64),
+    "mixtral experts, 1 token": _experts_at(1),
     "gpt2, prefill of 64": Workload(Prefill, lambda: (_tokens(64),), _gpt2_macs(64, 0), slow=True),
     "gpt2, decode after 64": Workload(
         Decode, lambda: (_tokens(1), *torch.randn(2, 12, 1, 12, 64, 64).unbind()), _gpt2_macs(1, 64), slow=True

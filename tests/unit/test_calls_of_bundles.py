@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -229,3 +230,30 @@ def test_sizes_that_follow_from_others_are_checked(tmp_path: Path) -> None:
 )
 def test_arithmetic_on_sizes(expression: str, value: int | None) -> None:
     assert buckets.evaluate(expression, {"a": 3, "b": 5}) == value
+
+
+@dataclasses.dataclass
+class Found:
+    """A dataclass that nobody registered with torch."""
+
+    y: Any
+    more: Any = None
+
+
+class Finding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Any) -> Found:
+        return Found(self.fc(x.y), [Found(x.y + 1)])
+
+
+def test_dataclasses_among_inputs_and_outputs_need_no_registration(tmp_path: Path) -> None:
+    model, x = Finding().eval(), Found(torch.randn(2, 8))
+    armopt.optimize(model, (x,), output=tmp_path / "bundle", target="graviton2")
+    found = armopt.load(tmp_path / "bundle")(x)
+    expected = model(x)
+    assert type(found).__name__ == "Found"
+    torch.testing.assert_close(found.y, expected.y, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.more[0].y, expected.more[0].y)

@@ -192,3 +192,27 @@ def test_nothing_is_said_where_all_holds() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ArmoptWarning)
         armopt.compile(nn.Sequential(nn.Linear(32, 8)).eval(), (X,), **OPTIONS)
+
+
+class Quantized(nn.Module):
+    def __init__(self, last: Any) -> None:
+        super().__init__()
+        self.fc, self.last = nn.Linear(32, 8), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.fc(x))
+        return result
+
+
+@pytest.mark.parametrize(
+    "last",
+    [lambda y: torch.quantize_per_tensor(y, 0.01, 0, torch.qint8), lambda y: y.relu().to_sparse()],
+    ids=["quantized", "sparse"],
+)
+def test_results_that_are_not_plain_tensors_are_compared_by_what_they_stand_for(last: Any) -> None:
+    model = Quantized(last).eval()
+    compiled: Any = armopt.compile(model, (X,), **OPTIONS)
+    (entry,) = compiled.forward.outcome.validation.entries
+    assert 0.999 < entry.cosine < 1
+    assert compiled(X).layout is model(X).layout
+    assert compiled(X).is_quantized == model(X).is_quantized

@@ -80,6 +80,8 @@ _REFUSED: Mapping[tuple[str, str], str] = {
     ("item_bool", "fullgraph"): "Could not guard on data-dependent expression",
     ("branch", "bundle"): r"data_dependent_models.py:\d+: .*Could not guard on data-dependent expression",
     ("item_bool", "bundle"): "Could not guard on data-dependent expression",
+    ("split_rows", "fullgraph"): "Could not extract specialized integer from data-dependent expression",
+    ("split_rows", "bundle"): r"data_dependent_models.py:\d+: .*Could not extract specialized integer",
     ("images", "fullgraph"): "Could not guard on data-dependent expression",
     ("images", "bundle"): r"data_dependent_models.py:\d+: .*Could not guard on data-dependent expression",
     ("cond", "bundle"): r"data_dependent_models.py:\d+: the model has control flow on data \(torch.cond",
@@ -92,6 +94,7 @@ _SAMPLE = {
     *(
         ("check_all", "bundle"),
         ("mask_empty", "bundle"),
+        ("split_rows", "compile"),
         ("check_zero", "fullgraph"),
         ("unique", "bundle"),
         ("topk_item", "fullgraph"),
