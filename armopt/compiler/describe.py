@@ -18,7 +18,7 @@ from armopt.compiler.captured_model import CapturedModel
 from armopt.compiler.checks import Judged
 from armopt.ir.pieces import BATCH
 from armopt.ir.records import Captured, ExampleSpec, Signature, Target
-from armopt.passes._pipeline import Record
+from armopt.passes.pipeline import Record
 from armopt.plan import remainder
 
 

@@ -14,7 +14,7 @@ from armopt.capture.submodules import CapturedPart
 from armopt.ir import graph as g
 from armopt.ir.records import Bucket, Captured, Plan, Skip, Target
 from armopt.kernels import sites
-from armopt.passes._pipeline import Pipeline, Record
+from armopt.passes.pipeline import Pipeline, Record
 from armopt.plan import pinning, planner, policies, products
 
 

@@ -21,8 +21,7 @@ from armopt.compiler.graph_text import graph_text, operation_name, type_text
 from armopt.ir import graph as g
 from armopt.ir.records import Captured, Decision, PassResult, Plan
 from armopt.kernels import sites, table
-from armopt.passes import PREPARE, Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import PREPARE, Pass, pipeline
 from armopt.passes.keep_strides import KeepStrides
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,8 +8,7 @@ import torch
 from harness import Case, Contract, Forward, Forward2, noise, run_pass, storages, until
 from torch import fx, nn
 
-from armopt.passes import Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import Pass, pipeline
 from armopt.passes.canonicalise_contraction import CanonicaliseContraction
 from armopt.passes.canonicalise_linear import CanonicaliseLinear
 

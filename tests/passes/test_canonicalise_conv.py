@@ -9,8 +9,7 @@ from harness import Case, Contract, Forward, Forward2, by_hand, noise, run_pass,
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
-from armopt.passes import Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import Pass, pipeline
 from armopt.passes.canonicalise_conv import CanonicaliseConv
 
 aten = torch.ops.aten

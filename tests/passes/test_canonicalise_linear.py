@@ -6,8 +6,7 @@ import zoo_models
 from harness import Case, Contract, Forward, Forward2, by_hand, noise, run_pass, storages, until
 from torch import fx, nn
 
-from armopt.passes import Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import Pass, pipeline
 from armopt.passes.canonicalise_linear import CanonicaliseLinear
 
 aten = torch.ops.aten

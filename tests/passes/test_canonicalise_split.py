@@ -3,8 +3,7 @@ from __future__ import annotations
 from harness import Case, Contract, Forward, noise, until
 from torch import fx
 
-from armopt.passes import Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import Pass, pipeline
 from armopt.passes.canonicalise_split import CanonicaliseSplit
 
 SPLITS = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int")

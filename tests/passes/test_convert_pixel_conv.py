@@ -3,8 +3,7 @@ from __future__ import annotations
 from harness import Case, Contract, Forward, noise, until
 from torch import fx, nn
 
-from armopt.passes import Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import Pass, pipeline
 from armopt.passes.convert_pixel_conv import ConvertPixelConv
 
 LINEAR, CONV = "armopt.linear.default", "armopt.conv.default"

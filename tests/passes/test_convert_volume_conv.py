@@ -9,8 +9,7 @@ from harness import Case, Contract, Forward, by_hand, noise, until
 from torch import fx, nn
 
 from armopt import capture
-from armopt.passes import PREPARE, Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import PREPARE, Pass, pipeline
 from armopt.passes.canonicalise_conv import CanonicaliseConv
 from armopt.passes.convert_volume_conv import ConvertVolumeConv
 

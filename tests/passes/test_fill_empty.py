@@ -4,8 +4,7 @@ import torch
 from harness import Case, Contract, Forward, noise, until
 from torch import fx
 
-from armopt.passes import Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import Pass, pipeline
 from armopt.passes.fill_empty import FillEmpty
 
 PERMUTATION = torch.tensor([2, 0, 1])

@@ -12,8 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from armopt.ir.calls import LinearCall
 from armopt.ir.operations import LINEAR
-from armopt.passes import Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import Pass, pipeline
 from armopt.passes.canonicalise_conv import CanonicaliseConv
 from armopt.passes.canonicalise_linear import CanonicaliseLinear
 from armopt.passes.fold_batch_norm import FoldBatchNorm

@@ -7,8 +7,7 @@ from torch import fx, nn
 
 from armopt import capture
 from armopt.ir import graph as g
-from armopt.passes import Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import Pass, pipeline
 from armopt.passes.fold_constants import FoldConstants
 
 _FAR = noise(4, 3) > 0

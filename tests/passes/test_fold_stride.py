@@ -6,8 +6,7 @@ from harness import Case, Contract, Forward, noise, until
 from torch import fx, nn
 
 from armopt import capture
-from armopt.passes import PREPARE, Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import PREPARE, Pass, pipeline
 from armopt.passes.fold_stride import FoldStride
 
 

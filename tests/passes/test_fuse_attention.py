@@ -9,8 +9,7 @@ from harness import Case, Contract, Forward, Forward2, noise, seeded, until
 from torch import Tensor, fx, nn
 
 from armopt import capture
-from armopt.passes import Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import Pass, pipeline
 from armopt.passes.fuse_attention import FuseAttention
 
 ATTENTION = "aten.scaled_dot_product_attention.default"

@@ -9,8 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from armopt.ir.calls import call_of, layers
 from armopt.ir.operations import CONV, LINEAR
-from armopt.passes import Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import Pass, pipeline
 from armopt.passes.fuse_pointwise import FusePointwise
 
 BEFORE = until(FusePointwise)

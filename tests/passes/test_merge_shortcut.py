@@ -6,8 +6,7 @@ import torch
 from harness import Case, Contract, Forward, noise, until
 from torch import fx, nn
 
-from armopt.passes import Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import Pass, pipeline
 from armopt.passes.merge_shortcut import MergeShortcut
 
 

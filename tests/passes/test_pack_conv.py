@@ -8,8 +8,7 @@ from torch import fx, nn
 
 from armopt.ir.calls import call_of
 from armopt.ir.operations import CONV
-from armopt.passes import PREPARE, Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import PREPARE, Pass, pipeline
 from armopt.passes.pack_conv import PackConv
 
 CONV_NAME, CAST = "armopt.conv.default", "aten._to_copy.default"

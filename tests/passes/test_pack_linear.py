@@ -9,8 +9,7 @@ from armopt import capture
 from armopt.ir import graph as g
 from armopt.ir.calls import call_of
 from armopt.ir.operations import LINEAR
-from armopt.passes import PREPARE, Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import PREPARE, Pass, pipeline
 from armopt.passes.pack_linear import PackLinear
 
 LINEAR_NAME, CAST = "armopt.linear.default", "aten._to_copy.default"

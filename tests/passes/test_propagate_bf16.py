@@ -8,8 +8,7 @@ from torch import fx, nn
 from torch.nn import functional as F  # noqa: N812
 
 from armopt import passes
-from armopt.passes import PREPARE, Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import PREPARE, Pass, pipeline
 from armopt.passes.propagate_bf16 import PropagateBf16
 
 CAST = "aten._to_copy.default"

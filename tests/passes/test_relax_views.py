@@ -4,8 +4,7 @@ import torch
 from harness import Case, Contract, Forward, noise, run_pass, until
 from torch import fx, nn
 
-from armopt.passes import Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import Pass, pipeline
 from armopt.passes.relax_views import RelaxViews
 
 

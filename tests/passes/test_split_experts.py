@@ -9,8 +9,7 @@ from harness import Case, Contract, Forward2, noise, run_pass, storages, until
 from torch import Tensor, fx, nn
 
 from armopt.models import torchvision_ops
-from armopt.passes import Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import Pass, pipeline
 from armopt.passes.split_experts import SplitExperts
 
 torchvision_ops.ensure_torchvision_if_installed()

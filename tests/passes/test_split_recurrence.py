@@ -12,8 +12,7 @@ from armopt import capture
 from armopt.ir import graph as g
 from armopt.kernels import recurrence
 from armopt.onnx_export import recurrence as standard_recurrence
-from armopt.passes import PREPARE, Pass
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import PREPARE, Pass, pipeline
 from armopt.passes.split_recurrence import SplitRecurrence
 
 LINEAR, RECURRENCE = "armopt.linear.default", "armopt.recurrence.default"

@@ -12,7 +12,7 @@ from armopt import capture, passes
 from armopt.ir import calls
 from armopt.ir import graph as g
 from armopt.ir.calls import ConvCall, LinearCall, call_from, call_of
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import pipeline
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from armopt.accuracy import Checker, gates, runs
 from armopt.accuracy.tasks import Outputs
 from armopt.errors import InputError
 from armopt.ir import graph as g
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import pipeline
 from tests.planning import captured_from
 
 

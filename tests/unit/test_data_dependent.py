@@ -20,7 +20,7 @@ from armopt.dynamo.process import PROCESS
 from armopt.errors import ArmoptError, ArmoptWarning, PassError
 from armopt.kernels import table
 from armopt.kernels.onednn_convolution import multiply_rows
-from armopt.passes import FusePointwise, RemoveIdentities, _pipeline
+from armopt.passes import FusePointwise, RemoveIdentities, pipeline
 
 _TARGET = "graviton2"  # plans in FP32, so that results are the model's own
 _MASK, _MOE = "mask", "experts"
@@ -270,10 +270,10 @@ def test_what_a_pass_makes_has_a_value_and_what_torch_made_may_have_none() -> No
         graph_module.graph.call_function(torch.ops.aten._assert_scalar.default, (True, "new"))
         return armopt.passes.PassResult(graph_module, True)
 
-    _pipeline.run(module, [RemoveIdentities()])
+    pipeline.run(module, [RemoveIdentities()])
     assert len(module.graph.nodes) == 2
     with pytest.raises(PassError, match="_assert_scalar_default_1 has no meta"):
-        _pipeline.run(module, [adds])
+        pipeline.run(module, [adds])
 
 
 def test_sizes_are_compared_as_they_are_written_not_decided_for_the_example() -> None:

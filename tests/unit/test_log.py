@@ -26,7 +26,7 @@ def test_an_optimization_and_a_load_are_logged(
     said = [message for name, level, message in lines if level == "INFO"]
     steps = ["capture", "prepare", "plan", "lower", "validate", "write"]
     assert [message for message in said if message in steps] == steps
-    passes = [message for name, _, message in lines if name == "armopt.passes._pipeline"]
+    passes = [message for name, _, message in lines if name == "armopt.passes.pipeline"]
     assert any(message.startswith("CanonicaliseLinear: 1 rewritten, 0 skipped") for message in passes)
     assert any(message.startswith("probe of ") and "for linear" in message for _, _, message in lines)
     assert any(message.startswith("loaded ") for message in said)

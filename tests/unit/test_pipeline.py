@@ -10,7 +10,7 @@ from armopt import capture, passes
 from armopt.errors import InputError, PassError
 from armopt.ir import graph as g
 from armopt.ir.records import PassResult, Skip
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import pipeline
 from armopt.passes.remove_identities import RemoveIdentities
 
 

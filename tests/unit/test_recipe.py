@@ -16,7 +16,7 @@ from armopt.cli import app
 from armopt.compiler.graph_text import graph_text
 from armopt.compiler.recipe import Recipe
 from armopt.errors import AccuracyError, ArmoptWarning, InputError
-from armopt.passes._pipeline import Pipeline
+from armopt.passes.pipeline import Pipeline
 from tests.planning import captured_from, plan
 
 

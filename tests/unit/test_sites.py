@@ -10,7 +10,7 @@ from armopt import capture, passes
 from armopt.ir import graph as g
 from armopt.ir.records import Site
 from armopt.kernels import sites
-from armopt.passes import _pipeline as pipeline
+from armopt.passes import pipeline
 
 
 def find(model: nn.Module, *shape: int, batch: tuple[int, ...] = (), at: int = 0) -> tuple[Site, ...]:
