@@ -18,7 +18,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from armopt.capture import decompositions, dimensions, refusals, widening
+from armopt.capture import decompositions, dimensions, layouts, refusals, widening
 from armopt.capture.calls import (
     Args,
     Kwargs,
@@ -86,13 +86,18 @@ def module(
     if any(varying):
         dynamic = _varying_shapes(model, args, kwargs, varying)
     with eval_mode(model), without_cache(model), torch.no_grad():
-        register_dataclasses((args, kwargs, try_once(model, args, kwargs, source)))
+        result = try_once(model, args, kwargs, source)
+        register_dataclasses((args, kwargs, result))
         try:
             with quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             raise dimensions.fixed(error, axes, source) or refusals.explain(error, source) from error
-    return exported(program, args, kwargs, source=source, signature=names, defaults=defaults, original=model, axes=axes)
+    found = exported(
+        program, args, kwargs, source=source, signature=names, defaults=defaults, original=model, axes=axes
+    )
+    layouts.lay_out(found.graph_module, found.outputs, result)
+    return found
 
 
 def exported(

@@ -102,7 +102,7 @@ def order(value: torch.Tensor) -> tuple[int, ...] | None:
         return None
     plain = tuple(range(value.dim()))
     known = [plain, *(dims for dims in _FORMATS if len(dims) == value.dim()), _sorted(value)]
-    return next((dims for dims in known if dims is not None and _is_dense(value, dims)), None)
+    return next((dims for dims in known if dims is not None and is_dense(value, dims)), None)
 
 
 def _sorted(value: torch.Tensor) -> tuple[int, ...] | None:
@@ -120,7 +120,8 @@ def _hint(size: Any) -> int | None:
     return None if size.node.hint is None else int(size.node.hint)
 
 
-def _is_dense(value: torch.Tensor, dims: Sequence[int]) -> bool:
+def is_dense(value: torch.Tensor, dims: Sequence[int]) -> bool:
+    """Whether a tensor lies in memory without gaps in this order of dimensions, from the outermost to the innermost."""
     expected: Any = 1
     for dim in reversed(dims):
         size = value.shape[dim]

@@ -59,6 +59,40 @@ def test_the_hosts_kernels_and_strides(way: str, memory_format: torch.memory_for
         assert found[0].view(2, -1).shape == (2, 32 * 36)
 
 
+class Weighing(nn.Module):
+    """Attention and its weights: PyTorch's fast path, around which an export goes, gives contiguous ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, weights = self.attention(x, x, x, average_attn_weights=False)
+        return y, weights
+
+
+_VOLUME = torch.randn(3, 4, 6, 6, 6).contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("batch", [(), (1, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [(Weighing, torch.randn(3, 6, 32)), (lambda: nn.Conv3d(4, 8, 3), _VOLUME)],
+    ids=["attention", "volume"],
+)
+def test_a_bundles_results_lie_as_the_models_do_where_an_export_sees_them_otherwise(
+    make: Callable[[], nn.Module], x: Tensor, batch: tuple[int, ...], tmp_path: Path
+) -> None:
+    model = make().eval()
+    armopt.optimize(model, (x,), output=tmp_path / "bundle", target="graviton3", batch=batch)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ArmoptWarning)
+        found, expected = armopt.load(tmp_path / "bundle")(x), model(x)
+    found, expected = ((each,) if isinstance(each, Tensor) else each for each in (found, expected))
+    for one, other in zip(found, expected, strict=True):
+        assert strides.are_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("tensor", "dims"),
     [
