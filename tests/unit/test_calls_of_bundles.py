@@ -41,15 +41,15 @@ class Named(nn.Module):
 
 
 class Promoting(nn.Module):
-    """What the default dtype and device decide: new tensors, and whole numbers times a fraction."""
+    """What the default dtype, device and autocast decide: new tensors, whole numbers times a fraction, a product."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(8, 8)
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows = torch.arange(x.shape[0])
-        return self.layer(x) + y + torch.ones(x.shape[0], 1), torch.zeros(x.shape[0]), rows * 0.5
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        rows, new = torch.arange(x.shape[0]), torch.zeros(x.shape[0])
+        return self.layer(x) + y + torch.ones(x.shape[0], 1), new, rows * 0.5, (x > 0) * 0.5, x @ y.t()
 
 
 class Halves(nn.Module):
@@ -86,11 +86,20 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Any, Any
 
 @pytest.fixture(scope="module")
 def promoting(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    place = tmp_path_factory.mktemp("promoting") / "a"
+    return _promoting(tmp_path_factory.mktemp("promoting") / "a", batch=(2, 4))
+
+
+@pytest.fixture(scope="module")
+def promoting_three(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """For three rows alone: its calls go the quick way."""
+    return _promoting(tmp_path_factory.mktemp("promoting") / "three", batch=(3,))
+
+
+def _promoting(place: Path, batch: tuple[int, ...]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", armopt.ArmoptWarning)
         inputs = torch.randn(4, 8), torch.randn(4, 8)
-        armopt.optimize(Promoting().eval(), inputs, output=place, target="graviton2", batch=(2, 4))
+        armopt.optimize(Promoting().eval(), inputs, output=place, target="graviton2", batch=batch)
         return armopt.load(place)
 
 
@@ -177,19 +186,36 @@ def _deterministic() -> Iterator[None]:
     ],
     ids=["autocast", "inference_mode", "enable_grad", "float64", "meta", "deterministic"],
 )
-def test_what_is_set_around_a_bundle_changes_nothing(promoting: Any, around: Callable[[], Any]) -> None:
-    inputs = torch.randn(3, 8), torch.randn(3, 8, requires_grad=True)
-    expected = promoting(*inputs)
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("sizes", ["promoting", "promoting_three"])
+def test_what_is_set_around_a_bundle_changes_nothing(
+    sizes: str, gradients: bool, around: Callable[[], Any], request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(sizes)
+    inputs = torch.randn(3, 8), torch.randn(3, 8, requires_grad=gradients)
+    expected = model(*inputs)
     before = torch.get_default_dtype()
     with around():
         set_there = torch.get_default_dtype()
-        found = promoting(*inputs)
+        found = model(*inputs)
         assert torch.get_default_dtype() is set_there
     assert torch.get_default_dtype() is before
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == torch.float32
         assert not a.requires_grad
         torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("sizes", ["promoting", "promoting_three"])
+def test_inputs_by_position_and_by_name_are_the_same(sizes: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(sizes)
+    x, y = torch.randn(3, 8), torch.randn(3, 8)
+    expected = model(x, y)
+    for found in (model(x, y=y), model(y=y, x=x)):
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    for args, kwargs in (((x,), {"x": y}), ((x,), {"z": y}), ((), {"x": x, "z": y}), ((x,), {"y": None}), ((x,), {})):
+        with pytest.raises(InputError, match=r"input"):
+            model(*args, **kwargs)
 
 
 def test_the_default_dtype_comes_back_once_nobody_needs_it_otherwise() -> None:
