@@ -10,7 +10,7 @@ import torch
 from armopt.ir.records import Dim
 
 
-def of(specs: Sequence[tuple[str, Sequence[Dim], torch.dtype]]) -> Callable[..., bool] | None:
+def of(specs: Sequence[tuple[str, Sequence[Dim], torch.dtype]]) -> Callable[..., bool]:
     """Whether inputs are plain tensors on the CPU, of these shapes and dtypes; as many have to be given.
 
     It is strict: False means that they have to be looked at, one by one.
@@ -19,12 +19,12 @@ def of(specs: Sequence[tuple[str, Sequence[Dim], torch.dtype]]) -> Callable[...,
         specs: Name, shape and dtype of each input; names in shapes stand for any size.
 
     Returns:
-        The check; None where this PyTorch has none.
+        The check; one that nothing passes where this PyTorch has none.
     """
     try:
         from torch._C._dynamo.guards import TensorGuards
     except ImportError:
-        return None
+        return never
     sizes = [[size if isinstance(size, int) else None for size in shape] for _, shape, _ in specs]
     examples = [
         torch.empty((), dtype=dtype, device="cpu").expand([2 if size is None else size for size in shape])
@@ -34,6 +34,11 @@ def of(specs: Sequence[tuple[str, Sequence[Dim], torch.dtype]]) -> Callable[...,
     dynamic: dict[str, Any] = {"dynamic_dims_sizes": sizes, "dynamic_dims_strides": [[None] * len(s) for s in sizes]}
     try:
         check: Callable[..., bool] = TensorGuards(*examples, **dynamic).check
-        return check if examples and check(*examples) else None
+        return check if examples and check(*examples) else never
     except (TypeError, RuntimeError):
-        return None
+        return never
+
+
+def never(*tensors: torch.Tensor) -> bool:
+    """A check that nothing passes."""
+    return False

@@ -42,7 +42,7 @@ class Model(Loaded):
         self._arguments = Arguments(signature.inputs, [spec.name for spec in signature.specs])
         self._specs = [(spec.name, spec.shape, getattr(torch, spec.dtype)) for spec in signature.specs]
         self._count = len(self._specs)
-        self._fit = guards.of(self._specs) or _never
+        self._fit = guards.of(self._specs)
         self._plain = signature.inputs.names if _is_plain(signature.inputs) else None
         symbols = {symbol.name for symbol in signature.symbols}
         self._least, self._most = _bounds(signature)
@@ -59,7 +59,7 @@ class Model(Loaded):
         self._where = [entry for entry in dynamic if entry[0] in symbols]
         self._rows = signature.rows
         self._only = _only(programs, signature)
-        self._quick = self._fit if self._only is not None and self._plain is not None and self._in_order else _never
+        self._quick = _all(self._fit, self._only, self._plain, self._in_order)
         self._batched = [spec.shape[:1] == (BATCH,) for spec in signature.specs]
         self._following = [entry for entry in dynamic if entry[0] not in symbols]
         self.__signature__ = _signature(signature.inputs.names)
@@ -246,8 +246,9 @@ class Model(Loaded):
         return buckets.nearest(self._programs, values)
 
 
-def _never(*tensors: torch.Tensor) -> bool:
-    return False
+def _all(fit: Callable[..., bool], *others: Any) -> Callable[..., bool]:
+    """The check of inputs where all else is as it has to be, too; else one that nothing passes."""
+    return fit if all(others) else guards.never
 
 
 def _only(programs: Sequence[tuple[Bucket, Forward]], signature: Signature) -> Forward | None:
