@@ -55,6 +55,12 @@ def matmul(m: int, k: int, n: int, dtype: str = "float32", transposed: str = "")
     return lambda: torch.matmul(a, b)
 
 
+def matmul_abt(m: int, k: int, n: int) -> Call:
+    """``a @ b.t()``, transposed in every call as a program has it."""
+    a, b = _filled((m, k)), _filled((n, k))
+    return lambda: torch.matmul(a, b.t())
+
+
 def blas_matmul(m: int, k: int, n: int, dtype: str = "float32") -> Call:
     """``a @ b`` without oneDNN: by BLAS."""
     torch.backends.mkldnn.set_flags(False)

@@ -5,6 +5,7 @@ Of PyTorch it needs what every release has, and nothing of armopt.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -45,7 +46,7 @@ def run(job: dict[str, Any], lines: CodeLines) -> dict[str, Any]:
     import torch
 
     arguments = dict(job["arguments"])
-    torch.set_num_threads(arguments.pop("threads", 1))
+    set_threads(arguments.pop("threads", 1))
     call = resolve(job["make"])(**arguments)
     gc.collect()
     gc.disable()
@@ -63,6 +64,19 @@ def run(job: dict[str, Any], lines: CodeLines) -> dict[str, Any]:
     *_, seen, empty = lines.read()
     blocks = {name: lines.with_codes(found["blocks"]) for name, found in (("blocks", seen), ("empty", empty))}
     return seen | blocks | {"faults": faults, "mappings": list(profile.mappings())}
+
+
+def set_threads(count: int) -> None:
+    """Has PyTorch and its BLAS use so many threads, however few cores the machine has that emulates.
+
+    OpenBLAS with threads of its own (torch 2.2) takes no more than it finds cores unless it is told so.
+    """
+    import torch
+
+    torch.set_num_threads(count)
+    for path in {path for *_, path in profile.mappings() if "openblas" in path.rpartition("/")[2]}:
+        if told := getattr(ctypes.CDLL(path), "openblas_set_num_threads", None):  # NumPy's own has another name for it
+            told(count)
 
 
 def _nothing() -> None:

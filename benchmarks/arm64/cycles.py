@@ -1,5 +1,8 @@
 """Cycles of what a call ran: each block of instructions by LLVM's model of the core, times how often it ran.
 
+A block's cycles are those of its steady state, as if it ran again and again: what it waits for of itself counts. Its
+pipes alone would let a chain of loads or of additions go at once.
+
 Where Arm's own calibration of the Compute Library's kernels says otherwise (the rates of arm_gemm's estimates: the rows
 ``arm_gemm`` of published.csv), it wins: LLVM thinks twice as well of the ones that round FP32 as they load it.
 """
@@ -48,6 +51,9 @@ _RATES = {
     "a64_hybrid_fp32bf16fp32_mmla_6x16": 16.37,
     "a64_ffhybrid_fp32bf16fp32_mmla_6x16": 15.27,
 }
+#: Cores that multiply 512 bits in a cycle, V1 in two pipes of 256 bits or four of 128, V2 in four of 128 (LLVM's models
+#: of both). arm_gemm gives V2 the rates that it has for cores that it does not know, which at most half fill it.
+_OF_FOUR_PIPES = ("neoverse-v1", "neoverse-v2")
 #: Figures that arm_gemm has once for all cores were measured on V1.
 _FIXED_FORMAT = {
     "sve_ffinterleaved_bf16fp32_mmla_8x3VL": 39.9,
@@ -87,15 +93,6 @@ class Block:
     mine: int
     every: int
     place: tuple[str, str]
-
-    @property
-    def turns(self) -> bool:
-        """Whether it ends with a branch to its beginning."""
-        last = self.opcodes[-1]
-        if last >> 24 != 0x54 and (last >> 25) & 0x3F != 0x1A:  # b.cond, cbz, cbnz
-            return False
-        offset = last >> 5 & 0x7FFFF
-        return len(self.opcodes) - 1 + offset - (offset >> 18 << 19) == 0
 
     @property
     def waits(self) -> bool:
@@ -175,7 +172,7 @@ def cycles(blocks: Sequence[Block], cpu: str) -> Cycles:
         seen += block.every * len(block.opcodes)
         if seen >= _SHARE * total:
             break
-    costs = {id(block): _cost(block, bound, cpu) for block, bound in zip(known, _bounds(cpu, known), strict=True)}
+    costs = {id(block): _cost(block, found, cpu) for block, found in zip(known, _of_llvm(cpu, known), strict=True)}
     mean = sum(costs[id(b)] * b.every for b in known) / max(seen, 1)
 
     def needed(runs: str) -> float:
@@ -191,17 +188,16 @@ def cycles(blocks: Sequence[Block], cpu: str) -> Cycles:
     )
 
 
-_known: dict[tuple[str, tuple[int, ...]], llvm.Bounds] = {}
+_known: dict[tuple[str, tuple[int, ...]], float] = {}
 
 
-def _bounds(cpu: str, blocks: Sequence[Block]) -> list[llvm.Bounds]:
+def _of_llvm(cpu: str, blocks: Sequence[Block]) -> list[float]:
     missing = list({block.opcodes: None for block in blocks if (cpu, block.opcodes) not in _known})
-    _known.update(zip([(cpu, codes) for codes in missing], llvm.bounds(cpu, missing), strict=True))
+    _known.update(zip([(cpu, codes) for codes in missing], llvm.cycles(cpu, missing), strict=True))
     return [_known[cpu, block.opcodes] for block in blocks]
 
 
-def _cost(block: Block, bound: llvm.Bounds, cpu: str) -> float:
-    cost = bound.loop if block.turns else bound.throughput
+def _cost(block: Block, cost: float, cpu: str) -> float:
     rate = rate_of(block.kernel, cpu)
     if not rate:
         return cost
@@ -216,7 +212,7 @@ def _cost(block: Block, bound: llvm.Bounds, cpu: str) -> float:
 @cache
 def rate_of(kernel: str, cpu: str) -> float:
     """Multiply-adds in a cycle of one of the Compute Library's kernels; 0 where arm_gemm says nothing of it."""
-    if cpu == "neoverse-v1":
+    if cpu in _OF_FOUR_PIPES:
         return _V1_RATES.get(kernel) or _FIXED_FORMAT.get(kernel, 0.0)
     return _RATES.get(kernel) or _FIXED_FORMAT.get(kernel, 0.0) / 2
 

@@ -174,6 +174,8 @@ def fit(path: Path) -> None:
     core, _, version = path.stem.partition("-torch-")
     samples = sampling.read(path)
     target = next(t for t in map(targets.load, targets.names()) if t.core == core)
+    counted = next((name for name, like in sampling.LIKE.items() if core in like), core)
+    product = next(t for t in map(targets.load, targets.names()) if t.core == counted)
     bits = target.vector_bits if "sve" in target.isa_features else 0
     by_kernel = _by_kernel(samples)
     in_fast_math = fast_math_variants(bits, _sve_cycles(by_kernel, bits))
@@ -203,7 +205,7 @@ def fit(path: Path) -> None:
             "unit": "instructions retired by one thread, with tcmalloc, DNNL_DEFAULT_FPMATH_MODE=BF16 and "
             "LRU_CACHE_CAPACITY=1024",
             "samples": f"benchmarks/arm64/samples/{path.name}",
-            "command": f"python -m benchmarks.arm64.costs measure --cpu {target.name} --torch {version}",
+            "command": f"python -m benchmarks.arm64.costs measure --cpu {product.name} --torch {version}",
             "left out, because no BFMMLA answers": left_out,
             "error of samples left out of the fit": errors,
         },

@@ -7,10 +7,10 @@ first whose widths are the cores' own. It runs with the C library that comes wit
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from armopt.emulation.debian import Apt, find_mirror
@@ -39,19 +39,7 @@ _CONTROL = {
     "autiasp",
     "retaa",
 }
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Cycles of one block of instructions, by LLVM.
-
-    Attributes:
-        throughput: What its pipes need, if nothing waits for anything.
-        loop: In a loop, with what one turn waits for of the last.
-    """
-
-    throughput: float
-    loop: float
+_LANE = re.compile(r"ld1\s*\{ v(\d+)\.([bhsd]) \}\[(\d+)\], \[(\w+)\]")
 
 
 def _folder(prepared: PreparedFolder) -> tuple[Path, Component]:
@@ -103,8 +91,8 @@ def _run(program: str, arguments: Sequence[str], text: str) -> str:
     return done.stdout
 
 
-def bounds(cpu: str, blocks: Sequence[Sequence[int]]) -> list[Bounds]:
-    """What LLVM says of blocks of instructions.
+def cycles(cpu: str, blocks: Sequence[Sequence[int]]) -> list[float]:
+    """What LLVM says of blocks of instructions, as if each ran again and again: it waits for its own results too.
 
     Args:
         cpu: A core, as LLVM calls it (``neoverse-v1``).
@@ -113,19 +101,19 @@ def bounds(cpu: str, blocks: Sequence[Sequence[int]]) -> list[Bounds]:
     Raises:
         HostError: The program can't be had, or fails.
     """
-    found: list[Bounds] = []
+    found: list[float] = []
     for at in range(0, len(blocks), _AT_ONCE):
-        found += _bounds(cpu, blocks[at : at + _AT_ONCE])
+        found += _cycles(cpu, blocks[at : at + _AT_ONCE])
     return found
 
 
-def _bounds(cpu: str, blocks: Sequence[Sequence[int]]) -> Iterator[Bounds]:
+def _cycles(cpu: str, blocks: Sequence[Sequence[int]]) -> Iterator[float]:
     lines = iter(_disassemble([opcode for block in blocks for opcode in block]))
     text = []
     for number, block in enumerate(blocks):
-        inside = [next(lines) for _ in block]
         text.append(f"# LLVM-MCA-BEGIN {number}")
-        text += ["nop" if line.split()[0] in _CONTROL else line for line in inside]
+        for line in [next(lines) for _ in block]:
+            text += ["nop"] if line.split()[0] in _CONTROL else _parts(line)
         text.append("# LLVM-MCA-END")
     arguments = ["-mtriple=aarch64", f"-mcpu={cpu}", "-mattr=+all", f"-iterations={_TURNS}", "-json"]
     arguments.append("-skip-unsupported-instructions=any")
@@ -133,7 +121,19 @@ def _bounds(cpu: str, blocks: Sequence[Sequence[int]]) -> Iterator[Bounds]:
     by_name = {region["Name"]: region["SummaryView"] for region in regions}
     for number in range(len(blocks)):
         view = by_name.get(str(number))  # a block without an instruction that it knows has none
-        yield Bounds(view["BlockRThroughput"], view["TotalCycles"] / view["Iterations"]) if view else Bounds(0.0, 0.0)
+        yield max(view["BlockRThroughput"], view["TotalCycles"] / view["Iterations"]) if view else 0.0
+
+
+def _parts(line: str) -> list[str]:
+    """A load of one lane as the two operations that LLVM's model says it is (``1L_1V``), each with its own operands.
+
+    As one instruction it would wait for the register that it puts the lane into before it loads at all.
+    """
+    found = _LANE.fullmatch(line)
+    if not found:
+        return [line]
+    register, size, lane, address = found.groups()
+    return [f"ldr {size}31, [{address}]", f"mov v{register}.{size}[{lane}], v31.{size}[0]"]
 
 
 def _disassemble(opcodes: Sequence[int]) -> list[str]:

@@ -29,6 +29,8 @@ _LINEAR = ("conv1x1_bf16", "conv1x1_fastmath", "linear_fastmath", "blas_fp32_w16
 _LINEAR_FP32 = ("conv1x1_fp32", "blas_fp32")
 _CONV = ("conv_bf16", "conv_fastmath")
 _CONV_FP32 = ("conv_fp32",)
+#: Cores that QEMU doesn't model, by the one that runs the same instructions: they have cycles of their own.
+LIKE = {"neoverse-n2": ("neoverse-v2",)}
 #: What a sample has beyond what was asked for.
 _FOUND = ("counts", "cycles", "blocks", "floor")
 POINTWISE, ATTENTION = "pointwise", "attention"
@@ -158,11 +160,9 @@ def _conv_job(kernel: str, shape: Mapping[str, Any]) -> Job:
 def measure(cpu: str, torch_version: str, only: str) -> None:
     """Counts what the samples don't hold yet, or without cycles; what is counted is kept as it comes."""
     core = core_named(cpu)
-    path = SAMPLES / f"{core.name}-torch-{torch_version}.json"
-    held = read(path) if path.exists() else []
-    known = {_key(entry) for entry in held if "cycles" in entry}
+    files = [_File(name, torch_version) for name in (core.name, *LIKE.get(core.name, ()))]
     every = [job for job in jobs(targets.load(cpu).bf16) if only in job.name]
-    missing = [job for job in every if _key({"name": job.name, **job.arguments}) not in known]
+    missing = [job for job in every if not all(file.knows(job) for file in files)]
     SAMPLES.mkdir(exist_ok=True)
 
     def keep(index: int, result: Mapping[str, Any]) -> None:
@@ -171,12 +171,10 @@ def measure(cpu: str, torch_version: str, only: str) -> None:
             print(job.name, job.arguments, result["error"].splitlines()[-1], file=sys.stderr)
             return
         blocks = cycles.blocks_of(result, core.name)
-        found = cycles.cycles(blocks, core.name)
-        clocked = {"cycles": round(found.cycles), "blocks": found.blocks}
-        sample = {"name": job.name, **job.arguments, "counts": cycles.by_class(blocks), **clocked}
-        held[:] = [*(entry for entry in held if _key(entry) != _key(sample)), sample]
-        if index % 20 == 0:
-            write(path, held)
+        for file in files:
+            file.keep(job, blocks)
+            if index % 20 == 0:
+                file.write()
 
     machine = Machine(cpu, torch_version, counting.AS_RUN, timeout=4 * 3600)
     emulated_jobs.run(
@@ -187,8 +185,33 @@ def measure(cpu: str, torch_version: str, only: str) -> None:
         lambda line: print(line, file=sys.stderr, flush=True),
         keep,
     )
-    write(path, held)
-    print(f"{path}: {len(held)} samples")
+    for file in files:
+        file.write()
+        print(f"{file.path}: {len(file.held)} samples")
+
+
+class _File:
+    """The samples of one core and release."""
+
+    def __init__(self, core: str, torch_version: str) -> None:
+        self.core = core
+        self.path = SAMPLES / f"{core}-torch-{torch_version}.json"
+        self.held = {_key(entry): entry for entry in (read(self.path) if self.path.exists() else ())}
+
+    def knows(self, job: Job) -> bool:
+        """Whether it holds the cycles of a job."""
+        return "cycles" in self.held.get(_key({"name": job.name, **job.arguments}), {})
+
+    def keep(self, job: Job, blocks: Sequence[cycles.Block]) -> None:
+        """Takes what a job ran."""
+        found = cycles.cycles(blocks, self.core)
+        clocked = {"cycles": round(found.cycles), "blocks": found.blocks}
+        sample = {"name": job.name, **job.arguments, "counts": cycles.by_class(blocks), **clocked}
+        self.held[_key(sample)] = sample
+
+    def write(self) -> None:
+        """Writes the file."""
+        write(self.path, list(self.held.values()))
 
 
 def site_of(sample: Mapping[str, Any]) -> Site:

@@ -30,6 +30,16 @@ def test_every_case_names_a_call_and_a_time() -> None:
             assert row.milliseconds > 0
 
 
+def test_calls_are_those_that_the_sources_name() -> None:
+    cases = {row.line: row.case for row in published.rows() if isinstance(row.case, Case)}
+    for line in (124, 133):  # oneDNN #4380 and #4201: ih56iw56 oh28ow56 kh1kw1 sh2sw1
+        assert cases[line].arguments["stride"] == (2, 1)
+    for line in (165, 167, 169, 171, 173):  # pytorch #107167: no product is too small for oneDNN
+        assert cases[line].env["TORCH_MKLDNN_MATMUL_MIN_DIM"] == "0"
+        assert cases[line].env["TORCH_MKLDNN_MATMUL_MIN_SIZE"] == "0"
+    assert {cases[line].make for line in range(164, 174)} == {"matmul_abt"}
+
+
 def test_what_is_measured_belongs_to_a_point() -> None:
     known = {measuring.key(row.case) for row in published.rows() if isinstance(row.case, Case)}
     known |= {measuring.key(case) for case in seeds.cases()}
