@@ -24,7 +24,7 @@ def of(specs: Sequence[tuple[str, Sequence[Dim], torch.dtype]]) -> Callable[...,
     try:
         from torch._C._dynamo.guards import TensorGuards
     except ImportError:
-        return never
+        return _never
     sizes = [[size if isinstance(size, int) else None for size in shape] for _, shape, _ in specs]
     examples = [
         torch.empty((), dtype=dtype, device="cpu").expand([2 if size is None else size for size in shape])
@@ -34,11 +34,10 @@ def of(specs: Sequence[tuple[str, Sequence[Dim], torch.dtype]]) -> Callable[...,
     dynamic: dict[str, Any] = {"dynamic_dims_sizes": sizes, "dynamic_dims_strides": [[None] * len(s) for s in sizes]}
     try:
         check: Callable[..., bool] = TensorGuards(*examples, **dynamic).check
-        return check if examples and check(*examples) else never
+        return check if examples and check(*examples) else _never
     except (TypeError, RuntimeError):
-        return never
+        return _never
 
 
-def never(*tensors: torch.Tensor) -> bool:
-    """A check that nothing passes."""
+def _never(*tensors: torch.Tensor) -> bool:
     return False

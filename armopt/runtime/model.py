@@ -59,10 +59,16 @@ class Model(Loaded):
         self._where = [entry for entry in dynamic if entry[0] in symbols]
         self._rows = signature.rows
         self._only = _only(programs, signature)
-        self._quick = _all(self._fit, self._only, self._plain, self._in_order)
+        self._quick = self._check_and_program()
         self._batched = [spec.shape[:1] == (BATCH,) for spec in signature.specs]
         self._following = [entry for entry in dynamic if entry[0] not in symbols]
         self.__signature__ = _signature(signature.inputs.names)
+
+    def _check_and_program(self) -> tuple[Callable[..., bool], Forward] | None:
+        """What a call needs where its arguments are the graph's inputs, and its results in their order; else None."""
+        if self._only is None or self._plain is None or not self._in_order:
+            return None
+        return self._fit, self._only
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model.
@@ -70,18 +76,15 @@ class Model(Loaded):
         Raises:
             InputError: An input's name, shape or dtype is not what the model was captured with.
         """
-        tensors = args if not kwargs else self._ordered(args, kwargs)
-        # one frame of Python where tensors of one size are all there is; of what fits, none wants gradients
-        if (
-            len(tensors) == self._count
-            and self._quick(*tensors)
-            and self._forks == FORKS.count
-            and not surroundings.differ()
-        ):
-            try:
-                return self._build(self._only(*tensors))  # type: ignore[misc]
-            except Exception as error:
-                self._fail(error)
+        if self._quick is not None and self._forks == FORKS.count:
+            # one frame of Python where tensors of one size are all there is; of what fits, none wants gradients
+            fit, forward = self._quick
+            tensors = args if not kwargs else self._ordered(args, kwargs)
+            if len(tensors) == self._count and fit(*tensors) and not surroundings.differ():
+                try:
+                    return self._build(forward(*tensors))
+                except Exception as error:
+                    self._fail(error)
         return self.nested(self.run_flat(self.flatten(args, kwargs)))
 
     def run(self, *args: Any, out: Any, **kwargs: Any) -> Any:
@@ -244,11 +247,6 @@ class Model(Loaded):
             return self._programs[0][1]
         values = {symbol: tensors[i].shape[d] for symbol, i, d in self._where}
         return buckets.nearest(self._programs, values)
-
-
-def _all(fit: Callable[..., bool], *others: Any) -> Callable[..., bool]:
-    """The check of inputs where all else is as it has to be, too; else one that nothing passes."""
-    return fit if all(others) else guards.never
 
 
 def _only(programs: Sequence[tuple[Bucket, Forward]], signature: Signature) -> Forward | None:

@@ -113,7 +113,7 @@ def _cycles(cpu: str, blocks: Sequence[Sequence[int]]) -> Iterator[float]:
     for number, block in enumerate(blocks):
         text.append(f"# LLVM-MCA-BEGIN {number}")
         for line in [next(lines) for _ in block]:
-            text += ["nop"] if line.split()[0] in _CONTROL else _parts(line)
+            text += ["nop"] if line.split()[0] in _CONTROL else parts(line)
         text.append("# LLVM-MCA-END")
     arguments = ["-mtriple=aarch64", f"-mcpu={cpu}", "-mattr=+all", f"-iterations={_TURNS}", "-json"]
     arguments.append("-skip-unsupported-instructions=any")
@@ -124,7 +124,7 @@ def _cycles(cpu: str, blocks: Sequence[Sequence[int]]) -> Iterator[float]:
         yield max(view["BlockRThroughput"], view["TotalCycles"] / view["Iterations"]) if view else 0.0
 
 
-def _parts(line: str) -> list[str]:
+def parts(line: str) -> list[str]:
     """A load of one lane as the two operations that LLVM's model says it is (``1L_1V``), each with its own operands.
 
     As one instruction it would wait for the register that it puts the lane into before it loads at all.

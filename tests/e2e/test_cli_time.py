@@ -43,6 +43,7 @@ def test_a_plan_says_microseconds_threads_and_error(cli: Cli, tmp_path: Path) ->
         (("--threads", "0"), "--threads: can't read '0'. Give numbers from 1 to 999"),
         (("--threads", "4,x", "--compare", "graviton3"), "--threads: can't read 'x'"),
         (("--compare", "axion"), "--compare: nothing is known of time on axion"),
+        (("--compare", "graviton4", "--threads", "4"), "--compare: nothing is known of time on graviton4"),
         (("--compare", "graviton3,nothing"), "nothing"),
         (("--compare", ","), "--compare: names nothing"),
         (("--compare", "graviton3", "--text"), "--compare: estimates, and shows no plan"),

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from armopt.emulation.folder import PreparedFolder
 from benchmarks.arm64 import cycles, llvm
 from benchmarks.arm64.cycles import Block
 
-_prepared = PreparedFolder.default()
-needs_llvm = pytest.mark.skipif(
-    not _prepared.is_complete(llvm._folder(_prepared)[1]),
-    reason="llvm-mca is not prepared: python -c 'from benchmarks.arm64 import llvm; llvm.prepare()'",
-)
 #: add x0, x0, #1; add x1, x1, #1; ld1 { v0.s }[0], [x1]; fmla z8.s, p0/m, z16.s, z31.s
 _ADD_X0, _ADD_X1, _LANE, _FMLA = 0x91000400, 0x91000421, 0x0D408020, 0x65BF0208
 
 
+@pytest.fixture(scope="module")
+def llvm_mca() -> None:
+    llvm.prepare()
+
+
 def test_a_load_of_one_lane_is_a_load_and_an_insertion() -> None:
-    assert llvm._parts("ld1\t{ v4.s }[3], [x26]") == ["ldr s31, [x26]", "mov v4.s[3], v31.s[0]"]
+    assert llvm.parts("ld1\t{ v4.s }[3], [x26]") == ["ldr s31, [x26]", "mov v4.s[3], v31.s[0]"]
     whole = "ld1\t{ v4.4s }, [x26]"
-    assert llvm._parts(whole) == [whole]
+    assert llvm.parts(whole) == [whole]
 
 
-@needs_llvm
+@pytest.mark.full  # llvm-mca is downloaded where it is not there
+@pytest.mark.usefixtures("llvm_mca")
 def test_what_waits_for_its_own_result_takes_longer() -> None:
     """Pipes alone would let four additions go at once."""
     chain, apart = llvm.cycles("neoverse-v1", [[_ADD_X0] * 8, [_ADD_X0, _ADD_X1] * 4])
@@ -31,7 +31,8 @@ def test_what_waits_for_its_own_result_takes_longer() -> None:
     assert apart == pytest.approx(4, rel=0.1)
 
 
-@needs_llvm
+@pytest.mark.full  # llvm-mca is downloaded where it is not there
+@pytest.mark.usefixtures("llvm_mca")
 def test_loads_of_lanes_wait_for_the_register_only_to_insert() -> None:
     """Eight cycles each, were the load to wait as well: oneDNN's reorders would take four times their time."""
     (found,) = llvm.cycles("neoverse-v1", [[_LANE] * 8])
@@ -45,7 +46,8 @@ def test_cores_of_four_pipes_have_the_rates_that_arm_measured_on_one(core: str, 
     assert cycles.rate_of("sve_interleaved_bf16fp32_mmla_8x3VL", core) == rate
 
 
-@needs_llvm
+@pytest.mark.full  # llvm-mca is downloaded where it is not there
+@pytest.mark.usefixtures("llvm_mca")
 def test_a_call_needs_what_its_blocks_do_as_often_as_they_ran() -> None:
     blocks = [Block(0, (_ADD_X0,) * 8, 10, 40, ("", "")), Block(64, (_ADD_X0,) * 4, 5, 5, ("", ""))]
     found = cycles.cycles(blocks, "neoverse-v1")
