@@ -14,11 +14,14 @@ _MODEL = ("--model", "torchvision:squeezenet1_1", "--input", "1x3x64x64", "--pol
 
 
 def test_targets_and_threads_are_compared(cli: Cli, tmp_path: Path) -> None:
-    compared = ("plan", *_MODEL, "--compare", "graviton3", "--threads", "1,16")
+    compared = ("plan", *_MODEL, "--compare", "graviton2,graviton3,graviton4,yitian710", "--threads", "1,16")
     done = cli(*compared, "--json", cwd=tmp_path)
     assert done.code == 0, done.err
-    one, sixteen = json.loads(done.out)["estimates"]
-    assert (one["target"], one["threads"], sixteen["threads"]) == ("graviton3", 1, 16)
+    estimates = json.loads(done.out)["estimates"]
+    clocked = ("graviton2", "graviton3", "graviton4", "yitian710")
+    assert [(e["target"], e["threads"]) for e in estimates] == [(name, n) for name in clocked for n in (1, 16)]
+    of_two, one, sixteen = estimates[0], *estimates[2:4]
+    assert of_two["milliseconds"] > one["milliseconds"]  # a core without BF16
     assert one["milliseconds"] > sixteen["milliseconds"] > 0
     assert one["per_second"] == pytest.approx(1000 / one["milliseconds"])
     assert one["weight_bytes"] == sixteen["weight_bytes"]
@@ -43,7 +46,7 @@ def test_a_plan_says_microseconds_threads_and_error(cli: Cli, tmp_path: Path) ->
         (("--threads", "0"), "--threads: can't read '0'. Give numbers from 1 to 999"),
         (("--threads", "4,x", "--compare", "graviton3"), "--threads: can't read 'x'"),
         (("--compare", "axion"), "--compare: nothing is known of time on axion"),
-        (("--compare", "graviton4", "--threads", "4"), "--compare: nothing is known of time on graviton4"),
+        (("--compare", "graviton5", "--threads", "4"), "--compare: nothing is known of time on graviton5"),
         (("--compare", "graviton3,nothing"), "nothing"),
         (("--compare", ","), "--compare: names nothing"),
         (("--compare", "graviton3", "--text"), "--compare: estimates, and shows no plan"),
