@@ -204,8 +204,8 @@ def test_symbols_of_an_elf_file(tmp_path):
     sections += struct.pack("<IIQQQQIIQQ", 0, 3, 0, 0, data + len(symbols), len(strings), 0, 0, 1, 0)
     file = tmp_path / "library.so"
     file.write_bytes(header + load + sections + symbols + strings)
-    mapped, other = (0x70050, 0x80000, 0x50, str(file)), (0x80000, 0x81000, 0, "[anon]")
-    addresses = (0x70050, 0x70100, 0x701FF, 0x70200, 0x75000, 0x80000, 0x60000, 0x90000)
+    mapped, other = (0x70050, 0x80000, 0x50, str(file)), (0x81000, 0x82000, 0, "[anon]")
+    addresses = (0x70050, 0x70100, 0x701FF, 0x70200, 0x75000, 0x80000, 0x81000, 0x60000)
     assert profile.symbols(addresses, [other, mapped]) == [
         *(("library.so", name) for name in ("?", "first", "first", "second", "?")),
         *[("(generated code)", "")] * 3,

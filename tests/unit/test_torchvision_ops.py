@@ -160,8 +160,9 @@ class TestNms:
             torch.ops.torchvision.nms(boxes, scores, 0.5)
 
     def test_bfloat16(self) -> None:
-        boxes, scores = (tensor.bfloat16() for tensor in random_boxes(100))
-        assert torchvision_ops.nms(boxes, scores, 0.5).equal(torchvision_ops.nms(boxes.float(), scores.float(), 0.5))
+        """So many that areas in BF16 would decide otherwise."""
+        boxes, scores = (tensor.bfloat16() for tensor in random_boxes(700))
+        assert torchvision_ops.nms(boxes, scores, 0.3).equal(torchvision_ops.nms(boxes.float(), scores.float(), 0.3))
 
     @settings(max_examples=50, deadline=None)
     @given(st.lists(st.tuples(corners, st.integers(0, 255)), max_size=30), st.sampled_from(THRESHOLDS))
