@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import armopt
 from armopt import accuracy, capture
 from armopt.accuracy import fidelity, gates
+from armopt.bundle.program import Program
 from armopt.capture.calls import unchanged
 from armopt.compiler.checks import Checks, Judge
 from armopt.errors import AccuracyError, CaptureError, InputError
@@ -108,9 +109,13 @@ def difference(model: nn.Module, *inputs: Tensor, change: Any = None) -> str:
     captured = capture.module(model, inputs)
     if change is not None:
         change(model)
-    judge = Judge(captured, gates.standard(), Checks())
-    list(judge._checker._references("static", judge._inputs({})))
-    return str(judge._checker.difference or "")
+    return judged(captured)
+
+
+def judged(captured: capture.Captured, times: int = 1) -> str:
+    """What is said of a capture that is run as it is."""
+    judge, program = Judge(captured, gates.standard(), Checks()), Program({}, captured.graph_module, {}, {})
+    return [judge.validate([program]).difference for _ in range(times)][-1]
 
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
@@ -192,10 +197,7 @@ def test_buffers_start_alike_and_stay_as_they_were(assign: bool, tmp_path: Path)
     model(X)
     before = model.mean.clone()
     captured = capture.module(model, (X,))
-    judge = Judge(captured, gates.standard(), Checks())
-    for _ in range(2):
-        list(judge._checker._references("static", judge._inputs({})))
-    assert judge._checker.difference is None
+    assert judged(captured, times=2) == ""
     assert torch.equal(model.mean, before)
 
 
@@ -292,10 +294,9 @@ class Noisy(Net):
 
 
 def test_both_sides_draw_the_same_random_numbers() -> None:
-    judge = Judge(capture.module(Noisy().eval(), (X,)), gates.standard(), Checks())
+    captured = capture.module(Noisy().eval(), (X,))
     before = torch.get_rng_state()
-    list(judge._checker._references("static", judge._inputs({})))
-    assert judge._checker.difference is None
+    assert judged(captured) == ""
     assert torch.equal(torch.get_rng_state(), before)
 
 
