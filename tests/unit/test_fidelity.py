@@ -288,6 +288,35 @@ def test_an_original_that_fails_is_an_error(tmp_path: Path) -> None:
         accuracy.validate(tmp_path / "bundle", against=nn.Linear(3, 3).eval())
 
 
+def test_an_original_that_takes_other_inputs_is_an_error(tmp_path: Path) -> None:
+    class Named(Net):
+        def forward(self, y: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(y)
+
+    class Both(Net):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x + y)
+
+    armopt.optimize(Net().eval(), (X,), output=tmp_path / "bundle")
+    for model, inputs, said in (
+        (Named(), (X,), "takes no input 'x'"),
+        (Both(), (X, X), "takes 2 inputs, the bundle 1"),
+    ):
+        torch.export.save(torch.export.export(model.eval(), inputs), tmp_path / "other.pt2")
+        with pytest.raises(InputError, match=rf"other\.pt2: {said}\. Its inputs are: .*Is the bundle made from it\?"):
+            accuracy.validate(tmp_path / "bundle", against=tmp_path / "other.pt2")
+
+
+def test_an_original_that_lacks_a_part_is_an_error(tmp_path: Path) -> None:
+    class Deciding(Net):
+        def between(self, y: Tensor) -> Tensor:
+            return y if y.sum() < 1e9 else -y
+
+    armopt.optimize(Deciding().eval(), [(X,)], kind="module", output=tmp_path / "bundle")
+    with pytest.raises(InputError, match=r"Linear: has no part first\. Is it the original\?"):
+        accuracy.validate(tmp_path / "bundle", against=nn.Linear(16, 8).eval())
+
+
 class Noisy(Net):
     def between(self, y: Tensor) -> Tensor:
         return nn.functional.dropout(y) + torch.randn_like(y) + torch.rand(16)

@@ -1,5 +1,7 @@
 """Preparing the folder, without any download: what is rebuilt, kept, refused, and how failures read."""
 
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -7,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from armopt.emulation import commands
+from armopt.emulation import commands, parts
 from armopt.emulation.debian import MIRROR_VARIABLE, Mirror, find_mirror
 from armopt.emulation.folder import PreparedFolder, torch_requirements
 from armopt.emulation.prepare import main, prepare
@@ -137,6 +139,32 @@ def test_two_at_once_do_the_work_once(tmp_path, build):
         thread.join()
     assert build.names == PARTS
     assert any("waiting for another prepare" in line for line in lines)
+
+
+def test_an_emulated_program_reads_of_its_own_core(tmp_path):
+    """ACL and oneDNN look into /sys, where the host's cores are others."""
+    folder = PreparedFolder(tmp_path)
+    named = {part.name: part for part in folder.parts("2.10.0")}
+    parts.build(named["cores"], tmp_path, folder, tmp_path / "work")
+    read = lambda path: (tmp_path / "neoverse-v1/sys/devices/system/cpu" / path).read_text()  # noqa: E731
+    assert read("cpu0/regs/identification/midr_el1") == read("cpu63/regs/identification/midr_el1")
+    assert int(read("cpu0/regs/identification/midr_el1"), 16) >> 4 & 0xFFF == 0xD40  # Neoverse V1 TRM
+    assert [read(f"cpu0/cache/index{i}/{name}") for i in (0, 1, 2, 3) for name in ("level", "type", "size")] == [
+        *("1\n", "Data\n", "64K\n", "1\n", "Instruction\n", "64K\n"),
+        *("2\n", "Unified\n", "1024K\n", "3\n", "Unified\n", "32768K\n"),
+    ]
+    assert os.readlink(tmp_path / "neoverse-v1" / "usr") == "../../root/usr"
+
+
+def test_what_is_started_emulated_can_be_run(tmp_path):
+    """Its QEMU is missing here, and the shell says so."""
+    folder = PreparedFolder(tmp_path)
+    (part,) = (part for part in folder.parts("2.10.0") if part.name == "bin")
+    folder.wrappers.mkdir()
+    parts.build(part, folder.wrappers, folder, tmp_path / "work")
+    for name in ("python3.11", "armopt"):
+        done = subprocess.run([folder.wrappers / name], capture_output=True, text=True, check=False)
+        assert (done.returncode, "qemu/qemu-aarch64" in done.stderr) == (127, True)
 
 
 def test_requirements_pair_torchvision_with_its_pytorch():
