@@ -330,7 +330,7 @@ def _drive(waiting: queue.SimpleQueue[str]) -> None:
             assert process.stdin is not None
             process.stdin.write(name + "\n")
             process.stdin.flush()
-            line, late = _line(process)
+            line, late = answer(process)
             if line:
                 found = [Outcome(*each) for each in json.loads(line)]
             else:
@@ -345,7 +345,7 @@ def _drive(waiting: queue.SimpleQueue[str]) -> None:
         process.wait()
 
 
-def _line(process: subprocess.Popen[str]) -> tuple[str, str]:
+def answer(process: subprocess.Popen[str]) -> tuple[str, str]:
     """What a process answers, or else why it was ended before it did."""
     assert process.stdout is not None
     began, before = time.monotonic(), process_time.worked(process.pid)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +15,7 @@ from armopt.accuracy.gates import Figures
 from armopt.accuracy.nodes import NodeError
 from armopt.accuracy.report import page
 from armopt.compiler import plan_page
+from armopt.compiler.recipe import Planned
 from tests.planning import plan
 
 
@@ -37,12 +41,19 @@ class Deep(nn.Module):
         return x
 
 
-def of_plan() -> str:
+@functools.cache
+def _planned() -> Planned:
     torch.manual_seed(0)
-    return plan_page.render(plan(Deep().eval(), torch.randn(80, 64))[1])
+    return plan(Deep().eval(), torch.randn(80, 64))[1]
 
 
-def of_report(*, given: bool) -> str:
+def of_plan(*, source: str = "model.pt2") -> str:
+    planned = _planned()
+    captured = replace(planned.captured, source=source)
+    return plan_page.render(replace(planned, part=replace(planned.part, captured=captured)))
+
+
+def of_report(*, given: bool, source: str = "model.pt2") -> str:
     """Of a bundle that passed, on inputs of the user's or generated ones."""
     torch.manual_seed(0)
     outputs = {"logits": torch.randn(1, 10), "an_output_with_quite_a_long_name": torch.randn(4, 300)}
@@ -59,5 +70,5 @@ def of_report(*, given: bool) -> str:
         )
         for i in range(1, 40)
     ]
-    about = page.About("bundle", "graviton3", "model.pt2", "armopt")
+    about = page.About("bundle", "graviton3", source, "armopt")
     return page.render(about, outcome, errors, Evidence({"x": torch.rand(1, 3, 32, 48)}, outputs, found))

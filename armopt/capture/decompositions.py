@@ -32,13 +32,13 @@ Operations = frozenset[torch._ops.OpOverload]
 
 def without_writes(program: ExportedProgram) -> ExportedProgram:
     """The program without operations that write or alias, where torch can tell; what else is composite stays whole."""
-    kept = _reached(program)
-    with torch.no_grad(), contextlib.nullcontext() if kept is None else _collected(kept):
+    kept = reached(program)
+    with torch.no_grad(), contextlib.nullcontext() if kept is None else showing(kept):
         decomposed: ExportedProgram = program.run_decompositions({})
     return decomposed
 
 
-def _reached(program: ExportedProgram) -> Operations | None:
+def reached(program: ExportedProgram) -> Operations | None:
     """The composites that are to stay whole; None where they can't be told."""
     try:
         from torch._export.utils import _is_preservable_cia_op
@@ -63,8 +63,8 @@ def _is_composite(target: torch._ops.OpOverload) -> bool:
 
 
 @contextlib.contextmanager
-def _collected(kept: Operations) -> Iterator[None]:
-    """Hides all composite operations but these from torch, in this thread."""
+def showing(kept: Operations) -> Iterator[None]:
+    """Hides all composite operations but these from torch, in this thread; a torch that collects none sees all."""
     collect = getattr(exported_program, _COLLECT, None)
     if collect is None:
         yield

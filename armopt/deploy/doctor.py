@@ -25,7 +25,7 @@ from armopt.ir.records import Target
 if TYPE_CHECKING:
     from armopt.bundle.reader import Bundle
     from armopt.runtime.bind import Bound
-from armopt.deploy.smoke_tests import OWN, Check, smoke_tests
+from armopt.deploy.smoke_tests import OWN, Backends, Check, smoke_tests
 
 _WHERE_FEATURES = ("asimd", "asimddp", "sve", "sve2", "i8mm", "svei8mm", "bf16", "svebf16")
 _RESTART = "Start the process with: armopt run BUNDLE -- CMD"
@@ -97,6 +97,7 @@ def examine(
     environ: Mapping[str, str] | None = None,
     host: Target | None = None,
     facts: Mapping[str, str] | None = None,
+    backends: Backends | None = None,
 ) -> Report:
     """Examines this process on this host.
 
@@ -106,6 +107,7 @@ def examine(
         environ: Variables of this process; None takes os.environ.
         host: This machine; None detects it.
         facts: Of this process; None records them, looking into all of torch's libraries.
+        backends: What runs the smoke tests; this process's own by default.
 
     Raises:
         BundleError: The bundle is damaged.
@@ -117,14 +119,14 @@ def examine(
     wanted, required, versions = _wanted(opened, host, facts)
     late = environment.late_variables(wanted, environ=environ)
     differences = environment.differences(wanted, required, versions, host, environ, record=facts, late=late)
-    checks = smoke_tests(host, facts)
+    checks = smoke_tests(host, facts, backends)
     findings = [*_unprobed(differences, checks, late), *_broken(checks, host, environ, late, facts)]
     if opened is None and not host.bf16 and is_arm(host):
         findings.append(_no_bf16(host))
     verdicts: tuple[Proof, ...] = ()
     if opened is not None and bundle is not None:
         verdicts, more = _prove(opened, findings)
-        findings = [*_proved(findings, verdicts), *more]
+        findings = [*proved(findings, verdicts), *more]
     if strict:
         findings = [replace(f, severity="hard") if f.severity == "soft" else f for f in findings]
     findings.sort(key=lambda finding: ("hard", "soft", "info").index(finding.severity))
@@ -302,7 +304,7 @@ def _verdicts(opened: Bundle, kernels: Sequence[Sequence[Bound]]) -> tuple[Proof
     )
 
 
-def _proved(findings: Sequence[Difference], verdicts: Sequence[Proof]) -> list[Difference]:
+def proved(findings: Sequence[Difference], verdicts: Sequence[Proof]) -> list[Difference]:
     """Another build, soft because kernels may answer differently, is harmless once each was probed here."""
     if not verdicts or any(verdict.reason for verdict in verdicts):
         return list(findings)

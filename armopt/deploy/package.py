@@ -117,7 +117,7 @@ def write(
     if not parent.is_dir():
         raise InputError("the folder to write into does not exist", where=str(parent), hint=f"mkdir -p {parent}")
     torch, kinds = torch_version(described), machines(platforms) or (machine(described),)
-    pinned = _all_wheels(torch, run or _pip, kinds) if hashes else ()
+    pinned = _all_wheels(torch, run or pip, kinds) if hashes else ()
     texts = {
         DOCKERFILE: dockerfile(described, model_name(bundle), kinds, hashes=bool(pinned)),
         REQUIREMENTS: requirements(torch, pinned),
@@ -307,7 +307,7 @@ def resolve(torch: str, run: Runner, machine: str = "aarch64") -> tuple[Pinned, 
     Raises:
         HostError: pip is missing, or reaches no registry.
     """
-    first = _report(run, [f"torch=={torch}"], machine, "--no-deps")
+    first = choose(run, [f"torch=={torch}"], machine, "--no-deps")
     there: dict[str, str] = {name: str(value) for name, value in default_environment().items()}
     there |= {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "extra": ""}
     there |= {"platform_machine": machine, "platform_system": "Linux", "sys_platform": "linux"}
@@ -316,14 +316,19 @@ def resolve(torch: str, run: Runner, machine: str = "aarch64") -> tuple[Pinned, 
         need = Requirement(line)
         if need.marker is None or need.marker.evaluate(there):
             needs.append(f"{need.name}{need.specifier}")
-    return tuple(_pinned([*first, *_report(run, [*needs, *_NEEDED], machine)], machine))
+    return tuple(pins([*first, *choose(run, [*needs, *_NEEDED], machine)], machine))
 
 
 def _all_wheels(torch: str, run: Runner, kinds: Iterable[str]) -> tuple[Pinned, ...]:
     return tuple(wheel for kind in kinds for wheel in resolve(torch, run, kind))
 
 
-def _report(run: Runner, wanted: Sequence[str], machine: str, *options: str) -> list[Mapping[str, Any]]:
+def choose(run: Runner, wanted: Sequence[str], machine: str, *options: str) -> list[Mapping[str, Any]]:
+    """The wheels that pip would install on a server of that kind, as its report has them.
+
+    Raises:
+        HostError: pip is missing, or reaches no registry.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [
@@ -347,7 +352,12 @@ def _report(run: Runner, wanted: Sequence[str], machine: str, *options: str) -> 
     return found
 
 
-def _pinned(items: Iterable[Mapping[str, Any]], machine: str = "aarch64") -> list[Pinned]:
+def pins(items: Iterable[Mapping[str, Any]], machine: str) -> list[Pinned]:
+    """Wheels of pip's report, each with its hash.
+
+    Raises:
+        HostError: The registry gives none.
+    """
     found: dict[str, Pinned] = {}
     for item in items:
         name, version = canonicalize_name(item["metadata"]["name"]), item["metadata"]["version"]
@@ -359,7 +369,8 @@ def _pinned(items: Iterable[Mapping[str, Any]], machine: str = "aarch64") -> lis
     return list(found.values())
 
 
-def _pip(arguments: Sequence[str]) -> str:
+def pip(arguments: Sequence[str]) -> str:
+    """Runs this Python's pip, and returns what it wrote."""
     command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60 * _MINUTES, check=True)
     return done.stdout

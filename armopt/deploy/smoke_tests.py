@@ -38,27 +38,110 @@ class Check:
     found: str
 
 
-# --- the smoke tests ------------------------------------------------------------------------------
+class WrongError(Exception):
+    """A smoke test's own verdict."""
 
 
-def smoke_tests(host: Target, facts: Mapping[str, str]) -> tuple[Check, ...]:
-    """Runs one small layer on each backend: does it answer, under its own name, with right numbers?"""
+class Backends:
+    """The layers that the smoke tests run; each method returns what answered, or raises WrongError."""
+
+    def kernel(self, name: str) -> str:
+        """A Linear by one of armopt's own kernels, judged by its probe; returns what answered.
+
+        Raises:
+            WrongError: The probe refuses it, or the numbers are wrong.
+        """
+        import torch
+
+        from armopt.ir.records import Op, Site
+        from armopt.kernels import table
+        from armopt.runtime import onednn_log, probe
+
+        kernel = table.get(name)
+        rows, terms, columns = _SHAPE
+        x, weight, exact = _operands(rows)
+        site = Site("smoke_test", Op.LINEAR, rows, terms, columns, (rows, terms), (columns, terms))
+        packed = kernel.packed_weight(weight, site)
+        call = _call(kernel, site, packed)
+        x = x.to(kernel.activations)
+        with torch.no_grad():
+            call(x)  # the first call may prepare what later calls reuse
+            with onednn_log.capture_verbose() as log:
+                result = call(x)
+        if reason := probe.judge(kernel, site, log.executions):
+            raise WrongError(reason)
+        ran = [e for e in log.executions if e.primitive == "convolution"]
+        what = ", ".join(f"{e.implementation} on {e.weight_dtype} weights" for e in ran)
+        return agreement(result, exact, what)
+
+    def own(self, name: str) -> str:
+        """A Linear as the primitive of one of armopt's kernels; returns what answers.
+
+        Raises:
+            WrongError: This build lets none be made, or the numbers are wrong.
+        """
+        import torch
+
+        from armopt.ir.records import Op, Site
+        from armopt.kernels import table
+        from armopt.runtime import own
+
+        if reason := own.unavailable():
+            raise WrongError(reason)
+        kernel = table.get(name)
+        rows, terms, columns = _SHAPE
+        x, weight, exact = _operands(rows)
+        site = Site("smoke_test", Op.LINEAR, rows, terms, columns, (rows, terms), (columns, terms))
+        layer = own.proven(kernel, site, weight, torch.zeros(columns, dtype=kernel.activations))
+        if layer is None:
+            raise WrongError("oneDNN offers none but a reference, or its numbers are wrong")
+        return agreement(own.alone(layer, site)(x.to(kernel.activations)), exact, layer.implementation)
+
+    def blas_fp32(self) -> str:
+        """BLAS's product in FP32."""
+        import torch
+
+        x, weight, exact = _operands(_SHAPE[0])
+        bias = torch.zeros(_SHAPE[2])
+        return agreement(torch.addmm(bias, x.float(), weight.float().T.contiguous()), exact, "sgemm")
+
+    def blas_bf16(self, rows: int) -> str:
+        """BLAS's product in BF16, of so many rows."""
+        import torch
+
+        x, weight, exact = _operands(rows)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # torch 2.10 warns of TF32 on GPUs here
+            with torch.backends.mkldnn.flags(enabled=False):
+                result = torch.nn.functional.linear(x, weight)
+        return agreement(result, exact, "sbgemm" if rows > 1 else "BF16 gemv")
+
+
+def smoke_tests(host: Target, facts: Mapping[str, str], backends: Backends | None = None) -> tuple[Check, ...]:
+    """Runs one small layer on each backend: does it answer, under its own name, with right numbers?
+
+    Args:
+        host: This machine.
+        facts: Of this process, see :func:`armopt.environment.build.record`.
+        backends: What runs them; this process's own by default.
+    """
+    backends = backends or Backends()
     if not facts.get("torch"):
         return (Check("torch", "failed", "none is installed"),)
     if not is_arm(host):
         names = ("oneDNN BF16", "fast math", "oneDNN FP32", "BLAS BF16", "BLAS BF16, one row")
         skipped = tuple(Check(name, "skipped", "not an Arm server: portable twins run") for name in names)
-        return (*skipped, _run("BLAS FP32", _blas_fp32), _run(OWN, lambda: _own("conv1x1_fp32")))
+        return (*skipped, _run("BLAS FP32", backends.blas_fp32), _run(OWN, lambda: backends.own("conv1x1_fp32")))
     half: dict[str, Callable[[], str]] = {
-        "oneDNN BF16": lambda: _kernel("conv1x1_bf16"),
-        "fast math": lambda: _kernel("conv1x1_fastmath"),
-        "BLAS BF16": lambda: _blas_bf16(_SHAPE[0]),
-        "BLAS BF16, one row": lambda: _blas_bf16(1),
+        "oneDNN BF16": lambda: backends.kernel("conv1x1_bf16"),
+        "fast math": lambda: backends.kernel("conv1x1_fastmath"),
+        "BLAS BF16": lambda: backends.blas_bf16(_SHAPE[0]),
+        "BLAS BF16, one row": lambda: backends.blas_bf16(1),
     }
     whole: dict[str, Callable[[], str]] = {
-        "oneDNN FP32": lambda: _kernel("conv1x1_fp32"),
-        "BLAS FP32": _blas_fp32,
-        OWN: lambda: _own("conv1x1_bf16" if host.bf16 else "conv1x1_fp32"),
+        "oneDNN FP32": lambda: backends.kernel("conv1x1_fp32"),
+        "BLAS FP32": backends.blas_fp32,
+        OWN: lambda: backends.own("conv1x1_bf16" if host.bf16 else "conv1x1_fp32"),
     }
     found = []
     for name, test in half.items():
@@ -71,14 +154,10 @@ def smoke_tests(host: Target, facts: Mapping[str, str]) -> tuple[Check, ...]:
     return (*found, *(_run(name, test) for name, test in whole.items()))
 
 
-class _WrongError(Exception):
-    """A smoke test's own verdict."""
-
-
 def _run(name: str, test: Callable[[], str]) -> Check:
     try:
         return Check(name, "ok", test())
-    except _WrongError as wrong:
+    except WrongError as wrong:
         return Check(name, "failed", str(wrong))
     except Exception as error:  # a broken build may raise anything at all
         return Check(name, "failed", f"{type(error).__name__}: {first_line(error)}")
@@ -95,7 +174,12 @@ def _operands(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x, weight, x.double() @ weight.double().T
 
 
-def _agrees(result: torch.Tensor, exact: torch.Tensor, what: str) -> str:
+def agreement(result: torch.Tensor, exact: torch.Tensor, what: str) -> str:
+    """What answered, if its result is right: the angle to the exact one, and its length.
+
+    Raises:
+        WrongError: It is not.
+    """
     import torch
 
     found = result.double().flatten()
@@ -104,62 +188,8 @@ def _agrees(result: torch.Tensor, exact: torch.Tensor, what: str) -> str:
     ratio = float(found.norm() / exact.norm())
     if not cosine >= _MIN_COSINE or abs(ratio - 1) > 0.01:
         zeros = "all zeros" if not found.any() else f"cosine similarity {cosine:.4f}, {ratio:.3g} of the length"
-        raise _WrongError(f"{what} gives wrong numbers: {zeros}")
+        raise WrongError(f"{what} gives wrong numbers: {zeros}")
     return what
-
-
-def _kernel(name: str) -> str:
-    """A Linear by one of armopt's own kernels, judged by its probe; returns what answered.
-
-    Raises:
-        _WrongError: The probe refuses it, or the numbers are wrong.
-    """
-    import torch
-
-    from armopt.ir.records import Op, Site
-    from armopt.kernels import table
-    from armopt.runtime import onednn_log, probe
-
-    kernel = table.get(name)
-    rows, terms, columns = _SHAPE
-    x, weight, exact = _operands(rows)
-    site = Site("smoke_test", Op.LINEAR, rows, terms, columns, (rows, terms), (columns, terms))
-    packed = kernel.packed_weight(weight, site)
-    call = _call(kernel, site, packed)
-    x = x.to(kernel.activations)
-    with torch.no_grad():
-        call(x)  # the first call may prepare what later calls reuse
-        with onednn_log.capture_verbose() as log:
-            result = call(x)
-    if reason := probe.judge(kernel, site, log.executions):
-        raise _WrongError(reason)
-    ran = [e for e in log.executions if e.primitive == "convolution"]
-    what = ", ".join(f"{e.implementation} on {e.weight_dtype} weights" for e in ran)
-    return _agrees(result, exact, what)
-
-
-def _own(name: str) -> str:
-    """A Linear as the primitive of one of armopt's kernels; returns what answers.
-
-    Raises:
-        _WrongError: This build lets none be made, or the numbers are wrong.
-    """
-    import torch
-
-    from armopt.ir.records import Op, Site
-    from armopt.kernels import table
-    from armopt.runtime import own
-
-    if reason := own.unavailable():
-        raise _WrongError(reason)
-    kernel = table.get(name)
-    rows, terms, columns = _SHAPE
-    x, weight, exact = _operands(rows)
-    site = Site("smoke_test", Op.LINEAR, rows, terms, columns, (rows, terms), (columns, terms))
-    layer = own.proven(kernel, site, weight, torch.zeros(columns, dtype=kernel.activations))
-    if layer is None:
-        raise _WrongError("oneDNN offers none but a reference, or its numbers are wrong")
-    return _agrees(own.alone(layer, site)(x.to(kernel.activations)), exact, layer.implementation)
 
 
 def _call(kernel: Any, site: Any, packed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -177,22 +207,3 @@ def _call(kernel: Any, site: Any, packed: torch.Tensor) -> Callable[[torch.Tenso
     graph.erase_node(marker)
     module = fx.GraphModule(torch.nn.Module(), graph)
     return lambda value: module(value, packed)
-
-
-def _blas_fp32() -> str:
-    import torch
-
-    x, weight, exact = _operands(_SHAPE[0])
-    bias = torch.zeros(_SHAPE[2])
-    return _agrees(torch.addmm(bias, x.float(), weight.float().T.contiguous()), exact, "sgemm")
-
-
-def _blas_bf16(rows: int) -> str:
-    import torch
-
-    x, weight, exact = _operands(rows)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch 2.10 warns of TF32 on GPUs here
-        with torch.backends.mkldnn.flags(enabled=False):
-            result = torch.nn.functional.linear(x, weight)
-    return _agrees(result, exact, "sbgemm" if rows > 1 else "BF16 gemv")

@@ -14,7 +14,6 @@ from armopt.errors import HostError
 
 MIRROR_VARIABLE = "ARMOPT_DEBIAN_MIRROR"
 _DEBIAN_SUITES = {"bullseye", "bookworm", "trixie", "forky", "sid", "oldstable", "stable", "testing"}
-_KEYRINGS = Path("/usr/share/keyrings")
 #: A line of --print-uris: the address, the file's name, its size, its hash.
 _LISTED = re.compile(r"^'[^']+' (\S+) \d+ SHA256:([0-9a-f]{64})$", re.M)
 
@@ -35,13 +34,17 @@ class Mirror:
         return f"deb{options} {self.uri} {suite} main\n"
 
 
-def find_mirror(apt_folder: Path = Path("/etc/apt")) -> Mirror:
+def find_mirror(apt_folder: Path = Path("/etc/apt"), keyrings: Path = Path("/usr/share/keyrings")) -> Mirror:
     """Finds the mirror of Debian that this machine's apt settings name; ARMOPT_DEBIAN_MIRROR overrides it.
+
+    Args:
+        apt_folder: apt's settings.
+        keyrings: Where Debian's own keyring is, if it is installed.
 
     Raises:
         HostError: They name none.
     """
-    default_keyring = _KEYRINGS / "debian-archive-keyring.gpg"
+    default_keyring = keyrings / "debian-archive-keyring.gpg"
     keyring = str(default_keyring) if default_keyring.exists() else ""
     if chosen := os.environ.get(MIRROR_VARIABLE):
         return Mirror(chosen, keyring)

@@ -31,9 +31,8 @@ _SCHEMAS = {
         "SymInt pooled_width, int sampling_ratio, bool aligned) -> Tensor"
     ),
 }
-_NMS_BLOCK = 256  # boxes decided together
-_NMS_COLUMNS = 4096  # boxes compared with a block at once: 256 x 4096 floats are 4 MiB
-_ROI_CHUNK = 1 << 21  # elements of one temporary of roi_align: 8 MiB in float32
+_BLOCK = 256  # boxes decided together
+_COLUMNS = 4096  # boxes compared with a block at once: 256 x 4096 floats are 4 MiB
 
 
 @dataclass
@@ -129,7 +128,7 @@ def _define_missing() -> None:
         untyped: Any = torch.library
         _OPERATORS.library = untyped.Library("torchvision", "FRAGMENT")
     library = _OPERATORS.library
-    kernels: dict[str, Callable[..., Tensor]] = {"nms": _nms, "qnms": _qnms, "roi_align": _roi_align}
+    kernels: dict[str, Callable[..., Tensor]] = {"nms": nms, "qnms": qnms, "roi_align": roi_align}
     for name, schema in _SCHEMAS.items():
         if not _schema_exists(name):
             library.define(schema)
@@ -188,13 +187,15 @@ def _split(indices: Tensor, size: int) -> tuple[Tensor, ...]:
     return tuple(untyped.split(size))
 
 
-def _greedy(boxes: Tensor, areas: Tensor, order: Tensor, iou_threshold: float) -> Tensor:
+def _greedy(
+    boxes: Tensor, areas: Tensor, order: Tensor, iou_threshold: float, size: int = _BLOCK, columns: int = _COLUMNS
+) -> Tensor:
     """Indices of the survivors, visited in `order`: a box goes when a kept one before it overlaps it."""
     threshold = _largest_at_most(iou_threshold, boxes.dtype)
     waiting = order
     kept: list[Tensor] = []
     while waiting.numel():
-        block, waiting = waiting[:_NMS_BLOCK], waiting[_NMS_BLOCK:]
+        block, waiting = waiting[:size], waiting[size:]
         over = _overlaps(boxes[block], areas[block], boxes[block], areas[block], threshold).triu_(diagonal=1)
         # alive[j] = no kept i < j overlaps j. Each round settles at least one more box, so the answer is the
         # greedy one, in as many rounds as the longest chain of boxes that suppress one another.
@@ -207,8 +208,8 @@ def _greedy(boxes: Tensor, areas: Tensor, order: Tensor, iou_threshold: float) -
         block = block[alive]
         kept.append(block)
         survivors = [
-            columns[~_overlaps(boxes[block], areas[block], boxes[columns], areas[columns], threshold).any(0)]
-            for columns in _split(waiting, _NMS_COLUMNS)
+            others[~_overlaps(boxes[block], areas[block], boxes[others], areas[others], threshold).any(0)]
+            for others in _split(waiting, columns)
         ]
         waiting = torch.cat(survivors)
     return torch.cat(kept) if kept else order
@@ -230,16 +231,28 @@ def _check_boxes(dets: Tensor, scores: Tensor) -> None:
         raise RuntimeError("dets should have the same type as scores")
 
 
-def _nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def nms(dets: Tensor, scores: Tensor, iou_threshold: float, *, block: int = _BLOCK, columns: int = _COLUMNS) -> Tensor:
+    """The boxes that no better one overlaps too much, the best first.
+
+    Args:
+        dets: [N, 4]: x1, y1, x2, y2.
+        scores: [N].
+        iou_threshold: The most that two of them may overlap: intersection over union.
+        block: How many boxes are decided together.
+        columns: How many are compared with a block at once.
+
+    Returns:
+        Indices into `dets`.
+    """
     _check_boxes(dets, scores)
     if dets.dtype in (torch.float16, torch.bfloat16):  # torchvision refuses these; a BF16 model brings them
         dets = dets.float()
     areas = (dets[:, 2] - dets[:, 0]) * (dets[:, 3] - dets[:, 1])
-    return _greedy(dets, areas, scores.sort(stable=True, descending=True).indices, iou_threshold)
+    return _greedy(dets, areas, scores.sort(stable=True, descending=True).indices, iou_threshold, block, columns)
 
 
-def _qnms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Like _nms on the integers of quantized boxes: their scale cancels out."""
+def qnms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Like nms on the integers of quantized boxes: their scale cancels out."""
     _check_boxes(dets, scores)
     wide = dets.long()
     areas = ((wide[:, 2] - wide[:, 0]) * (wide[:, 3] - wide[:, 1])).float()
@@ -247,7 +260,7 @@ def _qnms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def _quantized_nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    return _qnms(dets.int_repr(), scores.int_repr(), iou_threshold)
+    return qnms(dets.int_repr(), scores.int_repr(), iou_threshold)
 
 
 def _fake_roi_align(
@@ -262,7 +275,7 @@ def _fake_roi_align(
     return input.new_empty((rois.size(0), input.size(1), pooled_height, pooled_width))
 
 
-def _roi_align(
+def roi_align(
     input: Tensor,
     rois: Tensor,
     spatial_scale: float,
@@ -270,6 +283,7 @@ def _roi_align(
     pooled_width: int,
     sampling_ratio: int,
     aligned: bool,
+    chunk: int = 1 << 21,
 ) -> Tensor:
     """The arithmetic of torchvision's CPU kernel, step by step, on all samples of all regions at once.
 
@@ -278,6 +292,12 @@ def _roi_align(
     Args:
         input: [N, C, H, W].
         rois: [K, 5]: batch index, x1, y1, x2, y2.
+        spatial_scale: From the coordinates of regions to pixels.
+        pooled_height: Bins of a region, along its height.
+        pooled_width: And along its width.
+        sampling_ratio: Samples of a bin along each side; below one, as many as it has pixels.
+        aligned: Whether the middle of a pixel is at half a pixel.
+        chunk: Elements of one temporary: 8 MiB in float32.
 
     Returns:
         [K, C, pooled_height, pooled_width].
@@ -287,7 +307,7 @@ def _roi_align(
     if input.dtype != rois.dtype:
         raise RuntimeError("input should have the same type as rois")
     if input.dtype == torch.bfloat16:  # torchvision refuses it; a BF16 model brings it
-        pooled = _roi_align(
+        pooled = roi_align(
             input.float(), rois.float(), spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned
         )
         return pooled.bfloat16()
@@ -317,7 +337,7 @@ def _roi_align(
 
     # Channels last: a sample is then one contiguous row.
     pixels = input.permute(0, 2, 3, 1).reshape(-1, channels)
-    for part in _split(torch.arange(region.numel()), max(1, _ROI_CHUNK // (bins * channels))):
+    for part in _split(torch.arange(region.numel()), max(1, chunk // (bins * channels))):
         k = region[part]
         y = _coordinates(y1[k], bin_h[k], pooled_height, row[part], grid_h[k])
         x = _coordinates(x1[k], bin_w[k], pooled_width, column[part], grid_w[k])

@@ -172,8 +172,8 @@ def tuned(policy: Policy, target: Target, times: Timings) -> CostPolicy:
 def default(target: Target, release: str = "", threads: int = 0) -> Policy:
     """The policy for a target where nobody names one.
 
-    By time where the product has a clock and its kernels' cycles are known; else by instructions, or by the tutorial's
-    threshold without a cost table.
+    By time where the product has a clock and its kernels' cycles are known; else by instructions. Without a cost table
+    every layer is packed: the tutorial's 64 rows are for weights that are packed on each call.
 
     Args:
         target: A product.
@@ -182,7 +182,7 @@ def default(target: Target, release: str = "", threads: int = 0) -> Policy:
     """
     found = costs.find(target, release)
     if found is None:
-        return threshold_policy.ThresholdPolicy()
+        return threshold_policy.ThresholdPolicy(rows=1)
     clock = targets.clock_of(target)
     if clock is None or not found.has_cycles or found.core != target.core:  # another core needs other cycles
         return CostPolicy(found)

@@ -37,6 +37,8 @@ class ThresholdPolicy:
         refusal = packed.refuses(site)
         if refusal is not None:
             return Choice(None, refusal) if blas.refuses(site) else Choice(blas, refusal)
+        if self.rows <= 1:
+            return Choice(packed, "packed once")
         if site.m < self.rows:
             return Choice(blas, f"{site.m} rows, below the threshold of {self.rows}")
         return Choice(packed, f"{site.m} rows, at or above the threshold of {self.rows}")

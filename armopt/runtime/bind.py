@@ -124,7 +124,7 @@ class Binder:
         """
         site, planned = layer.site, table.get(layer.call.kernel)
         times = self.tuning.of(site) if self.tuning is not None else {}
-        quicker, fallbacks = _alternatives(planned, times)
+        quicker, fallbacks = alternatives(planned, times)
         reasons: list[str] = []
         for kernel in dict.fromkeys((*quicker, planned, *fallbacks)):
             weight: torch.Tensor | Layer | None = None
@@ -255,7 +255,7 @@ def _work_space(site: Site) -> int:
     return math.prod(site.weight) + site.m * (site.k + site.n)
 
 
-def _alternatives(planned: Kernel, times: Mapping[str, float]) -> tuple[list[Kernel], list[Kernel]]:
+def alternatives(planned: Kernel, times: Mapping[str, float]) -> tuple[list[Kernel], list[Kernel]]:
     """What this host's times prefer to the planned kernel, the quickest first; and what to fall back to, in order."""
     others = [kernel for kernel in table.kernels(planned.op, Use.FALLBACK) if kernel is not planned]
     # the planned arithmetic first, then the planned dtype of activations, which needs no casts

@@ -38,6 +38,25 @@ class Counts:
     profile: tuple[tuple[str, str, int], ...] = ()
     error: str = ""
 
+    @classmethod
+    def of(cls, job: Job, result: Mapping[str, Any]) -> Counts:
+        """What a job's own process told of it: the region itself is subtracted."""
+        if "error" in result:
+            return cls(job.name, error=result["error"])
+        empty = result["empty"]
+
+        def net(counted: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value - empty[name] if name in empty else value for name, value in counted.items()}
+
+        runs = [net(run) for run in result["runs"]]
+        return cls(
+            name=job.name,
+            classes={name: runs[-1][name] for name in CLASSES},
+            totals=tuple(run["total"] for run in runs),
+            nodes=tuple(net(node) for node in result.get("nodes", [])),
+            profile=tuple((library, symbol, number) for library, symbol, number in result.get("profile", [])),
+        )
+
     @property
     def total(self) -> int:
         """All instructions."""
@@ -92,25 +111,6 @@ def count(
         "benchmarks.arm64.region",
         lambda qemu: f"{qemu.plugin},profile={'on' if profile else 'off'}",
         report,
-        lambda index, result: finished(index, _one(jobs[index], result)),
+        lambda index, result: finished(index, Counts.of(jobs[index], result)),
     )
-    return [_one(job, result) for job, result in zip(jobs, found, strict=False)]
-
-
-def _one(job: Job, result: Mapping[str, Any]) -> Counts:
-    if "error" in result:
-        return Counts(job.name, error=result["error"])
-    empty = result["empty"]
-
-    def net(counted: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value - empty[name] if name in empty else value for name, value in counted.items()}
-
-    runs = [net(run) for run in result["runs"]]
-    last = {name: runs[-1][name] for name in CLASSES}
-    return Counts(
-        name=job.name,
-        classes=last,
-        totals=tuple(run["total"] for run in runs),
-        nodes=tuple(net(node) for node in result.get("nodes", [])),
-        profile=tuple((library, symbol, number) for library, symbol, number in result.get("profile", [])),
-    )
+    return [Counts.of(job, result) for job, result in zip(jobs, found, strict=False)]

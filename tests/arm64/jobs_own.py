@@ -1,7 +1,10 @@
 """What test_own.py sends to the emulated side."""
 
+import warnings
+
 import torch
 
+from armopt.kernels.onednn import compute_library
 from armopt.runtime.bind import Binder
 from tests.arm64 import jobs_bundles, kernel_cases
 
@@ -23,3 +26,19 @@ def run(cases, target, fast_math=False, own=True, threads=1):
     finally:
         torch.set_num_threads(before)
     return found
+
+
+def threads_of_the_compute_library(case, more):
+    """A layer is called on as many threads as the library has, and `more`: the library's number, and what is said."""
+    compute_library.warn_of_other_threads.cache_clear()
+    tensors, before = kernel_cases.operands(case), torch.get_num_threads()
+    module, (bound,) = Binder(fast_math=False).bind(kernel_cases.program(case, "graviton3", tensors))
+    assert "acl" in bound.implementation, bound
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.set_num_threads(compute_library.threads() + more)
+        try:
+            module(kernel_cases.activations(case, tensors))
+        finally:
+            torch.set_num_threads(before)
+    return compute_library.threads(), [str(each.message) for each in said]

@@ -45,3 +45,13 @@ def test_a_dense_convolution_planned_in_fp32_is_in_fp32(server):
     assert (bound.kernel, is_reference(bound.implementation or "ref")) == ("conv_fp32", False)
     exact = kernel_cases.exact(case)
     assert (found.double() - exact).norm() <= 2e-6 * exact.norm()
+
+
+def test_threads_that_the_compute_library_does_not_take_are_said(server):
+    """It keeps the number of its first call in a process."""
+    job, case = f"{JOBS}:threads_of_the_compute_library", next(c for c in CASES if c.kernel == "conv1x1_bf16")
+    found, said = server("graviton3").call(job, case=case, more=1).value
+    (line,) = said
+    assert f"works with {found} thread" in line
+    assert f", PyTorch with {found + 1}: " in line
+    assert server("graviton3").call(job, case=case, more=0).value == (found, [])

@@ -99,7 +99,7 @@ def test_fast_math_kernels_need_the_variable() -> None:
 @pytest.mark.parametrize("planned", table.kernels(), ids=lambda kernel: kernel.name)
 def test_a_fallback_rounds_no_more_than_the_plan(planned: Kernel) -> None:
     """What was validated, perhaps repaired, with results in FP32 is not rounded to BF16 by a load."""
-    quicker, fallbacks = bind._alternatives(planned, {kernel.name: 1.0 for kernel in table.kernels(planned.op)})
+    quicker, fallbacks = bind.alternatives(planned, {kernel.name: 1.0 for kernel in table.kernels(planned.op)})
     assert all(kernel.steps_out_of_bf16 >= planned.steps_out_of_bf16 for kernel in (*quicker, *fallbacks))
     assert planned.backend == Backend.ATEN or fallbacks[-1].backend == Backend.ATEN
 

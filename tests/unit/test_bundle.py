@@ -151,7 +151,7 @@ def test_writing_twice_gives_the_same_bytes(mlp_bundle: Path, tmp_path: Path) ->
         assert (tmp_path / "again" / name).read_bytes() == (mlp_bundle / name).read_bytes()
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_put", "sync"])
+@pytest.mark.parametrize("failing", ["save_file", "put", "sync"])
 def test_a_failure_leaves_nothing(
     mlp_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:

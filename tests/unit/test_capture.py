@@ -21,10 +21,10 @@ class Model(nn.Module):
         super().__init__()
         self.fc = nn.Linear(4, 4)
         self.register_buffer("count", torch.zeros(1))
-        self._function = function
+        self.function = function
 
     def forward(self, x: Tensor) -> Any:
-        return self._function(self, x)
+        return self.function(self, x)
 
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
@@ -193,7 +193,7 @@ def test_the_digest_follows_weights_and_graph() -> None:
     with torch.no_grad():
         model.fc.weight[0, 0] += 1
     changed = capture.module(model, (X,)).digest
-    model._function = lambda s, x: s.fc(x).relu()
+    model.function = lambda s, x: s.fc(x).relu()
     assert len({first, changed, capture.module(model, (X,)).digest}) == 3
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import operator
@@ -243,24 +242,15 @@ _JSON = st.recursive(
 
 
 @given(_JSON, st.sampled_from(["nodes", "output", "args", "name", "op", "target"]))
-@settings(max_examples=200, deadline=None)
-def test_nothing_in_a_graph_runs(value: Any, place: str) -> None:
-    """Whatever stands in graph.json: decoding builds a graph of listed operations, or fails; nothing is called."""
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+def test_anything_in_a_graph_is_listed_operations_or_an_error_of_ours(value: Any, place: str) -> None:
+    """Whatever stands in graph.json, nothing is called."""
     data = json.loads(json.dumps(GOOD))
     (data if place in data else data["nodes"][2])[place] = value
     try:
         found = decode(data, WEIGHTS)
-    except Exception:
+    except BundleError:
         return
     for each in found.graph_module.graph.nodes:
         if each.op == "call_function":
             codec.target_name(each.target)
-
-
-@given(_JSON, st.sampled_from(["nodes", "output", "args", "name", "op", "target"]))
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
-def test_anything_in_a_graph_is_an_error_of_ours(value: Any, place: str) -> None:
-    data = json.loads(json.dumps(GOOD))
-    (data if place in data else data["nodes"][2])[place] = value
-    with contextlib.suppress(BundleError):
-        decode(data, WEIGHTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,16 @@ def test_the_nearest_release_has_the_say() -> None:
         assert found.torch == expected
 
 
-def test_without_a_table_the_threshold_decides() -> None:
+def test_without_a_table_every_layer_is_packed() -> None:
     unknown = targets.load("graviton3").__class__(
         "x", "some-core", frozenset(), vector_bits=128, simd_pipes=2, l2_kib=512, cores=1
     )
     assert costs.find(unknown) is None
-    assert cost_policy.default(unknown) == threshold_policy.ThresholdPolicy()
+    policy = cost_policy.default(unknown)
+    assert policy == threshold_policy.ThresholdPolicy(rows=1)
+    (choice,) = policy.choose([linear(1, 64, 64)], replace(unknown, isa_features=frozenset({"bf16"})))
+    assert choice.kernel is not None
+    assert (choice.kernel.name, choice.reason) == ("conv1x1_bf16", "packed once")
 
 
 def test_terms_of_a_padded_product() -> None:

@@ -155,7 +155,7 @@ def test_the_region_itself_is_subtracted_and_nodes_are_added_up():
             {"node": "c", "target": "aten.relu", "inputs": [], "output": "", **_line(other=150)},
         ],
     }
-    counted = counting._one(job, result)
+    counted = counting.Counts.of(job, result)
     assert (counted.total, counted.totals) == (1007, (1207, 1007))
     rows = counted.by_target()
     assert [(r["target"], r["nodes"], r["total"], r["fmla"]) for r in rows] == [
@@ -167,7 +167,7 @@ def test_the_region_itself_is_subtracted_and_nodes_are_added_up():
 
 
 def test_a_failed_job_has_a_reason_and_no_counts():
-    failed = counting._one(Job("job", "m:f"), {"error": "Traceback\nValueError: no"})
+    failed = counting.Counts.of(Job("job", "m:f"), {"error": "Traceback\nValueError: no"})
     assert (failed.error, failed.total) == ("Traceback\nValueError: no", 0)
 
 
@@ -204,7 +204,9 @@ def test_symbols_of_an_elf_file(tmp_path):
     sections += struct.pack("<IIQQQQIIQQ", 0, 3, 0, 0, data + len(symbols), len(strings), 0, 0, 1, 0)
     file = tmp_path / "library.so"
     file.write_bytes(header + load + sections + symbols + strings)
-    elf = profile._Elf(file)
-    assert [elf.symbol(offset) for offset in (0x50, 0x100, 0x1FF, 0x200, 0x5000)] == [
-        *("?", "first", "first", "second", "?")
+    mapped, other = (0x70050, 0x80000, 0x50, str(file)), (0x81000, 0x82000, 0, "[anon]")
+    addresses = (0x70050, 0x70100, 0x701FF, 0x70200, 0x75000, 0x80000, 0x81000, 0x60000)
+    assert profile.symbols(addresses, [other, mapped]) == [
+        *(("library.so", name) for name in ("?", "first", "first", "second", "?")),
+        *[("(generated code)", "")] * 3,
     ]

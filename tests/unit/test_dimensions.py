@@ -112,6 +112,19 @@ def test_an_exported_program_keeps_its_dimensions_and_gets_names(tmp_path: Path)
     wrong = ["plan", str(tmp_path / "m.pt2"), "--input", "input_ids=rowsxtokens:int64:50", *asked[2:], "--at", "rows=2"]
     error = CliRunner().invoke(app, wrong).exception
     assert "dimension 0 of input input_ids is 2 in the model, so 'rows' can't vary" in str(error)
+    wrong = [
+        "plan",
+        str(tmp_path / "m.pt2"),
+        *asked[:2],
+        "--input",
+        "mask=2xwords",
+        "--at",
+        "tokens=8",
+        "--at",
+        "words=8",
+    ]
+    error = CliRunner().invoke(app, wrong).exception
+    assert "'words' and 'tokens' are one dimension in the model. Give both the same name" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 import armopt
 from armopt.bundle import dry_run, reader
+from armopt.bundle.mapped_weights import MappedTensors
 from armopt.bundle.program import Program
 from armopt.environment import memory_for_process
 from armopt.errors import BundleError, CaptureError
@@ -102,7 +103,7 @@ def test_nothing_runs_before(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> N
     rewrite(bundle, insert("aten.repeat.default", ["x", [1 << 40, 1]]))
     monkeypatch.setattr(load.Model, "run_flat", None)
     monkeypatch.setattr(load.Binder, "bind", None)
-    monkeypatch.setattr(load, "_copy_all", None)
+    monkeypatch.setattr(MappedTensors, "copy", None)
     with pytest.raises(BundleError, match="would take"):
         armopt.load(bundle)
 

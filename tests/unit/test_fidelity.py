@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import armopt
 from armopt import accuracy, capture
 from armopt.accuracy import fidelity, gates
+from armopt.bundle.program import Program
 from armopt.capture.calls import unchanged
 from armopt.compiler.checks import Checks, Judge
 from armopt.errors import AccuracyError, CaptureError, InputError
@@ -108,9 +109,13 @@ def difference(model: nn.Module, *inputs: Tensor, change: Any = None) -> str:
     captured = capture.module(model, inputs)
     if change is not None:
         change(model)
-    judge = Judge(captured, gates.standard(), Checks())
-    list(judge._checker._references("static", judge._inputs({})))
-    return str(judge._checker.difference or "")
+    return judged(captured)
+
+
+def judged(captured: capture.Captured, times: int = 1) -> str:
+    """What is said of a capture that is run as it is."""
+    judge, program = Judge(captured, gates.standard(), Checks()), Program({}, captured.graph_module, {}, {})
+    return [judge.validate([program]).difference for _ in range(times)][-1]
 
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
@@ -192,10 +197,7 @@ def test_buffers_start_alike_and_stay_as_they_were(assign: bool, tmp_path: Path)
     model(X)
     before = model.mean.clone()
     captured = capture.module(model, (X,))
-    judge = Judge(captured, gates.standard(), Checks())
-    for _ in range(2):
-        list(judge._checker._references("static", judge._inputs({})))
-    assert judge._checker.difference is None
+    assert judged(captured, times=2) == ""
     assert torch.equal(model.mean, before)
 
 
@@ -286,16 +288,44 @@ def test_an_original_that_fails_is_an_error(tmp_path: Path) -> None:
         accuracy.validate(tmp_path / "bundle", against=nn.Linear(3, 3).eval())
 
 
+def test_an_original_that_takes_other_inputs_is_an_error(tmp_path: Path) -> None:
+    class Named(Net):
+        def forward(self, y: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(y)
+
+    class Both(Net):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x + y)
+
+    armopt.optimize(Net().eval(), (X,), output=tmp_path / "bundle")
+    for model, inputs, said in (
+        (Named(), (X,), "takes no input 'x'"),
+        (Both(), (X, X), "takes 2 inputs, the bundle 1"),
+    ):
+        torch.export.save(torch.export.export(model.eval(), inputs), tmp_path / "other.pt2")
+        with pytest.raises(InputError, match=rf"other\.pt2: {said}\. Its inputs are: .*Is the bundle made from it\?"):
+            accuracy.validate(tmp_path / "bundle", against=tmp_path / "other.pt2")
+
+
+def test_an_original_that_lacks_a_part_is_an_error(tmp_path: Path) -> None:
+    class Deciding(Net):
+        def between(self, y: Tensor) -> Tensor:
+            return y if y.sum() < 1e9 else -y
+
+    armopt.optimize(Deciding().eval(), [(X,)], kind="module", output=tmp_path / "bundle")
+    with pytest.raises(InputError, match=r"Linear: has no part first\. Is it the original\?"):
+        accuracy.validate(tmp_path / "bundle", against=nn.Linear(16, 8).eval())
+
+
 class Noisy(Net):
     def between(self, y: Tensor) -> Tensor:
         return nn.functional.dropout(y) + torch.randn_like(y) + torch.rand(16)
 
 
 def test_both_sides_draw_the_same_random_numbers() -> None:
-    judge = Judge(capture.module(Noisy().eval(), (X,)), gates.standard(), Checks())
+    captured = capture.module(Noisy().eval(), (X,))
     before = torch.get_rng_state()
-    list(judge._checker._references("static", judge._inputs({})))
-    assert judge._checker.difference is None
+    assert judged(captured) == ""
     assert torch.equal(torch.get_rng_state(), before)
 
 

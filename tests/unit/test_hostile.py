@@ -91,6 +91,13 @@ def insert(call: str, args: list[Any], **more: Any) -> Callable[[Graph], None]:
     return change
 
 
+def test_rows_of_which_there_is_no_program_are_refused(bundle: Path) -> None:
+    def change(graph: Graph) -> None:
+        graph["parts"][0]["signature"]["rows"] = 3
+
+    check_refused(bundle, change, "runs 3 rows at a time, for which it has no program")
+
+
 @pytest.mark.parametrize(
     "name", [f"q={CODE}", f"q={CODE}, *", "self", "def", "n0", "w0", "output", "a b", f'"+{CODE}+"', "#", "None", ""]
 )

@@ -236,6 +236,7 @@ def test_training_checkpoints_hold_their_state_one_level_down(tmp_path: Path) ->
         ({}, "holds an empty dict"),
         ([MODEL.state_dict()], "holds a list"),
         ({**MODEL.state_dict(), "scale": None}, "a dict in which 'scale' is no tensor but a NoneType"),
+        ({**MODEL.state_dict(), 7: torch.ones(1)}, "a dict in which 7 is no name but a int"),
         ({"student": MODEL.state_dict(), "teacher": MODEL.state_dict()}, "several state dicts: student, teacher"),
     ],
 )
@@ -243,6 +244,11 @@ def test_what_is_no_state_dict_says_what_it_is(content: Any, message: str, tmp_p
     torch.save(content, tmp_path / "checkpoint.pt")
     with pytest.raises(InputError, match=message):
         files.open_model(tmp_path / "checkpoint.pt", options("state"))
+
+
+def test_a_whole_model_is_no_state_dict(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"m\.pt2: is of format pt2, no state dict\. Save model\.state_dict\(\)"):
+        files.open_divided(write("pt2", tmp_path / "m.pt2"), options("state"))
 
 
 def test_a_state_of_another_variant_names_the_parameter(tmp_path: Path) -> None:

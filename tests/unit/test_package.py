@@ -294,7 +294,7 @@ def test_hashes_are_what_pip_itself_accepts(tmp_path: Path) -> None:
         pinned = [
             wheel
             for kind in ("aarch64", "x86_64")
-            for wheel in package._pinned(package._report(package._pip, ["safetensors==0.8.0"], kind, "--no-deps"), kind)
+            for wheel in package.pins(package.choose(package.pip, ["safetensors==0.8.0"], kind, "--no-deps"), kind)
         ]
     except HostError as error:
         warnings.warn(f"NOT TESTED against a package registry: {error}", stacklevel=2)
@@ -303,12 +303,12 @@ def test_hashes_are_what_pip_itself_accepts(tmp_path: Path) -> None:
     wanted.write_text(package.requirements("2.10.0", pinned))
     options = ["install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--only-binary=:all:"]
     options += ["--python-version=3.11", f"--target={tmp_path / 'x'}"]
-    package._pip([*options, "--platform=manylinux2014_x86_64", "--require-hashes", "-r", str(wanted)])
+    package.pip([*options, "--platform=manylinux2014_x86_64", "--require-hashes", "-r", str(wanted)])
     options += ["--platform=manylinux2014_aarch64"]
-    package._pip([*options, "--require-hashes", "-r", str(wanted)])
+    package.pip([*options, "--require-hashes", "-r", str(wanted)])
     wanted.write_text(wanted.read_text().replace(pinned[0].sha256, SHA))
     with pytest.raises(subprocess.CalledProcessError) as refused:
-        package._pip([*options, "--require-hashes", "-r", str(wanted)])
+        package.pip([*options, "--require-hashes", "-r", str(wanted)])
     assert "HASH" in refused.value.stderr.upper()
 
 
@@ -316,7 +316,7 @@ def test_nothing_is_left_where_it_fails(bundle: Path, tmp_path: Path, monkeypatc
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(package, "_copy_bundle", full)
+    monkeypatch.setattr(package, "put", full)
     with pytest.raises(InputError, match="No space left"):
         package.write(bundle, tmp_path / "image", hashes=False)
     assert list(tmp_path.iterdir()) == []
@@ -415,7 +415,8 @@ def clean_python(folder: Path) -> Path:
     """A virtual environment that has what requirements.txt names, and what that needs: links to what is here."""
     venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    wanted, seen = ["torch", *package._NEEDED], set[str]()
+    lines = package.requirements(torch.__version__, ()).splitlines()
+    wanted, seen = [line for line in lines if not line.startswith("#")], set[str]()
     while wanted:
         need = Requirement(wanted.pop())
         if need.name in seen or (need.marker and not need.marker.evaluate({"extra": ""})):

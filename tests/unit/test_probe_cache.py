@@ -65,11 +65,10 @@ def test_a_place_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     assert blocked.read_text() == ""
 
 
-def test_it_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe_cache, "_MOST", 3)
+def test_it_stays_bounded(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
-    probe_cache.write(path, {str(i): None for i in range(5)})
-    assert list(probe_cache.read(path)) == ["2", "3", "4"]
+    probe_cache.write(path, {str(i): None for i in range(20_002)})
+    assert list(probe_cache.read(path)) == [str(i) for i in range(2, 20_002)]
 
 
 def _write_many(path: Path, name: str) -> None:
@@ -131,13 +130,26 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch, hos
     assert armopt.load(host_bundle).kernels
 
 
-def test_each_version_of_armopt_and_each_build_of_torch_has_its_own_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = host_check._build_facts()
-    assert before["libtorch_cpu"]
-    monkeypatch.setattr(host_check, "__version__", "another")
+def test_each_version_of_armopt_and_each_build_of_torch_has_its_own_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ARMOPT_CACHE", str(tmp_path))
+
+    def remembered() -> int:
+        """How many verdicts this process knows at its start; it adds one."""
+        known: dict[str, str | None] = {}
+        with host_check.remembering(known) as keys:
+            before = len(keys)
+            known[f"verdict {before}"] = None
+        return before
+
+    assert [remembered(), remembered()] == [0, 1]
+    assert environment.library_identity()
     monkeypatch.setattr(environment, "library_identity", lambda: "1-2")
-    after = host_check._build_facts()
-    assert {name for name in before if before[name] != after[name]} == {"armopt", "libtorch_cpu"}
+    assert [remembered(), remembered()] == [0, 1]
+    monkeypatch.setattr(host_check, "__version__", "another")
+    assert remembered() == 0
+    assert len(list((tmp_path / "probe").iterdir())) == 3
 
 
 @pytest.fixture

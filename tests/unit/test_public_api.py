@@ -99,6 +99,7 @@ def test_unknown_names_are_attribute_errors() -> None:
 def test_importing_armopt_does_not_import_torch() -> None:
     code = """
 import sys, armopt, armopt.cli.app, armopt.errors, armopt.ir.records
+import armopt.environment, armopt.targets, armopt.runtime.onednn_log
 print([name for name in ("torch", "numpy", "transformers") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

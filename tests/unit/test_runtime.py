@@ -169,7 +169,7 @@ def test_the_file_of_weights_leaves_memory(tmp_path: Path) -> None:
 def test_what_a_refused_kernel_packed_leaves_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(64, 64).eval()
-    armopt.optimize(model, (torch.randn(3, 64),), output=tmp_path / "bundle", target="host")
+    armopt.optimize(model, (torch.randn(3, 64),), output=tmp_path / "bundle", target="host", policy="threshold")
     monkeypatch.setenv("ARMOPT_CACHE", str(tmp_path))
     packed: list[weakref.ref[torch.Tensor]] = []
     single = bind.single

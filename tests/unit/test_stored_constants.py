@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import armopt
-from armopt.bundle import mapped_weights, writer
+from armopt.bundle import mapped_weights, reader, writer
 from armopt.errors import BundleError, CaptureError
+from tests.unit.test_hostile import rewrite
 
 _POOL = torch.randn(100, generator=torch.Generator().manual_seed(0))
 _SQUARE = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
@@ -136,15 +138,21 @@ def test_tied_weights_stay_tied_and_are_stored_once(tmp_path: Path) -> None:
 
 
 def test_a_tie_to_nothing_is_refused(tmp_path: Path) -> None:
-    from armopt.bundle import reader
-
-    for tied in ({"a": "b"}, {"a": "/a"}):
-        weights = {"/a": _POOL}
-        with pytest.raises(BundleError, match="a is tied to"):
-            reader._tied(tied, weights, "graph.json")
+    bundle = tmp_path / "b"
+    armopt.optimize(Tied().eval(), [(torch.randn(4, 8),)], kind="module", output=bundle, target="graviton2")
+    graph = json.loads((bundle / "graph.json").read_text())
+    assert graph["tied"] == {"again": "/outer", "scale": "first/weight"}
+    for tied in ({"again": "/inner"}, {"outer": "/outer"}):
+        rewrite(bundle, lambda graph, tied=tied: graph.update(tied=tied))
+        with pytest.raises(BundleError, match=f"{next(iter(tied))} is tied to"):
+            reader.read(bundle)
 
 
 def test_each_memory_has_one_name() -> None:
-    weights = writer._collect({"a": _POOL[:8], "b": _POOL[:8], "c": _POOL[8:16], "d": _POOL[:8].conj(), "e": _POOL[:0]})
-    assert dict(weights.names) == {"a": "a", "b": "a", "c": "c", "d": "a", "e": "e"}
-    assert len({tensor.untyped_storage().data_ptr() for tensor in weights.tensors.values() if tensor.numel()}) == 2
+    """As long as it is all of the same tensor; what is empty has none."""
+    rest = {"a": _POOL[:8], "b": _POOL[:8], "c": _POOL[8:16], "d": _POOL[:4], "e": _POOL[:0], "f": _POOL[:0]}
+    weights = writer.collect_weights((), rest | {"g": _WAVE, "h": _WAVE.conj()})
+    names = {"/a": "/a", "/b": "/a", "/c": "/c", "/d": "/d", "/e": "/e", "/f": "/f", "/g": "/g", "/h": "/h"}
+    assert dict(weights.names) == names
+    assert weights.tied == {"b": "/a"}
+    assert len({tensor.untyped_storage().data_ptr() for tensor in weights.tensors.values() if tensor.numel()}) == 5

@@ -62,12 +62,12 @@ def _process(code: str) -> Iterator[subprocess.Popen[str]]:
 def test_the_limit_is_of_work_not_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(databases, "LIMIT", 0.3)
     with _process("import time; time.sleep(1); print('done')") as process:
-        assert databases._line(process) == ("done\n", "")
+        assert databases.answer(process) == ("done\n", "")
     with _process("while True: pass") as process:
-        assert databases._line(process) == ("", "took more than 0.3 s of work")
+        assert databases.answer(process) == ("", "took more than 0.3 s of work")
     monkeypatch.setattr(databases, "WAITING", 0.5)
     with _process("import time; time.sleep(60)") as process:
-        assert databases._line(process) == ("", "took more than 0.5 s")
+        assert databases.answer(process) == ("", "took more than 0.5 s")
 
 
 _ROWS = torch.arange(6.0).reshape(2, 3)

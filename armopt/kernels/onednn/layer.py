@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from armopt.kernels.onednn import implementations
+from armopt.kernels.onednn import compute_library, implementations
 from armopt.kernels.onednn.arguments import Arguments
 from armopt.kernels.onednn.images import ChannelsLast
 from armopt.kernels.onednn.primitives import (
@@ -182,6 +182,8 @@ class Layer:
             if description is None:
                 raise OneDnnError(f"nothing but a reference for {self.wanted} on {threads} threads")
             self._made[threads] = self._make(description, self._packed_for(description))
+        if "acl" in self.implementation:
+            compute_library.warn_of_other_threads(threads)
         return self._made[threads].scratch
 
     def _packed_for(self, description: Description) -> torch.Tensor:
