@@ -41,6 +41,7 @@ from armopt.ir import nesting
 from armopt.ir.pieces import BATCH
 from armopt.ir.records import Captured, Dim, InputSpec, Symbol
 from armopt.models.huggingface import without_cache
+from armopt.models.padded_encoder import matching_eager
 
 
 def module(
@@ -85,7 +86,7 @@ def module(
     dynamic = dimensions.dynamic_shapes(model, args, kwargs, axes)
     if any(varying):
         dynamic = _varying_shapes(model, args, kwargs, varying)
-    with eval_mode(model), without_cache(model), torch.no_grad():
+    with eval_mode(model), without_cache(model), matching_eager(model), torch.no_grad():
         result = try_once(model, args, kwargs, source)
         register_dataclasses((args, kwargs, result))
         try:
