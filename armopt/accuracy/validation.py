@@ -76,7 +76,7 @@ def validate(
 
     Raises:
         InputError: The original doesn't fit the bundle, the inputs don't fit the model, a gate or task is unknown, or
-            the original gives NaN.
+            the original gives NaN alone.
     """
     from armopt.bundle import reader
     from armopt.runtime import load
