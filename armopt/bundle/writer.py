@@ -108,12 +108,12 @@ def write(
 
 
 def _stored(part: Part, names: Mapping[str, str]) -> graph_file.StoredPart:
+    programs = tuple(codec.encode(program, part.prefix, names) for program in part.programs)
     for program in part.programs:
         try:
             dry_run.check(program, part.signature, program.bucket, sys.maxsize, part.path)
         except BundleError as error:
             raise CaptureError(f"the graph can't be held in a bundle: {error.what}", where=error.where) from error
-    programs = tuple(codec.encode(program, part.prefix, names) for program in part.programs)
     return graph_file.StoredPart(part.path, part.signature, programs)
 
 
