@@ -160,7 +160,7 @@ class Checker:
             raise InputError(
                 f"gives nothing but NaN in FP32 on these inputs: {', '.join(outputs)}",
                 where=self.source,
-                hint="Nothing can be compared with that. Give real inputs with --inputs, or mend the model",
+                hint="Nothing can be compared with that. Give real inputs (--inputs), or mend the model",
             )
 
 

@@ -31,11 +31,9 @@ def check_place(path: Path, *, force: bool = False) -> None:
     check_parent(path)
     if path.exists():
         if not force:
-            raise InputError("is there already", where=str(path), hint="Choose another place with -o, or pass --force")
+            raise InputError("is there already", where=str(path), hint="Choose another place, or force it (--force)")
         if not looks_like_bundle(path):
-            raise InputError(
-                "is there already and is not a bundle", where=str(path), hint="Choose another place with -o"
-            )
+            raise InputError("is there already and is not a bundle", where=str(path), hint="Choose another place")
 
 
 def write(

@@ -225,7 +225,7 @@ def fixed(error: Exception, axes: Axes, source: str) -> CaptureError | None:
         return CaptureError(
             "the model fixes its batch size, so it can't serve several",
             where=source,
-            hint="Give one size with --batch, and make one bundle for each",
+            hint="Give one size in batch (--batch), and make one bundle for each",
         )
     what = f"the model fixes {' or '.join(said)}: {next(iter(fixes), first_line(error))}"
     return CaptureError(what, where=source, hint="Write that size as a number in --input, and make one bundle for each")

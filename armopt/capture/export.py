@@ -89,6 +89,7 @@ def module(
     with eval_mode(model), without_cache(model), matching_eager(model), torch.no_grad():
         result = try_once(model, args, kwargs, source)
         register_dataclasses((args, kwargs, result))
+        _check_kinds(args, kwargs, result, source)
         try:
             with quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
@@ -131,7 +132,9 @@ def exported(
     if args is None:
         if program.example_inputs is None:
             raise InputError(
-                "the exported program has no example inputs", where=source, hint="Give them with --input or --inputs"
+                "the exported program has no example inputs",
+                where=source,
+                hint="Give example_inputs (--input or --inputs)",
             )
         args, kwargs = program.example_inputs
     kwargs = dict(kwargs or {})
@@ -171,6 +174,19 @@ def exported(
             else Eager.of_module(original, inputs, outputs, source)
         ),
     )
+
+
+def _check_kinds(args: Args, kwargs: Kwargs, result: Any, source: str) -> None:
+    """Refuses objects that a bundle can't describe, of which torch.export says little.
+
+    Raises:
+        CaptureError: Naming the place and the class.
+    """
+    try:
+        describe_inputs(args, kwargs)
+        nesting.describe(result, is_tensor, "output")
+    except InputError as error:
+        raise CaptureError(error.what, where=f"{source}: {error.where}", hint=error.hint) from None
 
 
 def _renamed(size: Dim, called: Mapping[str, str]) -> Dim:
@@ -286,7 +302,7 @@ def _check_tensors(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]
             raise InputError(
                 f"input {node.target} is {found}, the model takes {wanted}",
                 where=source,
-                hint="Give it with --input or --inputs as the model takes it",
+                hint="Give it in example_inputs (--input or --inputs) as the model takes it",
             )
 
 

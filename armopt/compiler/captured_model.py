@@ -235,7 +235,7 @@ def find_buckets(captured: Captured, at: Mapping[str, Sequence[int]]) -> tuple[B
         said = f"Those that vary are {', '.join(symbols)}" if symbols else "No dimension varies"
         hint = f"{said}; name others in a shape: --input NAME=1x{unknown[0]}:int64"
         if unknown[0] == BATCH:
-            hint = "Let it vary with --batch 1,8"
+            hint = "Let it vary: batch=(1, 8) (--batch 1,8)"
         raise InputError(f"no dimension is called {unknown[0]!r}", where=captured.source, hint=hint)
     wanted = [
         [(name, size) for size in _checked_sizes(symbol, at.get(name) or (sizes[name],), captured.source)]

@@ -78,12 +78,14 @@ def test_one_output_alone() -> None:
 
 
 def test_a_task_that_was_not_measured() -> None:
-    with pytest.raises(InputError, match=r"miou>=0.9 was not measured: the task is none.*--task segmentation"):
+    with pytest.raises(
+        InputError, match=r"miou>=0.9 was not measured: the task is none.*belongs to the task segmentation"
+    ):
         gates.judge([gates.parse("miou>=0.9")], {"static": Figures((GOOD,), {})}, "")
 
 
 def test_a_figure_that_needs_more_inputs() -> None:
-    with pytest.raises(InputError, match=r"ranking>=0.9 can.t be measured on so few inputs\. Give more with --inputs"):
+    with pytest.raises(InputError, match=r"ranking>=0.9 can.t be measured on so few inputs\. Give more inputs"):
         gates.judge([gates.parse("ranking>=0.9")], {"static": Figures((GOOD,), {"embedding_cosine": 1.0})}, "embedding")
 
 
