@@ -103,7 +103,8 @@ def test_the_case_the_line_and_the_page(name: str) -> None:
     with pytest.raises(InputError) as caught:
         capture.module(kind().eval(), inputs)
     said = str(caught.value)
-    assert str(caught.value.__cause__).splitlines()[0] in said  # whole
+    if caught.value.__cause__ is not None:  # else armopt saw it before torch.export did
+        assert str(caught.value.__cause__).splitlines()[0] in said  # whole
     assert words in said
     assert f"docs/capture.md#{section}" in said
     assert section in anchors(PAGE.read_text())
