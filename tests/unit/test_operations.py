@@ -96,6 +96,8 @@ RARE: dict[str, Callable[[Tensor], Tensor]] = {
     "fake_quantize by channels": lambda y: torch.fake_quantize_per_channel_affine(
         *(y, torch.full((16,), 0.1), torch.zeros(16, dtype=torch.int32), 1, -128, 127)
     ),
+    "nms": lambda y: torch.ops.torchvision.nms(y[:, :4].cumsum(1), y[:, 4], 0.5),
+    "empty, filled": lambda y: torch.empty_like(y.t()).fill_(2) + y.new_empty(3, 16, 16).zero_().sum(0),
     "put": lambda y: y.put(torch.tensor([1, 2]), torch.ones(2)),
     "tensorinv": lambda y: torch.linalg.tensorinv((y @ y.T + torch.eye(16)).reshape(4, 4, 16)),
 }
@@ -114,6 +116,7 @@ class _Calling(nn.Module):
 @pytest.mark.parametrize("name", sampled(RARE, 3))
 def test_what_models_rarely_call_runs_in_a_bundle(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
+    torchvision_ops.ensure_torchvision()
     model, x = _Calling(RARE[name]).eval(), torch.randn(16, 16)
     armopt.optimize(model, (x,), target="graviton2", output=tmp_path / "bundle").require()
     with torch.no_grad():
