@@ -297,7 +297,7 @@ class Validation:
                 )
                 said.setdefault(
                     name,
-                    f'less its mean, the cosine {where}; --gate "column[{name}]>={self.min_cosine:g}" asks for more',
+                    f'less its mean, the cosine {where}; --gate "column[{name}]>={self.min_cosine:.15g}" asks for more',
                 )
         alike = "are not finite, in FP32 as in BF16, and left out of the figures"
         return (*said.values(), *(f"{count} values of {name} {alike}" for name, count in left_out.items()))
@@ -307,7 +307,7 @@ class Validation:
         said = [
             f"{verdict.gate.metric} is {_figure(verdict.value)}"
             + (f" ({verdict.where})" if verdict.where else "")
-            + f", the gate is {verdict.gate.relation}{verdict.gate.bound:g}"
+            + f", the gate is {verdict.gate.relation}{verdict.gate.bound:.15g}"
             for verdict in self.verdicts
             if not verdict.passed
         ]

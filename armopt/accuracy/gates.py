@@ -37,7 +37,7 @@ class Gate:
 
     def __str__(self) -> str:
         where = f"[{self.output}]" if self.output else ""
-        return f"{self.metric}{where}{self.relation}{self.bound:g}"
+        return f"{self.metric}{where}{self.relation}{self.bound:.15g}"
 
     def holds(self, value: float) -> bool:
         """Whether a value keeps the bound; NaN keeps none."""
@@ -128,7 +128,7 @@ def parse(text: str) -> Gate:
         raise InputError(
             f"{text!r} bounds {metric.name} on its good side: {better} is better",
             where=_WHERE,
-            hint=f"Write {metric.name}{side}{bound:g}",
+            hint=f"Write {metric.name}{side}{bound:.15g}",
         )
     return Gate(metric.name, match["relation"], bound, match["output"] or "")
 

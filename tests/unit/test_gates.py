@@ -26,6 +26,7 @@ GOOD, BAD = accuracy.compare("a", A, A), accuracy.compare("b", A, -A)
         ("max_abs<=1e-3", Gate("max_abs", "<=", 1e-3)),
         ("cosine[0.logits]>=0.9", Gate("cosine", ">=", 0.9, "0.logits")),
         ("nan<1", Gate("nan", "<", 1.0)),
+        ("cosine>=0.9999999999", Gate("cosine", ">=", 0.9999999999)),
     ],
 )
 def test_reading(text: str, gate: Gate) -> None:
