@@ -210,6 +210,10 @@ def dynamic_shapes(model: torch.nn.Module, args: Args, kwargs: dict[str, Any], a
     return shapes.dynamic_shapes(model, args, kwargs)
 
 
+#: What to do where sizes can't vary freely.
+ONE_EACH = "Give that size as a number and make one bundle for each, or use armopt.compile"
+
+
 def fixed(error: Exception, axes: Axes, source: str) -> CaptureError | None:
     """The error where a model can't serve all sizes of a dimension; None where the export failed of something else."""
     text = str(error)
@@ -227,8 +231,12 @@ def fixed(error: Exception, axes: Axes, source: str) -> CaptureError | None:
             where=source,
             hint="Give one size in batch (--batch), and make one bundle for each",
         )
+    some = [fix for fix in fixes if re.match(rf"({'|'.join(said)}) = .*[*+-]", fix)]
+    if some:  # multiples of a number
+        what = f"the model takes only some sizes of {' and '.join(said)}: {', '.join(some)}"
+        return CaptureError(what, where=source, hint=ONE_EACH)
     what = f"the model fixes {' or '.join(said)}: {next(iter(fixes), first_line(error))}"
-    return CaptureError(what, where=source, hint="Write that size as a number in --input, and make one bundle for each")
+    return CaptureError(what, where=source, hint=ONE_EACH)
 
 
 def _other_range(name: str, fixes: Sequence[str]) -> str:

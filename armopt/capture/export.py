@@ -139,6 +139,7 @@ def exported(
         args, kwargs = program.example_inputs
     kwargs = dict(kwargs or {})
     _check_dense(program, source)
+    _check_free(program, source)
     given = program
     with quiet():
         program = decompositions.without_writes(program)
@@ -320,6 +321,21 @@ def _check_dense(program: ExportedProgram, source: str) -> None:
             )
 
 
+def _check_free(program: ExportedProgram, source: str) -> None:
+    """Refuses sizes of inputs that only some numbers fit, such as ``2*Dim("half")``: a bundle's vary freely.
+
+    Raises:
+        CaptureError: Naming the first.
+    """
+    found = _following(program.graph_module)
+    for node in placeholders(program.graph_module):
+        value = node.meta.get("val")
+        for dimension, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and not size.node.expr.is_Symbol and str(size.node.expr) not in found:
+                what = f"dimension {dimension} of input {node.target} varies as {size}, which not all sizes fit"
+                raise CaptureError(what, where=source, hint=dimensions.ONE_EACH)
+
+
 def _rename(graph_module: fx.GraphModule, names: Sequence[str]) -> None:
     """Gives the inputs other names, but for those that something else in the graph has."""
     taken = {node.name for node in graph_module.graph.nodes}
@@ -412,7 +428,8 @@ def _called(graph_module: fx.GraphModule, named: Sequence[Mapping[int, Dimension
 
 def _following(graph_module: fx.GraphModule) -> set[str]:
     """The sizes of inputs that follow from the symbols of others: 2*s0, where s0 is a size."""
-    shapes = [node.meta["val"].shape for node in placeholders(graph_module)]
+    values = [node.meta.get("val") for node in placeholders(graph_module)]
+    shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
     found = {size.node.expr for shape in shapes for size in shape if not isinstance(size, int)}
     named = {expression for expression in found if expression.is_Symbol}
     return {str(expression) for expression in found - named if expression.free_symbols <= named}
