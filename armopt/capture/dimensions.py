@@ -217,7 +217,7 @@ ONE_EACH = "Give that size as a number and make one bundle for each, or use armo
 def fixed(error: Exception, axes: Axes, source: str) -> CaptureError | None:
     """The error where a model can't serve all sizes of a dimension; None where the export failed of something else."""
     text = str(error)
-    if not axes or ("Constraints violated" not in text and "specialized" not in text):
+    if not axes or not re.search("Constraints violated|specialized", text):
         return None
     names = sorted({each.name for dimensions in axes.values() for each in dimensions.values()})
     fixes = [line.strip() for line in text.partition("Suggested fixes:")[2].splitlines() if line.strip()]
@@ -231,11 +231,10 @@ def fixed(error: Exception, axes: Axes, source: str) -> CaptureError | None:
             where=source,
             hint="Give one size in batch (--batch), and make one bundle for each",
         )
-    some = [fix for fix in fixes if re.match(rf"({'|'.join(said)}) = .*[*+-]", fix)]
-    if some:  # multiples of a number
-        what = f"the model takes only some sizes of {' and '.join(said)}: {', '.join(some)}"
-        return CaptureError(what, where=source, hint=ONE_EACH)
+    some = ", ".join(fix for fix in fixes if re.match(rf"({'|'.join(said)}) = .*[*+-]", fix))
     what = f"the model fixes {' or '.join(said)}: {next(iter(fixes), first_line(error))}"
+    if some:  # multiples of a number
+        what = f"the model takes only some sizes of {' and '.join(said)}: {some}"
     return CaptureError(what, where=source, hint=ONE_EACH)
 
 

@@ -75,7 +75,8 @@ def module(
     """
     kwargs = dict(kwargs or {})
     names, defaults = _parameters(model)
-    if is_half(model):
+    narrow = model if is_half(model) else None
+    if narrow is not None:
         args, kwargs = check_signature(model, args, kwargs, source)
         model = widened(model, args, kwargs, source)
     check_dtypes(model, source)
@@ -86,6 +87,8 @@ def module(
     dynamic = dimensions.dynamic_shapes(model, args, kwargs, axes)
     if any(varying):
         dynamic = _varying_shapes(model, args, kwargs, varying)
+    if narrow is not None and not _runs(model, args, kwargs):
+        model = narrow  # its forward names half precision, so its graph is widened instead
     with eval_mode(model), without_cache(model), matching_eager(model), torch.no_grad():
         result = try_once(model, args, kwargs, source)
         register_dataclasses((args, kwargs, result))
@@ -95,9 +98,12 @@ def module(
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             raise dimensions.fixed(error, axes, source) or refusals.explain(error, source) from error
-    found = exported(
-        program, args, kwargs, source=source, signature=names, defaults=defaults, original=model, axes=axes
-    )
+    with warnings.catch_warnings():
+        if narrow is not None:
+            warnings.filterwarnings("ignore", message=widening.SAID)  # as it was said of the module
+        found = exported(
+            program, args, kwargs, source=source, signature=names, defaults=defaults, original=model, axes=axes
+        )
     layouts.lay_out(found.graph_module, found.outputs, result)
     return found
 
@@ -175,6 +181,15 @@ def exported(
             else Eager.of_module(original, inputs, outputs, source)
         ),
     )
+
+
+def _runs(model: torch.nn.Module, args: Args, kwargs: Kwargs) -> bool:
+    try:
+        with eval_mode(model), without_cache(model), torch.no_grad():
+            try_once(model, args, kwargs, "")
+    except InputError:
+        return False
+    return True
 
 
 def _check_kinds(args: Args, kwargs: Kwargs, result: Any, source: str) -> None:
