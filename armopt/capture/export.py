@@ -444,7 +444,7 @@ def _called(graph_module: fx.GraphModule, named: Sequence[Mapping[int, Dimension
 def _following(graph_module: fx.GraphModule) -> set[str]:
     """The sizes of inputs that follow from the symbols of others: 2*s0, where s0 is a size."""
     values = [node.meta.get("val") for node in placeholders(graph_module)]
-    shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
+    shapes: list[Any] = [value.shape for value in values if isinstance(value, torch.Tensor)]
     found = {size.node.expr for shape in shapes for size in shape if isinstance(size, torch.SymInt)}
     named = {expression for expression in found if expression.is_Symbol}
     return {str(expression) for expression in found - named if expression.free_symbols <= named}
