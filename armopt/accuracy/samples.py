@@ -145,14 +145,14 @@ def _named(given: Named, specs: Sequence[InputSpec], where: str) -> Named:
     if missing:
         raise InputError(
             f"lacks {', '.join(missing)}",
-            where=f"inputs (--inputs) {where}",
+            where=where,
             hint=f"The model takes {', '.join(names)}",
         )
     extra = [name for name in given if name not in names]
     if extra:
         raise InputError(
             f"the model takes no input {extra[0]!r}",
-            where=f"inputs (--inputs) {where}",
+            where=where,
             hint=f"It takes {', '.join(names)}",
         )
     return {name: given[name] for name in names}
@@ -169,7 +169,7 @@ def _check(given: Named, specs: Sequence[InputSpec], where: str) -> None:
         if not tensor.is_cpu:
             raise InputError(
                 f"input {spec.name} is on the device {tensor.device}",
-                where=f"inputs (--inputs) {where}",
+                where=where,
                 hint="Give it on the CPU",
             )
         found, shape = str(tensor.dtype).removeprefix("torch."), "x".join(map(str, tensor.shape)) or "scalar"
@@ -180,7 +180,7 @@ def _check(given: Named, specs: Sequence[InputSpec], where: str) -> None:
         if found != spec.dtype or not fits:
             raise InputError(
                 f"input {spec.name} is {shape} {found}, the model takes {expected} {spec.dtype}",
-                where=f"inputs (--inputs) {where}",
+                where=where,
                 hint="Give it as the model takes it",
             )
 
