@@ -210,11 +210,23 @@ def _captured(
             where="model",
             hint="Pass an nn.Module, an exported program or the path of a file; wrap a function in a module",
         )
+    _refuse_compiled(model)
     if args is None:
         raise InputError("the model needs example inputs", where=type(model).__name__, hint="Pass example_inputs=(x,)")
     if isinstance(model, torch.jit.ScriptModule):
         return torchscript.capture_script(model, args, kwargs, batch=batch, axes=axes)
     return capture.module(model, args, kwargs, batch=batch, axes=axes, source=type(model).__name__)
+
+
+def _refuse_compiled(model: torch.nn.Module) -> None:
+    """Refuses what armopt.compile made.
+
+    Raises:
+        InputError: It did.
+    """
+    if type(vars(model).get("forward")).__module__.startswith("armopt."):
+        what, hint = "the model comes from armopt.compile", "Give the one that it was made from"
+        raise InputError(what, where=type(model).__name__, hint=hint)
 
 
 def find_buckets(captured: Captured, at: Mapping[str, Sequence[int]]) -> tuple[Bucket, ...]:
