@@ -22,6 +22,7 @@ _FILLED: Mapping[Any, Any] = {
 _WRITERS = (
     *(_aten.index_put.default, _aten.index_copy.default, _aten.scatter.src, _aten.scatter.value),
     *(_aten.slice_scatter.default, _aten.select_scatter.default),
+    *(_aten.fill.Scalar, _aten.fill.Tensor, _aten.zero.default),
 )
 #: Show a part of what they get, which is then written to.
 _VIEWS = (_aten.slice.Tensor, _aten.select.int, _aten.narrow.default, _aten.view.default, _aten.permute.default)
@@ -29,8 +30,8 @@ _VIEWS = (_aten.slice.Tensor, _aten.select.int, _aten.narrow.default, _aten.view
 
 @dataclass(frozen=True)
 class FillEmpty:
-    """index_put(empty_like(x), …) -> index_put(zeros_like(x), …), likewise empty, new_empty, index_copy, scatter, and
-    copies to parts of it.
+    """index_put(empty_like(x), …) -> index_put(zeros_like(x), …), likewise empty, new_empty, index_copy, scatter, fill,
+    and copies to parts of it.
 
     A bundle calls nothing that gives whatever memory holds: where all of it is written over, zeros serve as well.
     Refuses memory that something else reads.

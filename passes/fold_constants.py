@@ -24,7 +24,8 @@ class FoldConstants:
     """f(constants) -> constant, also one of several results.
 
     Of new_zeros(x) and the like nothing but the shape counts. Refuses a result larger than its inputs and `max_growth`
-    bytes, random or mutable operations, and buffers that the model writes to.
+    bytes, random or mutable operations, buffers that the model writes to, and views whose strides are seen: a constant
+    is contiguous once it is stored.
     """
 
     max_growth: int = 1 << 20
@@ -35,7 +36,11 @@ class FoldConstants:
         rewritten, skipped = [], []
         for node in list(graph_module.graph.nodes):
             source = _source(node)
-            if not _foldable(node) or any(str(n.target) in written for n in source.all_input_nodes):
+            if (
+                not _foldable(node)
+                or _shows_strides(node)
+                or any(str(n.target) in written for n in source.all_input_nodes)
+            ):
                 continue
             like = node.args[0] if node.target in _NEW else None
             inputs = [g.find_constant(graph_module, n) for n in source.all_input_nodes if n is not like]
@@ -68,6 +73,14 @@ def _evaluated(graph_module: fx.GraphModule, node: fx.Node, like: object) -> Any
         value: Any = target(*args, **kwargs)
     # the bits of what is conjugated or negated later are no values: they would not be stored
     return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.resolve_conj().resolve_neg(), value)
+
+
+def _shows_strides(node: fx.Node) -> bool:
+    """Whether it is a view that is not contiguous, and somebody reads its strides; passes know other operations."""
+    value = node.meta.get("val")
+    if not strides.is_view(node) or value is None or strides.is_dense(value, range(value.dim())):
+        return False
+    return any(user.op == "output" or user.target in strides.READ_STRIDES for user in strides.through_views(node))
 
 
 def _arranges(node: fx.Node) -> bool:

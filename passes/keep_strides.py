@@ -41,7 +41,8 @@ _COPIES = _overloads("clone pad constant_pad_nd _to_copy to lift_fresh_copy drop
 class KeepStrides:
     """output(y) -> output(contiguous(y)), and the same in front of all that reads strides, such as as_strided.
 
-    A packed convolution gives channels_last where PyTorch gives contiguous, and a pass may leave out a copy. What
+    A packed convolution gives channels_last where PyTorch gives contiguous, a pass may leave out a copy, and a constant
+    is contiguous once it is stored. What
     contiguous stands for is the layout that `y` has in the model: channels_last or permuted where it is. It copies
     nothing where `y` has it already, and is left out where nothing in front of it can change it. Views are made again
     from the memory that they look into, so what else reads that stays as it was. Refuses memory with gaps.
@@ -103,10 +104,20 @@ class _Keeper:
 def _uncertain(graph: fx.Graph) -> set[fx.Node]:
     """The values that may lie otherwise when the lowered graph runs."""
     found: set[fx.Node] = set()
+    constant: set[fx.Node] = set()
     for node in graph.nodes:
+        if node.op == "get_attr" or (node.all_input_nodes and constant.issuperset(node.all_input_nodes)):
+            constant.add(node)
+        if node in constant and not _is_contiguous(node):
+            found.add(node)
         if node.op == "call_function" and _is_uncertain(node, found):
             found.add(node)
     return found
+
+
+def _is_contiguous(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or strides.is_dense(value, range(value.dim()))
 
 
 def _is_uncertain(node: fx.Node, uncertain: set[fx.Node]) -> bool:

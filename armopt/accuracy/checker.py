@@ -68,7 +68,7 @@ class Checker:
         """Runs a candidate on the samples of a bucket.
 
         Raises:
-            InputError: The original gives NaN, or other outputs than the candidate.
+            InputError: The original gives NaN alone, or other outputs than the candidate.
         """
         worst: dict[str, Accuracy] = {}
         task: Task | None = None
@@ -131,7 +131,7 @@ class Checker:
         kept = []
         for number, inputs in enumerate(samples):
             reference = self.reference(inputs)
-            self._check_nan(reference)
+            self._check_comparable(reference)
             anchor = self._anchor_of(inputs) if number < ANCHORED else None
             if self.fidelity is not None and self.difference is None and number < ANCHORED:
                 self.difference = self.fidelity.check(inputs, reference, anchor)
@@ -154,15 +154,14 @@ class Checker:
             self.no_anchor = first_line(error)
             return None
 
-    def _check_nan(self, outputs: Outputs) -> None:
-        for name, y in outputs.items():
-            count = int(y.isnan().sum())
-            if count:
-                raise InputError(
-                    f"gives NaN in FP32 on these inputs: {count} of {y.numel()} values of {name}",
-                    where=self.source,
-                    hint="Nothing can be compared with that. Give real inputs with --inputs, or mend the model",
-                )
+    def _check_comparable(self, outputs: Outputs) -> None:
+        values = [y for y in outputs.values() if y.numel()]
+        if values and all(bool(y.isnan().all()) for y in values):
+            raise InputError(
+                f"gives nothing but NaN in FP32 on these inputs: {', '.join(outputs)}",
+                where=self.source,
+                hint="Nothing can be compared with that. Give real inputs (--inputs), or mend the model",
+            )
 
 
 def worse(a: Accuracy, b: Accuracy) -> Accuracy:
@@ -181,6 +180,7 @@ def worse(a: Accuracy, b: Accuracy) -> Accuracy:
         finite=a.finite and b.finite,
         nan=a.nan + b.nan,
         inf=a.inf + b.inf,
+        left_out=a.left_out + b.left_out,
         rmse_ratio=max(ratios, default=None),
         column=column.column,
         column_at=column.column_at,
@@ -283,6 +283,7 @@ class Validation:
     def remarks(self) -> tuple[str, ...]:
         """What the gates do not see, in sentences: errors under a large common value, integers that differ."""
         said: dict[str, str] = {}
+        left_out = {entry.output: entry.left_out for entry in self.entries if entry.left_out}
         for entry in sorted(self.entries, key=lambda entry: entry.similarity):
             name, column = entry.output, entry.column
             if entry.sizes:
@@ -296,16 +297,17 @@ class Validation:
                 )
                 said.setdefault(
                     name,
-                    f'less its mean, the cosine {where}; --gate "column[{name}]>={self.min_cosine:g}" asks for more',
+                    f'less its mean, the cosine {where}; --gate "column[{name}]>={self.min_cosine:.15g}" asks for more',
                 )
-        return tuple(said.values())
+        alike = "are not finite, in FP32 as in BF16, and left out of the figures"
+        return (*said.values(), *(f"{count} values of {name} {alike}" for name, count in left_out.items()))
 
     def failures(self) -> str:
         """What failed, in one sentence; empty where nothing did."""
         said = [
             f"{verdict.gate.metric} is {_figure(verdict.value)}"
             + (f" ({verdict.where})" if verdict.where else "")
-            + f", the gate is {verdict.gate.relation}{verdict.gate.bound:g}"
+            + f", the gate is {verdict.gate.relation}{verdict.gate.bound:.15g}"
             for verdict in self.verdicts
             if not verdict.passed
         ]

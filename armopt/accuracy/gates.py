@@ -12,6 +12,8 @@ from armopt.accuracy.metrics import METRICS, MIN_COSINE, Accuracy, Metric
 from armopt.accuracy.tasks import TASKS
 from armopt.errors import InputError, unknown
 
+#: What a bound was given as: an argument, or an option of the command line.
+_WHERE = "gates (--gate)"
 _PATTERN = re.compile(
     r"\s*(?P<metric>\w+)\s*(\[(?P<output>[^\]]+)\])?\s*(?P<relation>>=|<=|>|<)\s*(?P<bound>[^\s=<>]+)\s*"
 )
@@ -35,7 +37,7 @@ class Gate:
 
     def __str__(self) -> str:
         where = f"[{self.output}]" if self.output else ""
-        return f"{self.metric}{where}{self.relation}{self.bound:g}"
+        return f"{self.metric}{where}{self.relation}{self.bound:.15g}"
 
     def holds(self, value: float) -> bool:
         """Whether a value keeps the bound; NaN keeps none."""
@@ -109,24 +111,24 @@ def parse(text: str) -> Gate:
     """
     match = _PATTERN.fullmatch(text)
     if match is None:
-        raise InputError(f"can't read {text!r}", where="--gate", hint='Write METRIC>=NUMBER, e.g. "top1>=0.995"')
+        raise InputError(f"can't read {text!r}", where=_WHERE, hint='Write METRIC>=NUMBER, e.g. "top1>=0.995"')
     known = metrics()
     if match["metric"] not in known:
-        raise unknown("metric", match["metric"], known, where="--gate")
+        raise unknown("metric", match["metric"], known, where=_WHERE)
     try:
         bound = float(match["bound"])
     except ValueError:
         bound = math.nan
     if not math.isfinite(bound):
-        raise InputError(f"{match['bound']!r} in {text!r} is no number", where="--gate")
+        raise InputError(f"{match['bound']!r} in {text!r} is no number", where=_WHERE)
     metric = known[match["metric"]]
     if metric.higher != match["relation"].startswith(">"):
         side = ">=" if metric.higher else "<="
         better = "more" if metric.higher else "less"
         raise InputError(
             f"{text!r} bounds {metric.name} on its good side: {better} is better",
-            where="--gate",
-            hint=f"Write {metric.name}{side}{bound:g}",
+            where=_WHERE,
+            hint=f"Write {metric.name}{side}{bound:.15g}",
         )
     return Gate(metric.name, match["relation"], bound, match["output"] or "")
 
@@ -159,7 +161,7 @@ def _verdict(gate: Gate, figures: Mapping[str, Figures], task: str) -> Verdict:
     if not found:
         if gate.metric == "cosine" and not gate.output:
             return Verdict(gate, math.nan, "no output of floating point numbers", True)
-        raise InputError(_unmeasured(gate, task), where="--gate", hint=_hint(gate, figures, task))
+        raise InputError(_unmeasured(gate, task), where=_WHERE, hint=_hint(gate, figures, task))
     short, _, value, bucket, output = max(found, key=lambda entry: entry[:2])
     where = ", ".join(part for part in (bucket if len(figures) > 1 else "", output) if part)
     return Verdict(gate, value, where, short == 0.0)
@@ -189,5 +191,5 @@ def _hint(gate: Gate, figures: Mapping[str, Figures], task: str) -> str:
         names = dict.fromkeys(entry.output for each in figures.values() for entry in each.outputs)
         return f"Outputs are {', '.join(names)}"
     if task in _owners(gate):
-        return "Give more with --inputs (optimize: --check-inputs)"
-    return f"{gate.metric} belongs to --task {' or '.join(_owners(gate))}"
+        return "Give more inputs (--inputs; to optimize, Checks(inputs=…) or --check-inputs)"
+    return f"{gate.metric} belongs to the task {' or '.join(_owners(gate))}"

@@ -62,6 +62,7 @@ class Accuracy:
         mean_rel: Mean absolute error over the mean absolute reference value.
         nan: Values that are NaN and are not in FP32.
         inf: Values that are infinite and are not so in FP32.
+        left_out: Values that are NaN or infinite alike on both sides, and in no other figure.
         rmse_ratio: Root mean square error against FP64 over FP32's own; None without an anchor, or where FP32 is exact.
         column: The least of any column's or channel's cosine similarity once its own mean is taken away, which a large
             common value hides from `cosine`; None where nothing varies.
@@ -80,6 +81,7 @@ class Accuracy:
     mean_rel: float = 0.0
     nan: int = 0
     inf: int = 0
+    left_out: int = 0
     rmse_ratio: float | None = None
     column: float | None = None
     column_at: str = ""
@@ -143,6 +145,7 @@ def compare(output: str, reference: torch.Tensor, found: torch.Tensor, anchor: t
         finite=bool(alike.all()),
         nan=int((b.isnan() & ~a.isnan()).sum()),
         inf=int((b.isinf() & (a != b)).sum()),
+        left_out=int((alike & ~both).sum()),
         rmse_ratio=against_exact / own if own else None,
     )
     if is_discrete(reference):

@@ -93,7 +93,7 @@ def _of_folder(folder: Path, specs: Sequence[InputSpec], model: str) -> Samples:
         return Samples(f"{folder} ({len(tensors)} files)", True, tuple(_file_loader(file, specs) for file in tensors))
     kinds = ", ".join(sorted({*SAMPLE_FILES, *images.SUFFIXES}))
     what = "holds images and tensors both" if pictures else "holds no images and no tensors"
-    raise InputError(what, where=str(folder), hint=f"Give --inputs a folder of one kind of {kinds}")
+    raise InputError(what, where=str(folder), hint=f"Give a folder of one kind of {kinds}")
 
 
 def _file_loader(file: Path, specs: Sequence[InputSpec]) -> Callable[[], Named]:
@@ -144,12 +144,16 @@ def _named(given: Named, specs: Sequence[InputSpec], where: str) -> Named:
     missing = [name for name in names if name not in given]
     if missing:
         raise InputError(
-            f"lacks {', '.join(missing)}", where=f"--inputs {where}", hint=f"The model takes {', '.join(names)}"
+            f"lacks {', '.join(missing)}",
+            where=where,
+            hint=f"The model takes {', '.join(names)}",
         )
     extra = [name for name in given if name not in names]
     if extra:
         raise InputError(
-            f"the model takes no input {extra[0]!r}", where=f"--inputs {where}", hint=f"It takes {', '.join(names)}"
+            f"the model takes no input {extra[0]!r}",
+            where=where,
+            hint=f"It takes {', '.join(names)}",
         )
     return {name: given[name] for name in names}
 
@@ -165,7 +169,7 @@ def _check(given: Named, specs: Sequence[InputSpec], where: str) -> None:
         if not tensor.is_cpu:
             raise InputError(
                 f"input {spec.name} is on the device {tensor.device}",
-                where=f"--inputs {where}",
+                where=where,
                 hint="Give it on the CPU",
             )
         found, shape = str(tensor.dtype).removeprefix("torch."), "x".join(map(str, tensor.shape)) or "scalar"
@@ -176,7 +180,7 @@ def _check(given: Named, specs: Sequence[InputSpec], where: str) -> None:
         if found != spec.dtype or not fits:
             raise InputError(
                 f"input {spec.name} is {shape} {found}, the model takes {expected} {spec.dtype}",
-                where=f"--inputs {where}",
+                where=where,
                 hint="Give it as the model takes it",
             )
 

@@ -76,7 +76,7 @@ def validate(
 
     Raises:
         InputError: The original doesn't fit the bundle, the inputs don't fit the model, a gate or task is unknown, or
-            the original gives NaN.
+            the original gives NaN alone.
     """
     from armopt.bundle import reader
     from armopt.runtime import load
@@ -185,9 +185,11 @@ def _check_options(inputs: Given | None, task: str) -> None:
         InputError: Naming the option.
     """
     if inputs is not None:
-        raise InputError('its parts take no inputs of the model (kind "module")', where="--inputs", hint="Leave it out")
+        raise InputError(
+            'its parts take no inputs of the model (kind "module")', where="inputs (--inputs)", hint="Leave it out"
+        )
     if task not in ("", tasks.NONE):
-        raise InputError('its parts have no task (kind "module")', where=f"--task {task}", hint="Leave it out")
+        raise InputError('its parts have no task (kind "module")', where=f"task (--task) {task}", hint="Leave it out")
 
 
 def _found(part: Part, running: Model, order: Sequence[str]) -> Run:

@@ -71,9 +71,14 @@ def check(program: Program, signature: Signature, sizes: Bucket, most: int, wher
 
 
 def _may_depend_on_data(target: Any) -> bool:
-    """Whether an operation's result may have sizes that depend on data: composites have no tag that says so."""
+    """Whether an operation's result may have sizes that depend on data.
+
+    Composites have no tag that says so, and torchvision's operations (nms) have none at all.
+    """
     if not isinstance(target, torch._ops.OpOverload):
         return False
+    if target.namespace == "torchvision":
+        return True
     with contextlib.suppress(
         RuntimeError
     ):  # some overloads are TorchScript's alone, and the dispatcher has none of them

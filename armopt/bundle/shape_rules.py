@@ -256,6 +256,13 @@ def _view_copy(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return torch.empty(x.reshape(size).shape, dtype=x.dtype, device=META)
 
 
+def _fake_quantize(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """For which torch has no rule."""
+    if not x.is_floating_point():
+        raise UnfitError(f"rounds {shown(x)}")
+    return _like(x, x.dtype), _like(x, torch.bool)
+
+
 #: Rules by operation; their arguments are those of the operation.
 RULES: Mapping[Any, Callable[..., Any]] = {
     SPLIT_ROWS: _split_rows,
@@ -284,4 +291,7 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.index.Tensor: _index,
     torch.ops.aten.embedding.default: _embedding,
     torch.ops.aten.max_pool2d_with_indices.default: _max_pool2d,
+    torch.ops.aten.fake_quantize_per_tensor_affine_cachemask.default: _fake_quantize,
+    torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default: _fake_quantize,
+    torch.ops.aten.fake_quantize_per_channel_affine_cachemask.default: _fake_quantize,
 }

@@ -31,11 +31,9 @@ def check_place(path: Path, *, force: bool = False) -> None:
     check_parent(path)
     if path.exists():
         if not force:
-            raise InputError("is there already", where=str(path), hint="Choose another place with -o, or pass --force")
+            raise InputError("is there already", where=str(path), hint="Choose another place, or force it (--force)")
         if not looks_like_bundle(path):
-            raise InputError(
-                "is there already and is not a bundle", where=str(path), hint="Choose another place with -o"
-            )
+            raise InputError("is there already and is not a bundle", where=str(path), hint="Choose another place")
 
 
 def write(
@@ -108,12 +106,12 @@ def write(
 
 
 def _stored(part: Part, names: Mapping[str, str]) -> graph_file.StoredPart:
+    programs = tuple(codec.encode(program, part.prefix, names) for program in part.programs)
     for program in part.programs:
         try:
             dry_run.check(program, part.signature, program.bucket, sys.maxsize, part.path)
         except BundleError as error:
             raise CaptureError(f"the graph can't be held in a bundle: {error.what}", where=error.where) from error
-    programs = tuple(codec.encode(program, part.prefix, names) for program in part.programs)
     return graph_file.StoredPart(part.path, part.signature, programs)
 
 

@@ -134,7 +134,7 @@ def try_once(model: torch.nn.Module, args: Args, kwargs: Kwargs, source: str) ->
         raise InputError(
             f"the model fails on the example inputs: {_said(model, error)}{f', at {line}' if line else ''}",
             where=source,
-            hint="Check the names, shapes and dtypes given with --input",
+            hint="Check the names, shapes and dtypes of example_inputs (--input)",
         ) from error
 
 

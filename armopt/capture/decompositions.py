@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram, exported_program
@@ -33,9 +34,44 @@ Operations = frozenset[torch._ops.OpOverload]
 def without_writes(program: ExportedProgram) -> ExportedProgram:
     """The program without operations that write or alias, where torch can tell; what else is composite stays whole."""
     kept = reached(program)
+    # of what a program does not reach torch would take another implementation for a custom operation's
+    own = {
+        target: other for target, other in _OWN.items() if program.graph.find_nodes(op="call_function", target=target)
+    }
     with torch.no_grad(), contextlib.nullcontext() if kept is None else showing(kept):
-        decomposed: ExportedProgram = program.run_decompositions({})
+        decomposed: ExportedProgram = program.run_decompositions(own)
     return decomposed
+
+
+def _istft(x: torch.Tensor, n_fft: int, *args: Any, **kwargs: Any) -> Any:
+    """What it is made of, without its check of the window's values, which no graph without data passes."""
+    arguments = _aten.istft.default._schema.arguments
+    given = {argument.name: argument.default_value for argument in arguments[2:]}
+    given |= dict(zip(given, args, strict=False)) | kwargs
+    if given["return_complex"] or given["onesided"] is False:
+        return NotImplemented
+    hop, width, length = given["hop_length"] or n_fft // 4, given["win_length"] or n_fft, given["length"]
+    window = x.real.new_ones(width) if given["window"] is None else given["window"]
+    left = (n_fft - width) // 2
+    window = torch.nn.functional.pad(window, (left, n_fft - width - left))
+    frames = torch.fft.irfft(x, n_fft, dim=-2, norm="ortho" if given["normalized"] else "backward") * window.unsqueeze(
+        -1
+    )
+    count, cut = x.shape[-1], n_fft // 2 if given["center"] else 0
+    whole = n_fft + hop * (count - 1)
+    end = whole - cut if length is None else cut + length
+
+    def overlapped(pieces: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.fold(pieces, (1, whole), (1, n_fft), stride=(1, hop))[:, 0, 0, cut:end]
+
+    batched = frames if x.dim() == 3 else frames.unsqueeze(0)
+    y = overlapped(batched) / overlapped(window.square().expand(1, count, n_fft).transpose(1, 2))
+    if length is not None:
+        y = torch.nn.functional.pad(y, (0, max(0, length - y.shape[1])))
+    return y if x.dim() == 3 else y.squeeze(0)
+
+
+_OWN = {_aten.istft.default: _istft}
 
 
 def reached(program: ExportedProgram) -> Operations | None:

@@ -210,10 +210,14 @@ def dynamic_shapes(model: torch.nn.Module, args: Args, kwargs: dict[str, Any], a
     return shapes.dynamic_shapes(model, args, kwargs)
 
 
+#: What to do where sizes can't vary freely.
+ONE_EACH = "Give that size as a number and make one bundle for each, or use armopt.compile"
+
+
 def fixed(error: Exception, axes: Axes, source: str) -> CaptureError | None:
     """The error where a model can't serve all sizes of a dimension; None where the export failed of something else."""
     text = str(error)
-    if not axes or ("Constraints violated" not in text and "specialized" not in text):
+    if not axes or not re.search("Constraints violated|specialized", text):
         return None
     names = sorted({each.name for dimensions in axes.values() for each in dimensions.values()})
     fixes = [line.strip() for line in text.partition("Suggested fixes:")[2].splitlines() if line.strip()]
@@ -225,10 +229,13 @@ def fixed(error: Exception, axes: Axes, source: str) -> CaptureError | None:
         return CaptureError(
             "the model fixes its batch size, so it can't serve several",
             where=source,
-            hint="Give one size with --batch, and make one bundle for each",
+            hint="Give one size in batch (--batch), and make one bundle for each",
         )
+    some = ", ".join(fix for fix in fixes if re.match(rf"({'|'.join(said)}) = .*[*+-]", fix))
     what = f"the model fixes {' or '.join(said)}: {next(iter(fixes), first_line(error))}"
-    return CaptureError(what, where=source, hint="Write that size as a number in --input, and make one bundle for each")
+    if some:  # multiples of a number
+        what = f"the model takes only some sizes of {' and '.join(said)}: {some}"
+    return CaptureError(what, where=source, hint=ONE_EACH)
 
 
 def _other_range(name: str, fixes: Sequence[str]) -> str:

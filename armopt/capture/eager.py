@@ -122,7 +122,7 @@ class Eager:
             raise InputError(
                 f"the model fails on these inputs: {type(error).__name__}: {first_line(error)}",
                 where=self.source,
-                hint="Is the bundle made from this model? Give inputs that it takes with --inputs",
+                hint="Is the bundle made from this model? Give inputs (--inputs) that it takes",
             ) from error
 
     @contextlib.contextmanager

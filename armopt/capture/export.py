@@ -41,6 +41,7 @@ from armopt.ir import nesting
 from armopt.ir.pieces import BATCH
 from armopt.ir.records import Captured, Dim, InputSpec, Symbol
 from armopt.models.huggingface import without_cache
+from armopt.models.padded_encoder import matching_eager
 
 
 def module(
@@ -74,7 +75,8 @@ def module(
     """
     kwargs = dict(kwargs or {})
     names, defaults = _parameters(model)
-    if is_half(model):
+    narrow = model if is_half(model) else None
+    if narrow is not None:
         args, kwargs = check_signature(model, args, kwargs, source)
         model = widened(model, args, kwargs, source)
     check_dtypes(model, source)
@@ -85,17 +87,23 @@ def module(
     dynamic = dimensions.dynamic_shapes(model, args, kwargs, axes)
     if any(varying):
         dynamic = _varying_shapes(model, args, kwargs, varying)
-    with eval_mode(model), without_cache(model), torch.no_grad():
+    if narrow is not None and not _runs(model, args, kwargs):
+        model = narrow  # its forward names half precision, so its graph is widened instead
+    with eval_mode(model), without_cache(model), matching_eager(model), torch.no_grad():
         result = try_once(model, args, kwargs, source)
         register_dataclasses((args, kwargs, result))
+        _check_kinds(args, kwargs, result, source)
         try:
             with quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             raise dimensions.fixed(error, axes, source) or refusals.explain(error, source) from error
-    found = exported(
-        program, args, kwargs, source=source, signature=names, defaults=defaults, original=model, axes=axes
-    )
+    with warnings.catch_warnings():
+        if narrow is not None:
+            warnings.filterwarnings("ignore", message=widening.SAID)  # as it was said of the module
+        found = exported(
+            program, args, kwargs, source=source, signature=names, defaults=defaults, original=model, axes=axes
+        )
     layouts.lay_out(found.graph_module, found.outputs, result)
     return found
 
@@ -130,11 +138,14 @@ def exported(
     if args is None:
         if program.example_inputs is None:
             raise InputError(
-                "the exported program has no example inputs", where=source, hint="Give them with --input or --inputs"
+                "the exported program has no example inputs",
+                where=source,
+                hint="Give example_inputs (--input or --inputs)",
             )
         args, kwargs = program.example_inputs
     kwargs = dict(kwargs or {})
     _check_dense(program, source)
+    _check_free(program, source)
     given = program
     with quiet():
         program = decompositions.without_writes(program)
@@ -170,6 +181,28 @@ def exported(
             else Eager.of_module(original, inputs, outputs, source)
         ),
     )
+
+
+def _runs(model: torch.nn.Module, args: Args, kwargs: Kwargs) -> bool:
+    try:
+        with eval_mode(model), without_cache(model), torch.no_grad():
+            try_once(model, args, kwargs, "")
+    except InputError:
+        return False
+    return True
+
+
+def _check_kinds(args: Args, kwargs: Kwargs, result: Any, source: str) -> None:
+    """Refuses objects that a bundle can't describe, of which torch.export says little.
+
+    Raises:
+        CaptureError: Naming the place and the class.
+    """
+    try:
+        describe_inputs(args, kwargs)
+        nesting.describe(result, is_tensor, "output")
+    except InputError as error:
+        raise CaptureError(error.what, where=f"{source}: {error.where}", hint=error.hint) from None
 
 
 def _renamed(size: Dim, called: Mapping[str, str]) -> Dim:
@@ -285,7 +318,7 @@ def _check_tensors(graph_module: fx.GraphModule, tensors: Sequence[torch.Tensor]
             raise InputError(
                 f"input {node.target} is {found}, the model takes {wanted}",
                 where=source,
-                hint="Give it with --input or --inputs as the model takes it",
+                hint="Give it in example_inputs (--input or --inputs) as the model takes it",
             )
 
 
@@ -301,6 +334,21 @@ def _check_dense(program: ExportedProgram, source: str) -> None:
                 where=source,
                 hint="Let the model take and give dense ones, with .to_dense()",
             )
+
+
+def _check_free(program: ExportedProgram, source: str) -> None:
+    """Refuses sizes of inputs that only some numbers fit, such as ``2*Dim("half")``: a bundle's vary freely.
+
+    Raises:
+        CaptureError: Naming the first.
+    """
+    found = _following(program.graph_module)
+    for node in placeholders(program.graph_module):
+        value = node.meta.get("val")
+        for dimension, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and not size.node.expr.is_Symbol and str(size.node.expr) not in found:
+                what = f"dimension {dimension} of input {node.target} varies as {size}, which not all sizes fit"
+                raise CaptureError(what, where=source, hint=dimensions.ONE_EACH)
 
 
 def _rename(graph_module: fx.GraphModule, names: Sequence[str]) -> None:
@@ -395,8 +443,9 @@ def _called(graph_module: fx.GraphModule, named: Sequence[Mapping[int, Dimension
 
 def _following(graph_module: fx.GraphModule) -> set[str]:
     """The sizes of inputs that follow from the symbols of others: 2*s0, where s0 is a size."""
-    shapes = [node.meta["val"].shape for node in placeholders(graph_module)]
-    found = {size.node.expr for shape in shapes for size in shape if not isinstance(size, int)}
+    values = [node.meta.get("val") for node in placeholders(graph_module)]
+    shapes: list[Any] = [value.shape for value in values if isinstance(value, torch.Tensor)]
+    found = {size.node.expr for shape in shapes for size in shape if isinstance(size, torch.SymInt)}
     named = {expression for expression in found if expression.is_Symbol}
     return {str(expression) for expression in found - named if expression.free_symbols <= named}
 

@@ -50,7 +50,7 @@ _CASES = (
         said="_pack_padded_sequence|PackedSequence",
     ),
     _Case(
-        "it takes or gives an object that torch can't look into, such as a cache",
+        "it takes or gives an object of a class that torch can't look into",
         "caches-and-other-objects",
         said="pytree-flattenable|is not a known type|[Uu]nsupported (?:input|output) type",
         names=r"<class '([\w.]+)'>",

@@ -50,7 +50,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     """
     import torch
 
-    where, hint = str(path), f"Give --inputs a {SAMPLE_FILES.help()} file with one tensor for each input"
+    where, hint = str(path), f"Give a {SAMPLE_FILES.help()} file with one tensor for each input"
     check_file(path, hint)
     if path.suffix not in SAMPLE_FILES:
         raise InputError(f"unknown kind of file {path.suffix!r}", where=where, hint=hint)

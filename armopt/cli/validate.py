@@ -61,9 +61,9 @@ def _text(found: dict[str, Any]) -> str:
         parts.append(_nodes(found))
     parts.append(gates_table(found))
     parts += [f"Note: {remark}." for remark in found["remarks"]]
-    verdict = "passed" if found["passed"] else "FAILED"
     gate = f", gate {found['min_cosine']}" if found["min_cosine"] is not None else ""
-    parts.append(f"{verdict}: {similarity(found['cosine'], found['gates'][0]['value'])}{gate}")
+    passed = f"passed: {similarity(found['cosine'], found['gates'][0]['value'])}{gate}"
+    parts.append(passed if found["passed"] else f"FAILED: {found['failed']}")
     if "report" in found:
         parts[-1] += f"\nWrote {found['report']}."
     return "\n\n".join(parts)

@@ -210,11 +210,23 @@ def _captured(
             where="model",
             hint="Pass an nn.Module, an exported program or the path of a file; wrap a function in a module",
         )
+    _refuse_compiled(model)
     if args is None:
         raise InputError("the model needs example inputs", where=type(model).__name__, hint="Pass example_inputs=(x,)")
     if isinstance(model, torch.jit.ScriptModule):
         return torchscript.capture_script(model, args, kwargs, batch=batch, axes=axes)
     return capture.module(model, args, kwargs, batch=batch, axes=axes, source=type(model).__name__)
+
+
+def _refuse_compiled(model: torch.nn.Module) -> None:
+    """Refuses what armopt.compile made.
+
+    Raises:
+        InputError: It did.
+    """
+    if type(vars(model).get("forward")).__module__.startswith("armopt."):
+        what, hint = "the model comes from armopt.compile", "Give the one that it was made from"
+        raise InputError(what, where=type(model).__name__, hint=hint)
 
 
 def find_buckets(captured: Captured, at: Mapping[str, Sequence[int]]) -> tuple[Bucket, ...]:
@@ -235,7 +247,7 @@ def find_buckets(captured: Captured, at: Mapping[str, Sequence[int]]) -> tuple[B
         said = f"Those that vary are {', '.join(symbols)}" if symbols else "No dimension varies"
         hint = f"{said}; name others in a shape: --input NAME=1x{unknown[0]}:int64"
         if unknown[0] == BATCH:
-            hint = "Let it vary with --batch 1,8"
+            hint = "Let it vary: batch=(1, 8) (--batch 1,8)"
         raise InputError(f"no dimension is called {unknown[0]!r}", where=captured.source, hint=hint)
     wanted = [
         [(name, size) for size in _checked_sizes(symbol, at.get(name) or (sizes[name],), captured.source)]

@@ -28,7 +28,9 @@ def check_shapes(captured: Captured) -> None:
     symbol = next((each for each in captured.symbols if each.name == BATCH), None)
     if symbol is None:
         raise InputError(
-            "the model has no dynamic batch", where=_WHERE, hint="Give --batch, or leave the batch of a .pt2 dynamic"
+            "the model has no dynamic batch",
+            where=_WHERE,
+            hint="Give batch (--batch), or leave the batch of a .pt2 dynamic",
         )
     for spec in captured.input_specs:
         for d, size in enumerate(spec.shape):

@@ -218,12 +218,12 @@ def _refuse_what_needs_one_graph(checks: Checks, output: Output) -> None:
         InputError: Naming the option.
     """
     asked = {
-        "--check-inputs": checks.inputs is not None,
-        "--task": checks.task not in ("", tasks.NONE),
-        "--keep-reference": output.keep_reference,
-        "--report": output.report is not None,
-        "--onnx": output.onnx is not None,
-        "--batch-invariant": checks.batch_invariant,
+        "checks.inputs (--check-inputs)": checks.inputs is not None,
+        "checks.task (--task)": checks.task not in ("", tasks.NONE),
+        "output.keep_reference (--keep-reference)": output.keep_reference,
+        "output.report (--report)": output.report is not None,
+        "output.onnx (--onnx)": output.onnx is not None,
+        "checks.batch_invariant (--batch-invariant)": checks.batch_invariant,
     }
     for option, given in asked.items():
         if given:

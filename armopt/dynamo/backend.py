@@ -19,7 +19,7 @@ from armopt import targets
 from armopt.capture.widening import are_half, names_of, narrow_operation
 from armopt.compiler.recipe import Recipe
 from armopt.dynamo import programs
-from armopt.dynamo.fast_path import DECOMPOSITIONS
+from armopt.dynamo.fast_path import DECOMPOSITIONS, leaves_padding
 from armopt.dynamo.graphs import Graph
 from armopt.dynamo.process import PROCESS
 from armopt.errors import ArmoptError, InputError
@@ -113,9 +113,8 @@ class Lowering:
                 return _Boxed(gm.forward)
             return Graph(gm, self.settings, where, _weights(names, example_inputs), half=half)
 
-        if half and not self.title:
-            said = f"its weights are in {names_of(matrices)}, and kernels take them as float32, which changes no value"
-            PROCESS.warn_once(f"{where}: {said}", "Results have the model's own dtypes", said)
+        if not self.title:
+            _say(graph_module, matrices if half else [], where)
         with _undecomposed():
             compiled = aot_module_simplified(
                 graph_module,
@@ -128,6 +127,19 @@ class Lowering:
         disable: Any = torch._dynamo.disable
         running: Callable[..., Any] = disable(compiled, reason="armopt has compiled it")
         return running
+
+
+def _say(graph_module: fx.GraphModule, half: Sequence[torch.Tensor], where: str) -> None:
+    """What may surprise in the results of a graph, whose matrices in half precision are given."""
+    if leaves_padding(graph_module.graph):
+        PROCESS.warn_once(
+            f"{where}: nn.TransformerEncoder gives values in padded rows, as under torch.compile with any backend. "
+            "In eager mode, unless made with enable_nested_tensor=False, it gives zeros there",
+            "armopt.compile gives what eager mode does",
+        )
+    if half:
+        said = f"its weights are in {names_of(half)}, and kernels take them as float32, which changes no value"
+        PROCESS.warn_once(f"{where}: {said}", "Results have the model's own dtypes", said)
 
 
 def _weights(names: Sequence[str], inputs: Sequence[Any]) -> dict[int, str]:

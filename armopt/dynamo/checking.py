@@ -128,7 +128,7 @@ class _Trial:
 
     def reference(self, given: Outputs) -> Outputs:
         """The results of the model as PyTorch runs it."""
-        with runs.true_fp32():
+        with runs.true_fp32(), runs.explained("PyTorch can't run it in FP32"):
             return self._call(self.subject.original, given)
 
     def found(self, given: Outputs) -> Outputs:

@@ -30,7 +30,7 @@ from armopt.dynamo.process import PROCESS
 from armopt.dynamo.programs import Settings
 from armopt.errors import ArmoptError, InputError, first_line
 from armopt.ir.records import Target
-from armopt.models import torchvision_ops
+from armopt.models import padded_encoder, torchvision_ops
 from armopt.plan import pinning
 from armopt.plan.planner import Policy
 
@@ -126,6 +126,7 @@ def compile(
     common = _Common(backend.settings(options), options, release_original, checks)
     torchvision_ops.ensure_torchvision_if_installed()
     made: _Model = _clone(original)
+    padded_encoder.match_eager(made)
     parts: list[tuple[str, torch.nn.Module]] = [("", made), *_parts(made, _DEPTH)]
     for path, part in parts:
         if path and not submodules.has_layers(part):

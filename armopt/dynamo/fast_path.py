@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional
 
 _ATTENTION = torch.ops.aten._native_multi_head_attention.default
@@ -62,6 +62,8 @@ def _attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         attended = attended.mean(dim=1) if of.average_attn_weights else attended
     else:
         y = functional.scaled_dot_product_attention(q, k, v, attn_mask=kept)
+        if kept is not None:  # where nothing takes part that gives zeros, and the operation NaN
+            y = y.masked_fill(kept.any(dim=-1, keepdim=True).logical_not(), float("nan"))
     return functional.linear(y.transpose(1, 2).flatten(-2), of.proj_weight, of.proj_bias), attended
 
 
@@ -92,6 +94,19 @@ def _encoder_layer(*args: Any, **kwargs: Any) -> Tensor:
         return src + feed_forward(second(src))
     src = first(src + attend(src))
     return second(src + feed_forward(src))
+
+
+def leaves_padding(graph: fx.Graph) -> bool:
+    """Whether a graph of Dynamo's computes padded rows into which eager mode writes zeros.
+
+    It does so in an nn.TransformerEncoder that has padding alone to mask, and layers that normalize last.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch._transformer_encoder_layer_fwd):
+        of = _named(_ENCODER_LAYER, node.args, node.kwargs)
+        stack = (node.meta.get("nn_module_stack") or {}).values()
+        if of.mask_type == 1 and not of.norm_first and any(kind is torch.nn.TransformerEncoder for _, kind in stack):
+            return True
+    return False
 
 
 #: Operation -> what it is made of: a table of decompositions.

@@ -26,7 +26,8 @@ special_round special_sinc special_xlog1py special_xlogy special_zeta special_ai
 special_bessel_y1 special_modified_bessel_i0 special_modified_bessel_i1 special_modified_bessel_k0
 special_modified_bessel_k1 special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1
 special_spherical_bessel_j0 igamma igammac special_gammainc special_gammaincc polygamma special_polygamma
-resolve_conj resolve_neg
+resolve_conj resolve_neg _conj _conj_copy _conj_physical _neg_view _neg_view_copy view_as_complex_copy
+view_as_real_copy special_psi special_multigammaln mvlgamma _add_relu
 """
 _REDUCTIONS = """
 all allclose amax amin aminmax any argmax argmin bincount count_nonzero cummax cummin cumprod cumsum diff dist
@@ -59,6 +60,9 @@ upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d up
 upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
 _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler grid_sampler_2d grid_sampler_3d affine_grid_generator
 pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle im2col col2im unfold
+fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask
+_fake_quantize_per_tensor_affine_cachemask_tensor_qparams fake_quantize_per_channel_affine
+fake_quantize_per_channel_affine_cachemask
 """
 _SHAPES = """
 adjoint alias as_strided atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors broadcast_to cartesian_prod cat
@@ -74,7 +78,7 @@ sort split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk sq
 swapaxes swapdims t take take_along_dim tensor_split tile topk transpose tril triu unbind unflatten unique_consecutive
 unique_dim _unique _unique2 unsqueeze vander view _unsafe_view view_as vsplit vstack alias_copy detach_copy
 diagonal_copy expand_copy permute_copy select_copy slice_copy split_copy split_with_sizes_copy squeeze_copy t_copy
-transpose_copy unbind_copy unfold_copy unsqueeze_copy view_copy as_strided_copy
+transpose_copy unbind_copy put _chunk_cat unfold_copy unsqueeze_copy view_copy as_strided_copy
 """
 _CREATION = """
 arange eye fill full full_like linspace logspace new_full new_ones new_zeros ones ones_like scalar_tensor tril_indices
@@ -90,7 +94,7 @@ linalg_lu_factor linalg_lu_factor_ex linalg_lu_solve linalg_qr linalg_householde
 _linalg_slogdet slogdet det logdet linalg_diagonal linalg_matrix_exp matrix_exp linalg_eig linalg_eigh linalg_eigvals
 linalg_eigvalsh _linalg_eigh _linalg_eigvals linalg_svd linalg_svdvals _linalg_svd svd linalg_pinv pinverse qr
 cholesky_inverse linalg_lu lu_unpack lu_solve _lu_with_info linalg_ldl_factor linalg_ldl_factor_ex linalg_ldl_solve
-linalg_vander linalg_cond
+linalg_vander linalg_cond linalg_tensorinv linalg_tensorsolve
 """
 #: Sizes and numbers of tensors, and checks of them.
 _NUMBERS = """

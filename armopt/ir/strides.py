@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _aten = torch.ops.aten
 #: Give other values, or fail, on the same values in another layout.
-_READ_STRIDES = frozenset(
+READ_STRIDES = frozenset(
     {
         *(_aten.as_strided.default, _aten.as_strided_copy.default, _aten.as_strided_scatter.default),
         *(_aten.view_as_complex.default, _aten.view_as_complex_copy.default),
@@ -41,7 +41,7 @@ def reads_strides(node: fx.Node) -> bool:
     """
     if node.op == "output":
         return True
-    if node.op != "call_function" or node.target in _READ_STRIDES:
+    if node.op != "call_function" or node.target in READ_STRIDES:
         return node.op == "call_function"
     target = node.target
     if isinstance(target, torch._ops.HigherOrderOperator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import json
@@ -120,6 +121,15 @@ def without_cache(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for config in on:
             config.use_cache = True
+
+
+def leave_caches_off(model: torch.nn.Module) -> None:
+    """Switches them off for good, in configurations that this model has for itself: others may share them by now."""
+    own: dict[int, Any] = {}
+    for part in model.modules():
+        if "config" in part.__dict__ and next(_configs(part), None) is not None:
+            part.__dict__["config"] = copy.deepcopy(part.__dict__["config"], own)
+    switch_caches_off(model)
 
 
 def switch_caches_off(model: torch.nn.Module) -> list[Any]:

@@ -276,7 +276,7 @@ def _checked(tensor: Any, name: str, shape: Sequence[Dim], dtype: torch.dtype) -
         raise InputError(
             f"expected shape {_shape(shape)}, found {_shape(tensor.shape)}",
             where=f"input {name}",
-            hint="Optimize the model again for this shape, with --batch or --input",
+            hint="Optimize the model again for this shape, with batch (--batch) or example_inputs (--input)",
         )
     return tensor if tensor.dtype == dtype else tensor.long()
 

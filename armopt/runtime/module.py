@@ -77,7 +77,7 @@ def assemble(
             module._parameters = {name: _held_elsewhere(tensor) for name, tensor in module._parameters.items()}
             module._buffers = {name: _held_elsewhere(tensor) for name, tensor in module._buffers.items()}
         part.__dict__["forward"] = graph
-    huggingface.switch_caches_off(model)  # the graphs were captured without
+    huggingface.leave_caches_off(model)  # the graphs were captured without
     return model.requires_grad_(False)
 
 

@@ -166,7 +166,7 @@ def test_one_batch_size_is_static() -> None:
 
 @pytest.mark.parametrize("function", [lambda s, x: s.fc(x.view(8, 4)), lambda s, x: s.fc(x) + torch.ones(8, 4)])
 def test_a_model_that_fixes_its_batch_says_so(function: Callable[..., Any]) -> None:
-    with pytest.raises(CaptureError, match=r"fixes its batch size.*one size with --batch"):
+    with pytest.raises(CaptureError, match=r"fixes its batch size.*one size in batch \(--batch\)"):
         capture.module(Model(function), (X,), batch=(1, 8))
 
 

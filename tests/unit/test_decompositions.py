@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import exported_program
 
+from armopt import capture
 from armopt.capture import decompositions
 
 
@@ -71,3 +73,28 @@ def test_a_torch_without_that_function_is_asked_as_it_stands(monkeypatch: pytest
     monkeypatch.delattr(exported_program, "_collect_all_valid_cia_ops")
     with decompositions.showing(frozenset()):
         assert set(vars(exported_program)) == before - {"_collect_all_valid_cia_ops"}
+
+
+@pytest.mark.parametrize(
+    ("hop", "options"),
+    [
+        (16, {}),
+        (16, {"win_length": 48, "window": torch.hann_window(48) + 0.1, "normalized": True, "length": 420}),
+        (20, {"center": False}),
+        (16, {"window": torch.hann_window(64), "length": 300}),
+    ],
+)
+@pytest.mark.parametrize("shape", [(2, 400), (400,)])
+def test_an_inverse_short_time_transform_needs_no_data(shape: tuple[int, ...], hop: int, options: Any) -> None:
+    class Filtered(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.stft(x, 64, hop, return_complex=True, window=torch.ones(64))
+            return torch.istft(z * 0.5, 64, hop, **options)
+
+    model, x = Filtered().eval(), torch.randn(shape)
+    captured = capture.module(model, (x,))
+    called = {str(node.target) for node in captured.graph_module.graph.nodes}
+    assert "aten.istft.default" not in called
+    (found,), expected = captured.graph_module(x), model(x)
+    assert found.stride() == expected.stride()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # FP32 sums in another order

@@ -194,3 +194,27 @@ def test_what_nobody_named_goes_by_its_number() -> None:
 def test_sizes_of_a_batch_that_is_fixed_are_not_passed_over() -> None:
     with pytest.raises(InputError, match=r"no dimension is called 'batch'.*--batch 1,8"):
         capture_model(nn.Linear(4, 4), (torch.zeros(2, 4),), dims={"batch": Dimension("batch", at=(1, 8))})
+
+
+class Halving(nn.Module):
+    """Takes images of an even height alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ConvTranspose2d(16, 3, 4, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.up(self.down(x))  # type: ignore[no-any-return]
+
+
+def test_sizes_that_have_to_be_multiples_are_said(tmp_path: Path) -> None:
+    model, x = Halving().eval(), torch.randn(1, 3, 32, 48)
+    example = armopt.Example((x,), {0: {2: armopt.Dimension("rows")}})
+    with pytest.raises(CaptureError, match=r"only some sizes of rows: rows = 2\*_rows\. .*armopt\.compile"):
+        armopt.optimize(model, example, output=tmp_path / "b")
+    half = torch.export.Dim("half", min=1)
+    program = torch.export.export(model, (x,), dynamic_shapes=({2: 2 * half},))
+    torch.export.save(program, tmp_path / "halving.pt2")
+    for given in (program, tmp_path / "halving.pt2"):
+        with pytest.raises(CaptureError, match=r"dimension 2 of input x varies as 2\*s\d+, which not all sizes fit"):
+            armopt.optimize(given, output=tmp_path / "b")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +48,75 @@ def test_an_encoder_is_planned_layer_by_layer(options: Any, named: Any, way: str
     torch.testing.assert_close(found[kept], expected[kept], atol=1e-5, rtol=0)  # FP32 sums in another order
 
 
+class Padded(nn.Module):
+    """An encoder among others, given only what keys are padding."""
+
+    def __init__(self, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, norm), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.encoder(x, src_key_padding_mask=mask))  # type: ignore[no-any-return]
+
+
+#: Of the last two PyTorch makes no nested tensor: padding is not at the end of all rows.
+MASKS = [
+    torch.arange(7) >= torch.tensor([[7], [5]]),
+    torch.arange(7) >= torch.tensor([[0], [7]]),
+    torch.arange(7) < torch.tensor([[0], [2]]),
+    torch.tensor([[0, 0, 0, 0, 0, 1, 1], [0, 1, 0, 0, 0, 0, 1]]).bool(),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm(16, bias=True)], ids=["bare", "norm"])
+@pytest.mark.parametrize("way", ["compile", "bundle"])
+def test_padded_rows_are_those_of_eager_mode(norm: nn.Module | None, way: str, tmp_path: Path) -> None:
+    model = Padded(norm).eval()
+    if norm is not None:
+        nn.init.normal_(norm.bias)  # type: ignore[arg-type]
+    before = [dict(part.__dict__) for part in model.modules()]
+    if way == "compile":
+        made: Any = armopt.compile(model, (X, MASKS[0]), target="graviton2")
+    else:
+        result = armopt.optimize(model, (X, MASKS[0]), target="graviton2", output=tmp_path / "bundle")
+        assert result.passed
+        made = armopt.load(tmp_path / "bundle")
+    assert [part.__dict__.keys() for part in model.modules()] == [each.keys() for each in before]
+    for mask in MASKS:
+        with torch.no_grad():
+            torch.testing.assert_close(made(X, mask), model(X, mask), atol=1e-4, rtol=0)  # FP32 sums in another order
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_compiled_encoder_can_be_copied() -> None:
+    model = Padded().eval()
+    made = copy.deepcopy(armopt.compile(model, target="graviton2"))
+    assert made.encoder.forward.original.args[0] is made.encoder  # type: ignore[union-attr]
+    with torch.no_grad():
+        torch.testing.assert_close(made(X, MASKS[0]), model(X, MASKS[0]), atol=1e-4, rtol=0)
+
+
+def test_the_backend_says_that_padded_rows_are_others() -> None:
+    (message,) = said(Padded(), X, MASKS[0])
+    assert "nn.TransformerEncoder gives values in padded rows" in message
+    assert "armopt.compile" in message
+
+
+@pytest.mark.parametrize("mask", [PADDED | True, torch.eye(7).bool()[None].expand(8, 7, 7) | True])
+def test_rows_in_which_nothing_takes_part_are_nan_as_in_the_operation(mask: Tensor) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    named = {"src_key_padding_mask" if mask.dim() == 2 else "src_mask": mask}
+    with torch.no_grad():
+        expected = layer(X, **named)
+        found = torch.compile(layer, backend="armopt", options={"target": "graviton2"})(X, **named)
+    assert expected.isnan().all()
+    assert found.isnan().all()
+
+
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("average", [True, False])
 def test_attention_alone_and_its_weights(need_weights: bool, average: bool) -> None:
@@ -70,14 +141,14 @@ class Pair(nn.Module):
         return torch.bmm(x.reshape(len(X), -1, 16), self.weight)
 
 
-def said(model: nn.Module, x: Tensor, times: int = 2) -> list[str]:
+def said(model: nn.Module, *inputs: Tensor, times: int = 2) -> list[str]:
     """Warnings of armopt's backend over some calls."""
     PROCESS.said.clear()
     run = torch.compile(model.eval(), backend="armopt", options={"target": "graviton3"})
     with warnings.catch_warnings(record=True) as found, torch.no_grad():
         warnings.simplefilter("always")
         for _ in range(times):
-            run(x)
+            run(*inputs)
     return [str(each.message) for each in found if issubclass(each.category, ArmoptWarning)]
 
 

@@ -26,6 +26,7 @@ GOOD, BAD = accuracy.compare("a", A, A), accuracy.compare("b", A, -A)
         ("max_abs<=1e-3", Gate("max_abs", "<=", 1e-3)),
         ("cosine[0.logits]>=0.9", Gate("cosine", ">=", 0.9, "0.logits")),
         ("nan<1", Gate("nan", "<", 1.0)),
+        ("cosine>=0.9999999999", Gate("cosine", ">=", 0.9999999999)),
     ],
 )
 def test_reading(text: str, gate: Gate) -> None:
@@ -78,12 +79,14 @@ def test_one_output_alone() -> None:
 
 
 def test_a_task_that_was_not_measured() -> None:
-    with pytest.raises(InputError, match=r"miou>=0.9 was not measured: the task is none.*--task segmentation"):
+    with pytest.raises(
+        InputError, match=r"miou>=0.9 was not measured: the task is none.*belongs to the task segmentation"
+    ):
         gates.judge([gates.parse("miou>=0.9")], {"static": Figures((GOOD,), {})}, "")
 
 
 def test_a_figure_that_needs_more_inputs() -> None:
-    with pytest.raises(InputError, match=r"ranking>=0.9 can.t be measured on so few inputs\. Give more with --inputs"):
+    with pytest.raises(InputError, match=r"ranking>=0.9 can.t be measured on so few inputs\. Give more inputs"):
         gates.judge([gates.parse("ranking>=0.9")], {"static": Figures((GOOD,), {"embedding_cosine": 1.0})}, "embedding")
 
 

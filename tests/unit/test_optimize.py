@@ -154,3 +154,9 @@ def test_a_model_without_layers_has_no_parts(tmp_path: Path) -> None:
 def test_a_function_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected a model, found a function.*wrap a function in a module"):
         armopt.optimize(lambda x: x, (torch.randn(2, 8),), output=tmp_path / "b")  # type: ignore[arg-type]
+
+
+def test_a_compiled_model_is_refused_by_name(tmp_path: Path) -> None:
+    compiled = armopt.compile(nn.Linear(16, 16).eval(), target="graviton3")
+    with pytest.raises(InputError, match=r"^Linear: the model comes from armopt\.compile\. Give the one"):
+        armopt.optimize(compiled, (torch.ones(2, 16),), output=tmp_path / "b")

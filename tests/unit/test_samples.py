@@ -204,3 +204,11 @@ def test_a_range_beyond_integers_ends_where_they_do() -> None:
     assert inputs.like(spec, {}, torch.Generator()).shape == (4,)
     spec = ExampleSpec("ids", (4,), "int64", Statistics(mean=1e30, std=1.0, min=1e30, max=1e30))
     assert inputs.like(spec, {}, torch.Generator()).shape == (4,)
+
+
+def test_an_error_names_the_file_and_no_option(tmp_path: Path) -> None:
+    """Which of optimize's --check-inputs and validate's --inputs gave it is not known here."""
+    path = tmp_path / "bad.safetensors"
+    _save(path, {"x": TENSORS["x"]})
+    with pytest.raises(InputError, match=rf"^{path}: lacks scale\. The model takes x, scale$"):
+        list(samples.read(path, SPECS, ""))

@@ -29,6 +29,31 @@ class Seen(nn.Module):
         return y, z.as_strided((4, 8), (8, 1), 3).sum(1), pairs.abs()
 
 
+class Constants(nn.Module):
+    """Gives constants, and what lies in memory as they do. Bundles store each contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(8, 16))
+        self.register_buffer("turned", torch.randn(8, 16).t())
+        self.first = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        table: Tensor = self.table.t()  # type: ignore[operator]
+        cube = (self.table * 2).view(4, 4, 8)  # type: ignore[operator]
+        seen = (
+            table,
+            table[1:],
+            table * 2,
+            self.turned,
+            self.turned + 1,
+            cube[:, 1],
+            cube[..., 2],
+            cube.transpose(0, 2),
+        )  # type: ignore[operator]
+        return *seen, x[0, 0] * table, x[0, 0] + self.turned, self.first(x), table.as_strided((2, 3), (3, 1))  # type: ignore[return-value, operator]
+
+
 def _bundle(model: nn.Module, x: Tensor, place: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
     armopt.optimize(model, (x,), output=place, target="host")
     return armopt.load(place)  # type: ignore[return-value]
@@ -113,3 +138,16 @@ def test_the_order_of_dimensions_in_memory(tensor: Tensor, dims: tuple[int, ...]
         for target, more, kwargs in strides.calls(dims):
             same = target(same, *more, **kwargs)
         assert strides.are_equal(same, tensor)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_constants_lie_as_in_the_model(way: str, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Constants().eval(), torch.randn(4, 16)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ArmoptWarning)
+        expected, found = model(x), WAYS[way](model, x, tmp_path / "bundle")(x)
+    for one, other in zip(found, expected, strict=True):
+        assert one.stride() == other.stride()
+        assert torch.allclose(one, other, atol=0.03 * float(other.abs().max()))  # BF16, where the host has it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,31 @@ def test_parts_are_widened_and_it_is_said_once(tmp_path: Path) -> None:
     assert armopt.validate(tmp_path / "b", against=model)["passed"]
     with pytest.raises(InputError, match="no original any more"):
         armopt.validate(tmp_path / "b", against=taken)
+
+
+class Naming(nn.Module):
+    """Names half precision in its forward, so that it can't run with weights in FP32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64).half()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).half()).float()  # type: ignore[no-any-return]
+
+
+def test_a_forward_that_names_half_precision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Naming().eval(), torch.randn(4, 64)
+    with torch.no_grad():
+        expected = model(x)
+    with pytest.warns(armopt.ArmoptWarning, match="in float16: widened") as said:
+        armopt.optimize(model, (x,), output=tmp_path / "bundle", target="graviton3").require()
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", armopt.ArmoptWarning)
+        found = armopt.load(tmp_path / "bundle")(x)
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)  # BF16
+    with pytest.warns(armopt.ArmoptWarning, match="Naming was not compared with FP32: PyTorch can't run it in FP32"):
+        made = armopt.compile(model, (x,), target="graviton3")
+    torch.testing.assert_close(made(x), expected, atol=0.02, rtol=0)

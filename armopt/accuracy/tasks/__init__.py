@@ -35,10 +35,12 @@ def task_for(name: str, inputs: Outputs, outputs: Outputs) -> tuple[type[Task] |
     if not name:
         found = find(inputs, outputs)
         return (None, "no output looks like a known task's") if found is None else (found, "found from the outputs")
-    task = TASKS.find(name, where="--task", also=(NONE,))
+    task = TASKS.find(name, where="task (--task)", also=(NONE,))
     if not task.fits(inputs, outputs, asked=True):
         shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in outputs.items())
-        raise InputError(f"the outputs don't fit {name}: {shapes}", where="--task", hint=f"It needs {task.needs}")
+        raise InputError(
+            f"the outputs don't fit {name}: {shapes}", where="task (--task)", hint=f"It needs {task.needs}"
+        )
     return task, "as asked"
 
 

@@ -19,8 +19,8 @@ Path = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f\"'\\]{1,1000}\Z")]
 Text = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f\"'\\]{0,1000}\Z")]
 #: Of a check of sizes: torch says there which expression on which 'node' fails.
 Message = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f\\]{0,20000}\Z")]
-#: A symbol; torch counts up to its number.
-Symbol = Annotated[str, Meta(pattern=r"\A[A-Za-z_]+\d{0,6}\Z")]
+#: A symbol, or what follows from one (``2*s77``), to be looked up as it stands.
+Size = Annotated[str, Meta(pattern=r"\A[\w*+/() -]{1,200}\Z")]
 Int = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Float = float | Literal["Infinity", "-Infinity", "NaN"]
 
@@ -280,7 +280,7 @@ class Program(Record, frozen=True):
 
     graph_module: GraphModule
     opset_version: dict[Annotated[str, Meta(pattern=r"\A[\w.]+\Z")], Int]
-    range_constraints: dict[Symbol, RangeConstraint]
+    range_constraints: dict[Size, RangeConstraint]
     schema_version: SchemaVersion
     verifiers: list[Literal["", "ATEN", "TRAINING"]] = []
 
