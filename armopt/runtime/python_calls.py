@@ -58,7 +58,10 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
 
 
 #: Casts by dtype. One returns its input where that has the dtype already; such casts have left the graph as identities.
-CASTS: dict[torch.dtype, Callable[..., Any]] = {torch.bfloat16: torch.Tensor.bfloat16, torch.float32: torch.Tensor.float}
+CASTS: dict[torch.dtype, Callable[..., Any]] = {
+    torch.bfloat16: torch.Tensor.bfloat16,
+    torch.float32: torch.Tensor.float,
+}
 
 
 def rebind(node: fx.Node) -> None:
