@@ -37,8 +37,8 @@ _FORMS = {
 }
 _MODELS = ("bert block, 128 tokens", "mobilenet_v3_large 224")
 #: What is changed of a session as the manifest wants it. ``a.b`` is a configuration entry, others are attributes.
-_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "as the manifest says": {},
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "no other option": {},
     "`graph_optimization_level`: extended": {"graph_optimization_level": 2},
     "`graph_optimization_level`: basic": {"graph_optimization_level": 1},
     "`graph_optimization_level`: none": {"graph_optimization_level": 0},
@@ -83,8 +83,10 @@ def _forms() -> Table:
 
 
 def _options() -> Table:
-    rows = [(name, [_model(model, "flag", True, changed) for model in _MODELS]) for name, changed in _OPTIONS.items()]
-    return ("session", *_MODELS), rows
+    columns = {model: (model, "flag", True) for model in _MODELS}
+    columns["the second in plain form, without the flag"] = (_MODELS[1], "plain", False)
+    rows = [(name, [_model(*each, changed) for each in columns.values()]) for name, changed in OPTIONS.items()]
+    return ("session", *columns), rows
 
 
 def _model(model: str, form: str, flag: bool, options: Mapping[str, Any] | None = None) -> Job:
