@@ -27,6 +27,7 @@ Table = tuple[Sequence[str], list[tuple[str, list[Job]]]]
 
 _LINEAR = (("Gemm", False), ("Gemm", True), ("MatMul+Add", True), ("MatMul+Sub", False), ("MatMul+Sub", True))
 _ROWS = (1, 8, 32, 256)
+_REPEATS = 3  # the least counts: now and then a call has up to half a million more
 #: Channels in and out, and the side of the image.
 _PIXELS = ((64, 64, 56), (64, 256, 56), (1024, 256, 14), (512, 2048, 7), (16, 64, 56))
 _FORMS = {
@@ -57,7 +58,8 @@ def _linear() -> Table:
     for form, flag in _LINEAR:
         name = f"{form}{', with the flag' if flag else ''}"
         arguments = {"form": form, "fast_math": flag, "k": 1024, "n": 1024}
-        rows.append((name, [Job(f"{name} M={m}", f"{JOBS}:linear", {**arguments, "m": m}) for m in _ROWS]))
+        jobs = [Job(f"{name} M={m}", f"{JOBS}:linear", {**arguments, "m": m}, repeats=_REPEATS) for m in _ROWS]
+        rows.append((name, jobs))
     return ("Linear 1024 to 1024 with bias", "1 row", *map(str, _ROWS[1:])), rows
 
 
@@ -69,7 +71,7 @@ def _convolutions() -> Table:
         row = f"{inside} to {outside} channels, {side}x{side}"
         geometry = {"shape": (1, inside, side, side), "weight": (outside, inside, 1, 1)}
         jobs = [
-            Job(f"{row}: {name}", f"{JOBS}:conv", {"form": form, "fast_math": flag, **geometry})
+            Job(f"{row}: {name}", f"{JOBS}:conv", {"form": form, "fast_math": flag, **geometry}, repeats=_REPEATS)
             for name, (form, flag) in zip(names, kinds, strict=True)
         ]
         rows.append((row, jobs))
@@ -116,7 +118,8 @@ def _cell(counted: counting.Counts) -> str:
     if counted.error:
         _say(f"{counted.name}: {counted.error.splitlines()[-1]}")
         return "failed"
-    return f"{counted.total / 1e6:.{1 if counted.total > 1e8 else 2}f}"
+    least = min(counted.totals)
+    return f"{least / 1e6:.{1 if least > 1e8 else 2}f}"
 
 
 def page(text: str, name: str, table: str) -> str:
