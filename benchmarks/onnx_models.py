@@ -107,15 +107,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into docs/onnx.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    header = [
-        "model",
-        "layers for the flag",
-        "products",
-        "MB, fp32",
-        "MB, bf16",
-        "cosine",
-        "largest error / largest value",
-    ]
+    header = ["model", "layers for the flag", "products", "MB, fp32", "MB, bf16", "cosine", "error"]
     lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:

@@ -147,9 +147,13 @@ def exported(
     _check_dense(program, source)
     _check_free(program, source)
     given = program
-    with quiet():
-        program = decompositions.without_writes(program)
+    try:
+        with quiet():
+            program = decompositions.without_writes(program)
+    except Exception as error:
+        raise refusals.explain(error, source) from error
     graph_module = unlift(program, source)
+    layouts.correct_states(graph_module.graph)
     _check_parameters(program, source)
     half = widening.widened_program(graph_module, program, source)
     inputs, tensors = describe_inputs(args, kwargs, signature or _signature_names(program, args), defaults)

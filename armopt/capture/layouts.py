@@ -12,6 +12,18 @@ from armopt.ir import graph as g
 from armopt.ir import nesting, strides
 
 
+def correct_states(graph: fx.Graph) -> None:
+    """Gives the states of LSTMs the shapes of those that they start from: PyTorch 2.10 records a dimension more."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.lstm.input):
+        y, *recorded = node.meta["val"]
+        states = [state.meta["val"] for state in node.args[1]]
+        if [len(each.shape) for each in recorded] == [len(each.shape) for each in states]:
+            continue
+        node.meta["val"] = (y, *states)
+        for user in node.users:
+            user.meta["val"] = node.meta["val"][user.args[1]]
+
+
 def lay_out(graph_module: fx.GraphModule, outputs: nesting.Outputs, result: Any) -> None:
     """Gives outputs the order in memory that they have in what the model itself gave for the same inputs.
 

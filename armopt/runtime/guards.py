@@ -35,7 +35,7 @@ def of(specs: Sequence[tuple[str, Sequence[Dim], torch.dtype]]) -> Callable[...,
     try:
         check: Callable[..., bool] = TensorGuards(*examples, **dynamic).check
         return check if examples and check(*examples) else _never
-    except (TypeError, RuntimeError):
+    except (AttributeError, TypeError, RuntimeError):
         return _never
 
 

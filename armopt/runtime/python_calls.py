@@ -15,9 +15,8 @@ from torch import fx
 from armopt.ir.operations import JOIN_ROWS, SPLIT_ROWS, join_rows, split_rows
 
 _aten = torch.ops.aten
-_functions: Any = torch._C._VariableFunctions
-_nn: Any = torch._C._nn
-_methods: Any = torch._C.TensorBase
+#: PyTorch's own, which a release may lack: there the operation itself is called.
+_functions, _nn = (getattr(torch._C, name, None) for name in ("_VariableFunctions", "_nn"))
 
 #: Operations with a binding that takes the operation's own arguments, by where the binding is.
 _IN_TORCH = (
@@ -48,9 +47,10 @@ def _operation(name: str) -> Any:
 
 #: The binding of each operation that has one.
 BINDINGS: dict[Any, Callable[..., Any]] = {
-    _operation(name): getattr(place, name.split(".")[0])
-    for place, names in ((_functions, _IN_TORCH), (_nn, _IN_NN), (_methods, _METHODS))
+    _operation(name): binding
+    for place, names in ((_functions, _IN_TORCH), (_nn, _IN_NN), (torch.Tensor, _METHODS))
     for name in names
+    if (binding := getattr(place, name.split(".")[0], None)) is not None
 } | {
     SPLIT_ROWS: split_rows,
     JOIN_ROWS: join_rows,
@@ -58,7 +58,10 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
 
 
 #: Casts by dtype. One returns its input where that has the dtype already; such casts have left the graph as identities.
-CASTS: dict[torch.dtype, Callable[..., Any]] = {torch.bfloat16: _methods.bfloat16, torch.float32: _methods.float}
+CASTS: dict[torch.dtype, Callable[..., Any]] = {
+    torch.bfloat16: torch.Tensor.bfloat16,
+    torch.float32: torch.Tensor.float,
+}
 
 
 def rebind(node: fx.Node) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 #: The default dtype under which models are captured.
 _CAPTURED = torch.float32
+#: PyTorch's own, which a release may lack: then something may be set at any time, and every call is made as captured.
+_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 class _DefaultDtype:
@@ -44,9 +47,9 @@ def differ() -> bool:
     return (
         torch.get_default_dtype() is not _CAPTURED
         or _default.users > 0
-        or torch._C._len_torch_function_stack() > 0
+        or _modes() > 0
         # the quicker question first: to name a device takes as long as all others together
-        or (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"))
+        or (_any_autocast() and torch.is_autocast_enabled("cpu"))
     )
 
 

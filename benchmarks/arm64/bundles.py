@@ -40,6 +40,7 @@ def make_bundle(workload: str, cpu: str, torch_version: str, without: str = "", 
     return place
 
 
+@functools.cache
 def make_onnx(workload: str, cpu: str, torch_version: str, form: str) -> Path:
     """The bundle as an ONNX model, with weights in FP32; `form` is plain, or flag for ONNX Runtime's BF16 flag."""
     from armopt.onnx_export import export

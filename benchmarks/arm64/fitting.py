@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from packaging.version import Version
-from scipy.optimize import nnls
 
 from armopt import targets
 from armopt.ir.records import Site
@@ -72,7 +70,7 @@ _OPENBLAS = [
     Variant("small product", 2, 8, _NONE, sweep=4, most_product=1e6),
     Variant("large", 1, 8, _NONE, sweep=8),
 ]
-#: NVPL, in PyPI's wheels from 2.11, computes twelve rows at a time.
+#: NVPL computes twelve rows at a time.
 _NVPL = [
     *_ONE,
     Variant("few rows", 12, 8, _NONE, sweep=12, most_rows=12),
@@ -81,9 +79,11 @@ _NVPL = [
 _FP32_VARIANTS = [Variant("few rows", 1, 4, _NONE, most_rows=4), Variant("large", 4, 8, _NONE)]
 
 
-def _blas_variants(torch_version: str) -> list[Variant]:
-    """What answers in the BLAS of PyPI's wheel of a release."""
-    return _OPENBLAS if Version(torch_version) < Version("2.11") else _NVPL
+def blas_variants(samples: Samples) -> list[Variant]:
+    """What answers in the BLAS that was counted: NVPL's does the work of twelve rows for two as for eight."""
+    counts = {(s["k"], s["n"], s["m"]): sum(s["counts"]) for s in samples}
+    growth = [counts[k, n, 8] / count for (k, n, m), count in counts.items() if m == 2 and (k, n, 8) in counts]
+    return _NVPL if statistics.median(growth) < 1.2 else _OPENBLAS  # 1.01 and 1.9 as a rule
 
 
 def search_sve_cycles(samples: Samples, vector_bits: int) -> tuple[float, float, float]:
@@ -161,8 +161,15 @@ def _solve(variant: Variant, samples: Sequence[tuple[Site, float]]) -> tuple[flo
     totals = np.array([total for _, total in samples])
     scaled = rows / totals[:, None]
     size = np.maximum(scaled.max(axis=0), 1e-30)
-    found, _ = nnls(scaled / size, np.ones(len(samples)))
+    found = _least_squares(scaled / size)
     return tuple(float(f"{value:.5g}") for value in found / size)
+
+
+def _least_squares(terms: Any) -> Any:
+    """What to multiply columns by that each row comes to about 1; nothing below zero."""
+    from scipy.optimize import nnls  # which nothing else here needs
+
+    return nnls(terms, np.ones(len(terms)))[0]
 
 
 def _predict(variant: Variant, coefficients: Sequence[float], site: Site) -> float:
@@ -187,7 +194,7 @@ def fit(path: Path) -> None:
             left_out.append(name)  # a reference kernel in FP32 answers
             continue
         if name.startswith("blas"):
-            variants = _blas_variants(version)
+            variants = blas_variants(held)
         elif not multiplied:
             variants = _FP32_VARIANTS
         else:
@@ -272,9 +279,9 @@ def _attention(samples: Samples, of: Callable[[Mapping[str, Any]], float]) -> di
         scores = heads * [s["tokens"] ** 2 for s in held]
         products = scores * [2 * s["size"] for s in held]
         totals = np.array([of(s) for s in held], dtype=float)
-        size = np.array([1e4, 10.0, 0.1])  # of the right order: nnls wants like columns
+        size = np.array([1e4, 10.0, 0.1])  # of the right order: least squares want like columns
         terms = np.stack([heads, scores, products], axis=1) / totals[:, None] * size
-        solution, _ = nnls(terms, np.ones(len(held)))
+        solution = _least_squares(terms)
         found[dtype] = [float(f"{value:.4g}") for value in solution * size]
         print(ATTENTION, dtype, found[dtype], "worst error", round(float(np.abs(terms @ solution - 1).max()), 3))
     return found

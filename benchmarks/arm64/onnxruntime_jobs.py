@@ -17,13 +17,19 @@ Nodes = Sequence[onnx.NodeProto]
 
 
 def session(
-    model: str | bytes, feeds: Mapping[str, NDArray[Any]], *, fast_math: bool, options: Mapping[str, str] | None = None
+    model: str | bytes, feeds: Mapping[str, NDArray[Any]], *, fast_math: bool, options: Mapping[str, Any] | None = None
 ) -> Callable[[], Any]:
-    """A call of a model on one thread, with or without the BF16 flag and with other configuration entries."""
+    """A call of a model on one thread, with or without the BF16 flag and with other options.
+
+    A name with a dot is a configuration entry, another one an attribute of SessionOptions.
+    """
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = settings.inter_op_num_threads = 1
     for name, value in ({FAST_MATH: "1"} if fast_math else {}).items() | (options or {}).items():
-        settings.add_session_config_entry(name, value)
+        if "." in name:
+            settings.add_session_config_entry(name, value)
+        else:
+            setattr(settings, name, type(getattr(settings, name))(value))
     opened = onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
     return lambda: opened.run(None, feeds)
 
@@ -109,11 +115,11 @@ def conv(form: str, fast_math: bool, **geometry: Any) -> Callable[[], Any]:
     return session(*conv_model(form, **geometry), fast_math=fast_math)
 
 
-def model(path: str, fast_math: bool) -> Callable[[], Any]:
+def model(path: str, fast_math: bool, options: Mapping[str, Any] | None = None) -> Callable[[], Any]:
     """A model from a file, on seeded noise."""
     inputs = {}
     random = np.random.default_rng(0)
     for entry in onnx.load(path, load_external_data=False).graph.input:
         shape = [size.dim_value for size in entry.type.tensor_type.shape.dim]
         inputs[entry.name] = random.standard_normal(shape, dtype=np.float32)
-    return session(path, inputs, fast_math=fast_math)
+    return session(path, inputs, fast_math=fast_math, options=options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -190,6 +192,46 @@ def measure(cpu: str, torch_version: str, only: str) -> None:
         print(f"{file.path}: {len(file.held)} samples")
 
 
+def compare(cpu: str, torch_version: str, known: str, every: int) -> list[list[str]]:
+    """Counts one of so many samples on a release that has no table, beside what another release's samples say.
+
+    Returns:
+        A row for each kernel, pointwise operations and attention: samples, those within 5 %, the median and the
+        furthest of the ratios, and where that is.
+    """
+    samples = _File(core_named(cpu).name, known).held
+    wanted = [(job, samples[key]) for job in jobs(targets.load(cpu).bf16) if (key := _key(_entry(job))) in samples]
+    chosen = [pair for name in sorted({job.name for job, _ in wanted}) for pair in _some(wanted, name, every)]
+    found = counting.count(
+        [job for job, _ in chosen],
+        cpu=cpu,
+        torch_version=torch_version,
+        env=counting.AS_RUN,
+        timeout=4 * 3600,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    ratios: dict[str, list[tuple[float, str]]] = {}
+    for (job, sample), counted in zip(chosen, found, strict=True):
+        ratio = float("inf") if counted.error else counted.total / sum(sample["counts"])
+        ratios.setdefault(job.name, []).append((ratio, json.dumps(job.arguments)))
+    rows = []
+    for name, held in ratios.items():
+        near = sum(abs(ratio - 1) <= 0.05 for ratio, _ in held)
+        worst, where = max(held, key=lambda each: abs(math.log(each[0])))
+        median = statistics.median(ratio for ratio, _ in held)
+        rows.append([name, str(len(held)), str(near), f"{median:.3f}", f"{worst:.3f}", where])
+    return rows
+
+
+def _some(pairs: Sequence[tuple[Job, Mapping[str, Any]]], name: str, every: int) -> Sequence[tuple[Job, Any]]:
+    """One of so many of a name's, spread over its grid, and at least one."""
+    return [pair for pair in pairs if pair[0].name == name][::every]
+
+
+def _entry(job: Job) -> dict[str, Any]:
+    return {"name": job.name, **job.arguments}
+
+
 class _File:
     """The samples of one core and release."""
 
@@ -200,13 +242,13 @@ class _File:
 
     def knows(self, job: Job) -> bool:
         """Whether it holds the cycles of a job."""
-        return "cycles" in self.held.get(_key({"name": job.name, **job.arguments}), {})
+        return "cycles" in self.held.get(_key(_entry(job)), {})
 
     def keep(self, job: Job, blocks: Sequence[cycles.Block]) -> None:
         """Takes what a job ran."""
         found = cycles.cycles(blocks, self.core)
         clocked = {"cycles": round(found.cycles), "blocks": found.blocks}
-        sample = {"name": job.name, **job.arguments, "counts": cycles.by_class(blocks), **clocked}
+        sample = {**_entry(job), "counts": cycles.by_class(blocks), **clocked}
         self.held[_key(sample)] = sample
 
     def write(self) -> None:

@@ -22,6 +22,7 @@ from armopt.onnx_export import export, session
 from armopt.onnx_export.options import OnnxOptions
 from armopt.plan.threshold_policy import ThresholdPolicy
 from armopt.targets.emulated import core_named
+from benchmarks.arm64 import onnx_page
 from tests.arm64 import bundles
 from tests.sampling import only, sampled
 
@@ -198,6 +199,16 @@ def test_a_core_without_bf16_ignores_the_flag(core, tmp_path):
 
 def test_the_version_that_the_manifest_names(core):
     assert core("graviton3").call(f"{JOBS}:version").value == session.SEEN_WITH
+
+
+def test_it_knows_the_options_that_docs_onnx_md_counts(require_torch):
+    """One that it doesn't know is taken without a word."""
+    folder = require_torch("2.10.0").base_site / "onnxruntime" / "capi"
+    (library,) = folder.glob("onnxruntime_pybind11_state*.so")
+    known = library.read_bytes()
+    names = {name for changed in onnx_page.OPTIONS.values() for name in changed if "." in name}
+    assert len(names) > 3
+    assert [name for name in sorted({*names, session.FAST_MATH}) if name.encode() + b"\0" not in known] == []
 
 
 # --- whole models ---------------------------------------------------------------------------------

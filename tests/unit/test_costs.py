@@ -17,7 +17,7 @@ from armopt.ir.records import Site
 from armopt.kernels import table
 from armopt.plan import cost_policy, costs, threshold_policy
 from armopt.plan.costs import Variant
-from benchmarks.arm64 import jobs
+from benchmarks.arm64 import fitting, jobs
 
 SAMPLES = sorted((Path(__file__).parents[2] / "benchmarks" / "arm64" / "samples").glob("*.json"))
 GRAVITON3 = targets.load("graviton3")
@@ -60,6 +60,16 @@ def test_the_samples_cover_the_grid(path: Path) -> None:
             rows[sample["k"], sample["n"]].add(sample["m"])
     assert rows[256, 256] == {1, 2, 4, 8, 10, 16, 32, 64, 128, 256, 512}
     assert {(1024, 1024), (768, 3072), (513, 257), (512, 1)} <= rows.keys()
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_counts_tell_which_blas_they_are_of(path: Path) -> None:
+    """No release's number does. OpenBLAS has variants for small products, NVPL one for twelve rows."""
+    held = [sample for sample in json.loads(path.read_text())["samples"] if sample.get("kernel", "")[:4] == "blas"]
+    fitted = json.loads((Path(costs.__file__).parent / path.name).read_text())["kernels"][held[0]["kernel"]]
+    names = {variant.name for variant in fitting.blas_variants(held)}
+    assert {"one row", "large", *(variant["name"] for variant in fitted)} <= names
+    assert ("few rows" in names) != ("small product" in names)
 
 
 def test_an_empty_product_costs_a_call() -> None:

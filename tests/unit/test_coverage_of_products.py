@@ -27,7 +27,8 @@ class Function(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(each) for each in scaled)
 
     def forward(self, x: Tensor) -> Any:
-        return self.function(x, *self.weights)
+        # not *self.weights, which divides the graph under Dynamo before torch 2.11
+        return self.function(x, *[self.weights[i] for i in range(len(self.weights))])
 
 
 def noise(*shape: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import armopt
 from armopt.dynamo import graphs
 from armopt.dynamo.process import PROCESS
-from armopt.errors import ArmoptError, ArmoptWarning, PassError
+from armopt.errors import ArmoptError, ArmoptWarning, CaptureError, PassError
 from armopt.kernels import table
 from armopt.kernels.onednn_convolution import multiply_rows
 from armopt.passes import FusePointwise, RemoveIdentities, pipeline
@@ -119,7 +119,13 @@ def test_it_gives_what_the_model_gives_or_says_why_not(name: str, way: str, tmp_
             with pytest.raises(kind, match=refused):
                 _WAYS[way](model, inputs, tmp_path)
             return
-        found = _WAYS[way](model, inputs, tmp_path)
+        try:
+            found = _WAYS[way](model, inputs, tmp_path)
+        except CaptureError:  # right where this PyTorch's own export can't take it either, as 2.10's
+            assert way == "bundle"
+            with pytest.raises((RuntimeError, IndexError), match=r"used as indices|not tracked"):
+                torch.export.export(model, inputs, strict=False).run_decompositions({})
+            return
     assert len(tree_leaves(found)) == len(tree_leaves(expected))
     for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

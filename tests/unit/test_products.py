@@ -155,7 +155,7 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.fc(self.conv(x))
-        return (y @ y.mT) @ torch.einsum("bsi,ij,jo->bso", y, *self.chain)
+        return (y @ y.mT) @ torch.einsum("bsi,ij,jo->bso", y, self.chain[0], self.chain[1])
 
 
 SAMPLE = x(2, 8, 64)

@@ -55,8 +55,9 @@ def test_names_and_sizes_in_what_is_shown_and_said(tmp_path: Path) -> None:
     torch.jit.save(made("script"), tmp_path / "m.pt")  # type: ignore[no-untyped-call]
     shown = CliRunner().invoke(app, ["plan", str(tmp_path / "m.pt"), "--input", "x=2x8", "--text"]).output
     assert "x: f32[2,8] = input" in shown
-    error = CliRunner().invoke(app, ["plan", str(tmp_path / "m.pt"), "--input", "x=2x9"]).exception
-    assert "the model fails on the example inputs: RuntimeError: mat1 and mat2 shapes" in str(error)
+    error = str(CliRunner().invoke(app, ["plan", str(tmp_path / "m.pt"), "--input", "x=2x9"]).exception)
+    assert "the model fails on the example inputs: RuntimeError: " in error
+    assert "mat1 and mat2 shapes" in error
     fixed = ["plan", str(tmp_path / "m.pt"), "--input", "x=rowsx8", "--at", "rows=2"]
     assert "TorchScript converts with fixed shapes" in str(CliRunner().invoke(app, fixed).exception)
     with pytest.raises(InputError, match="TorchScript converts with fixed shapes"):

@@ -14,7 +14,6 @@ from armopt.kernels.onednn.primitives import check
 
 #: The attribute of tensors that are the same in every call of a workspace.
 _KEPT = "_armopt_kept"
-_empty_like: Any = torch._C._VariableFunctions.empty_like
 
 
 def keep(tensor: torch.Tensor) -> None:
@@ -87,7 +86,7 @@ class Arguments:
         """The result for the input that was taken last."""
         y = self.kept
         if y is None:
-            y = _empty_like(self.like) if self.lent is None else self.lent
+            y = torch.empty_like(self.like) if self.lent is None else self.lent
             if self.y != (at := y.data_ptr()):
                 self.place(self.result, at)
                 self.y = at
