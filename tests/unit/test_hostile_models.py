@@ -283,6 +283,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         whole(lambda p: p["range_constraints"].update(u99999999999={"min_val": 0, "max_val": 9})),
         "models/model.json",
     ),
+    "the same, written otherwise": (
+        whole(lambda p: p["range_constraints"].update({"u +9_999_999_999": {"min_val": 0, "max_val": 9}})),
+        "models/model.json",
+    ),
 }
 
 

@@ -19,8 +19,9 @@ Path = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f\"'\\]{1,1000}\Z")]
 Text = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f\"'\\]{0,1000}\Z")]
 #: Of a check of sizes: torch says there which expression on which 'node' fails.
 Message = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f\\]{0,20000}\Z")]
-#: A symbol, or what follows from one (``2*s77``), to be looked up as it stands.
-Size = Annotated[str, Meta(pattern=r"\A[\w*+/() -]{1,200}\Z")]
+#: A symbol, or what follows from one (``2*s77``), to be looked up as it stands. Torch counts up to the number of one
+#: that begins as an unbacked symbol does, ``u`` or ``zuf``.
+Size = Annotated[str, Meta(pattern=r"\A(?:[A-Za-z_]+\d{0,6}|(?![uz])[\w*+/() -]{1,200})\Z")]
 Int = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Float = float | Literal["Infinity", "-Infinity", "NaN"]
 
