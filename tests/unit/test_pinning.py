@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,12 @@ from typer.testing import CliRunner
 
 import armopt
 from armopt.cli.app import app
+from armopt.compiler.captured_model import capture_model
 from armopt.compiler.checks import Checks
 from armopt.compiler.recipe import Recipe
 from armopt.errors import InputError
-from armopt.ir.records import Precision
-from armopt.plan import pinning
+from armopt.ir.records import Precision, Site, Target
+from armopt.plan import planner
 
 HERE = "tests.unit.test_pinning"
 
@@ -95,17 +98,29 @@ def test_plan_shows_it_and_an_unknown_pattern_names_what_is_near() -> None:
         Checks(keep_fp32="head")  # type: ignore[arg-type]
 
 
-def test_a_pinned_neighbour_costs_casts_as_any_operation_in_fp32() -> None:
-    """The policy does not see pinned layers, and what they read is wanted in FP32."""
-    from armopt.compiler.captured_model import capture_model
+class Asked:
+    """A policy that chooses plain ATen, and keeps what it was asked."""
 
-    recipe = Recipe.of("graviton3")
+    name = "asked"
+
+    def __init__(self) -> None:
+        self.sites: list[Site] = []
+
+    def choose(self, sites: Sequence[Site], target: Target) -> Sequence[planner.Choice]:
+        self.sites += sites
+        return [planner.Choice(None, "asked") for _ in sites]
+
+
+@pytest.mark.parametrize(("keep", "pinned"), [((), set()), (("head",), {"head"}), (("*.2", "none"), {"layers_2"})])
+def test_a_pinned_neighbour_costs_casts_as_any_operation_in_fp32(keep: tuple[str, ...], pinned: set[str]) -> None:
+    """The policy does not see pinned layers, and what they read is wanted in FP32."""
+    reads = {"layers_0": "layers_2", "layers_2": "head", "head": None}
+    policy = Asked()
+    recipe = replace(Recipe.of("graviton3", policy), keep_fp32=keep)
     (part,) = capture_model(net(), (IDS,)).parts
-    prepared = recipe.prepare(part.captured.graph_module)
-    assert pinning.find(prepared.graph_module.graph, ["*.2", "none"]) == {"layers_2": "*.2"}
-    free = recipe.plan_part(part, prepared).plans[0]
-    assert not free.pinned
-    assert {decision.precision for decision in free.decisions} == {Precision.BF16}
+    assert recipe.plan_part(part).plans[0].pinned == pinned
+    free = {node: reader is None or reader in pinned for node, reader in reads.items() if node not in pinned}
+    assert {site.node: site.escapes for site in policy.sites} == free
 
 
 @pytest.mark.filterwarnings("ignore::armopt.ArmoptWarning")
@@ -145,7 +160,7 @@ def test_by_the_command_line_and_refused_with_the_reason(tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
     assert "kernels   at batch 8:" in done.output
     error = CliRunner().invoke(app, [*asked, "-o", str(tmp_path / "c")]).exception
-    assert "the model has no dynamic batch. Give --batch" in str(error)
+    assert "the model has no dynamic batch. Give batch (--batch), or" in str(error)
     asks = Checks(batch_invariant=True)
     x = (torch.randn(2, 16),)
     with pytest.raises(InputError, match=r"row 0 of output 0 is another among \d+ rows than alone"):
