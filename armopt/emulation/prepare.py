@@ -52,7 +52,7 @@ def prepare(
     wanted = {part.name: part for version in torch_versions for part in folder.parts(version)}
     if tensorflow:
         wanted[folder.tensorflow_part.name] = folder.tensorflow_part
-    with _exclusive(folder.path / ".lock", report):
+    with exclusive(folder.path / ".lock", report):
         for part in wanted.values():
             if not folder.is_intact(part):
                 report(f"preparing {part.name}")
@@ -78,8 +78,8 @@ def _make(part: Component, folder: PreparedFolder, build: Build) -> None:
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path, report: Report) -> Iterator[None]:
-    """One prepare at a time: another one waits, and then finds the work done."""
+def exclusive(path: Path, report: Report) -> Iterator[None]:
+    """One at a time with the lock of that file: another one waits, and then finds the work done."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

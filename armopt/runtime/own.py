@@ -15,7 +15,7 @@ from armopt.kernels import post_ops
 from armopt.kernels.base import Kernel, KernelCall
 from armopt.kernels.onednn import primitives, views
 from armopt.kernels.onednn.any_size import AnySize
-from armopt.kernels.onednn.layer import Layer, Wanted, describe
+from armopt.kernels.onednn.layer import Description, Layer, Wanted, describe
 from armopt.kernels.onednn.workspaces import OneSize, Workspaces
 from armopt.runtime import numbers, operations
 from armopt.runtime.packings import Packings
@@ -31,7 +31,16 @@ def unavailable() -> str:
 
 def forms(kernel: Kernel, site: Site) -> tuple[bool, ...]:
     """Whether a primitive takes the site's post-op: what is to be tried, in order."""
-    return (True, False) if kernel.fuses(site) else (False,)
+    return (True, False) if kernel.fuses(site) or _may_fuse(kernel, site) else (False,)
+
+
+def _may_fuse(kernel: Kernel, site: Site) -> bool:
+    """Whether the code that does the product may take a post-op which PyTorch's call of the kernel leaves out.
+
+    In BF16 the Compute Library takes none, and oneDNN would multiply with code of its own; where that multiplies anyhow
+    it takes all, before it rounds.
+    """
+    return kernel.activations == torch.bfloat16 and site.post_op in primitives.ELTWISE
 
 
 def proven(kernel: Kernel, site: Site, stored: torch.Tensor, bias: torch.Tensor | None) -> Layer | None:
@@ -66,12 +75,12 @@ def make(
     api = primitives.api()
     if kernel.own is None or isinstance(api, str):
         return None
-    wanted = kernel.own(kernel, site)
-    if not fused:
-        wanted = replace(wanted, post_op="")
+    wanted = replace(kernel.own(kernel, site), post_op=site.post_op if fused else "")
     try:
         description = describe(api, wanted, bias=bias is not None)
-        if description is None:
+        if description is None or (
+            fused and not kernel.fuses(site) and not _is_at_no_cost(api, wanted, description, bias)
+        ):
             return None
         held = packings(api.key(description.layout))
         packed = next((tensor for _, tensor in held), None)
@@ -81,6 +90,12 @@ def make(
         return Layer(wanted, description, packed, None if bias is None else bias.detach().clone())
     except primitives.OneDnnError:
         return None
+
+
+def _is_at_no_cost(api: primitives.Api, wanted: Wanted, fused: Description, bias: torch.Tensor | None) -> bool:
+    """Whether the post-op leaves the product to who does it without."""
+    plain = describe(api, replace(wanted, post_op=""), bias=bias is not None)
+    return plain is not None and plain.implementation == fused.implementation
 
 
 def alone(layer: Layer, site: Site) -> Callable[[torch.Tensor], torch.Tensor]:

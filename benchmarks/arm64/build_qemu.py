@@ -10,8 +10,6 @@ An interrupted run goes on where it stopped.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,12 +17,13 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from armopt.emulation.debian import Apt, find_mirror
 from armopt.emulation.folder import QEMU, Component, PreparedFolder, write_stamp
+from armopt.emulation.prepare import exclusive
 from armopt.errors import ArmoptError, HostError, InputError
 
 HERE = Path(__file__).resolve().parent
@@ -130,7 +129,7 @@ def build(folder: PreparedFolder | None = None, report: Report = lambda line: No
     """
     qemu = CountingQemu(folder or PreparedFolder.default())
     qemu.folder.path.mkdir(parents=True, exist_ok=True)
-    with _exclusive(qemu.folder.path / ".lock-qemu-plugins", report):
+    with exclusive(qemu.folder.path / ".lock-qemu-plugins", report):
         work = qemu.folder.path / ".work-qemu-plugins"
         if not qemu.folder.is_complete(qemu.part):
             _start_or_resume(work, qemu.part.recipe)
@@ -273,17 +272,6 @@ def _install(qemu: CountingQemu, built: Path, part: Component) -> None:
     place = qemu.folder.path / part.name
     shutil.rmtree(place, ignore_errors=True)
     built.rename(place)
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path, report: Report) -> Iterator[None]:
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"waiting for another build ({path})")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _run(command: Sequence[str], what: str, *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:

@@ -25,7 +25,7 @@ def make_bundle(workload: str, cpu: str, torch_version: str, without: str = "", 
     from benchmarks.arm64.workloads import WORKLOADS
 
     model, inputs = WORKLOADS[workload].build()
-    place = CACHE / "bundles" / _file_name(f"{workload} {without}" if threads == 1 else f"{workload} {threads} threads")
+    place = CACHE / "bundles" / _file_name(f"{workload} {without} {cpu} {torch_version} {threads}")
     place.parent.mkdir(parents=True, exist_ok=True)
     whole = WORKLOADS[workload].whole
     target = targets.load(cpu)

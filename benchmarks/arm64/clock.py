@@ -85,6 +85,14 @@ def clock_of(case: Case) -> Clock:
     return clock
 
 
+def estimate(case: Case | None, held: Mapping[str, Measure]) -> float | None:
+    """Milliseconds of a call; None where it was not measured."""
+    measure = held.get(measuring.key(case)) if case else None
+    if case is None or measure is None:
+        return None
+    return clock_of(case).microseconds(work_of(measure), case.threads) / 1e3 * case.parts
+
+
 def judge(held: Mapping[str, Measure], figures: Mapping[str, float] | None = None) -> list[Judged]:
     """Every timing that was measured, with the figures of the targets or with others."""
     found = []

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from armopt.emulation.debian import Apt, find_mirror
 from armopt.emulation.folder import Component, PreparedFolder, write_stamp
+from armopt.emulation.prepare import exclusive
 from armopt.errors import HostError
 
 RELEASE, SUITE = "22", "forky"
@@ -55,8 +56,14 @@ def prepare(prepared: PreparedFolder | None = None) -> Path:
     """
     prepared = prepared or PreparedFolder.default()
     place, part = _folder(prepared)
-    if prepared.is_complete(part):
-        return place
+    if not prepared.is_complete(part):
+        with exclusive(prepared.path / ".lock-llvm", lambda line: None):
+            if not prepared.is_complete(part):  # another process may have made it meanwhile
+                _make(prepared, place, part)
+    return place
+
+
+def _make(prepared: PreparedFolder, place: Path, part: Component) -> None:
     work = prepared.path / ".work-llvm"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -79,7 +86,6 @@ def prepare(prepared: PreparedFolder | None = None) -> Path:
     shutil.rmtree(place, ignore_errors=True)
     kept.rename(place)
     shutil.rmtree(work)
-    return place
 
 
 def _run(program: str, arguments: Sequence[str], text: str) -> str:

@@ -111,11 +111,16 @@ def measure(cases: Sequence[Case], keep: Any) -> None:
 
 
 def _job(case: Case) -> Job:
-    """What is run; a bundle is made first."""
-    if case.make != "bundle":
-        return case.job
-    path = bundles.make_bundle(case.arguments["workload"], case.target, case.torch, threads=case.threads)
-    return replace(case.job, make="benchmarks.arm64.jobs:bundle", arguments={"path": str(path)})
+    """What is run; a bundle or an ONNX model is made first."""
+    if case.make == "bundle":
+        path = bundles.make_bundle(case.arguments["workload"], case.target, case.torch, threads=case.threads)
+        arguments = {"path": str(path), "threads": case.threads}
+        return replace(case.job, make="benchmarks.arm64.jobs:bundle", arguments=arguments)
+    if case.make == "onnx":
+        path = bundles.make_onnx(case.arguments["workload"], case.target, case.torch, "plain")
+        arguments = {"path": str(path), "fast_math": True}
+        return replace(case.job, make="benchmarks.arm64.onnxruntime_jobs:model", arguments=arguments)
+    return case.job
 
 
 def groups(cases: Iterable[Case]) -> list[list[Case]]:
@@ -134,16 +139,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", default="", help="sources and calls that hold this")
     parser.add_argument("--seeds", action="store_true", help="what docs/seeds.md needs beside")
+    parser.add_argument("--models", action="store_true", help="what docs/benchmarks.md estimates")
+    parser.add_argument("--threads", type=int, help="calls with so many")
     options = parser.parse_args(arguments)
     held = read()
-    if options.seeds:
-        from benchmarks.arm64 import seeds  # which reads measures
+    if options.seeds or options.models:
+        from benchmarks.arm64 import estimates, seeds  # which read measures
 
-        found = [(case, case.job.name) for case in seeds.cases()]
+        cases = seeds.cases() if options.seeds else estimates.cases()
+        found = [(case, case.job.name) for case in cases]
     else:
         reproduced = [(row.case, row.where) for row in published.rows() if isinstance(row.case, Case)]
         found = [(case, f"{where} {case.job.name}") for case, where in reproduced]
-    wanted = {key(case): case for case, name in found if options.only in name}
+    chosen = [each for each in found if options.threads in (None, each[0].threads)]
+    wanted = {key(case): case for case, name in chosen if options.only in name}
 
     def keep(case: Case, found: Measure) -> None:
         held.update(read())  # another process may measure others

@@ -7,7 +7,7 @@ from typing import Any
 
 from armopt.emulation.folder import PreparedFolder
 from armopt.targets.emulated import core_named
-from benchmarks.arm64 import build_qemu, tables
+from benchmarks.arm64 import build_qemu, estimates, measuring, tables
 from benchmarks.arm64.contenders import ABLATED, ARMOPT, BASELINE, CONTENDERS, LOADS
 
 Row = Mapping[str, Any]  # of one model: contender -> classes or error
@@ -134,5 +134,8 @@ Every contender runs with LRU_CACHE_CAPACITY=1024 and OMP_NUM_THREADS=1; fast ma
 "Inductor's calls" are those that it emits with freezing: packed weights, batch norms folded, no post-op fused.
 armopt's calls include its checks of the inputs. Cells without a number were not counted.
 ONNX Runtime runs armopt's exports; its BF16 flag is mlas.enable_gemm_fastmath_arm64_bfloat16 (docs/onnx.md).
+Milliseconds on Graviton3 are estimated [below](#estimated-time).
 
-{body}"""
+{body}
+{estimates.section(measuring.read())}
+"""

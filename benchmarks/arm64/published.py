@@ -38,7 +38,7 @@ class Case:
     """What reproduces a row.
 
     Attributes:
-        make: Of clock_jobs.
+        make: Of clock_jobs, or ``module:function`` of benchmarks.arm64; ``bundle`` and ``onnx`` are made beforehand.
         arguments: Its arguments.
         torch: The release.
         env: Settings of the process.
@@ -78,7 +78,8 @@ class Case:
         """What is run."""
         arguments = {**self.arguments, "threads": self.threads}
         words = " ".join(f"{name}={value}" for name, value in self.arguments.items())
-        return Job(f"{self.make} {words}", _JOBS + self.make, arguments, self.warm_ups, repeats=self.repeats)
+        make = f"benchmarks.arm64.{self.make}" if ":" in self.make else _JOBS + self.make
+        return Job(f"{self.make} {words}", make, arguments, self.warm_ups, repeats=self.repeats)
 
     @property
     def repeats(self) -> int:

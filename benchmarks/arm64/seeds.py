@@ -57,14 +57,6 @@ def cases() -> Iterable[Case]:
     yield from map(product, ("float32", "bfloat16"))
 
 
-def estimate(case: Case | None, held: Mapping[str, Measure]) -> float | None:
-    """Milliseconds of a call; None where it was not measured."""
-    measure = held.get(measuring.key(case)) if case else None
-    if case is None or measure is None:
-        return None
-    return clock.clock_of(case).microseconds(clock.work_of(measure), case.threads) / 1e3 * case.parts
-
-
 def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
@@ -73,11 +65,11 @@ def _tutorial(held: Mapping[str, Measure]) -> str:
     rows = []
     for row in tutorial():
         batch = int(row.columns["shape"].removeprefix("B="))
-        same = estimate(row.case if isinstance(row.case, Case) else None, held)
-        ours = estimate(armopts(batch), held)
+        same = clock.estimate(row.case if isinstance(row.case, Case) else None, held)
+        ours = clock.estimate(armopts(batch), held)
         published_time = row.milliseconds
         setting = row.columns["dtype_or_setting"]
-        now = estimate(today(row), held)
+        now = clock.estimate(today(row), held)
         cells = [str(batch), setting, _cell(published_time), *map(_cell, (same, now, ours))]
         rows.append([*cells, f"{now / ours:.1f}x" if now and ours else ""])
     versions = f"torch {_TODAY}"
@@ -110,7 +102,7 @@ def _products(held: Mapping[str, Measure]) -> str:
     flops = 2 * _PRODUCT**3
     for dtype in ("float32", "bfloat16"):
         case = product(dtype)
-        measure, time = held.get(measuring.key(case)), estimate(case, held)
+        measure, time = held.get(measuring.key(case)), clock.estimate(case, held)
         if measure is not None and time is not None:
             rows.append([dtype, f"{measure.instructions / 1e6:.0f}", f"{time:.0f}", f"{flops / time / 1e6:.0f}"])
     return tables.table(rows, ["dtype", "million instructions", "estimated ms", "estimated GFLOPS"])

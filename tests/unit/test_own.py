@@ -20,13 +20,13 @@ from armopt.ir.records import Op, Precision, Site
 from armopt.kernels import table
 from armopt.kernels.examples import Example
 from armopt.kernels.onednn import implementations, primitives, symbols
-from armopt.kernels.onednn.layer import Layer, Wanted, describe
+from armopt.kernels.onednn.layer import Description, Layer, Wanted, describe
 from armopt.kernels.onednn.workspaces import Workspaces
 from armopt.runtime import bind, numbers, own
 from tests.own_programs import found_api, lowered, random
 
 SITE = Site("fc", Op.LINEAR, 8, 32, 16, (8, 32), (16, 32))
-FP32 = table.get("conv1x1_fp32")
+FP32, BF16 = table.get("conv1x1_fp32"), table.get("conv1x1_bf16")
 WANTED = Wanted((8, 32), (16, 32), (8, 16), torch.float32, torch.float32, None)
 
 
@@ -189,6 +189,34 @@ def test_a_relu_that_swallows_nan_is_refused(api: primitives.Api, swallows: bool
 
     refusal = numbers.refusal(FP32, replace(SITE, post_op="relu"), relu, weight, bias, fused=True)
     assert (refusal is not None) == swallows
+
+
+@pytest.mark.parametrize("post_op", sorted(primitives.ELTWISE))
+def test_in_bf16_a_post_op_joins_the_product_where_that_stays_as_it_is(
+    post_op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, weight = replace(SITE, post_op=post_op), random(16, 32, seed=1).bfloat16()
+    plain, fused = (
+        own.make(BF16, site, lambda: weight, None, lambda layout: [], fused=asked) for asked in (False, True)
+    )
+    if plain is None:
+        pytest.skip("this machine has no BF16")
+    assert fused is not None
+    assert fused.implementation == plain.implementation
+    values = BF16.weight_values(weight, site)
+    refusal = numbers.refusal(BF16, site, own.alone(fused, site), values, None, fused=True)
+    assert refusal is None or post_op in ("relu", "relu6")  # which swallow NaN on x86
+    made = own.proven(BF16, site, weight, None)
+    assert made is not None
+    assert made.wanted.post_op == ("" if refusal else post_op)
+
+    def by_another(api: primitives.Api, wanted: Wanted, *, bias: bool) -> Description | None:
+        found = describe(api, wanted, bias=bias)
+        return found and replace(found, implementation=found.implementation + wanted.post_op)
+
+    monkeypatch.setattr(own, "describe", by_another)  # as on Arm, where the Compute Library takes no post-op in BF16
+    assert own.make(BF16, site, lambda: weight, None, lambda layout: [], fused=True) is None
+    assert own.make(BF16, site, lambda: weight, None, lambda layout: [], fused=False) is not None
 
 
 def test_an_input_of_another_size_is_refused(api: primitives.Api) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.arm64 import clock, measuring, published, seeds
+from benchmarks.arm64 import clock, estimates, measuring, published, seeds
+from benchmarks.arm64.contenders import ARMOPT
 from benchmarks.arm64.published import FITTED, Case
 
 
@@ -42,7 +43,7 @@ def test_calls_are_those_that_the_sources_name() -> None:
 
 def test_what_is_measured_belongs_to_a_point() -> None:
     known = {measuring.key(row.case) for row in published.rows() if isinstance(row.case, Case)}
-    known |= {measuring.key(case) for case in seeds.cases()}
+    known |= {measuring.key(case) for case in (*seeds.cases(), *estimates.cases())}
     assert set(measuring.read()) <= known
 
 
@@ -50,6 +51,27 @@ def test_the_page_is_what_the_measures_and_figures_make() -> None:
     text = clock.PAGE.read_text()
     made = text.split(clock.BEGIN)[1].split(clock.END)[0].strip()
     assert made == f"{clock.figures_table()}\n\n{clock.page(clock.judge(measuring.read()))}"
+
+
+def test_estimated_models_are_what_the_measures_and_figures_make() -> None:
+    held = measuring.read()
+    assert estimates.section(held) in estimates.PAGE.read_text()
+    for threads in estimates.THREADS:
+        text = estimates.table(threads, held)
+        (row,) = (line for line in text.splitlines() if "mobilenet_v3_large" in line)
+        case = estimates.case("mobilenet_v3_large 224", ARMOPT, threads)
+        assert case is not None
+        assert case.threads == threads
+        time = clock.estimate(case, held)
+        assert time is not None
+        assert f" {time:.3g} " in row
+
+
+def test_what_can_not_be_estimated_has_no_case() -> None:
+    assert estimates.case("resnet50 224", "ONNX Runtime, BF16 flag", 1) is not None
+    assert estimates.case("resnet50 224", "ONNX Runtime, BF16 flag", 4) is None  # which thread does what is by chance
+    assert estimates.case("mask r-cnn 128", ARMOPT, 1) is None  # much of it is the user's Python
+    assert estimates.case("vit_b_16 224", "Inductor's calls", 1) is None  # not counted either
 
 
 def test_the_error_that_targets_say_is_the_judged_one() -> None:
