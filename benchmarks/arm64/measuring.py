@@ -1,6 +1,6 @@
 """What the clock is judged by: the published calls, measured on the emulated machine.
 
-    python -m benchmarks.arm64.measuring [--only WORD]      # adds what is missing to measures.json
+    python -m benchmarks.arm64.measuring [--only WORD …]    # adds what is missing to measures.json
 
 A measure is of one call: cycles of its instructions, lines of memory, page faults. No time of the emulator is in it.
 """
@@ -137,7 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.arm64.measuring", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--only", default="", help="sources and calls that hold this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORD", help="sources and calls that hold one of these"
+    )
     parser.add_argument("--seeds", action="store_true", help="what docs/seeds.md needs beside")
     parser.add_argument("--models", action="store_true", help="what docs/benchmarks.md estimates")
     parser.add_argument("--threads", type=int, help="calls with so many")
@@ -152,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reproduced = [(row.case, row.where) for row in published.rows() if isinstance(row.case, Case)]
         found = [(case, f"{where} {case.job.name}") for case, where in reproduced]
     chosen = [each for each in found if options.threads in (None, each[0].threads)]
-    wanted = {key(case): case for case, name in chosen if options.only in name}
+    wanted = {key(case): case for case, name in chosen if any(word in name for word in options.only)}
 
     def keep(case: Case, found: Measure) -> None:
         held.update(read())  # another process may measure others

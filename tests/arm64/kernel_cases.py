@@ -165,9 +165,14 @@ def twin(case: Case, target: str, *, in_blocks: bool = True) -> torch.Tensor:
     return result
 
 
-def exact(case: Case) -> torch.Tensor:
-    """The layer in FP64 on the operands before any rounding."""
-    found = {name: tensor.double() for name, tensor in operands(case).items()}
+def joined(case: Case) -> torch.Tensor:
+    """The layer in BF16 where the code of the product takes the post-op too: its sum is not rounded before."""
+    return exact(case, torch.bfloat16).bfloat16()
+
+
+def exact(case: Case, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The layer in FP64 on operands that were rounded to `dtype`; they are in FP32."""
+    found = {name: tensor.to(dtype).double() for name, tensor in operands(case).items()}
     x, weight, bias = found["x"], found["weight"], found.get("bias")
     if not case.layer.filters:
         y = torch.nn.functional.linear(x, weight, bias)
