@@ -81,4 +81,5 @@ class ClockedCosts:
         """The time of attention; zero where it was not measured."""
         head, score, product = self.table.attention_cycles.get(dtype, (0.0, 0.0, 0.0))
         cycles = (head * heads + score * scores + product * products) / self.threads
-        return self.clock.microseconds(Work(cycles), self.threads)
+        found = self.clock.microseconds(Work(cycles), self.threads)
+        return min(found, costs.between_casts(self, heads, scores, products)) if dtype == "bf16" else found

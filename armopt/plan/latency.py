@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from armopt.ir import graph as g
 from armopt.ir.calls import is_layer
-from armopt.ir.records import Bucket, Plan, Precision, Site
+from armopt.ir.records import Bucket, Plan, Site
 from armopt.ir.strides import is_view
 from armopt.kernels import sites, table
 from armopt.plan.clocked_costs import ClockedCosts
@@ -27,7 +28,7 @@ def microseconds(graph_module: fx.GraphModule, values: Bucket, plan: Plan, costs
     found = sites.find(graph_module, values)
     costs = costs.of(found)
     chosen = {decision.node: decision for decision in plan.decisions}
-    half = {name for name, decision in chosen.items() if decision.precision == Precision.BF16}
+    half = {name for name, decision in chosen.items() if table.get(decision.kernel).activations == torch.bfloat16}
     layers = sum(_layer(site, chosen[site.node].kernel, site.node in half, costs) for site in found)
     attended = sum(site.attended[2] for site in found)
     others = sum(each.multiplications for each in plan.products if each.node not in chosen)

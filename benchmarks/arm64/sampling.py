@@ -120,8 +120,7 @@ def _of_model(name: str, size: int) -> list[dict[str, Any]]:
 def jobs(half: bool) -> Iterator[Job]:
     """Every kernel on every shape that it takes; only kernels in FP32 for a core without BF16."""
     yield from _pointwise_jobs(half)
-    if half:
-        yield from _attention_jobs()
+    yield from _attention_jobs(half)
     for shape in linear_shapes():
         for kernel in _LINEAR if half else _LINEAR_FP32:
             if shape["n"] > 1 or kernel.startswith("blas"):
@@ -142,8 +141,8 @@ def _pointwise_jobs(half: bool) -> Iterator[Job]:
                 yield Job(POINTWISE, "benchmarks.arm64.jobs:pointwise", arguments)
 
 
-def _attention_jobs() -> Iterator[Job]:
-    for dtype in _DTYPES:
+def _attention_jobs(half: bool) -> Iterator[Job]:
+    for dtype in _DTYPES if half else _DTYPES[:1]:
         for batch, heads, tokens, size in _ATTENTION:
             sizes = {"batch": batch, "heads": heads, "tokens": tokens, "size": size}
             yield Job(ATTENTION, "benchmarks.arm64.jobs:attention", {"dtype": dtype, **sizes}, warm_ups=1)

@@ -13,7 +13,7 @@ from armopt import targets
 from armopt.compiler.captured_model import capture_model
 from armopt.compiler.recipe import Recipe
 from armopt.errors import InputError
-from armopt.ir.records import Site
+from armopt.ir.records import Precision, Site
 from armopt.kernels import table
 from armopt.kernels.timings import Timings, site_key
 from armopt.plan import clock_report, costs, latency, policies
@@ -179,6 +179,60 @@ def test_a_whole_graph_takes_its_layers_and_what_is_between_them() -> None:
     assert total < 1.5 * (sum(layers) + softmax) + known.pointwise("fp32:cast", 8 * 1024) * 2
     stored = 2 * (512 * 1024 + 1024 * 256) + 4 * (1024 + 256)
     assert latency.weight_bytes(graph, values, plan) == stored
+
+
+class _Block(nn.Module):
+    """A transformer's layer, with a product that has no weight and a function behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(192, 6, 768, batch_first=True)
+        self.layer.train()  # the fast path is one operation
+        for module in self.layer.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layer(x)
+        return result
+
+
+@pytest.mark.parametrize("release", ["2.10", "2.13"])
+def test_attention_is_no_slower_on_graviton3_than_on_cores_of_half_its_width(release: str) -> None:
+    (part,) = capture_model(_Block(), (torch.zeros(4, 40, 192),)).parts
+    times = {}
+    for name in ("graviton2", "graviton3", "yitian710"):
+        recipe = Recipe.of(name, f"cost={release}@1")
+        planned = recipe.plan_part(part)
+        graph, (plan, *_) = planned.prepared.graph_module, planned.plans
+        assert isinstance(recipe.policy, CostPolicy)
+        assert isinstance(recipe.policy.costs, ClockedCosts)
+        known = recipe.policy.costs
+        assert known.attention("fp32", 24, 38400, 2457600) > 0
+        times[name] = latency.microseconds(graph, planned.captured.values(plan.bucket), plan, known)
+    assert times["graviton3"] < times["yitian710"] < times["graviton2"]
+
+
+def test_only_layers_on_bf16_activations_have_casts() -> None:
+    recipe = Recipe.of(GRAVITON3, "cost=2.10@1")
+    (part,) = capture_model(_Net().eval(), (torch.zeros(8, 512),)).parts
+    planned = recipe.plan_part(part)
+    (plan,), values, known = planned.plans, planned.captured.values(planned.plans[0].bucket), _clocked(1)
+
+    def time(kernel: str) -> float:
+        decisions = tuple(replace(each, kernel=kernel, precision=Precision.BF16) for each in plan.decisions)
+        return latency.microseconds(planned.prepared.graph_module, values, replace(plan, decisions=decisions), known)
+
+    layers = {
+        kernel: sum(
+            known.of([]).estimate(table.get(kernel), _linear(8, *size)) or 0 for size in ((512, 1024), (1024, 256))
+        )
+        for kernel in ("conv1x1_fastmath", "conv1x1_bf16")
+    }
+    casts = known.pointwise("fp32:cast", 8 * 512) + known.pointwise("bf16:cast", 8 * 256)
+    relu = known.pointwise("bf16:relu", 8 * 1024)  # which the other one takes into its call
+    apart = {kernel: time(kernel) - layers[kernel] for kernel in layers}
+    assert apart["conv1x1_bf16"] - apart["conv1x1_fastmath"] == pytest.approx(casts + relu)
 
 
 def test_what_the_tutorial_runs_on_has_a_clock_and_cycles_for_the_releases_that_are_known() -> None:
