@@ -10,7 +10,8 @@ from torch import fx
 
 from armopt.ir import graph as g
 from armopt.ir.calls import is_layer
-from armopt.ir.records import Bucket, Plan, Site
+from armopt.ir.operations import RECURRENCE
+from armopt.ir.records import Bucket, Op, Plan, Site
 from armopt.ir.strides import is_view
 from armopt.kernels import sites, table
 from armopt.plan.clocked_costs import ClockedCosts
@@ -31,8 +32,10 @@ def microseconds(graph_module: fx.GraphModule, values: Bucket, plan: Plan, costs
     half = {name for name, decision in chosen.items() if table.get(decision.kernel).activations == torch.bfloat16}
     layers = sum(_layer(site, chosen[site.node].kernel, site.node in half, costs) for site in found)
     attended = sum(site.attended[2] for site in found)
-    others = sum(each.multiplications for each in plan.products if each.node not in chosen)
-    products = costs.attention("fp32", 0, 0, max(0, others - attended))
+    recurrent = {node.name: _steps(node, values, costs) for node in g.calls_to(graph_module.graph, RECURRENCE)}
+    apart = {*chosen, *recurrent}
+    others = sum(each.multiplications for each in plan.products if each.node not in apart)
+    products = costs.attention("fp32", 0, 0, max(0, others - attended)) + sum(recurrent.values())
     return layers + _casts(found, half, costs) + products + _others(graph_module.graph, values, costs)
 
 
@@ -55,6 +58,21 @@ def _layer(site: Site, kernel: str, in_half: bool, costs: ClockedCosts) -> float
     return time + costs.attention("bf16" if in_half else "fp32", *site.attended)
 
 
+def _steps(node: fx.Node, values: Bucket, costs: ClockedCosts) -> float:
+    """The steps of a recurrent layer, one after another: a product by BLAS and the functions of its gates in each."""
+    steps, rows, width = g.shape_at(node.args[0].meta["val"].shape, values)  # type: ignore[union-attr]
+    size = node.meta["val"][0].shape[-1]
+    product = Site(node.name, Op.LINEAR, rows, size, width, (rows, size), (width, size))
+    count = rows * size
+    step = (
+        costs.estimate(table.get("blas_fp32"), product) or costs.attention("fp32", 0, 0, rows * size * width),
+        costs.pointwise("fp32:tanh", count),
+        *([costs.pointwise("fp32:sigmoid", rows * (width - size))] if width > size else []),
+        *([costs.pointwise("fp32:other", count)] * 4 if width > size else []),
+    )
+    return steps * sum(step)
+
+
 def _casts(found: Sequence[Site], half: set[str], costs: ClockedCosts) -> float:
     """Values that are made in one dtype and read in the other: each is cast once."""
     made = {site.node: site.m * site.n for site in found}
@@ -69,6 +87,9 @@ def _casts(found: Sequence[Site], half: set[str], costs: ClockedCosts) -> float:
 def _others(graph: fx.Graph, values: Bucket, costs: ClockedCosts) -> float:
     """Whatever else computes: as one pass over its elements."""
     values = g.with_rows_of_parts(graph, values)
-    working = [n for n in graph.nodes if n.op == "call_function" and not is_layer(n) and not is_view(n)]
+    apart = {*g.calls_to(graph, RECURRENCE)}
+    working = [
+        n for n in graph.nodes if n.op == "call_function" and not is_layer(n) and not is_view(n) and n not in apart
+    ]
     shapes = [n.meta["val"].shape for n in working if hasattr(n.meta.get("val"), "shape")]
     return sum(costs.pointwise("fp32:other", math.prod(g.shape_at(shape, values))) for shape in shapes)

@@ -213,6 +213,24 @@ def test_attention_is_no_slower_on_graviton3_than_on_cores_of_half_its_width(rel
     assert times["graviton3"] < times["yitian710"] < times["graviton2"]
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_the_steps_of_a_recurrent_layer_wait_for_one_another(kind: type[nn.RNNBase]) -> None:
+    """Each is a few calls on as many rows as the batch: threads share little of it."""
+
+    def time(steps: int, threads: int) -> float:
+        model = kind(256, 256, batch_first=True).eval()
+        (part,) = capture_model(model, (torch.zeros(1, steps, 256),)).parts
+        planned = Recipe.of(GRAVITON3, f"cost=2.10@{threads}").plan_part(part)
+        (plan,), values = planned.plans, planned.captured.values(planned.plans[0].bucket)
+        return latency.microseconds(planned.prepared.graph_module, values, plan, _clocked(threads))
+
+    few, many, shared = time(32, 1), time(64, 1), time(64, 16)
+    step = _clocked(1).pointwise("fp32:tanh", 256)
+    assert many - few > 32 * step
+    assert many - few == pytest.approx(few, rel=0.2)
+    assert many < 4 * shared
+
+
 def test_only_layers_on_bf16_activations_have_casts() -> None:
     recipe = Recipe.of(GRAVITON3, "cost=2.10@1")
     (part,) = capture_model(_Net().eval(), (torch.zeros(8, 512),)).parts
