@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from collections import defaultdict
@@ -84,6 +85,15 @@ def blas_variants(samples: Samples) -> list[Variant]:
     counts = {(s["k"], s["n"], s["m"]): sum(s["counts"]) for s in samples}
     growth = [counts[k, n, 8] / count for (k, n, m), count in counts.items() if m == 2 and (k, n, 8) in counts]
     return _NVPL if statistics.median(growth) < 1.2 else _OPENBLAS  # 1.01 and 1.9 as a rule
+
+
+def own_variant(samples: Samples) -> list[Variant]:
+    """oneDNN's own code, which answers without BFMMLA where input channels and outputs are few, from torch 2.14 on."""
+    channels = [(math.prod(site_of(sample).weight[:2]), bool(_bfmmla(sample))) for sample in samples]
+    own = [count for count, multiplied in channels if not multiplied]
+    if not own or max(own) >= min(count for count, multiplied in channels if multiplied):
+        return []
+    return [Variant("oneDNN's own", 1, 8, _NONE, most_channels=max(own))]
 
 
 def search_sve_cycles(samples: Samples, vector_bits: int) -> tuple[float, float, float]:
@@ -198,7 +208,7 @@ def fit(path: Path) -> None:
         elif not multiplied:
             variants = _FP32_VARIANTS
         else:
-            variants = bf16_variants(bits) if name.endswith("bf16") else in_fast_math
+            variants = [*own_variant(held), *(bf16_variants(bits) if name.endswith("bf16") else in_fast_math)]
         fitted, wrong = fit_variants(variants, held)
         kernels[name] = [_to_json(variant) for variant in fitted]
         errors[name] = {"samples": len(held), **_summary(wrong.instructions)}

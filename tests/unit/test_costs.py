@@ -98,7 +98,7 @@ def test_what_falls_to_a_reference_kernel_on_a_release_is_not_chosen_there(rows:
 
 
 def test_the_nearest_release_has_the_say() -> None:
-    for release, expected in (("2.10.1", "2.10.0"), ("2.9", "2.10.0"), ("2.13.0", "2.13.0"), ("2.14", "2.13.0")):
+    for release, expected in (("2.10.1", "2.10.0"), ("2.9", "2.10.0"), ("2.12", "2.13.0"), ("2.14", "2.15.0")):
         found = costs.find(GRAVITON3, release)
         assert found is not None
         assert found.torch == expected
@@ -149,3 +149,18 @@ def test_a_fused_post_op_costs_nothing() -> None:
     assert torch.float32 == fastmath.activations
     assert found.estimate(fastmath, plain) == found.estimate(fastmath, fused)
     assert (found.estimate(bf16, plain) or 0) < (found.estimate(bf16, fused) or 0)
+
+
+@pytest.mark.parametrize(("release", "most"), [("2.13.0", None), ("2.15.0", 2048)])
+def test_where_onednns_own_code_answers_is_read_off_the_samples(release: str, most: int | None) -> None:
+    """It multiplies without BFMMLA: in FP32 with fast math. Source: the counts of 2.15.0."""
+    path = next(path for path in SAMPLES if path.stem == f"neoverse-v1-torch-{release}")
+    held = [s for s in json.loads(path.read_text())["samples"] if s.get("kernel") == "conv1x1_fastmath"]
+    assert [variant.most_channels for variant in fitting.own_variant(held)] == ([most] if most else [])
+    found = costs.find(GRAVITON3, release)
+    assert found is not None
+    few, many = (
+        costs.answering(found.kernels["conv1x1_fastmath"], linear(64, *sizes)).name for sizes in ((64, 32), (64, 33))
+    )
+    assert many != "oneDNN's own"
+    assert (few == "oneDNN's own") == bool(most)

@@ -45,6 +45,7 @@ class Variant:
         most_rows: It is taken up to so many rows; None where there is no bound.
         most_columns: It is taken up to so many columns; None where there is no bound.
         most_product: It is taken up to so many rows x terms x columns; None where there is no bound.
+        most_channels: It is taken up to so many input channels x outputs; None where there is no bound.
         cycles: Where the library estimates cycles and takes the least: multiplications in a cycle, bytes of activations
             packed and bytes of results merged in a cycle (0: it does neither).
         coefficients: Instructions for one unit of each of :data:`TERMS`.
@@ -61,6 +62,7 @@ class Variant:
     most_rows: int | None = None
     most_columns: int | None = None
     most_product: float | None = None
+    most_channels: int | None = None
     cycles: tuple[float, float, float] | None = None
     clocked: tuple[float, ...] = ()
     blocks: float = 0.0
@@ -71,6 +73,7 @@ class Variant:
             (self.most_rows, site.m),
             (self.most_columns, site.n),
             (self.most_product, site.m * site.k * site.n),
+            (self.most_channels, math.prod(site.weight[:2])),
         )
         return all(most is None or found <= most for most, found in bounds)
 
@@ -227,6 +230,7 @@ def terms(variant: Variant, site: Site) -> tuple[float, ...]:
 def find(target: Target, release: str = "") -> CostTable | None:
     """The table for a target and a torch release, by default this machine's; the nearest release where it has none.
 
+    Of two that are as near it is the newer one: 2.14 has the Compute Library and the oneDNN of 2.15, not of 2.13.
     None where there is no table for the core or one that it is like.
     """
     core = target.cost_table or target.core
@@ -235,8 +239,9 @@ def find(target: Target, release: str = "") -> CostTable | None:
     return min(tables, key=lambda table: _distance(Version(table.torch).release[:2], wanted), default=None)
 
 
-def _distance(release: tuple[int, ...], wanted: tuple[int, ...]) -> int:
-    return sum(abs(a - b) * weight for a, b, weight in zip(release, wanted, (100, 1), strict=False))
+def _distance(release: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, bool]:
+    steps = sum(abs(a - b) * weight for a, b, weight in zip(release, wanted, (100, 1), strict=False))
+    return steps, release < wanted
 
 
 @functools.cache
