@@ -22,6 +22,8 @@ from tests.hashed_manifest import hashed
 
 FOLDER = Path(__file__).parents[1] / "data" / "bundles"
 GRAPH, MODULE = FOLDER / "schema1.zip", FOLDER / "schema2.zip"
+#: What they computed was stored on one CPU; another one sums in another order.
+NEAR = {"rtol": 2**-8, "atol": 2**-10}
 pytestmark = pytest.mark.filterwarnings("ignore::armopt.errors.ArmoptWarning")
 
 
@@ -43,13 +45,14 @@ def test_one_graph() -> None:
     tensors = load_file(FOLDER / "schema1.safetensors")
     found = armopt.load(GRAPH)(tensors["x"], scale=tensors["scale"])
     assert list(found) == ["logits", "hidden"]
-    assert all(torch.equal(found[name], tensors[name]) for name in found)
+    for name in found:
+        torch.testing.assert_close(found[name], tensors[name], **NEAR)
 
 
 def test_submodules() -> None:
     tensors = load_file(FOLDER / "schema2.safetensors")
     found = armopt.load(MODULE, model=Router)(tensors["x"])
-    assert torch.equal(found["y"], tensors["y"])
+    torch.testing.assert_close(found["y"], tensors["y"], **NEAR)
 
 
 def test_its_fp32_original() -> None:
