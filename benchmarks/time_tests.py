@@ -5,7 +5,7 @@
     python -m benchmarks.time_tests --write      # and writes the table
 
 A run is a clone of this checkout's last commit in a temporary folder, removed afterwards. Its output is shown as it
-comes. Where a run fails, nothing is written.
+comes. The table is written after each pair of runs; where one fails, it and what follows is missing.
 """
 
 from __future__ import annotations
@@ -79,12 +79,15 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3, help="of each kind (3)")
     parser.add_argument("--write", action="store_true", help="write the table into CONTRIBUTING.md")
     options = parser.parse_args()
-    text = table([measure(cold) for cold in (False, True) for _ in range(options.runs)])
-    print(text)
-    if options.write:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        PAGE.write_text(before + BEGIN + text + END + after)
+    runs: list[Run] = []
+    for _ in range(options.runs):
+        runs += [measure(cold) for cold in (False, True)]
+        text = table(sorted(runs, key=lambda run: run.cold))
+        print(text, flush=True)
+        if options.write:  # after each pair: a later run may fail
+            before, _, rest = PAGE.read_text().partition(BEGIN)
+            _, _, after = rest.partition(END)
+            PAGE.write_text(before + BEGIN + text + END + after)
     return 0
 
 
