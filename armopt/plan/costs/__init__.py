@@ -135,8 +135,9 @@ class CostTable:
     def attention(self, dtype: str, heads: int, scores: int, products: int) -> float:
         """Instructions of attention; zero where it was not measured."""
         head, score, product = self.attention_costs.get(dtype, (0.0, 0.0, 0.0))
-        found = head * heads + score * scores + product * products
-        return min(found, between_casts(self, heads, scores, products)) if dtype == "bf16" else found
+        if dtype == "bf16" and not multiplies_bf16(self.attention_costs):
+            return between_casts(self, heads, scores, products)
+        return head * heads + score * scores + product * products
 
     def of(self, sites: Sequence[Site]) -> CostTable:
         """The same, whatever the graph."""
@@ -147,6 +148,11 @@ class _Attended(Protocol):
     def pointwise(self, name: str, elements: int) -> float: ...
 
     def attention(self, dtype: str, heads: int, scores: int, products: int) -> float: ...
+
+
+def multiplies_bf16(attention: Mapping[str, Sequence[float]]) -> bool:
+    """Whether BLAS has a product in BF16, by what a multiply-add of attention takes: without one it is a reference."""
+    return "bf16" not in attention or attention["bf16"][2] <= attention["fp32"][2]
 
 
 def between_casts(costs: _Attended, heads: int, scores: int, products: int) -> float:
