@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from armopt.bundle.program import Program
-from armopt.ir.records import Op
+from armopt.ir.records import Backend, Op
 from armopt.kernels import post_ops, table
 from armopt.kernels.base import Kernel
 from armopt.kernels.examples import Example
@@ -23,7 +23,11 @@ _CONV = Example((len(SPECIAL), 32, 8, 8), 48, (3, 3), padding=1)
 _DEPTHWISE = Example((len(SPECIAL), 32, 5, 5), 32, (3, 3), padding=1, groups=32)
 _GROUPED = replace(_DEPTHWISE, groups=2)
 _VOLUME = Example((len(SPECIAL), 16, 4, 4, 4), 16, (3, 3, 3), padding=1)
-_OF_KERNEL = {"conv_fp32": _DEPTHWISE, "conv_merged_fp32": replace(_DEPTHWISE, outputs=64, groups=4)}
+_OF_KERNEL = {
+    "conv_fp32": _DEPTHWISE,
+    "conv_direct_fp32": replace(_CONV, shape=(len(SPECIAL), 3, 8, 8)),
+    "conv_merged_fp32": replace(_DEPTHWISE, outputs=64, groups=4),
+}
 
 
 def _post_ops(kernel: Kernel) -> tuple[str, ...]:
@@ -32,7 +36,7 @@ def _post_ops(kernel: Kernel) -> tuple[str, ...]:
         return ("none", "add", "add_relu", *post_ops.UNARY)
     if kernel.activations == torch.bfloat16:
         return "relu", "add_relu"
-    return ("relu", "sigmoid") if kernel.is_onednns else ("relu",)
+    return ("relu", "sigmoid") if kernel.backend == Backend.ONEDNN else ("relu",)
 
 
 #: Large enough for relu on the bits, but the last two.

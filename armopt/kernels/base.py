@@ -76,6 +76,8 @@ class Kernel:
         uses: Who chooses it.
         fast_math: Whether without a primitive of its own it needs DNNL_DEFAULT_FPMATH_MODE=BF16, read when oneDNN is
             first used.
+        stand_in: Whose code runs where its own primitive can't be had; `backend`'s where nothing is said.
+        beats_bf16: Whether it can cost less than kernels with BF16 weights, so that plans compare it with them.
         fuses: Whether a site's post-op is part of the call. Pure.
         own: Of the kernel and a site, the primitive that takes the place of the call where this build of
             oneDNN lets it be made; None for a kernel that has none. Pure.
@@ -99,6 +101,8 @@ class Kernel:
     layout: Layout = Layout.PLAIN
     uses: frozenset[Use] = frozenset({Use.PLAN, Use.FALLBACK})
     fast_math: bool = False
+    stand_in: Backend | None = None
+    beats_bf16: bool = False
     fuses: Callable[[Site], bool] = fuses_nothing
     own: Callable[[Kernel, Site], Wanted] | None = None
     arrange: Callable[[torch.Tensor, Site], torch.Tensor] = as_it_is
@@ -122,8 +126,8 @@ class Kernel:
 
     @property
     def is_onednns(self) -> bool:
-        """Whether oneDNN runs it, and its log says how."""
-        return self.backend == Backend.ONEDNN
+        """Whether oneDNN runs its call, and its log says how."""
+        return (self.stand_in or self.backend) == Backend.ONEDNN
 
     def packed_weight(self, stored: torch.Tensor, site: Site) -> torch.Tensor:
         """A weight as the bundle stores it, packed for a site's call and its post-op."""

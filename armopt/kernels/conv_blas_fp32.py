@@ -21,12 +21,14 @@ from armopt.kernels.onednn_convolution import refuses_dense_2d
 _aten = torch.ops.aten
 
 
-def _pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
+def pack(weight: torch.Tensor, site: Site) -> torch.Tensor:
+    """A weight as the call takes it: one dimension as two."""
     weight = weight.float().contiguous()
     return weight.unsqueeze(2) if len(site.shape) == 3 else weight
 
 
-def _emit(call: KernelCall) -> fx.Node:
+def emit(call: KernelCall) -> fx.Node:
+    """Inserts the call, and the post-op behind it."""
     site, flat = call.site, len(call.site.shape) == 3
     x = call.call(_aten.unsqueeze.default, call.x, 2) if flat else call.x
     lead = 1 if flat else 0  # one dimension is taken as two
@@ -49,8 +51,8 @@ def _kernel(name: str, weights: torch.dtype, layers: Sequence[Example]) -> Kerne
         covers="dense convolution, 1-d and 2-d",
         summary="image to columns and BLAS",
         refuses=refuses_dense_2d,  # those that fast math multiplies in BF16
-        pack=_pack,
-        emit=_emit,
+        pack=pack,
+        emit=emit,
         uses=frozenset({Use.REPAIR}),
         examples={"graviton3": layers},
     )

@@ -192,12 +192,12 @@ def default(target: Target, release: str = "", threads: int = 0) -> Policy:
 def candidates(site: Site, target: Target) -> list[Kernel]:
     """Kernels that take a site: with BF16 weights where the core has BF16 and any such kernel does.
 
-    In a process with fast math a kernel called FP32 would multiply in BF16 as well.
+    In a process with fast math a kernel called FP32 would multiply in BF16 as well, without a primitive of its own.
     """
     taking = [kernel for kernel in table.kernels(site.op, Use.PLAN) if kernel.refuses(site) is None]
     half = [kernel for kernel in taking if kernel.rounding.weights == torch.bfloat16]
     full = [kernel for kernel in taking if kernel.rounding.weights == torch.float32]
-    return half if target.bf16 and half else full
+    return [*half, *(kernel for kernel in full if kernel.beats_bf16)] if target.bf16 and half else full
 
 
 def _weight_bytes(kernel: Kernel) -> int:

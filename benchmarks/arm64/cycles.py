@@ -96,8 +96,12 @@ class Block:
 
     @property
     def waits(self) -> bool:
-        """Whether a thread spins here until another is ready: OpenBLAS's do, on eight nops."""
-        return _YIELD in self.opcodes or self.opcodes.count(_NOP) >= 4
+        """Whether a thread spins here until another is ready: OpenBLAS's do, on eight nops and little else.
+
+        Generated code has nops too, in front of its loops: they are few there.
+        """
+        nops = self.opcodes.count(_NOP)
+        return _YIELD in self.opcodes or (nops >= 4 and 2 * nops >= len(self.opcodes))
 
     @property
     def kernel(self) -> str:

@@ -78,6 +78,8 @@ _NVPL = [
     Variant("large", 12, 8, _NONE, sweep=12),
 ]
 _FP32_VARIANTS = [Variant("few rows", 1, 4, _NONE, most_rows=4), Variant("large", 4, 8, _NONE)]
+#: Which pads no input channels.
+_DIRECT_VARIANTS = [Variant("brgconv", 1, 8, _NONE, channels=1)]
 
 
 def blas_variants(samples: Samples) -> list[Variant]:
@@ -93,7 +95,8 @@ def own_variant(samples: Samples) -> list[Variant]:
     own = [count for count, multiplied in channels if not multiplied]
     if not own or max(own) >= min(count for count, multiplied in channels if multiplied):
         return []
-    return [Variant("oneDNN's own", 1, 8, _NONE, most_channels=max(own))]
+    pairs = any(sample["counts"][2] for sample in samples)  # BFDOT multiplies two terms at once
+    return [Variant("oneDNN's own", 1, 8, _NONE, most_channels=max(own), channels=2 if pairs else 1)]
 
 
 def search_sve_cycles(samples: Samples, vector_bits: int) -> tuple[float, float, float]:
@@ -206,7 +209,7 @@ def fit(path: Path) -> None:
         if name.startswith("blas"):
             variants = blas_variants(held)
         elif not multiplied:
-            variants = _FP32_VARIANTS
+            variants = _DIRECT_VARIANTS if name == "conv_direct_fp32" else _FP32_VARIANTS
         else:
             variants = [*own_variant(held), *(bf16_variants(bits) if name.endswith("bf16") else in_fast_math)]
         fitted, wrong = fit_variants(variants, held)

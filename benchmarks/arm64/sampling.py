@@ -31,6 +31,8 @@ _LINEAR = ("conv1x1_bf16", "conv1x1_fastmath", "linear_fastmath", "blas_fp32_w16
 _LINEAR_FP32 = ("conv1x1_fp32", "blas_fp32")
 _CONV = ("conv_bf16", "conv_fastmath")
 _CONV_FP32 = ("conv_fp32",)
+#: Of few channels: fast math is slower there than both.
+_STEMS = ("conv_direct_fp32", "conv_bf16")
 #: Cores that QEMU doesn't model, by the one that runs the same instructions: they have cycles of their own.
 LIKE = {"neoverse-n2": ("neoverse-v2",)}
 #: What a sample has beyond what was asked for.
@@ -71,6 +73,24 @@ def conv_shapes() -> list[dict[str, Any]]:
         for size, out, filters in ((14, 256, 3), (28, 91, 1)):
             found[f"mask {batch} {size}"] = _conv((batch, 256, size, size), out, filters)
     return [shape for shape in found.values() if _multiplications(shape) <= _MOST]
+
+
+def depthwise_shapes() -> list[dict[str, Any]]:
+    """The distinct depthwise convolutions of EfficientNet, which has more of 5x5 than those of MobileNet."""
+    shapes = {json.dumps(shape): shape for shape in _of_model("efficientnet_b0", 224) if shape["groups"] > 1}
+    return list(shapes.values())
+
+
+def stem_shapes() -> Iterator[dict[str, Any]]:
+    """Convolutions of few channels: of photographs, of grey and depth images, and of frames stacked."""
+    for size, channels, out, filters, stride in (
+        *((224, 3, 16, 3, 2), (224, 3, 32, 3, 2), (112, 3, 64, 3, 2), (64, 3, 24, 3, 2), (64, 3, 64, 3, 1)),
+        *((112, 3, 64, 7, 2), (64, 3, 64, 7, 2), (128, 3, 48, 4, 4), (64, 3, 96, 4, 4), (96, 3, 32, 5, 2)),
+        *((28, 1, 32, 3, 1), (28, 1, 6, 5, 1), (64, 1, 64, 5, 1), (96, 1, 16, 3, 1), (84, 4, 32, 8, 4)),
+        *((64, 6, 32, 3, 1), (56, 8, 32, 3, 1), (56, 8, 64, 3, 2), (32, 2, 16, 3, 1), (20, 3, 10, 3, 1)),
+        *((56, 12, 32, 3, 1), (28, 16, 16, 3, 1), (56, 16, 32, 3, 1), (28, 16, 64, 3, 1), (56, 16, 64, 3, 2)),
+    ):
+        yield _conv((1, channels, size, size), out, filters) | {"stride": stride}
 
 
 def _multiplications(shape: Mapping[str, Any]) -> float:
@@ -131,6 +151,10 @@ def jobs(half: bool) -> Iterator[Job]:
                 yield _conv_job(kernel, shape)
         elif shape["weight"][1] == 1:
             yield _conv_job("conv_fp32", shape)
+    for shape in depthwise_shapes():
+        yield _conv_job("conv_fp32", shape)
+    for shape in stem_shapes() if half else ():
+        yield from (_conv_job(kernel, shape) for kernel in _STEMS)
 
 
 def _pointwise_jobs(half: bool) -> Iterator[Job]:

@@ -9,7 +9,10 @@ from armopt.kernels import examples, table
 from tests.arm64 import kernel_cases
 
 JOBS = "tests.arm64.jobs_own"
-KERNELS = ("conv1x1_bf16", "conv1x1_fastmath", "conv_bf16", "conv_fastmath", "conv_fp32", "conv_merged_fp32")
+KERNELS = (
+    *("conv1x1_bf16", "conv1x1_fastmath", "conv_bf16", "conv_fastmath", "conv_fp32", "conv_direct_fp32"),
+    "conv_merged_fp32",
+)
 #: Every third layer that a kernel names for itself.
 CASES = [
     case for name in KERNELS for case in [c for c in kernel_cases.examples()["graviton3"] if c.kernel == name][::3]
@@ -32,6 +35,8 @@ def test_an_own_primitive_gives_what_the_call_of_pytorch_gives(results, case):
     assert (bound.kernel, other.kernel, other.implementation) == (case.kernel, case.kernel, ""), (bound, other)
     assert bound.implementation
     assert not is_reference(bound.implementation)
+    if case.kernel == "conv_direct_fp32":
+        assert bound.implementation.startswith("brgconv")
     if table.get(case.kernel).precision == Precision.BF16:
         assert torch.equal(found, called)
     else:

@@ -88,6 +88,21 @@ def test_small_layers_go_to_blas_and_large_ones_do_not() -> None:
     assert kernels == ["blas", "blas", "blas", "onednn", "onednn", "onednn"]
 
 
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [("graviton3", "conv_direct_fp32"), ("graviton4", "conv_bf16"), ("yitian710", "conv_bf16")],
+)
+@pytest.mark.parametrize("release", ["2.10", "2.13"])
+def test_the_stem_of_a_vision_model_takes_code_that_gathers_nothing(target: str, expected: str, release: str) -> None:
+    """Which oneDNN has for vectors of 256 bits; a convolution of many channels is in BF16 everywhere."""
+    known = targets.load(target)
+    policy = cost_policy.default(known, release)
+    stem = jobs.conv_site([1, 3, 224, 224], [32, 3, 3, 3], 2, 1)
+    deep = jobs.conv_site([1, 64, 56, 56], [64, 64, 3, 3], 1, 1)
+    kernels = [choice.kernel and choice.kernel.name for site in (stem, deep) for choice in policy.choose([site], known)]
+    assert kernels == [expected, "conv_bf16"]
+
+
 @pytest.mark.parametrize("rows", [1, 8, 32, 256])
 def test_what_falls_to_a_reference_kernel_on_a_release_is_not_chosen_there(rows: int) -> None:
     """From oneDNN 3.10 the packed inner product is `gemm:ref`."""
@@ -123,6 +138,12 @@ def test_terms_of_a_padded_product() -> None:
     assert found["merging"] == 9 * 48 * 2
     assert found["packing"] == 16 * 344
     assert (found["input"], found["output"], found["weight"]) == (9 * 341, 9 * 25, 25 * 341)
+
+
+def test_code_that_gathers_nothing_pads_no_channels() -> None:
+    variant = Variant("brgconv", 1, 8, (0.0,) * len(costs.TERMS), channels=1)
+    site = jobs.conv_site([1, 3, 5, 5], [16, 3, 3, 3], padding=1)
+    assert dict(zip(costs.TERMS, costs.terms(variant, site), strict=True))["arithmetic"] == 25 * 16 * 27
 
 
 def test_a_convolution_pads_channels_in_each_tap_and_rows_in_each_image() -> None:

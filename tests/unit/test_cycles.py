@@ -8,7 +8,13 @@ from benchmarks.arm64 import cycles, llvm
 from benchmarks.arm64.cycles import Block
 
 #: add x0, x0, #1; add x1, x1, #1; ld1 { v0.s }[0], [x1]; fmla z8.s, p0/m, z16.s, z31.s
-_ADD_X0, _ADD_X1, _LANE, _FMLA = 0x91000400, 0x91000421, 0x0D408020, 0x65BF0208
+_ADD_X0, _ADD_X1, _LANE, _FMLA, _NOP = 0x91000400, 0x91000421, 0x0D408020, 0x65BF0208, 0xD503201F
+
+
+def test_nops_in_front_of_a_loop_of_generated_code_are_not_waiting() -> None:
+    """OpenBLAS's threads spin on eight, with a load, a comparison and a branch."""
+    spins, computes = (_NOP,) * 8 + (_ADD_X0,) * 3, (_ADD_X0, *(_NOP,) * 6, *(_FMLA,) * 96)
+    assert [Block(0, code, 1, 1, ("", "")).waits for code in (spins, computes)] == [True, False]
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,7 @@ class Variant:
         most_columns: It is taken up to so many columns; None where there is no bound.
         most_product: It is taken up to so many rows x terms x columns; None where there is no bound.
         most_channels: It is taken up to so many input channels x outputs; None where there is no bound.
+        channels: It multiplies input channels of a filter by so many.
         cycles: Where the library estimates cycles and takes the least: multiplications in a cycle, bytes of activations
             packed and bytes of results merged in a cycle (0: it does neither).
         coefficients: Instructions for one unit of each of :data:`TERMS`.
@@ -63,6 +64,7 @@ class Variant:
     most_columns: int | None = None
     most_product: float | None = None
     most_channels: int | None = None
+    channels: int = 4
     cycles: tuple[float, float, float] | None = None
     clocked: tuple[float, ...] = ()
     blocks: float = 0.0
@@ -186,7 +188,7 @@ def _cycles(variant: Variant, site: Site) -> float:
     """The Compute Library's estimate for one thread: its GEMMs' estimate_cycles. Zero where it makes none."""
     if variant.cycles is None:
         return 0.0
-    batch, rows, depth = _problem(site)
+    batch, rows, depth = _problem(site, variant.channels)
     multiplications, packed, merged = variant.cycles
     width = _up(site.n, variant.columns)
     if not packed:
@@ -200,11 +202,11 @@ def _cycles(variant: Variant, site: Site) -> float:
     return cycles / min(1.0, 0.9 * batch * high / variant.rows)
 
 
-def _problem(site: Site) -> tuple[int, int, int]:
-    """Products in a batch, rows of each, and their terms, which come in fours for each input channel of a filter."""
+def _problem(site: Site, channels: int) -> tuple[int, int, int]:
+    """Products in a batch, rows of each, and their terms, with input channels of a filter by so many."""
     batch = max(1, site.shape[0]) if site.op == Op.CONV else 1
     taps = math.prod(site.weight[2:])
-    return batch, site.m // batch, _up(site.k // max(1, taps), 4) * taps
+    return batch, site.m // batch, _up(site.k // max(1, taps), channels) * taps
 
 
 def _blocks(variant: Variant, depth: int) -> int:
@@ -213,7 +215,7 @@ def _blocks(variant: Variant, depth: int) -> int:
 
 def terms(variant: Variant, site: Site) -> tuple[float, ...]:
     """What a call does, in units of :data:`TERMS`."""
-    batch, rows, depth = _problem(site)
+    batch, rows, depth = _problem(site, variant.channels)
     high, width = batch * _up(rows, variant.rows), _up(site.n, variant.columns)
     taps = math.prod(site.weight[2:])
     merged = batch * rows * width * _blocks(variant, depth)
