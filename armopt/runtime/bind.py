@@ -23,7 +23,7 @@ from armopt.kernels.base import Kernel, KernelCall, Use
 from armopt.kernels.onednn.layer import Layer
 from armopt.kernels.onednn.workspaces import Workspaces
 from armopt.kernels.timings import Timings
-from armopt.runtime import between, numbers, own, packings, probe, probe_cache
+from armopt.runtime import between, blas, numbers, own, packings, probe, probe_cache
 from armopt.runtime.python_calls import rebind
 
 _aten = torch.ops.aten
@@ -95,15 +95,18 @@ class Binder:
         for old in sorted(found, key=lambda layer: -_work_space(program.sites[layer.name])):
             node = mapping[old]
             layer = _Layer(node, call_of(node), program.sites[old.name], program.shapes[old.name])
-            kernel, weight, reasons = self._first_proven(layer, constants)
-            answers = weight.implementation if isinstance(weight, Layer) else ""
+            kernel, proven, reasons = self._first_proven(layer, constants)
+            answers = proven.implementation if isinstance(proven, Layer) else ""
             bound[old] = Bound(layer.site.node, layer.call.kernel, kernel.name, "; ".join(reasons), answers)
             if kernel.name != layer.call.kernel:
                 _log.info(
                     "%s runs %s, planned %s: %s", layer.site.node, kernel.name, layer.call.kernel, bound[old].reason
                 )
             bias = self._bias(layer, kernel, constants)
-            if isinstance(weight, Layer):
+            weight: torch.Tensor | Layer | blas.Product = proven
+            if isinstance(proven, torch.Tensor):
+                weight = blas.product(kernel, layer.site, proven, bias, layer.output) or proven
+            if not isinstance(weight, torch.Tensor):
                 owned[old] = len(owned)
             _replace(layer, kernel, weight, bias, constants, calls)
         between.pool_as_integers(source, mapping, program.shapes)
@@ -322,7 +325,7 @@ def single(kernel: Kernel, site: Site, weight: torch.Tensor | Layer, bias: torch
 def _replace(
     layer: _Layer,
     kernel: Kernel,
-    weight: torch.Tensor | Layer,
+    weight: torch.Tensor | Layer | blas.Product,
     bias: torch.Tensor | None,
     constants: dict[str, torch.Tensor],
     calls: own.Calls,
@@ -334,8 +337,9 @@ def _replace(
     if kernel.activations != planned.activations:
         x = between.cast(node, x, kernel.activations)
         other = None if other is None else between.cast(node, other, kernel.activations)
-    if isinstance(weight, Layer):
-        result = calls.emit(KernelCall(kernel, layer.site, node, x, None, None, other, layer.output), weight)
+    if not isinstance(weight, torch.Tensor):
+        emit = KernelCall(kernel, layer.site, node, x, None, None, other, layer.output)
+        result = calls.emit(emit, weight) if isinstance(weight, Layer) else calls.emit_product(emit, weight)
     else:
         weight_node = _attribute(constants, node, f"{node.name}_packed", weight)
         bias_node = None if bias is None else _attribute(constants, node, f"{node.name}_bias", bias)

@@ -17,7 +17,7 @@ from armopt.kernels.onednn import primitives, views
 from armopt.kernels.onednn.any_size import AnySize
 from armopt.kernels.onednn.layer import Description, Layer, Wanted, describe
 from armopt.kernels.onednn.workspaces import OneSize, Workspaces
-from armopt.runtime import numbers, operations
+from armopt.runtime import blas, numbers, operations
 from armopt.runtime.packings import Packings
 
 _aten = torch.ops.aten
@@ -180,6 +180,16 @@ class Calls:
         self._results[y] = len(layers) - 1
         y = call.call(_aten.squeeze.dim, y, 2) if flat else y
         return y if layer.wanted.post_op else call.post_op(y)
+
+    def emit_product(self, call: KernelCall, product: blas.Product) -> fx.Node:
+        """Inserts the call of a layer that BLAS multiplies in front of its node, and its post-op."""
+        layers = self.workspaces.layers
+        layers.append(product)
+        run = product.function(len(layers) - 1)
+        run.__name__ = call.node.name
+        y = call.call(run, self._taken(), call.x)
+        self._results[y] = len(layers) - 1
+        return call.post_op(y)
 
     def place_operations(
         self,

@@ -3,30 +3,29 @@
     python -m benchmarks.arm64.blas_calls                  # prints the table
     python -m benchmarks.arm64.blas_calls --torch 2.13.0
 
-Thousands of instructions of one call. Through ctypes `cblas_sgemm` gets what is known beforehand as objects of C, made
-once; only the address of the input is asked for. A bias is copied to where the result goes, and added to.
+Thousands of instructions of one call. The direct way is what bundles run (armopt/runtime/blas.py), with the result in
+the arena; PyTorch's makes a new one.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
-import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 #: Rows, inputs and outputs.
 SHAPES = ((1, 32, 32), (8, 32, 32), (3, 200, 60), (10, 512, 256), (64, 256, 256))
-WAYS = ("mm", "mm, cblas", "addmm", "addmm, cblas")
-_COLUMN_MAJOR, _AS_IT_IS = 102, 111
+WAYS = ("mm", "mm, direct", "addmm", "addmm, direct")
 
 
 def make(shape: Sequence[int], way: str) -> Callable[[], Any]:
-    """One call, on the emulated side; the result of BLAS's own has been compared with PyTorch's."""
+    """One call, on the emulated side."""
     import torch
+
+    from armopt.kernels.onednn.workspaces import Workspaces
+    from armopt.runtime import blas
 
     torch._C._set_grad_enabled(False)
     m, k, n = shape
@@ -35,38 +34,14 @@ def make(shape: Sequence[int], way: str) -> Callable[[], Any]:
         return functools.partial(torch.mm, x, weight)
     if way == "addmm":
         return functools.partial(torch.addmm, bias, x, weight)
-    y, image = torch.empty(m, n), bias.repeat(m, 1)
-    add = way.startswith("addmm")
-    at, one, beta = ctypes.c_void_p, ctypes.c_float(1), ctypes.c_float(float(add))
-    where, w = at(y.data_ptr()), at(weight.data_ptr())
-    if m == 1:
-        call = functools.partial(_function("cblas_sgemv"), _COLUMN_MAJOR, _AS_IT_IS, n, k, one, w, n)
-        behind: tuple[Any, ...] = (1, beta, where, 1)
-    else:
-        # rows are the columns of the transposed product
-        call = functools.partial(_function("cblas_sgemm"), _COLUMN_MAJOR, _AS_IT_IS, _AS_IT_IS, n, m, k, one, w, n)
-        behind = (k, beta, where, n)
-    fill = functools.partial(_function("memcpy"), where, at(image.data_ptr()), ctypes.c_size_t(image.nbytes))
-
-    def run() -> torch.Tensor:
-        if add:
-            fill()
-        call(at(x.data_ptr()), *behind)
-        return y
-
-    expected = torch.addmm(bias, x, weight) if add else torch.mm(x, weight)
-    torch.testing.assert_close(run(), expected, atol=1e-3, rtol=1e-3)
-    run.__dict__["memory"] = weight, image
-    return run
-
-
-def _function(name: str) -> Any:
-    """A function of the BLAS that this process's PyTorch has, or of C's library, whose arguments are not checked."""
-    maps = Path("/proc/self/maps").read_text()
-    found = re.search(r"/\S*/torch/lib/\S*(openblas|nvpl_blas_lp64)\S*", maps)
-    assert found is not None
-    library = ctypes.CDLL(found[0] if name.startswith("cblas") else None)
-    return ctypes.CFUNCTYPE(None)(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0)
+    bias_of_layer = None if way.startswith("mm") else bias
+    layer, workspaces = blas.Product(m, weight, bias_of_layer, (m, n)), Workspaces()
+    workspaces.layers.append(layer)
+    workspaces.arena, workspaces.places = layer.size, {0: 0}
+    workspace, call = workspaces.take(), layer.function(0)
+    expected = torch.mm(x, weight) if bias_of_layer is None else torch.addmm(bias, x, weight)
+    torch.testing.assert_close(call(workspace, x), expected, rtol=0, atol=0)
+    return functools.partial(call, workspace, x)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,6 +5,8 @@ import warnings
 import torch
 
 from armopt.kernels.onednn import compute_library
+from armopt.kernels.onednn.workspaces import Workspaces
+from armopt.runtime import blas
 from armopt.runtime.bind import Binder
 from tests.arm64 import jobs_bundles, kernel_cases
 
@@ -42,3 +44,14 @@ def threads_of_the_compute_library(case, more):
         finally:
             torch.set_num_threads(before)
     return compute_library.threads(), [str(each.message) for each in said]
+
+
+def product(rows, bias):
+    """A Linear of 32 to 48 that BLAS multiplies in an arena, and what PyTorch gives."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, added = (torch.randn(*shape, generator=generator) for shape in ((rows, 32), (32, 48), (48,)))
+    layer, workspaces = blas.Product(rows, weight, added if bias else None, (rows, 48)), Workspaces()
+    workspaces.layers.append(layer)
+    workspaces.arena, workspaces.places = layer.size, {0: 0}
+    found = layer.function(0)(workspaces.take(), x)
+    return found, torch.addmm(added, x, weight) if bias else x.mm(weight)

@@ -52,6 +52,15 @@ def test_a_dense_convolution_planned_in_fp32_is_in_fp32(server):
     assert (found.double() - exact).norm() <= 2e-6 * exact.norm()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("host", ["graviton3", "graviton3-torch2.13"])
+def test_blas_gives_the_same_without_pytorch_around_it(server, host, rows, bias):
+    """OpenBLAS and NVPL."""
+    found, expected = server(host).call(f"{JOBS}:product", rows=rows, bias=bias).value
+    assert torch.equal(found, expected)
+
+
 def test_threads_that_the_compute_library_does_not_take_are_said(server):
     """It keeps the number of its first call in a process."""
     job, case = f"{JOBS}:threads_of_the_compute_library", next(c for c in CASES if c.kernel == "conv1x1_bf16")

@@ -22,8 +22,10 @@ from armopt.kernels.examples import Example
 from armopt.kernels.onednn import implementations, primitives, symbols
 from armopt.kernels.onednn.layer import Description, Layer, Wanted, describe
 from armopt.kernels.onednn.workspaces import Workspaces
-from armopt.runtime import bind, numbers, own
+from armopt.plan.threshold_policy import ThresholdPolicy
+from armopt.runtime import bind, blas, numbers, own
 from tests.own_programs import found_api, lowered, random
+from tests.planning import programs
 
 SITE = Site("fc", Op.LINEAR, 8, 32, 16, (8, 32), (16, 32))
 FP32, BF16 = table.get("conv1x1_fp32"), table.get("conv1x1_bf16")
@@ -126,6 +128,59 @@ def test_a_layer_of_any_size(
         found = module(x)[0]
         assert found.shape == expected.shape
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def blas_program(model: nn.Module, x: torch.Tensor, target: str = "graviton2") -> Program:
+    return programs(model.eval(), x, target=target, policy=ThresholdPolicy(1000))[0]
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (8, 32), (2, 3, 32)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("target", "kernel"), [("graviton2", "blas_fp32"), ("graviton3", "blas_fp32_w16")])
+def test_a_small_layer_of_blas_is_called_without_pytorch(
+    shape: tuple[int, ...], bias: bool, target: str, kernel: str
+) -> None:
+    """To the bit what PyTorch gives, also where the caller gives the result its place, and however the input lies."""
+    x = random(*shape)
+    first, last = nn.Linear(32, 48, bias), nn.Linear(48, 16, bias)
+    module, entries = bind.Binder(False).bind(blas_program(nn.Sequential(first, nn.ReLU(), last), x, target))
+    assert [entry.kernel for entry in entries] == [kernel] * 2
+    assert "mm" not in module.code
+    weights = [each.weight.bfloat16().float() if kernel[-3:] == "w16" else each.weight for each in (first, last)]
+    with torch.no_grad():
+        inner = nn.functional.linear(x.reshape(-1, 32), weights[0], first.bias).relu()
+        expected = nn.functional.linear(inner, weights[1], last.bias).reshape(*shape[:-1], 16)
+    found = module(x)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert module(x)[0].data_ptr() != found.data_ptr()
+    lent = torch.full_like(found, torch.nan)
+    assert module(x, out=[lent])[0] is lent
+    assert torch.equal(lent, found)
+    assert torch.equal(module(x.mT.contiguous().mT)[0], found)
+    with pytest.raises(ValueError, match="bytes"):
+        module(x[..., :16])
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Linear(32, 16), (0, 32)),
+        (nn.Linear(32, 512), (64, 32)),
+    ],
+)
+def test_other_layers_of_blas_are_called_through_pytorch(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Without rows, and of a result that is large beside a call."""
+    x = random(*shape)
+    module, _ = bind.Binder(False).bind(blas_program(model, x))
+    assert "mm" in module.code
+    torch.testing.assert_close(module(x)[0], model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_of_blas_is_called_through_pytorch_where_blas_has_no_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "functions", lambda: None)
+    x = random(8, 32)
+    module, _ = bind.Binder(False).bind(blas_program(nn.Linear(32, 16), x))
+    assert "addmm" in module.code
 
 
 def test_sizes_are_forgotten_in_order() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from armopt.kernels.onednn.images import ChannelsLast
 from armopt.kernels.onednn.primitives import check
 
 #: The attribute of tensors that are the same in every call of a workspace.
@@ -38,7 +37,7 @@ class Arguments:
     """What a call of a layer needs of its own: no other call may use it meanwhile.
 
     Attributes:
-        execute: Executes the primitive and returns oneDNN's status.
+        execute: Executes the primitive and returns oneDNN's status; nothing where it can't fail.
         place: Says where the memory of a tensor is.
         source: The memory that is its input.
         result: The memory that is its output.
@@ -52,12 +51,12 @@ class Arguments:
         y: Where its output was last.
     """
 
-    execute: Callable[[], int]
+    execute: Callable[[], int | None]
     place: Callable[[ctypes.c_void_p, int], int]
     source: ctypes.c_void_p
     result: ctypes.c_void_p
     owned: Any
-    channels_last: ChannelsLast
+    channels_last: Callable[[torch.Tensor], torch.Tensor]
     like: torch.Tensor
     kept: torch.Tensor | None = None
     lent: torch.Tensor | None = None
