@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from armopt.ir.records import Backend, Op, Site
+from armopt.ir.records import Site
+from armopt.kernels import blas_fp32
 from armopt.kernels.base import Kernel
 from armopt.kernels.onednn import symbols
 from armopt.kernels.onednn.arguments import Arguments
@@ -133,7 +134,7 @@ def product(
 ) -> Product | None:
     """A layer of a kernel of BLAS as a product; None where it has no fixed size, or is large."""
     fixed = [size for size in shape if size is not None]
-    if kernel.backend != Backend.BLAS or site.op != Op.LINEAR or len(fixed) < len(shape):
+    if kernel.emit is not blas_fp32.KERNEL.emit or len(fixed) < len(shape):
         return None
     if not 0 < math.prod(fixed) * weight.itemsize <= _MOST_BYTES or site.k == 0 or functions() is None:
         return None

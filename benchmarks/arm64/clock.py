@@ -173,7 +173,7 @@ def page(found: Sequence[Judged]) -> str:
     ]
     measured = {each.row.line for each in found}
     reasons = Counter(
-        row.case if isinstance(row.case, str) else "not measured yet"
+        row.case if isinstance(row.case, str) else "not measured: the emulator needs an hour or more for each"
         for row in published.rows()
         if row.line not in measured
     )

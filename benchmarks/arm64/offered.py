@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shape = " ".join("x".join(map(str, layer[part])) for part in ("source", "weight"))
             head = [layer["node"], str(times[key]), shape]
             rows += [[*head, *(f"{x:,.0f}" for x in each[:2]), *each[2:]] for each in offered]
-            least += offered[0][0] * times[key]
+            least += min((each[0] for each in offered), default=0.0) * times[key]
         headers = ["node", "times", "source, weight", "instructions", "cycles", "form", "by"]
         print(f"{model}\n\n{tables.table(rows, headers)}\n")
         print(f"All {len(held)} layers by the fewest instructions: {least / 1e3:,.2f} million\n", flush=True)
