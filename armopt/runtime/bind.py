@@ -105,7 +105,8 @@ class Binder:
             bias = self._bias(layer, kernel, constants)
             weight: torch.Tensor | Layer | blas.Product = proven
             if isinstance(proven, torch.Tensor):
-                weight = blas.product(kernel, layer.site, proven, bias, layer.output) or proven
+                is_given = layer.call.x.op == "placeholder"
+                weight = blas.product(kernel, layer.site, proven, bias, layer.output, is_given=is_given) or proven
             if not isinstance(weight, torch.Tensor):
                 owned[old] = len(owned)
             _replace(layer, kernel, weight, bias, constants, calls)

@@ -1,7 +1,9 @@
 """A small Linear in FP32 on BLAS, without PyTorch in between.
 
 ``addmm`` copies the bias to where the result goes and calls BLAS's ``sgemm_``; so does this, with arguments that are
-made once, where the result has a place in the arena. `python -m benchmarks.arm64.blas_calls` counts both.
+made once, where the result has a place in the arena; what reads it finds it there in each call. Without a bias
+PyTorch's own way to BLAS, ``mm``, is shorter where the input is the caller's, which may lie elsewhere in each call.
+`python -m benchmarks.arm64.blas_calls` counts the ways.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -84,8 +85,8 @@ class Product:
         sizes = (ctypes.c_char_p(b"N"), ctypes.c_char_p(b"N"), n_, m_, k_)
         execute: Callable[[], None] = functools.partial(multiply, *sizes, one, weight, n_, source, k_, beta, result, n_)
         if self._image is not None:
-            image, length = ctypes.c_void_p(self._image.data_ptr()), ctypes.c_size_t(self.size)
-            execute = _Execution(functools.partial(copy, result, image, length), execute)
+            image = ctypes.c_void_p(self._image.data_ptr())
+            execute = _both(functools.partial(copy, result, image, ctypes.c_size_t(self.size)), execute)
         owned = self._weight, self._image
         made = Arguments(execute, _point, source, result, owned, torch.Tensor.contiguous, self._like)
         made.keep(place)
@@ -112,16 +113,14 @@ class Product:
         return run
 
 
-@dataclass(frozen=True, slots=True)
-class _Execution:
+def _both(fill: Callable[[], None], product: Callable[[], None]) -> Callable[[], None]:
     """Rows of the bias, and the product added to them."""
 
-    fill: Callable[[], None]
-    product: Callable[[], None]
+    def execute() -> None:
+        fill()
+        product()
 
-    def __call__(self) -> None:
-        self.fill()
-        self.product()
+    return execute
 
 
 def _point(pointer: ctypes.c_void_p, address: int) -> int:
@@ -130,11 +129,26 @@ def _point(pointer: ctypes.c_void_p, address: int) -> int:
 
 
 def product(
-    kernel: Kernel, site: Site, weight: torch.Tensor, bias: torch.Tensor | None, shape: Sequence[int | None]
+    kernel: Kernel,
+    site: Site,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shape: Sequence[int | None],
+    *,
+    is_given: bool,
 ) -> Product | None:
-    """A layer of a kernel of BLAS as a product; None where it has no fixed size, or is large."""
+    """A layer of a kernel of BLAS as a product; None where it has no fixed size, is large, or PyTorch is as quick.
+
+    Args:
+        kernel: The kernel.
+        site: The layer.
+        weight: Packed by the kernel.
+        bias: In FP32.
+        shape: Of the result; None for a dynamic size.
+        is_given: Whether its input is the caller's own.
+    """
     fixed = [size for size in shape if size is not None]
-    if kernel.emit is not blas_fp32.KERNEL.emit or len(fixed) < len(shape):
+    if kernel.emit is not blas_fp32.KERNEL.emit or len(fixed) < len(shape) or (is_given and bias is None):
         return None
     if not 0 < math.prod(fixed) * weight.itemsize <= _MOST_BYTES or site.k == 0 or functions() is None:
         return None

@@ -41,8 +41,8 @@ def layers(path: str) -> list[dict[str, Any]]:
     ]
 
 
-def make(shape: Mapping[str, Any], mode: str, index: int) -> Callable[[], str]:
-    """One execution by the implementation of that number, on the emulated side; returns its name.
+def make(shape: Mapping[str, Any], mode: str, index: int, number: int) -> Callable[[], str]:
+    """One execution by an implementation, on the emulated side; says its name with the number of the job.
 
     Raises:
         LookupError: There are not so many, or it is a reference.
@@ -92,7 +92,7 @@ def make(shape: Mapping[str, Any], mode: str, index: int) -> Callable[[], str]:
         return implementation
 
     run.__dict__["memory"] = buffers, memories, array, found
-    print(f"{_OFFERED}{implementation}", flush=True)
+    print(f"{_OFFERED}{number} {implementation}", flush=True)
     return run
 
 
@@ -143,27 +143,34 @@ def offers(found: Sequence[Mapping[str, Any]], torch_version: str) -> list[list[
         for index in range(_MOST)
     ]
     jobs = [
-        Job("offered", "benchmarks.arm64.offered:make", {"shape": dict(form), "mode": mode, "index": index}, 1)
-        for _, form, mode, index in keys
+        Job(
+            "offered",
+            "benchmarks.arm64.offered:make",
+            {"shape": dict(form), "mode": mode, "index": index, "number": number},
+            1,
+        )
+        for number, (_, form, mode, index) in enumerate(keys)
     ]
-    names: list[str] = []
-    offered: list[list[tuple[float, float, str, str]]] = [[] for _ in found]
+    names: dict[int, str] = {}
+    counted: dict[int, cycles.Cycles] = {}
 
     def said(line: str) -> None:
         if line.startswith(_OFFERED):
-            names.append(line.removeprefix(_OFFERED))
+            number, name = line.removeprefix(_OFFERED).split(" ", 1)
+            names[int(number)] = name
 
     def keep(index: int, result: Mapping[str, Any]) -> None:
-        if "error" in result:
-            return
-        number, form, mode, _ = keys[index]
-        made = cycles.cycles(cycles.blocks_of(result, core), core)
-        kind = "inner product" if form["geometry"] is None else "convolution"
-        offered[number].append((made.instructions / 1e3, made.cycles / 1e3, f"{mode}, {kind}", names[-1]))
+        if "error" not in result:
+            counted[index] = cycles.cycles(cycles.blocks_of(result, core), core)
 
     machine = Machine("graviton3", torch_version, counting.FAST_MATH, timeout=4 * 3600)
     plugin = "memory=off"
     emulated_jobs.run(jobs, machine, "benchmarks.arm64.clock_region", lambda qemu: f"{qemu.clock},{plugin}", said, keep)
+    offered: list[list[tuple[float, float, str, str]]] = [[] for _ in found]
+    for index, made in counted.items():
+        layer, form, mode, _ = keys[index]
+        kind = "inner product" if form["geometry"] is None else "convolution"
+        offered[layer].append((made.instructions / 1e3, made.cycles / 1e3, f"{mode}, {kind}", names[index]))
     return [sorted(each) for each in offered]
 
 

@@ -145,31 +145,38 @@ def test_a_small_layer_of_blas_is_called_without_pytorch(
     first, last = nn.Linear(32, 48, bias), nn.Linear(48, 16, bias)
     module, entries = bind.Binder(False).bind(blas_program(nn.Sequential(first, nn.ReLU(), last), x, target))
     assert [entry.kernel for entry in entries] == [kernel] * 2
-    assert "mm" not in module.code
+    # without a bias the first, whose input is the caller's, is PyTorch's
+    assert sum("mm" in str(node.target) for node in module.graph.nodes) == (not bias)
     weights = [each.weight.bfloat16().float() if kernel[-3:] == "w16" else each.weight for each in (first, last)]
+
+    def multiplied(x: torch.Tensor, weight: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
+        return x.mm(weight.T.contiguous()) if added is None else torch.addmm(added, x, weight.T.contiguous())
+
     with torch.no_grad():
-        inner = nn.functional.linear(x.reshape(-1, 32), weights[0], first.bias).relu()
-        expected = nn.functional.linear(inner, weights[1], last.bias).reshape(*shape[:-1], 16)
+        inner = multiplied(x.reshape(-1, 32), weights[0], first.bias).relu()
+        expected = multiplied(inner, weights[1], last.bias).reshape(*shape[:-1], 16)
     found = module(x)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, expected)
     assert module(x)[0].data_ptr() != found.data_ptr()
     lent = torch.full_like(found, torch.nan)
     assert module(x, out=[lent])[0] is lent
     assert torch.equal(lent, found)
     assert torch.equal(module(x.mT.contiguous().mT)[0], found)
-    with pytest.raises(ValueError, match="bytes"):
+    refusal = (ValueError, "bytes") if bias else (RuntimeError, "shapes cannot be multiplied")
+    with pytest.raises(refusal[0], match=refusal[1]):
         module(x[..., :16])
 
 
 @pytest.mark.parametrize(
     ("model", "shape"),
     [
+        (nn.Linear(32, 16, bias=False), (8, 32)),
         (nn.Linear(32, 16), (0, 32)),
         (nn.Linear(32, 512), (64, 32)),
     ],
 )
 def test_other_layers_of_blas_are_called_through_pytorch(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """Without rows, and of a result that is large beside a call."""
+    """On the caller's input without a bias, without rows, and of a result that is large beside a call."""
     x = random(*shape)
     module, _ = bind.Binder(False).bind(blas_program(model, x))
     assert "mm" in module.code
