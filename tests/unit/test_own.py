@@ -162,7 +162,7 @@ def test_a_small_layer_of_blas_is_called_without_pytorch(
     assert module(x, out=[lent])[0] is lent
     assert torch.equal(lent, found)
     assert torch.equal(module(x.mT.contiguous().mT)[0], found)
-    refusal = (ValueError, "bytes") if bias else (RuntimeError, "shapes cannot be multiplied")
+    refusal = (ValueError, "bytes") if bias else (RuntimeError, "cannot be multiplied|is invalid for input")
     with pytest.raises(refusal[0], match=refusal[1]):
         module(x[..., :16])
 
