@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -143,7 +143,7 @@ def onednn_matmul(m: int, k: int, n: int, implementation: str, dtype: str = "flo
     at = ctypes.c_void_p()
     primitives.check(create(ctypes.byref(at), api.engine, a, api.anyhow((k, n), kind), None, c, attributes), "matmul")
     description = primitives.Handle(at, api._destroy["primitive_desc"])
-    return _executed(api, description, implementation, (m * k, m * n), kind)
+    return _executed(api, description, implementation, {})
 
 
 def onednn_conv(
@@ -156,7 +156,10 @@ def onednn_conv(
     groups: int = 1,
     dtype: str = "float32",
 ) -> Call:
-    """A convolution primitive as oneDNN's own benchmark runs it: its weight in the layout that it asks for."""
+    """A convolution primitive as oneDNN's own benchmark runs it: each tensor in the layout that it asks for.
+
+    Depthwise ones have no bias there, others have one.
+    """
     from armopt.kernels.onednn import primitives
 
     api, kind = primitives.api(), getattr(torch, dtype)
@@ -164,21 +167,17 @@ def onednn_conv(
         raise RuntimeError(f"oneDNN can't be reached: {api}")
     batch, channels, height, width = shape
     sides = [(side + 2 * padding - filters) // step + 1 for side, step in zip((height, width), stride, strict=True)]
-
-    def images(count: int, sizes: Sequence[int]) -> primitives.Handle:
-        return api.strided((batch, count, *sizes), (count * sizes[0] * sizes[1], 1, count * sizes[1], count), kind)
-
     grouped = (groups, out // groups) if groups > 1 else (out,)
-    weight = api.anyhow((*grouped, channels // groups, filters, filters), kind)
-    tensors = (images(channels, (height, width)), weight, None, images(out, sides))
-    geometry = (tuple(stride), (0, 0), (padding, padding))
-    description = api.convolution(tensors, geometry, api.attributes(fast_math=False, post_op=""))
-    sizes = (batch * channels * height * width, batch * out * sides[0] * sides[1])
-    return _executed(api, description, implementation, sizes, kind)
+    added = api.strided((out,), (1,), kind) if groups == 1 else None
+    weight = (*grouped, channels // groups, filters, filters)
+    source, weights, result = (api.anyhow(each, kind) for each in (shape, weight, (batch, out, *sides)))
+    geometry, attributes = (stride, (0, 0), (padding, padding)), api.attributes(fast_math=False, post_op="")
+    description = api.convolution((source, weights, added, result), geometry, attributes)
+    return _executed(api, description, implementation, {primitives.BIAS: added} if added else {})
 
 
-def _executed(api: Any, description: Any, implementation: str, sizes: Sequence[int], dtype: torch.dtype) -> Call:
-    """A call of the primitive with the implementation whose name begins so."""
+def _executed(api: Any, description: Any, implementation: str, given: Mapping[int, Any]) -> Call:
+    """A call of the primitive with the implementation whose name begins so; its other tensors have given layouts."""
     from armopt.kernels.onednn import primitives as p
 
     offered = [api.implementation(description)]
@@ -186,19 +185,13 @@ def _executed(api: Any, description: Any, implementation: str, sizes: Sequence[i
         if not api.advance(description):
             raise RuntimeError(f"oneDNN offers {', '.join(offered)}, not {implementation}")
         offered.append(api.implementation(description))
-    tensors = [torch.full((size,), 0.5, dtype=dtype) for size in sizes]
-    room = {part: p.buffer(api.size(api.part(description, part))) for part in (p.WEIGHTS_DESC, p.SCRATCHPAD_DESC)}
-    room[p.WEIGHTS_DESC].fill_(0)
-    where = {
-        p.SRC: (api.part(description, 129), tensors[0].data_ptr()),
-        p.DST: (api.part(description, 133), tensors[1].data_ptr()),
-        p.WEIGHTS: (api.part(description, p.WEIGHTS_DESC), p.aligned(room[p.WEIGHTS_DESC])),
-        p.SCRATCHPAD: (api.part(description, p.SCRATCHPAD_DESC), p.aligned(room[p.SCRATCHPAD_DESC])),
-    }
-    memories = {argument: api.memory(desc, address) for argument, (desc, address) in where.items()}
+    parts = {p.SRC: 129, p.WEIGHTS: p.WEIGHTS_DESC, p.DST: 133, p.SCRATCHPAD: p.SCRATCHPAD_DESC}
+    descriptors = {argument: api.part(description, part) for argument, part in parts.items()} | given
+    room = {argument: p.buffer(api.size(found)).fill_(0) for argument, found in descriptors.items()}
+    memories = {each: api.memory(found, p.aligned(room[each])) for each, found in descriptors.items()}
     arguments = (p.Argument * len(memories))(*(p.Argument(a, memory.pointer) for a, memory in memories.items()))
     primitive = api.primitive(description)
-    kept = (tensors, room, memories, primitive)
+    kept = (room, memories, primitive)
 
     def call() -> Any:
         p.check(api.execute(primitive.pointer, api.stream.pointer, len(arguments), ctypes.byref(arguments)), "execute")

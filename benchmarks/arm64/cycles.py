@@ -72,7 +72,8 @@ _KERNEL = re.compile(r"((?:sve|a64)_\w*?_\d+x\d+(?:VL)?)")
 #: Blocks that make up this share of the instructions are asked of LLVM; the rest cost what those do on average.
 _SHARE = 0.998
 _PYTHON = ("python3", "_ctypes", "libffi")
-_PARALLEL = ("GOMP_parallel", "exec_blas")
+#: Who gives work to threads: OpenMP, and OpenBLAS where it has threads of its own. One built with OpenMP lacks the latter.
+_PARALLEL = ("GOMP_parallel", "exec_blas_async")
 _NOP, _YIELD = 0xD503201F, 0xD503203F
 
 

@@ -60,3 +60,18 @@ def test_a_call_needs_what_its_blocks_do_as_often_as_they_ran() -> None:
     assert found.cycles == pytest.approx(10 * 8 + 5 * 4, rel=0.1)
     assert found.cycles_of_all == pytest.approx(40 * 8 + 5 * 4, rel=0.1)
     assert (found.blocks, found.instructions) == (2, 100)
+
+
+@pytest.mark.full  # llvm-mca is downloaded where it is not there
+@pytest.mark.usefixtures("llvm_mca")
+@pytest.mark.parametrize(
+    ("calls", "regions"),
+    [
+        (["exec_blas", "exec_blas_async"], 2),  # OpenBLAS with threads of its own
+        (["exec_blas", "GOMP_parallel"], 2),  # and built with OpenMP, which opens the region for it
+        (["exec_blas_async", "GOMP_parallel"], 4),  # PyTorch's region, then OpenBLAS's
+    ],
+)
+def test_a_parallel_region_counts_once_whoever_opens_it(calls: list[str], regions: int) -> None:
+    blocks = [Block(64 * at, (_ADD_X0,) * 4, 2, 2, ("", name)) for at, name in enumerate(calls)]
+    assert cycles.cycles(blocks, "neoverse-v1").regions == regions

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 
-from benchmarks.arm64 import clock, estimates, measuring, published, seeds
+from armopt.kernels.onednn import primitives
+from benchmarks.arm64 import clock, clock_jobs, estimates, measuring, published, seeds
 from benchmarks.arm64.contenders import ARMOPT
 from benchmarks.arm64.published import FITTED, Case
 
@@ -39,6 +42,26 @@ def test_calls_are_those_that_the_sources_name() -> None:
         assert cases[line].env["TORCH_MKLDNN_MATMUL_MIN_DIM"] == "0"
         assert cases[line].env["TORCH_MKLDNN_MATMUL_MIN_SIZE"] == "0"
     assert {cases[line].make for line in range(164, 174)} == {"matmul_abt"}
+    for line in (*range(118, 126), *range(127, 134, 2), *range(135, 146, 2)):  # oneDNN's code of autumn 2025, on c8g
+        assert (cases[line].torch, cases[line].target) == ("2.11.0", "graviton4")
+    for line in (*range(221, 226), 227, 228):  # PyTorch's own machines have OpenBLAS
+        assert cases[line].torch == "2.10.0"
+    assert cases[225].arguments["transposed"] == "b"  # trans_a=True, trans_b=False
+
+
+@pytest.mark.parametrize(("groups", "filters", "bias"), [(1, 1, True), (16, 3, False)])
+def test_the_benchmark_of_onednn_leaves_layouts_to_the_kernel(groups: int, filters: int, bias: bool) -> None:
+    """Nothing is said of a layout but of the bias's, which depthwise convolutions have not."""
+    api = primitives.api()
+    assert isinstance(api, primitives.Api)
+    with (
+        mock.patch.object(primitives.Api, "strided", autospec=True, side_effect=primitives.Api.strided) as strided,
+        mock.patch.object(primitives.Api, "anyhow", autospec=True, side_effect=primitives.Api.anyhow) as anyhow,
+    ):
+        call = clock_jobs.onednn_conv((1, 16, 8, 8), 16, filters, "", padding=filters // 2, groups=groups)
+        call()
+    assert [each.args[1] for each in strided.call_args_list] == ([(16,)] if bias else [])
+    assert len(anyhow.call_args_list) == 3
 
 
 def test_what_is_measured_belongs_to_a_point() -> None:
