@@ -13,6 +13,7 @@ from torch import fx
 from armopt.ir.records import Backend, Layout, Op, Precision, Site, Target
 from armopt.kernels import post_ops
 from armopt.kernels.examples import Example
+from armopt.kernels.onednn import pointwise
 from armopt.kernels.onednn.layer import Wanted
 
 _aten = torch.ops.aten
@@ -78,7 +79,7 @@ class Kernel:
             first used.
         stand_in: Whose code runs where its own primitive can't be had; `backend`'s where nothing is said.
         beats_bf16: Whether it can cost less than kernels with BF16 weights, so that plans compare it with them.
-        fuses: Whether a site's post-op is part of the call. Pure.
+        fuses: Whether a site's post-op is part of the call on this host.
         own: Of the kernel and a site, the primitive that takes the place of the call where this build of
             oneDNN lets it be made; None for a kernel that has none. Pure.
         arrange: Weight in its dtype and site -> the same as its own primitive has it, but for its shape.
@@ -146,7 +147,7 @@ class Kernel:
         """By what a site's weight and bias are multiplied as they are packed."""
         if self.fuses(site) or self.activations != torch.float32:
             return 1.0
-        return post_ops.UNARY[site.post_op].scale if site.post_op in post_ops.UNARY else 1.0
+        return post_ops.UNARY[site.post_op].scale if pointwise.is_quicker_apart(site.post_op) else 1.0
 
     def _scaled(self, values: torch.Tensor, site: Site) -> torch.Tensor:
         scale = self.scale(site)

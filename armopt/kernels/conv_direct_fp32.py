@@ -19,6 +19,7 @@ from armopt.kernels import conv_blas_fp32, examples, post_ops
 from armopt.kernels import onednn_convolution as onednn
 from armopt.kernels.base import Kernel, KernelCall, Rounding, Use
 from armopt.kernels.examples import Example
+from armopt.kernels.onednn import pointwise
 from armopt.kernels.onednn.layer import Wanted
 
 _aten = torch.ops.aten
@@ -40,7 +41,8 @@ def _refuses(site: Site) -> str | None:
 
 def _fuses(site: Site) -> bool:
     """What oneDNN's own code does for less than a call behind it, and without losing NaN."""
-    return site.post_op in ("sigmoid", "hardswish", "silu", "gelu", "gelu_tanh")
+    fused = site.post_op in ("sigmoid", "hardswish", "silu", "gelu", "gelu_tanh")
+    return fused and not pointwise.is_quicker_apart(site.post_op)
 
 
 def _own(kernel: Kernel, site: Site) -> Wanted:

@@ -4,9 +4,9 @@ Source of what fuses: `python -m benchmarks.arm64.post_ops`, and oneDNN's log on
 On FP32 activations the Compute Library takes relu and relu6 (almost free) and sigmoid; a residual add it takes too,
 for 9 instructions an element where an in-place add retires 0.8; gelu costs more than apart, and hardswish and silu it
 leaves to ``gemm:ref`` or to FP32. oneDNN's own SVE kernels take them all, by the same implementation: a depthwise 3x3
-of 120 channels with gelu retires 0.91 of what both retire apart, with silu 0.90, with hardswish 0.93. But of NaN they
-make 0 in relu and relu6 (FMAXNM). On BF16 activations any post-op gives ``ref:any`` on 2.10.0. What isn't fused runs
-as a separate in-place operation.
+of 120 channels with gelu retires 0.91 of what both retire apart, with hardswish 0.93. But of NaN they make 0 in relu
+and relu6 (FMAXNM), and silu is quicker apart where it can be made of a tanh. On BF16 activations any post-op gives
+``ref:any`` on 2.10.0. What isn't fused runs behind the layer, in place.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from armopt.ir.records import Op, Site, Target
 from armopt.kernels import post_ops
 from armopt.kernels.base import Kernel, KernelCall
 from armopt.kernels.geometry import output_size
+from armopt.kernels.onednn import pointwise
 from armopt.kernels.onednn.layer import Wanted
 
 _mkldnn = torch.ops.mkldnn
@@ -36,7 +37,7 @@ _GROUPED = frozenset({"sigmoid", "hardswish", "silu", "gelu", "gelu_tanh"})
 def fuses(site: Site) -> bool:
     """Whether a call on FP32 activations takes the site's post-op, keeps NaN in it, and costs less so."""
     own = site.op == Op.CONV and (site.groups > 1 or len(site.shape) > 4)
-    return site.post_op in (_GROUPED if own else _DENSE)
+    return site.post_op in (_GROUPED if own else _DENSE) and not pointwise.is_quicker_apart(site.post_op)
 
 
 def pack_weight(

@@ -153,27 +153,29 @@ class Binder:
         """The layer as a primitive of its kernel's own, with right numbers; None where it can't be had."""
         if kernel.own is None or own.unavailable():
             return None
-        for fused in own.forms(kernel, layer.site):
-            made = self._own_as(kernel, layer, constants, fused)
+        for form in own.forms(kernel, layer.site):
+            made = self._own_as(kernel, layer, constants, form)
             if made is not None:
                 return made
         return None
 
-    def _own_as(self, kernel: Kernel, layer: _Layer, constants: dict[str, torch.Tensor], fused: bool) -> Layer | None:
-        """A layer's own primitive for one kernel; its post-op is part of the primitive, or runs behind it."""
+    def _own_as(
+        self, kernel: Kernel, layer: _Layer, constants: dict[str, torch.Tensor], form: own.Form
+    ) -> Layer | None:
+        """A layer's own primitive for one kernel, in a form."""
         site, stored = layer.site, constants[layer.site.weight_key]
-        key = probe_cache.key(kernel.name, site, (int(fused),))
+        key = probe_cache.key(kernel.name, site, (int(form),))
         if self.verdicts.get(key) is not None and key not in self.remembered:
             return None
         bias = self._bias(layer, kernel, constants)
         facts = (self.identify(site.weight_key, stored), kernel.scale(site), kernel.rounding.weights)
         weight = functools.partial(self.copy, stored)
-        made = own.make(kernel, site, weight, bias, lambda layout: self.packed[(layout, *facts)], fused=fused)
+        made = own.make(kernel, site, weight, bias, lambda layout: self.packed[(layout, *facts)], form)
         if made is None:
             return None
         if key not in self.verdicts or key in self.remembered:
             values = kernel.weight_values(weight(), site)
-            refusal = numbers.refusal(kernel, site, own.alone(made, site), values, bias, fused=fused)
+            refusal = numbers.refusal(kernel, site, own.alone(made, site), values, bias, made.post_op)
             self._compare(key, refusal)
             self.verdicts[key] = refusal
             _log.debug("%s as %s for %s: %s", kernel.name, made.implementation, site.node, refusal or "proven")

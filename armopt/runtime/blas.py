@@ -18,8 +18,9 @@ import torch
 from armopt.ir.records import Site
 from armopt.kernels import blas_fp32
 from armopt.kernels.base import Kernel
-from armopt.kernels.onednn import symbols
+from armopt.kernels.onednn import pointwise, primitives, symbols
 from armopt.kernels.onednn.arguments import Arguments
+from armopt.kernels.onednn.pointwise import Pointwise, behind
 from armopt.kernels.onednn.workspaces import Workspace
 
 #: Beyond so many bytes of result the product takes all the time, and rows of the bias would take memory.
@@ -43,7 +44,9 @@ def functions() -> tuple[Callable[..., None], Callable[..., None]] | None:
 class Product:
     """A Linear of fixed size; see `workspaces.Call`."""
 
-    def __init__(self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None, shape: Sequence[int]) -> None:
+    def __init__(
+        self, rows: int, weight: torch.Tensor, bias: torch.Tensor | None, shape: Sequence[int], post_op: str = ""
+    ) -> None:
         """Takes what does not change from call to call.
 
         Args:
@@ -51,11 +54,14 @@ class Product:
             weight: [K, N], contiguous, in FP32.
             bias: [N], in FP32.
             shape: Of the result, as PyTorch has it.
+            post_op: The pointwise function behind it, where oneDNN has code for it.
         """
         self._rows, self._weight, self._bias = rows, weight, bias
         self._image = None if bias is None else bias.detach().repeat(rows, 1)
         self._like = torch.empty(*shape)
         self._like.untyped_storage().resize_(0)
+        self._behind = _behind(post_op, (rows, weight.shape[1]))
+        self.post_op = post_op if self._behind else ""
 
     @property
     def packed(self) -> tuple[torch.Tensor, ...]:
@@ -83,12 +89,20 @@ class Product:
         source, result, weight = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p(self._weight.data_ptr())
         # rows are BLAS's columns: the transposed product, of transposed operands
         sizes = (ctypes.c_char_p(b"N"), ctypes.c_char_p(b"N"), n_, m_, k_)
-        execute: Callable[[], None] = functools.partial(multiply, *sizes, one, weight, n_, source, k_, beta, result, n_)
+        operands = (one, weight, n_, source, k_, beta, result, n_)
+        execute: Callable[[], int | None] = functools.partial(multiply, *sizes, *operands)
         if self._image is not None:
             image = ctypes.c_void_p(self._image.data_ptr())
             execute = _both(functools.partial(copy, result, image, ctypes.c_size_t(self.size)), execute)
-        owned = self._weight, self._image
-        made = Arguments(execute, _point, source, result, owned, torch.Tensor.contiguous, self._like)
+        owned: tuple[object, ...] = self._weight, self._image
+        point = _point
+        if self._behind is not None:
+            api, desc, function = self._behind
+            memory = api.memory(desc)
+            second, others = function.execution(memory)
+            execute, owned = behind(execute, second), (*owned, others)
+            point = functools.partial(_point_both, result, functools.partial(api.set_data, memory.pointer))
+        made = Arguments(execute, point, source, result, owned, torch.Tensor.contiguous, self._like)
         made.keep(place)
         return made
 
@@ -96,13 +110,15 @@ class Product:
         """See `workspaces.Call`."""
         weight, bias, shape = self._weight, self._bias, self._like.shape
         size = self._rows * weight.shape[0] * weight.itemsize
+        mine = bool(self.post_op)  # in every call by the same code, to the same bits
 
         def run(workspace: Workspace, x: torch.Tensor) -> torch.Tensor:
             arguments: Arguments = workspace.arguments[index]
             if x is not arguments.seen:
                 if x.nbytes != size:
                     raise ValueError(f"expected {size} bytes, found {x.nbytes}")
-                if arguments.kept is None and arguments.lent is None:  # PyTorch is quicker at making the result
+                # PyTorch is quicker at making the result
+                if not mine and arguments.kept is None and arguments.lent is None:
                     x = x.reshape(-1, weight.shape[0])
                     return (x.mm(weight) if bias is None else torch.addmm(bias, x, weight)).view(shape)
                 if not x.is_contiguous():
@@ -113,7 +129,16 @@ class Product:
         return run
 
 
-def _both(fill: Callable[[], None], product: Callable[[], None]) -> Callable[[], None]:
+def _behind(post_op: str, shape: Sequence[int]) -> tuple[primitives.Api, primitives.Handle, Pointwise] | None:
+    """oneDNN's code for a function of results of a shape, and their descriptor; None where it has none."""
+    api = primitives.api()
+    if isinstance(api, str) or not pointwise.takes(post_op, torch.float32):
+        return None
+    desc = api.strided(shape, (shape[1], 1), torch.float32)
+    return api, desc, Pointwise(api, post_op, desc)
+
+
+def _both(fill: Callable[[], int | None], product: Callable[[], int | None]) -> Callable[[], None]:
     """Rows of the bias, and the product added to them."""
 
     def execute() -> None:
@@ -126,6 +151,11 @@ def _both(fill: Callable[[], None], product: Callable[[], None]) -> Callable[[],
 def _point(pointer: ctypes.c_void_p, address: int) -> int:
     pointer.value = address
     return 0
+
+
+def _point_both(result: ctypes.c_void_p, place: Callable[[int], int], pointer: ctypes.c_void_p, address: int) -> int:
+    pointer.value = address
+    return place(address) if pointer is result else 0
 
 
 def product(
@@ -152,4 +182,4 @@ def product(
         return None
     if not 0 < math.prod(fixed) * weight.itemsize <= _MOST_BYTES or site.k == 0 or functions() is None:
         return None
-    return Product(math.prod(fixed[:-1]), weight, bias, fixed)
+    return Product(math.prod(fixed[:-1]), weight, bias, fixed, site.post_op)

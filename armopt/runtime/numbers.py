@@ -26,8 +26,7 @@ def refusal(
     run: Callable[[torch.Tensor], torch.Tensor],
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    *,
-    fused: bool,
+    post_op: str,
 ) -> str | None:
     """Why an own primitive is not to be trusted with a site; None where its numbers are right.
 
@@ -37,14 +36,14 @@ def refusal(
         run: The primitive as a function of its input.
         weight: As the kernel multiplies with it, in PyTorch's shape.
         bias: In the kernel's dtype.
-        fused: Whether the post-op is part of the primitive.
+        post_op: What its result has gone through; empty for nothing.
     """
     x = _input(site.shape).to(kernel.activations)
     picked = torch.arange(0, site.n, max(1, site.n // _CHANNELS) if site.groups == 1 else 1)
-    exact = _Exact(kernel, site, weight[picked], None if bias is None else bias[picked], fused)
+    exact = _Exact(kernel, site, weight[picked], None if bias is None else bias[picked], post_op)
     try:
         error = exact.distance(x, run(x), picked)
-        if error <= _MOST_APART[kernel.precision] and fused:
+        if error <= _MOST_APART[kernel.precision] and post_op:
             x.flatten()[0] = math.nan  # some give 0 for the relu of NaN
             error = exact.distance(x, run(x), picked)
     except OneDnnError as failed:
@@ -72,7 +71,7 @@ class _Exact:
     site: Site
     weight: torch.Tensor
     bias: torch.Tensor | None
-    fused: bool
+    post_op: str
 
     def distance(self, x: torch.Tensor, found: torch.Tensor, picked: torch.Tensor) -> float:
         """How far a result is off in the picked channels of the first, a middle and the last place; relatively."""
@@ -94,8 +93,8 @@ class _Exact:
         bias = None if self.bias is None else self.bias.double()
         of_groups = (ones, [0] * len(ones), ones, False, ones, site.groups)
         exact = torch.convolution(torch.stack(patches).double(), weight.double(), bias, *of_groups).flatten(1)
-        if self.fused:
-            exact = post_ops.apply(site.post_op, exact, None)
+        if self.post_op:
+            exact = post_ops.apply(self.post_op, exact, None)
         given = torch.stack(results).double()
         if not torch.equal(given.isnan(), exact.isnan()):
             return math.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from types import MappingProxyType
 
 import torch
@@ -13,7 +14,7 @@ from torch import fx
 from armopt.ir.records import Op, Site
 from armopt.kernels import post_ops
 from armopt.kernels.base import Kernel, KernelCall
-from armopt.kernels.onednn import primitives, views
+from armopt.kernels.onednn import pointwise, primitives, views
 from armopt.kernels.onednn.any_size import AnySize
 from armopt.kernels.onednn.layer import Description, Layer, Wanted, describe
 from armopt.kernels.onednn.workspaces import OneSize, Workspaces
@@ -29,9 +30,19 @@ def unavailable() -> str:
     return api if isinstance(api, str) else ""
 
 
-def forms(kernel: Kernel, site: Site) -> tuple[bool, ...]:
-    """Whether a primitive takes the site's post-op: what is to be tried, in order."""
-    return (True, False) if kernel.fuses(site) or _may_fuse(kernel, site) else (False,)
+class Form(IntEnum):
+    """Where a layer's post-op runs: as an operation of PyTorch's, in the layer's primitive, or in one behind it."""
+
+    APART = 0
+    FUSED = 1
+    BEHIND = 2
+
+
+def forms(kernel: Kernel, site: Site) -> tuple[Form, ...]:
+    """The forms of a layer that are to be tried, in order."""
+    fused = (Form.FUSED,) if kernel.fuses(site) or _may_fuse(kernel, site) else ()
+    behind = (Form.BEHIND,) if pointwise.takes(site.post_op, kernel.activations) else ()
+    return (*fused, *behind, Form.APART)
 
 
 def _may_fuse(kernel: Kernel, site: Site) -> bool:
@@ -46,9 +57,9 @@ def _may_fuse(kernel: Kernel, site: Site) -> bool:
 def proven(kernel: Kernel, site: Site, stored: torch.Tensor, bias: torch.Tensor | None) -> Layer | None:
     """A layer alone as its kernel's own primitive, with right numbers; None where it can't be had."""
     values = kernel.weight_values(stored, site)
-    for fused in forms(kernel, site):
-        made = make(kernel, site, lambda: stored, bias, lambda layout: [], fused=fused)
-        if made is not None and numbers.refusal(kernel, site, alone(made, site), values, bias, fused=fused) is None:
+    for form in forms(kernel, site):
+        made = make(kernel, site, lambda: stored, bias, lambda layout: [], form)
+        if made is not None and numbers.refusal(kernel, site, alone(made, site), values, bias, made.post_op) is None:
             return made
     return None
 
@@ -59,8 +70,7 @@ def make(
     stored: Callable[[], torch.Tensor],
     bias: torch.Tensor | None,
     packings: Callable[[bytes], Packings],
-    *,
-    fused: bool,
+    form: Form,
 ) -> Layer | None:
     """A layer as its kernel's own primitive; None where the kernel has none or this build offers none.
 
@@ -70,16 +80,17 @@ def make(
         stored: Gives the weight as the bundle stores it.
         bias: In the kernel's dtype.
         packings: Of a layout, what is packed so already; what is packed here is added.
-        fused: Whether the primitive takes the post-op that its kernel fuses.
+        form: Where its post-op runs.
     """
     api = primitives.api()
     if kernel.own is None or isinstance(api, str):
         return None
-    wanted = replace(kernel.own(kernel, site), post_op=site.post_op if fused else "")
+    where = {at: site.post_op if at == form else "" for at in (Form.FUSED, Form.BEHIND)}
+    wanted = replace(kernel.own(kernel, site), post_op=where[Form.FUSED], behind=where[Form.BEHIND])
     try:
         description = describe(api, wanted, bias=bias is not None)
         if description is None or (
-            fused and not kernel.fuses(site) and not _is_at_no_cost(api, wanted, description, bias)
+            form == Form.FUSED and not kernel.fuses(site) and not _is_at_no_cost(api, wanted, description, bias)
         ):
             return None
         held = packings(api.key(description.layout))
@@ -99,7 +110,7 @@ def _is_at_no_cost(api: primitives.Api, wanted: Wanted, fused: Description, bias
 
 
 def alone(layer: Layer, site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A layer, without what its call does not take of the post-op, as a function of its input."""
+    """A layer, without a post-op that runs apart, as a function of its input."""
     workspaces = Workspaces()
     is_conv = site.op == Op.CONV
     shape = layer.wanted.result if is_conv else (*site.shape[:-1], site.n)
@@ -118,13 +129,13 @@ def alone(layer: Layer, site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def of_any_size(kernel: Kernel, site: Site, layer: Layer, dims: int) -> AnySize:
     """A layer of dynamic size, of so many dimensions; all sizes that want its weight in one layout share it."""
-    is_conv, fused = site.op == Op.CONV, layer.wanted.post_op
+    is_conv = site.op == Op.CONV
 
     def wanted(shape: tuple[int, ...]) -> tuple[Wanted, tuple[int, ...]]:
         assert kernel.own is not None
         own_shape = (*shape[:2], *shape[3:]) if is_conv and len(site.shape) == 3 else tuple(shape)
         made = kernel.own(kernel, replace(site, shape=own_shape, m=math.prod(shape[:-1])))
-        made = replace(made, post_op=fused)
+        made = replace(made, post_op=layer.wanted.post_op, behind=layer.wanted.behind)
         return made, made.result if is_conv else (*shape[:-1], site.n)
 
     def otherwise(x: torch.Tensor) -> torch.Tensor:
@@ -141,7 +152,7 @@ def of_any_size(kernel: Kernel, site: Site, layer: Layer, dims: int) -> AnySize:
         else:
             y = torch.nn.functional.linear(x, weight.reshape(site.weight), bias)
         y = y.to(kernel.activations)
-        return post_ops.apply(fused, y, None) if fused else y
+        return post_ops.apply(layer.post_op, y, None) if layer.post_op else y
 
     return AnySize(layer, wanted, otherwise, dims, channels_last=is_conv)
 
@@ -164,7 +175,7 @@ class Calls:
     _results: dict[fx.Node, int] = field(default_factory=dict)
 
     def emit(self, call: KernelCall, layer: Layer) -> fx.Node:
-        """Inserts the call of a layer in front of its node, and its post-op where the primitive doesn't take it."""
+        """Inserts the call of a layer in front of its node, and its post-op where that runs apart."""
         is_conv = call.site.op == Op.CONV
         flat = is_conv and len(call.site.shape) == 3
         layers = self.workspaces.layers
@@ -179,17 +190,17 @@ class Calls:
         y = call.call(run, self._taken(), x)
         self._results[y] = len(layers) - 1
         y = call.call(_aten.squeeze.dim, y, 2) if flat else y
-        return y if layer.wanted.post_op else call.post_op(y)
+        return y if layer.post_op else call.post_op(y)
 
     def emit_product(self, call: KernelCall, product: blas.Product) -> fx.Node:
-        """Inserts the call of a layer that BLAS multiplies in front of its node, and its post-op."""
+        """Inserts the call of a layer that BLAS multiplies in front of its node, and a post-op that runs apart."""
         layers = self.workspaces.layers
         layers.append(product)
         run = product.function(len(layers) - 1)
         run.__name__ = call.node.name
         y = call.call(run, self._taken(), call.x)
         self._results[y] = len(layers) - 1
-        return call.post_op(y)
+        return y if product.post_op else call.post_op(y)
 
     def place_operations(
         self,

@@ -72,7 +72,7 @@ _KERNEL = re.compile(r"((?:sve|a64)_\w*?_\d+x\d+(?:VL)?)")
 #: Blocks that make up this share of the instructions are asked of LLVM; the rest cost what those do on average.
 _SHARE = 0.998
 _PYTHON = ("python3", "_ctypes", "libffi")
-#: Who gives work to threads: OpenMP, and OpenBLAS where it has threads of its own. One built with OpenMP lacks the latter.
+#: Who gives work to threads: OpenMP, and an OpenBLAS with threads of its own. One built with OpenMP lacks the latter.
 _PARALLEL = ("GOMP_parallel", "exec_blas_async")
 _NOP, _YIELD = 0xD503201F, 0xD503203F
 

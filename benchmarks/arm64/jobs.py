@@ -23,6 +23,9 @@ from armopt.ir.records import Site
 from armopt.kernels import table
 from armopt.kernels.base import KernelCall
 from armopt.kernels.geometry import output_size
+from armopt.kernels.onednn import pointwise as generated_code
+from armopt.kernels.onednn import primitives
+from armopt.kernels.post_ops import UNARY
 from armopt.runtime import own
 from armopt.runtime.bind import Single, finish, single
 from armopt.runtime.python_calls import BINDINGS, CASTS
@@ -235,6 +238,8 @@ def pointwise(operation: str, dtype: str, elements: int) -> Prepared:
     if operation == "cast":
         cast = CASTS[_DTYPES["fp32" if dtype == "bf16" else "bf16"]]
         return lambda: cast(x)
+    if call := _generated(operation, x):
+        return call
     graph = fx.Graph()
     y, other = graph.placeholder("y"), graph.placeholder("other")
     end = graph.output(y)
@@ -243,6 +248,23 @@ def pointwise(operation: str, dtype: str, elements: int) -> Prepared:
     end.args = (KernelCall(kernel, site, end, y, y, None, other, (1, elements)).with_post_op(y),)
     forward = finish(torch.nn.Module(), graph, {}).forward
     return lambda: forward(x, x)
+
+
+def _generated(name: str, x: torch.Tensor) -> Prepared | None:
+    """oneDNN's code for a function, in place; None where bundles run PyTorch's."""
+    api = primitives.api()
+    if isinstance(api, str) or not generated_code.takes(name, x.dtype):
+        return None
+    desc = api.strided(x.shape, x.stride(), x.dtype)
+    execute, owned = generated_code.Pointwise(api, name, desc).execution(api.memory(desc, x.data_ptr()))
+    return lambda: (execute(), owned, x)[0]
+
+
+def pointwise_in_pytorch(operation: str, dtype: str, elements: int) -> Prepared:
+    """The same by PyTorch's operation, in place."""
+    post = UNARY[operation]
+    x, how = torch.zeros(1, elements, dtype=_DTYPES[dtype]), {"approximate": "tanh"} if post.algorithm == "tanh" else {}
+    return lambda: post.inplace(x, *post.inplace_args, **how)
 
 
 def attention(dtype: str, batch: int, heads: int, tokens: int, size: int) -> Prepared:

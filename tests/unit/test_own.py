@@ -24,6 +24,7 @@ from armopt.kernels.onednn.layer import Description, Layer, Wanted, describe
 from armopt.kernels.onednn.workspaces import Workspaces
 from armopt.plan.threshold_policy import ThresholdPolicy
 from armopt.runtime import bind, blas, numbers, own
+from armopt.runtime.own import Form
 from tests.own_programs import found_api, lowered, random
 from tests.planning import programs
 
@@ -234,9 +235,9 @@ def test_wrong_numbers_are_refused(api: primitives.Api, wrong: str) -> None:
     made, weight, bias = layer(api)
     assert bias is not None
     run = own.alone(made, SITE)
-    assert numbers.refusal(FP32, SITE, run, weight, bias, fused=False) is None
+    assert numbers.refusal(FP32, SITE, run, weight, bias, "") is None
     (weight if wrong == "weight" else bias).flatten()[0] += 1
-    refusal = numbers.refusal(FP32, SITE, run, weight, bias, fused=False)
+    refusal = numbers.refusal(FP32, SITE, run, weight, bias, "")
     assert refusal is not None
     assert refusal.startswith("gives wrong numbers")
 
@@ -249,7 +250,7 @@ def test_a_relu_that_swallows_nan_is_refused(api: primitives.Api, swallows: bool
     def relu(x: torch.Tensor) -> torch.Tensor:
         return run(x).relu().nan_to_num() if swallows else run(x).relu()
 
-    refusal = numbers.refusal(FP32, replace(SITE, post_op="relu"), relu, weight, bias, fused=True)
+    refusal = numbers.refusal(FP32, replace(SITE, post_op="relu"), relu, weight, bias, "relu")
     assert (refusal is not None) == swallows
 
 
@@ -259,14 +260,14 @@ def test_in_bf16_a_post_op_joins_the_product_where_that_stays_as_it_is(
 ) -> None:
     site, weight = replace(SITE, post_op=post_op), random(16, 32, seed=1).bfloat16()
     plain, fused = (
-        own.make(BF16, site, lambda: weight, None, lambda layout: [], fused=asked) for asked in (False, True)
+        own.make(BF16, site, lambda: weight, None, lambda layout: [], form) for form in (Form.APART, Form.FUSED)
     )
     if plain is None:
         pytest.skip("this machine has no BF16")
     assert fused is not None
     assert fused.implementation == plain.implementation
     values = BF16.weight_values(weight, site)
-    refusal = numbers.refusal(BF16, site, own.alone(fused, site), values, None, fused=True)
+    refusal = numbers.refusal(BF16, site, own.alone(fused, site), values, None, post_op)
     assert refusal is None or post_op in ("relu", "relu6")  # which swallow NaN on x86
     made = own.proven(BF16, site, weight, None)
     assert made is not None
@@ -277,8 +278,8 @@ def test_in_bf16_a_post_op_joins_the_product_where_that_stays_as_it_is(
         return found and replace(found, implementation=found.implementation + wanted.post_op)
 
     monkeypatch.setattr(own, "describe", by_another)  # as on Arm, where the Compute Library takes no post-op in BF16
-    assert own.make(BF16, site, lambda: weight, None, lambda layout: [], fused=True) is None
-    assert own.make(BF16, site, lambda: weight, None, lambda layout: [], fused=False) is not None
+    assert own.make(BF16, site, lambda: weight, None, lambda layout: [], Form.FUSED) is None
+    assert own.make(BF16, site, lambda: weight, None, lambda layout: [], Form.APART) is not None
 
 
 def test_an_input_of_another_size_is_refused(api: primitives.Api) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from armopt.kernels.onednn import compute_library, implementations
 from armopt.kernels.onednn.arguments import Arguments
 from armopt.kernels.onednn.images import ChannelsLast
+from armopt.kernels.onednn.pointwise import Pointwise, behind
 from armopt.kernels.onednn.primitives import (
     BIAS,
     DST,
@@ -41,7 +42,8 @@ class Wanted:
         activations: Dtype of input, bias and output.
         products: What the multiplier sees: BF16 with FP32 activations is fast math, of this primitive alone.
         geometry: Of a convolution stride, dilation less 1 and padding; None for a plain product.
-        post_op: The pointwise function behind it; empty for none.
+        post_op: The pointwise function that is part of it; empty for none.
+        behind: The one that runs behind it, on its result; empty for none.
         preferred: Parts of names of implementations, the best first; where none is offered, oneDNN's first.
     """
 
@@ -52,6 +54,7 @@ class Wanted:
     products: torch.dtype
     geometry: tuple[tuple[int, ...], ...] | None
     post_op: str = ""
+    behind: str = ""
     preferred: tuple[str, ...] = ()
 
     def strides(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -162,9 +165,15 @@ class Layer:
         self.wanted, self.implementation = wanted, description.implementation
         self._api = description.api
         self._bias = bias
+        self._behind = Pointwise(self._api, wanted.behind, self._result()) if wanted.behind else None
         self._first = self._make(description, packed)
         self._made = {torch.get_num_threads(): self._first}
         self._packed = {self._api.key(description.layout): packed}
+
+    def _result(self) -> Handle:
+        """The descriptor of its result."""
+        wanted = self.wanted
+        return self._api.strided(wanted.result, wanted.strides(wanted.result), wanted.activations)
 
     def _make(self, description: Description, packed: torch.Tensor) -> _Made:
         api = self._api
@@ -223,6 +232,11 @@ class Layer:
         return values[start : start + size].view(dtype).view(self.wanted.weight)
 
     @property
+    def post_op(self) -> str:
+        """The pointwise function that its result has gone through; empty for none."""
+        return self.wanted.post_op or self.wanted.behind
+
+    @property
     def bias(self) -> torch.Tensor | None:
         """As it was given."""
         return self._bias
@@ -232,7 +246,7 @@ class Layer:
         made, api, wanted = self._made[threads], self._api, self.wanted
         memories = {
             SRC: api.memory(api.strided(wanted.source, wanted.strides(wanted.source), wanted.activations)),
-            DST: api.memory(api.strided(wanted.result, wanted.strides(wanted.result), wanted.activations)),
+            DST: api.memory(self._result()),
             WEIGHTS: api.memory(made.description.layout, aligned(made.packed)),
         }
         if self._bias is not None:
@@ -242,12 +256,19 @@ class Layer:
             memories[SCRATCHPAD] = api.memory(api.part(made.description.handle, SCRATCHPAD_DESC), aligned(scratch))
         array = (Argument * len(memories))(*(Argument(which, memory.pointer) for which, memory in memories.items()))
         place = ctypes.c_void_p(ctypes.addressof(array))
+        execute: Callable[[], int | None] = functools.partial(
+            api.execute, made.primitive.pointer, api.stream.pointer, len(memories), place
+        )
+        owned: tuple[object, ...] = (array, memories, scratch, made)
+        if self._behind is not None:
+            second, others = self._behind.execution(memories[DST])
+            execute, owned = behind(execute, second), (*owned, others)
         return Arguments(
-            functools.partial(api.execute, made.primitive.pointer, api.stream.pointer, len(memories), place),
+            execute,
             api.set_data,
             memories[SRC].pointer,
             memories[DST].pointer,
-            (array, memories, scratch, made),
+            owned,
             ChannelsLast(api, wanted.source, wanted.strides(wanted.source), wanted.activations),
             like,
         )

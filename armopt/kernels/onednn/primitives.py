@@ -29,6 +29,7 @@ _DTYPES = {torch.bfloat16: 2, torch.float32: 3}
 #: dnnl_eltwise_* with alpha and beta, by the names of post_ops.
 ELTWISE = {
     "relu": (0x20, 0.0, 0.0),
+    "tanh": (0x21, 0.0, 0.0),
     "sigmoid": (0x29, 0.0, 0.0),
     "gelu_tanh": (0x2B, 0.0, 0.0),
     "silu": (0x2C, 1.0, 0.0),
@@ -55,6 +56,7 @@ _CREATE: dict[str, tuple[Any, ...]] = {
     "reorder_primitive_desc_create": (_OUT, _P, _P, _P, _P, _P),
     "convolution_forward_primitive_desc_create": (_OUT, _P, _INT, _INT, *[_P] * 4, *[_DIMS] * 4, _P),
     "inner_product_forward_primitive_desc_create": (_OUT, _P, _INT, *[_P] * 4, _P),
+    "eltwise_forward_primitive_desc_create": (_OUT, _P, _INT, _INT, _P, _P, c.c_float, c.c_float, _P),
 }
 _CALLS: dict[str, tuple[Any, ...]] = {
     "memory_set_data_handle": (_P, _P),
@@ -196,6 +198,12 @@ class Api:
         """The descriptor of a product: of source, weight, bias and result."""
         create = "inner_product_forward_primitive_desc_create"
         return self._new("primitive_desc", create, self.engine, _FORWARD_INFERENCE, *tensors, attributes)
+
+    def eltwise(self, name: str, desc: Handle, attributes: Handle) -> Handle:
+        """The descriptor of a pointwise function, from tensors with a descriptor to such."""
+        algorithm, *scalars = ELTWISE[name]
+        create, how = "eltwise_forward_primitive_desc_create", (self.engine, _FORWARD_INFERENCE, algorithm)
+        return self._new("primitive_desc", create, *how, desc, desc, *scalars, attributes)
 
     def implementation(self, description: Handle) -> str:
         """Who does the arithmetic, as oneDNN names it."""

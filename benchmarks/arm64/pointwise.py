@@ -1,0 +1,81 @@
+"""Counts pointwise functions behind a layer as PyTorch's operations and as bundles run them, on an emulated core.
+
+    python -m benchmarks.arm64.pointwise                                      # Graviton3, torch 2.10
+    python -m benchmarks.arm64.pointwise --target graviton4 --torch 2.13.0
+
+Of each element: instructions, and the cycles that LLVM's model of the core gives them (docs/clock.md); of a call:
+thousands of instructions. Bundles run oneDNN's code where armopt/kernels/onednn/pointwise.py takes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+#: Elements of a small call and of a large one.
+_FEW, _MANY = 2048, 65536
+_WAYS = {"PyTorch": "pointwise_in_pytorch", "a bundle": "pointwise"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    from armopt import targets
+    from armopt.emulation.folder import DEFAULT_TORCH
+    from armopt.kernels.onednn.pointwise import FUNCTIONS
+    from armopt.targets.emulated import core_named
+    from benchmarks.arm64 import counting, cycles, emulated_jobs, tables
+    from benchmarks.arm64.emulated_jobs import Job, Machine
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.arm64.pointwise", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--target", default="graviton3")
+    parser.add_argument("--torch", default=DEFAULT_TORCH)
+    options = parser.parse_args(arguments)
+    target = targets.product(options.target).target
+    cpu = "yitian710" if target.core == "neoverse-v2" else options.target  # which runs the same code
+    functions = [(name, dtype) for dtype in ("fp32", "bf16")[: 1 + target.bf16] for name in sorted(FUNCTIONS)]
+    keys = [(*function, way, size) for function in functions for way in _WAYS for size in (_FEW, _MANY)]
+    jobs = []
+    for name, dtype, way, size in keys:
+        arguments = {"operation": name, "dtype": dtype, "elements": size}
+        jobs.append(Job(f"{name} {dtype} {way} {size}", f"benchmarks.arm64.jobs:{_WAYS[way]}", arguments))
+    found: dict[Any, tuple[int, float]] = {}
+
+    def keep(index: int, result: Mapping[str, Any]) -> None:
+        if "error" in result:
+            print(result["error"], file=sys.stderr)
+            return
+        ran = cycles.cycles(cycles.without_python(cycles.blocks_of(result, core_named(cpu).name)), target.core)
+        found[keys[index]] = ran.instructions, ran.cycles
+
+    machine = Machine(cpu, options.torch, counting.AS_RUN)
+    emulated_jobs.run(
+        jobs,
+        machine,
+        "benchmarks.arm64.clock_region",
+        lambda qemu: f"{qemu.clock},memory=off",
+        lambda line: None,
+        keep,
+    )
+    if len(found) < len(keys):
+        return 1
+    rows = [[f"{name}, {dtype.upper()}", *_cells(found, name, dtype)] for name, dtype in functions]
+    headers = ["function", *(f"{way}: {what}" for way in _WAYS for what in ("a call", "an element", "its cycles"))]
+    print(tables.table(rows, headers))
+    return 0
+
+
+def _cells(found: Mapping[Any, tuple[int, float]], name: str, dtype: str) -> list[str]:
+    cells = []
+    for way in _WAYS:
+        few, many = (found[name, dtype, way, size] for size in (_FEW, _MANY))
+        instructions, cycles = ((b - a) / (_MANY - _FEW) for a, b in zip(few, many, strict=True))
+        cells += [f"{(few[0] - instructions * _FEW) / 1e3:.1f}", f"{instructions:.1f}", f"{cycles:.1f}"]
+    return cells
+
+
+if __name__ == "__main__":
+    sys.exit(main())
