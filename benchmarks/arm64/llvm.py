@@ -103,7 +103,7 @@ def _run(program: str, arguments: Sequence[str], text: str) -> str:
 
 
 def cycles(cpu: str, blocks: Sequence[Sequence[int]]) -> list[float]:
-    """What LLVM says of blocks of instructions, as if each ran again and again: it waits for its own results too.
+    """What LLVM says of blocks of instructions, as if each ran again and again: a loop waits for its own results too.
 
     Args:
         cpu: A core, as LLVM calls it (``neoverse-v1``).

@@ -4,7 +4,8 @@ import warnings
 
 import torch
 
-from armopt.kernels.onednn import compute_library
+from armopt.kernels import post_ops
+from armopt.kernels.onednn import compute_library, pointwise, primitives
 from armopt.kernels.onednn.workspaces import Workspaces
 from armopt.runtime import blas
 from armopt.runtime.bind import Binder
@@ -55,3 +56,21 @@ def product(rows, bias):
     workspaces.arena, workspaces.places = layer.size, {0: 0}
     found = layer.function(0)(workspaces.take(), x)
     return found, torch.addmm(added, x, weight) if bias else x.mm(weight)
+
+
+def functions():
+    """By dtype what oneDNN's code runs of the pointwise functions, whether silu is made of a tanh, and how far off."""
+    api, taken, furthest = primitives.api(), {}, 0.0
+    for dtype in (torch.float32, torch.bfloat16):
+        taken[dtype] = {name for name in pointwise.FUNCTIONS if pointwise.takes(name, dtype)}
+        for name in taken[dtype]:
+            x = torch.linspace(-9, 9, 3001).to(dtype)
+            found = x.clone()
+            execute, owned = pointwise.Pointwise(api, name, api.strided(x.shape, (1,), dtype)).execution(
+                api.memory(api.strided(x.shape, (1,), dtype), found.data_ptr())
+            )
+            assert not execute()
+            del owned
+            expected = post_ops.apply(name, x.double(), None)
+            furthest = max(furthest, float((found - expected).norm() / expected.norm() / torch.finfo(dtype).eps))
+    return taken, pointwise.is_quicker_apart("silu"), furthest

@@ -13,6 +13,7 @@ KERNELS = (
     *("conv1x1_bf16", "conv1x1_fastmath", "conv_bf16", "conv_fastmath", "conv_fp32", "conv_direct_fp32"),
     "conv_merged_fp32",
 )
+GELU = {"gelu", "gelu_tanh"}
 #: Every third layer that a kernel names for itself.
 CASES = [
     case for name in KERNELS for case in [c for c in kernel_cases.examples()["graviton3"] if c.kernel == name][::3]
@@ -69,3 +70,24 @@ def test_threads_that_the_compute_library_does_not_take_are_said(server):
     assert f"works with {found} thread" in line
     assert f", PyTorch with {found + 1}: " in line
     assert server("graviton3").call(job, case=case, more=0).value == (found, [])
+
+
+@pytest.mark.parametrize(
+    ("host", "fp32", "bf16", "of_tanh"),
+    [
+        ("graviton3", {"gelu", "gelu_tanh"}, set(), True),
+        (
+            "graviton3-torch2.13",
+            {"gelu", "gelu_tanh", "sigmoid", "silu"},
+            {"gelu", "gelu_tanh", "sigmoid", "silu"},
+            False,
+        ),
+        ("graviton2", set(), set(), False),
+    ],
+)
+def test_functions_are_run_by_who_is_quicker(server, host, fp32, bf16, of_tanh):
+    """oneDNN has none for Neoverse-N1 on torch 2.10, and PyTorch's silu is quicker there than one of its tanh."""
+    taken, apart, furthest = server(host).call(f"{JOBS}:functions").value
+    assert taken == {torch.float32: fp32, torch.bfloat16: bf16}
+    assert apart == of_tanh
+    assert furthest < 2
