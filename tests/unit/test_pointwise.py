@@ -96,18 +96,18 @@ def test_a_function_with_wrong_numbers_is_left_to_pytorch(api: primitives.Api, m
     """As a build whose silu is a sigmoid."""
     assert pointwise.takes("silu", torch.float32)
     monkeypatch.setitem(primitives.ELTWISE, "silu", primitives.ELTWISE["sigmoid"])
-    pointwise._is_right.cache_clear()
+    pointwise.is_right.cache_clear()
     try:
         assert not pointwise.takes("silu", torch.float32)
     finally:
-        pointwise._is_right.cache_clear()
+        pointwise.is_right.cache_clear()
 
 
 def test_where_the_exponential_is_slow_silu_is_made_of_a_tanh_of_wide_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     """With half the weight and bias. On narrow vectors PyTorch's silu is quicker."""
     bundled, model, x = program("conv_fp32", "silu")
     kernel, site = table.get("conv_fp32"), next(iter(bundled.sites.values()))
-    monkeypatch.setattr(pointwise, "_QUICK_EXPONENTIAL", (99, 0))
+    monkeypatch.setattr(pointwise, "QUICK_EXPONENTIAL", (99, 0))
     results = []
     for wide in (True, False):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda wide=wide: "SVE256" if wide else "SVE128")

@@ -22,7 +22,7 @@ from armopt.kernels.onednn.primitives import DST, SCRATCHPAD_DESC, SRC, Api, Arg
 #: By the names of post_ops.
 FUNCTIONS = frozenset({"gelu", "gelu_tanh", "sigmoid", "silu", "tanh"})
 #: From this version on the exponential doesn't wait for the one before it.
-_QUICK_EXPONENTIAL = (3, 12)
+QUICK_EXPONENTIAL = (3, 12)
 
 
 def takes(name: str, dtype: torch.dtype) -> bool:
@@ -32,8 +32,8 @@ def takes(name: str, dtype: torch.dtype) -> bool:
         return False
     if name == "tanh" and post_ops.has_wide_vectors():
         return False
-    slow = name in ("sigmoid", "silu") and api.version < _QUICK_EXPONENTIAL
-    return not slow and _is_right(api, name, dtype)
+    slow = name in ("sigmoid", "silu") and api.version < QUICK_EXPONENTIAL
+    return not slow and is_right(api, name, dtype)
 
 
 def is_quicker_apart(name: str) -> bool:
@@ -46,7 +46,7 @@ def is_quicker_apart(name: str) -> bool:
 
 
 @functools.cache
-def _is_right(api: Api, name: str, dtype: torch.dtype) -> bool:
+def is_right(api: Api, name: str, dtype: torch.dtype) -> bool:
     """Whether there is code for a function that gives what PyTorch does, of NaN too."""
     given = torch.cat([torch.linspace(-20, 20, 83), torch.tensor([math.nan, -math.nan])]).to(dtype)
     found = given.clone()
