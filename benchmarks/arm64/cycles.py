@@ -1,8 +1,7 @@
 """Cycles of what a call ran: each block of instructions by LLVM's model of the core, times how often it ran.
 
 A block's cycles are those of its steady state, as if it ran again and again: what it waits for of itself counts. Its
-pipes alone would let a chain of loads or of additions go at once. Of what is no loop, as a function that is called for
-each vector, the vectors that it takes are new each time.
+pipes alone would let a chain of loads or of additions go at once.
 
 Where Arm's own calibration of the Compute Library's kernels says otherwise (the rates of arm_gemm's estimates: the rows
 ``arm_gemm`` of published.csv), it wins: LLVM thinks twice as well of the ones that round FP32 as they load it.

@@ -40,11 +40,6 @@ _CONTROL = {
     "autiasp",
     "retaa",
 }
-_VECTOR = re.compile(r"\b[zvqdshb](\d+)\b")
-#: Instructions that read the register which they write.
-_ADDS = re.compile(r"\S*(?:ml[as]|mad|msb|dot)")
-#: So many registers hold what a function takes; more are the sums of a product, whose loop goes on with them.
-_MOST_TAKEN = 4
 _LANE = re.compile(r"ld1\s*\{ v(\d+)\.([bhsd]) \}\[(\d+)\], \[(\w+)\]")
 
 
@@ -103,7 +98,7 @@ def _run(program: str, arguments: Sequence[str], text: str) -> str:
 
 
 def cycles(cpu: str, blocks: Sequence[Sequence[int]]) -> list[float]:
-    """What LLVM says of blocks of instructions, as if each ran again and again: a loop waits for its own results too.
+    """What LLVM says of blocks of instructions, as if each ran again and again: it waits for its own results too.
 
     Args:
         cpu: A core, as LLVM calls it (``neoverse-v1``).
@@ -122,52 +117,17 @@ def _cycles(cpu: str, blocks: Sequence[Sequence[int]]) -> Iterator[float]:
     lines = iter(_disassemble([opcode for block in blocks for opcode in block]))
     text = []
     for number, block in enumerate(blocks):
-        held = [next(lines) for _ in block]
-        whole = [part for line in held for part in (["nop"] if line.split()[0] in _CONTROL else parts(line))]
-        text += [f"# LLVM-MCA-BEGIN {number}", *whole, "# LLVM-MCA-END"]
-        if not is_loop(block) and (registers := taken(held)):
-            # each run takes other values
-            fresh = [f"movi v{register}.2d, #0000000000000000" for register in registers]
-            text += [f"# LLVM-MCA-BEGIN {number} fresh", *fresh, *whole, "# LLVM-MCA-END"]
+        text.append(f"# LLVM-MCA-BEGIN {number}")
+        for line in [next(lines) for _ in block]:
+            text += ["nop"] if line.split()[0] in _CONTROL else parts(line)
+        text.append("# LLVM-MCA-END")
     arguments = ["-mtriple=aarch64", f"-mcpu={cpu}", "-mattr=+all", f"-iterations={_TURNS}", "-json"]
     arguments.append("-skip-unsupported-instructions=any")
     regions = json.loads(_run("llvm-mca", arguments, "\n".join(text) + "\n"))["CodeRegions"]
     by_name = {region["Name"]: region["SummaryView"] for region in regions}
     for number in range(len(blocks)):
         view = by_name.get(str(number))  # a block without an instruction that it knows has none
-        runs = [each for each in (view, by_name.get(f"{number} fresh")) if each]
-        least = min((each["TotalCycles"] / each["Iterations"] for each in runs), default=0.0)
-        yield max(view["BlockRThroughput"], least) if view else 0.0
-
-
-def is_loop(block: Sequence[int]) -> bool:
-    """Whether a block ends with a branch to its own begin: then it does go on with its own results."""
-    last = block[-1]
-    if last & 0xFF000010 == 0x54000000 or last & 0x7E000000 == 0x34000000:  # b.cond; cbz, cbnz
-        offset = (last >> 5 & 0x7FFFF) - (last >> 4 & 0x80000)
-    elif last & 0x7E000000 == 0x36000000:  # tbz, tbnz
-        offset = (last >> 5 & 0x3FFF) - (last >> 4 & 0x4000)
-    elif last & 0xFC000000 == 0x14000000:  # b
-        offset = (last & 0x3FFFFFF) - (last << 1 & 0x4000000)
-    else:
-        return False
-    return offset == 1 - len(block)
-
-
-def taken(lines: Sequence[str]) -> list[int]:
-    """Vector registers that a block reads, then writes, as a function does with its argument; none where many.
-
-    Not those of which it writes a part first: the rest is what it was.
-    """
-    written: set[int] = set()
-    read: set[int] = set()
-    for line in lines:
-        registers = [int(number) for number in _VECTOR.findall(line)]
-        stores = line.startswith("st")
-        read |= set(registers if stores or _ADDS.match(line) else registers[1:]) - written
-        written |= set() if stores else set(registers[:1])
-    found = sorted(read & written)
-    return found if len(found) <= _MOST_TAKEN else []
+        yield max(view["BlockRThroughput"], view["TotalCycles"] / view["Iterations"]) if view else 0.0
 
 
 def parts(line: str) -> list[str]:

@@ -9,8 +9,6 @@ from benchmarks.arm64.cycles import Block
 
 #: add x0, x0, #1; add x1, x1, #1; ld1 { v0.s }[0], [x1]; fmla z8.s, p0/m, z16.s, z31.s
 _ADD_X0, _ADD_X1, _LANE, _FMLA, _NOP = 0x91000400, 0x91000421, 0x0D408020, 0x65BF0208, 0xD503201F
-#: fadd v0.4s, v0.4s, v1.4s; b.ne to eight instructions before; ret
-_FADD, _BACK, _RETURN = 0x4E21D400, 0x54FFFF01, 0xD65F03C0
 
 
 def test_nops_in_front_of_a_loop_of_generated_code_are_not_waiting() -> None:
@@ -45,28 +43,6 @@ def test_loads_of_lanes_wait_for_the_register_only_to_insert() -> None:
     """Eight cycles each, were the load to wait as well: oneDNN's reorders would take four times their time."""
     (found,) = llvm.cycles("neoverse-v1", [[_LANE] * 8])
     assert 12 <= found <= 24
-
-
-def test_a_loop_is_a_block_that_branches_to_its_begin() -> None:
-    assert llvm.is_loop([_FADD] * 8 + [_BACK])
-    assert not any(llvm.is_loop(block) for block in ([_FADD] * 8 + [_RETURN], [_FADD] * 7 + [_BACK], [_FADD] * 9))
-
-
-def test_a_function_takes_what_it_reads_before_it_writes_it() -> None:
-    lines = ["fmul z1.s, z0.s, z2.s", "fmla z3.s, p0/m, z1.s, z2.s", "fadd v0.4s, v1.4s, v3.4s", "str q0, [x0]"]
-    assert llvm.taken(lines) == [0, 3]
-    assert llvm.taken([f"fmla z{i}.s, p0/m, z30.s, z31.s" for i in range(8)]) == []  # the sums of a product
-    assert llvm.taken(["ldr z4, [x0]", "fadd z4.s, z4.s, z5.s"]) == []
-    assert llvm.taken(["ld1 { v0.s }[1], [x1]", "fadd v0.4s, v0.4s, v1.4s"]) == []  # of which a part was there before
-
-
-@pytest.mark.full  # llvm-mca is downloaded where it is not there
-@pytest.mark.usefixtures("llvm_mca")
-def test_a_function_called_for_each_vector_does_not_wait_for_the_last_call() -> None:
-    """Sleef's exponential would take five times its cycles."""
-    loop, function = llvm.cycles("neoverse-v1", [[_FADD] * 8 + [_BACK], [_FADD] * 8 + [_RETURN]])
-    assert loop == pytest.approx(16, rel=0.1)
-    assert function < 8
 
 
 @pytest.mark.parametrize(

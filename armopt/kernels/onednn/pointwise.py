@@ -40,7 +40,7 @@ def is_quicker_apart(name: str) -> bool:
     """Whether a function of a result in FP32 is quicker as PyTorch's operations, even where a layer's call takes it.
 
     Of silu, where it can be made of a quick tanh: a depthwise layer on Neoverse-V1 and torch 2.10 then takes a tenth
-    fewer instructions and a quarter fewer cycles.
+    fewer instructions.
     """
     return name == "silu" and post_ops.has_wide_vectors() and not takes(name, torch.float32)
 
