@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from armopt.bundle.program import Program
-from armopt.kernels import post_ops, table
+from armopt.kernels import table
 from armopt.kernels.onednn import pointwise, primitives
 from armopt.plan.threshold_policy import ThresholdPolicy
 from armopt.runtime import bind
@@ -103,19 +104,20 @@ def test_a_function_with_wrong_numbers_is_left_to_pytorch(api: primitives.Api, m
         pointwise.is_right.cache_clear()
 
 
-def test_where_the_exponential_is_slow_silu_is_made_of_a_tanh_of_wide_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With half the weight and bias. On narrow vectors PyTorch's silu is quicker."""
+def test_silu_is_made_of_a_tanh_of_wide_vectors_where_onednns_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With half the weight and bias, and apart even from a layer that would take it."""
     bundled, model, x = program("conv_fp32", "silu")
     kernel, site = table.get("conv_fp32"), next(iter(bundled.sites.values()))
-    monkeypatch.setattr(pointwise, "QUICK_EXPONENTIAL", (99, 0))
+    depthwise = replace(site, groups=16, weight=(16, 1, 1, 1), n=16)
+    monkeypatch.setattr(pointwise, "SHORT_SILU", (99, 0))
     results = []
     for wide in (True, False):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda wide=wide: "SVE256" if wide else "SVE128")
         assert kernel.scale(site) == (0.5 if wide else 1)
+        assert kernel.fuses(depthwise) == (not wide)
         module, _ = bind.Binder(False).bind(bundled)
-        assert [called(module, "tanh"), called(module, "silu")] == [wide, not wide]
+        assert [called(module, "tanh"), called(module, "silu")] == [wide, False]
         results.append(module(x)[0])
     with torch.no_grad():
         for found in results:
             torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
-    assert post_ops.UNARY["silu"].scale == 0.5
