@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from armopt.plan import clock_report, costs, latency, policies
 from armopt.plan.clocked_costs import ClockedCosts
 from armopt.plan.cost_policy import CostPolicy
 from armopt.targets.clock import Clock, Work
+from benchmarks.arm64 import clock_region
 
 GRAVITON3 = targets.load("graviton3")
 CLOCK = Clock(
@@ -277,3 +279,17 @@ def test_a_report_holds_times_beside_estimates_and_nothing_of_the_host_but_what_
 def test_the_spread_of_reports() -> None:
     points = [{"estimated_us": estimate, "measured_us": 10.0} for estimate in (5.0, 10.0, 20.0, 40.0, 10.0)]
     assert clock_report.spread(points) == pytest.approx((1.0, 2.0, 4.0))
+
+
+@pytest.mark.parametrize(("calls_that_grow", "at_least", "at_most"), [(2, 0, 50), (9, 100, 200)])
+def test_page_faults_are_those_of_a_call_that_is_warm(calls_that_grow: int, at_least: int, at_most: int) -> None:
+    """Heaps and caches grow in the first calls; what each call asks the system for stays."""
+    held: list[mmap.mmap] = []
+
+    def call() -> None:
+        if len(held) < calls_that_grow:
+            held.append(mmap.mmap(-1, 100 * mmap.PAGESIZE))
+            for page in range(100):
+                held[-1][page * mmap.PAGESIZE] = 1
+
+    assert at_least <= clock_region.steady_faults(call) <= at_most
