@@ -200,13 +200,12 @@ class KernelCall:
         post = post_ops.UNARY[name]
         if post.emit_scaled is not None and self.kernel.scale(self.site) != 1:
             return post.emit_scaled(self.call, y)
-        kwargs = {"approximate": "tanh"} if post.algorithm == "tanh" else {}
         if name == "gelu" and self.site.op == Op.CONV:
             # PyTorch gives oneDNN what is contiguous, and works out the rest by itself for more
             spatial = range(2, len(self.site.shape))
             self.call(post.inplace, self.call(_aten.permute.default, y, [0, *spatial, 1]))
             return y
-        return self.call(post.inplace, y, *post.inplace_args, **kwargs)
+        return self.call(post.inplace, y, *post.inplace_args, **post.inplace_kwargs)
 
     def _relu(self, y: fx.Node) -> fx.Node:
         few = self.site.m * self.site.n < post_ops.RELU_AS_INTEGERS

@@ -4,7 +4,7 @@ Source of what fuses: `python -m benchmarks.arm64.post_ops`, and oneDNN's log on
 On FP32 activations the Compute Library takes relu and relu6 (almost free) and sigmoid; a residual add it takes too,
 for 9 instructions an element where an in-place add retires 0.8; gelu costs more than apart, and hardswish and silu it
 leaves to ``gemm:ref`` or to FP32. oneDNN's own SVE kernels take them all, by the same implementation: a depthwise 3x3
-of 120 channels with gelu retires 0.91 of what both retire apart, with hardswish 0.93. But of NaN they make 0 in relu
+of 120 channels with gelu retires 0.95 of what both retire apart, with hardswish 0.93. But of NaN they make 0 in relu
 and relu6 (FMAXNM), and silu is quicker apart where it can be made of a tanh. On BF16 activations any post-op gives
 ``ref:any`` on 2.10.0. What isn't fused runs behind the layer, in place.
 """

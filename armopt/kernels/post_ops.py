@@ -36,14 +36,14 @@ class PostOp:
     scale: float = 1.0
     emit_scaled: Callable[[Callable[..., fx.Node], fx.Node], fx.Node] | None = None
 
+    @property
+    def inplace_kwargs(self) -> dict[str, str]:
+        """What `inplace` takes by name."""
+        return {"approximate": "tanh"} if self.algorithm == "tanh" else {}
+
 
 def _unary(name: str, op: Any, inplace: Any, attribute: str, *args: Any, **more: Any) -> PostOp:
     return PostOp(name, lambda y: op(y, *args), inplace, args, attribute, **more)
-
-
-def has_wide_vectors() -> bool:
-    """Whether PyTorch works on SVE's vectors of 256 bits here: its tanh of those takes a tenth of the instructions."""
-    return torch.backends.cpu.get_cpu_capability() == "SVE256"
 
 
 def _silu_of_half(call: Callable[..., fx.Node], half: fx.Node) -> fx.Node:

@@ -93,7 +93,8 @@ class Product:
         execute: Callable[[], int | None] = functools.partial(multiply, *sizes, *operands)
         if self._image is not None:
             image = ctypes.c_void_p(self._image.data_ptr())
-            execute = _both(functools.partial(copy, result, image, ctypes.c_size_t(self.size)), execute)
+            # rows of the bias, and the product added to them
+            execute = behind(functools.partial(copy, result, image, ctypes.c_size_t(self.size)), execute)
         owned: tuple[object, ...] = self._weight, self._image
         point = _point
         if self._behind is not None:
@@ -136,16 +137,6 @@ def _behind(post_op: str, shape: Sequence[int]) -> tuple[primitives.Api, primiti
         return None
     desc = api.strided(shape, (shape[1], 1), torch.float32)
     return api, desc, Pointwise(api, post_op, desc)
-
-
-def _both(fill: Callable[[], int | None], product: Callable[[], int | None]) -> Callable[[], None]:
-    """Rows of the bias, and the product added to them."""
-
-    def execute() -> None:
-        fill()
-        product()
-
-    return execute
 
 
 def _point(pointer: ctypes.c_void_p, address: int) -> int:

@@ -70,15 +70,12 @@ def run(job: dict[str, Any], lines: CodeLines) -> dict[str, Any]:
 
 def steady_faults(call: Callable[[], Any]) -> int:
     """Minor page faults of a call: the least of a few, because the first ones still grow heaps and caches."""
-    least = None
-    for _ in range(_CALLS):
+    found: list[int] = []
+    while len(found) < _CALLS and 0 not in found:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         call()
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        least = faults if least is None else min(least, faults)
-        if not least:
-            break
-    return least or 0
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(found)
 
 
 def set_threads(count: int) -> None:

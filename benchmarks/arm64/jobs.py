@@ -238,8 +238,8 @@ def pointwise(operation: str, dtype: str, elements: int) -> Prepared:
     if operation == "cast":
         cast = CASTS[_DTYPES["fp32" if dtype == "bf16" else "bf16"]]
         return lambda: cast(x)
-    if call := _generated(operation, x):
-        return call
+    if generated_code.takes(operation, kind):
+        return pointwise_in_onednn(operation, dtype, elements)
     graph = fx.Graph()
     y, other = graph.placeholder("y"), graph.placeholder("other")
     end = graph.output(y)
@@ -250,21 +250,21 @@ def pointwise(operation: str, dtype: str, elements: int) -> Prepared:
     return lambda: forward(x, x)
 
 
-def _generated(name: str, x: torch.Tensor) -> Prepared | None:
-    """oneDNN's code for a function, in place; None where bundles run PyTorch's."""
-    api = primitives.api()
-    if isinstance(api, str) or not generated_code.takes(name, x.dtype):
-        return None
-    desc = api.strided(x.shape, x.stride(), x.dtype)
-    execute, owned = generated_code.Pointwise(api, name, desc).execution(api.memory(desc, x.data_ptr()))
-    return lambda: (execute(), owned, x)[0]
-
-
 def pointwise_in_pytorch(operation: str, dtype: str, elements: int) -> Prepared:
     """The same by PyTorch's operation, in place."""
-    post = UNARY[operation]
-    x, how = torch.zeros(1, elements, dtype=_DTYPES[dtype]), {"approximate": "tanh"} if post.algorithm == "tanh" else {}
-    return lambda: post.inplace(x, *post.inplace_args, **how)
+    post, x = UNARY[operation], torch.zeros(1, elements, dtype=_DTYPES[dtype])
+    return lambda: post.inplace(x, *post.inplace_args, **post.inplace_kwargs)
+
+
+def pointwise_in_onednn(operation: str, dtype: str, elements: int) -> Prepared:
+    """The same by oneDNN's code, whether bundles take it or not.
+
+    Raises:
+        OneDnnError: It has none for this core.
+    """
+    api = primitives.api()
+    assert isinstance(api, primitives.Api)
+    return generated_code.in_place(api, operation, torch.zeros(1, elements, dtype=_DTYPES[dtype]))
 
 
 def attention(dtype: str, batch: int, heads: int, tokens: int, size: int) -> Prepared:

@@ -4,7 +4,8 @@
     python -m benchmarks.arm64.post_ops --torch 2.13.0
 
 Thousands of instructions of one call on the emulated Graviton3. Fused by the implementation that answers without the
-post-op: `none` where oneDNN has only another, or a reference, and `NaN` where it makes a number of NaN.
+post-op: `none` where oneDNN has only another, or a reference, and `NaN` where it makes a number of NaN. Apart as
+bundles run it: by oneDNN's code behind the layer or by PyTorch.
 """
 
 from __future__ import annotations
@@ -35,42 +36,35 @@ def make(layer: str, post_op: str, fused: bool) -> Callable[[], Any]:
     """
     import torch
 
-    from armopt.ir.records import Op, Site
-    from armopt.kernels import post_ops, table
-    from armopt.kernels.onednn import primitives
-    from armopt.kernels.onednn.layer import Layer, describe
+    from armopt.kernels import table
     from armopt.runtime import own
-    from armopt.runtime.python_calls import BINDINGS
+    from armopt.runtime.bind import single
+    from benchmarks.arm64 import jobs
 
     torch._C._set_grad_enabled(False)
     name, shape, weight_shape, padding, groups = LAYERS[layer]
-    kernel, is_conv, api = table.get(name), len(shape) > 2, primitives.api()
-    assert kernel.own is not None
-    assert isinstance(api, primitives.Api)
-    rows = 1 if is_conv else shape[0]
-    site = Site("layer", Op.CONV if is_conv else Op.LINEAR, rows, weight_shape[1], weight_shape[0], shape, weight_shape)
-    if is_conv:
-        site = replace(site, stride=(1, 1), padding=(padding, padding), dilation=(1, 1), groups=groups)
+    is_conv = len(shape) > 2
+    kernel = replace(table.get(name), fuses=lambda site: fused)
+    site = (
+        jobs.conv_site(shape, weight_shape, padding=padding, groups=groups, post_op=post_op)
+        if is_conv
+        else jobs.linear_site(*shape, weight_shape[0], post_op)
+    )
     weight, bias = torch.randn(weight_shape) / 9, torch.randn(weight_shape[0]).to(kernel.activations)
-    plain = kernel.own(kernel, site)
-    wanted = replace(plain, post_op=post_op) if fused else plain
-    found, without = describe(api, wanted, bias=True), describe(api, plain, bias=True)
-    if found is None or without is None or found.implementation != without.implementation:
+
+    def made(form: own.Form) -> Any:
+        return own.make(kernel, site, lambda: weight, bias, lambda layout: [], form)
+
+    forms = (own.Form.FUSED,) if fused else [form for form in own.forms(kernel, site) if form != own.Form.FUSED]
+    found = next((each for form in forms if (each := made(form))), None)
+    if found is None or found.implementation != made(own.Form.APART).implementation:
         raise LookupError("none")
-    packed = found.pack(kernel.arrange(kernel.weight_values(weight, site), site).reshape(wanted.weight))
-    run = own.alone(Layer(wanted, found, packed, bias), site)
-    x = torch.randn(shape).to(kernel.activations)
-    x = x.contiguous(memory_format=torch.channels_last) if is_conv else x
-    if fused and not run(torch.full_like(x, torch.nan)).isnan().all():
-        raise LookupError("NaN")
-    if fused or post_op == "none":
-        return lambda: run(x)
-    function = post_ops.UNARY[post_op]
-    behind = BINDINGS.get(function.inplace, function.inplace)
-    named = {"approximate": "tanh"} if function.algorithm == "tanh" else {}
-    if is_conv and post_op == "gelu":  # as armopt calls it: see KernelCall.post_op
-        return lambda: behind(run(x).permute(0, 2, 3, 1))
-    return lambda: behind(run(x), *function.inplace_args, **named)
+    if fused:
+        x = torch.full(shape, torch.nan, dtype=kernel.activations)
+        x = x.contiguous(memory_format=torch.channels_last) if is_conv else x
+        if not own.alone(found, site)(x).isnan().all():
+            raise LookupError("NaN")
+    return single(kernel, site, found, bias)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -245,10 +245,8 @@ def _operators(line: int, columns: Mapping[str, str]) -> Case | str:
         222: ("linear", {"m": 16, "k": 512, "n": 256}),
         223: ("matmul", {"m": 64, "k": 64, "n": 64}),
         224: ("matmul", {"m": 64, "k": 64, "n": 128}),
-        225: (
-            "matmul",
-            {"m": 128, "k": 128, "n": 128, "transposed": "b"},
-        ),  # its "transA" is what it does not transpose
+        # what it says it transposes it does not
+        225: ("matmul", {"m": 128, "k": 128, "n": 128, "transposed": "b"}),
         227: ("bmm", {"batch": 128, "m": 64, "k": 32, "n": 64}),
         228: ("bmm", {"batch": 128, "m": 64, "k": 32, "n": 64, "dtype": "bfloat16"}),
         231: ("conv", {"shape": (1, 128, 64), "out": 256, "filters": 3}),

@@ -110,6 +110,9 @@ def of_any_size(model: nn.Module, x: torch.Tensor, *dynamic: int) -> Program:
         (nn.Sequential(nn.Conv2d(3, 16, 3), nn.SiLU()), [0, 2, 3], [(1, 3, 9, 9), (2, 3, 5, 20), (0, 3, 9, 9)]),
         (nn.Conv2d(16, 16, 3, groups=16), [0, 2, 3], [(1, 16, 9, 9), (2, 16, 5, 20)]),
         (nn.Conv1d(16, 8, 3), [2], [(2, 16, 12), (2, 16, 40)]),
+        # with a function behind it
+        (nn.Sequential(nn.Linear(32, 16), nn.GELU()), [0], [(8, 32), (1, 32), (0, 32), (50, 32)]),
+        (nn.Sequential(nn.Conv1d(16, 8, 3), nn.Tanh()), [2], [(2, 16, 12), (2, 16, 40)]),
     ],
 )
 @pytest.mark.parametrize("offered", [True, False])

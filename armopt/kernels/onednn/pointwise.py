@@ -31,16 +31,20 @@ def takes(name: str, dtype: torch.dtype) -> bool:
     if name not in FUNCTIONS or isinstance(api, str):
         return False
     of_tanh = name == "tanh" or (name == "silu" and dtype == torch.float32 and api.version < SHORT_SILU)
-    return not (of_tanh and post_ops.has_wide_vectors()) and is_right(api, name, dtype)
+    return not (of_tanh and _has_wide_vectors()) and is_right(api, name, dtype)
 
 
 def is_quicker_apart(name: str) -> bool:
     """Whether a function of a result in FP32 takes less as PyTorch's operations, even where a layer's call takes it.
 
-    Of silu, where it is made of a tanh: a depthwise layer on Neoverse-V1 and torch 2.10 then takes a tenth fewer
-    instructions.
+    Of silu, where it is made of a tanh (`python -m benchmarks.arm64.post_ops`).
     """
-    return name == "silu" and post_ops.has_wide_vectors() and not takes(name, torch.float32)
+    return name == "silu" and _has_wide_vectors() and not takes(name, torch.float32)
+
+
+def _has_wide_vectors() -> bool:
+    """Whether PyTorch works on SVE's vectors of 256 bits here: its tanh of those takes a tenth of the instructions."""
+    return torch.backends.cpu.get_cpu_capability() == "SVE256"
 
 
 @functools.cache
@@ -48,16 +52,28 @@ def is_right(api: Api, name: str, dtype: torch.dtype) -> bool:
     """Whether there is code for a function that gives what PyTorch does, of NaN too."""
     given = torch.cat([torch.linspace(-20, 20, 83), torch.tensor([math.nan, -math.nan])]).to(dtype)
     found = given.clone()
-    desc = api.strided(given.shape, (1,), dtype)
     try:
-        execute, owned = Pointwise(api, name, desc).execution(api.memory(desc, found.data_ptr()))
-        failed = execute()
+        in_place(api, name, found)()
     except OneDnnError:
         return False
-    del owned
     expected = post_ops.apply(name, given.double(), None)
     near = 1e-5 if dtype == torch.float32 else 1e-2
-    return not failed and torch.allclose(found.double(), expected, rtol=near, atol=near / 10, equal_nan=True)
+    return torch.allclose(found.double(), expected, rtol=near, atol=near / 10, equal_nan=True)
+
+
+def in_place(api: Api, name: str, x: torch.Tensor) -> Callable[[], None]:
+    """A call of a function on one tensor.
+
+    Raises:
+        OneDnnError: oneDNN has no code of its own for it on this host; also from the call, where it fails.
+    """
+    desc = api.strided(x.shape, x.stride(), x.dtype)
+    execute, owned = Pointwise(api, name, desc).execution(api.memory(desc, x.data_ptr()))
+    return functools.partial(_checked, execute, name, (owned, x))
+
+
+def _checked(execute: Callable[[], int], name: str, owned: object) -> None:
+    primitives.check(execute(), name)
 
 
 class Pointwise:
@@ -92,7 +108,7 @@ class Pointwise:
         return call, (array, memory, self._primitive)
 
 
-def behind(first: Callable[[], int | None], second: Callable[[], int]) -> Callable[[], int | None]:
+def behind(first: Callable[[], int | None], second: Callable[[], int | None]) -> Callable[[], int | None]:
     """Two calls as one, which returns the status of the first that fails."""
 
     def execute() -> int | None:
