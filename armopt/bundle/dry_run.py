@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from armopt.bundle.program import Program
+from armopt.bundle.program import Program, Result
 from armopt.bundle.shape_rules import META, RULES, UnfitError, pointwise, shown
 from armopt.errors import BundleError, first_line
 from armopt.ir import graph as g
@@ -30,11 +30,11 @@ _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _DEPENDS_ON_DATA = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
 
-def check(program: Program, signature: Signature, sizes: Bucket, most: int, where: str) -> Mapping[str, int]:
+def check(program: Program, signature: Signature, sizes: Bucket, most: int, where: str) -> Mapping[str, Result]:
     """Refuses a program that does not run, does other than it says, or takes too much memory.
 
     Returns:
-        Bytes of what each node gives, where that is one tensor whose size is fixed.
+        What each node gives, where that is one tensor whose size is fixed.
 
     Args:
         program: The program; nothing of it runs on data.
@@ -190,12 +190,12 @@ def _fingerprint(value: Any) -> Hashable:
 class _DryRun:
     """Runs a program node by node and compares its layers with what is recorded. `node` is the one it is at.
 
-    `results` has the bytes of each tensor that a node gives, where they don't depend on data.
+    `results` has each tensor that a node gives, where its size doesn't depend on data.
     """
 
     def __init__(self, program: Program) -> None:
         self.node: fx.Node | None = None
-        self.results: dict[str, int] = {}
+        self.results: dict[str, Result] = {}
         self._program = program
         self._weights: dict[str, torch.Tensor] = {}
 
@@ -214,7 +214,7 @@ class _DryRun:
                 args, kwargs = (fx.map_arg(each, values.__getitem__) for each in (node.args, node.kwargs))
                 values[node] = found = self._call(node, args, kwargs)
                 if isinstance(found, torch.Tensor) and all(isinstance(size, int) for size in found.shape):
-                    self.results[node.name] = found.nbytes
+                    self.results[node.name] = Result(tuple(found.shape), found.dtype)
             for source in node.all_input_nodes:
                 if last[source] is node:
                     del values[source]

@@ -16,6 +16,26 @@ from armopt.kernels import sites
 
 
 @dataclass(frozen=True, slots=True)
+class Result:
+    """A tensor of fixed size that a node gives."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(value: object) -> Result | None:
+        """That of a tensor, where its size is fixed."""
+        if not isinstance(value, torch.Tensor) or not all(map(g.is_fixed, value.shape)):
+            return None
+        return Result(tuple(map(int, value.shape)), value.dtype)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """The graph for one bucket.
 
@@ -25,7 +45,7 @@ class Program:
         sites: Every Linear and convolution by its node's name. In a graph that was read the nodes have names of
             armopt's own making; `site.node` is the name in the bundle, which people know.
         shapes: Output shape of each of them; None where dynamic.
-        results: Bytes of what each node gives, where that is one tensor whose size is fixed.
+        results: What each node gives, where that is one tensor whose size is fixed.
         weights: Names in the bundle of the graph's constants, where they differ.
     """
 
@@ -34,7 +54,7 @@ class Program:
     sites: Mapping[str, Site]
     shapes: Mapping[str, tuple[int | None, ...]]
     weights: Mapping[str, str] = field(default_factory=dict)
-    results: Mapping[str, int] = field(default_factory=dict)
+    results: Mapping[str, Result] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +78,6 @@ def describe_program(graph_module: fx.GraphModule, bucket: Bucket, values: Bucke
         node.name: tuple(int(size) if g.is_fixed(size) else None for size in g.fake_value(node).shape)
         for node in layers(graph_module.graph)
     }
-    sizes = {node.name: _size(node.meta.get("val")) for node in graph_module.graph.nodes}
-    results = {name: size for name, size in sizes.items() if size is not None}
+    given = {node.name: Result.of(node.meta.get("val")) for node in graph_module.graph.nodes}
+    results = {name: result for name, result in given.items() if result is not None}
     return Program(bucket, graph_module, found, shapes, results=results)
-
-
-def _size(value: object) -> int | None:
-    """Bytes of a tensor whose size is fixed."""
-    if not isinstance(value, torch.Tensor) or not all(map(g.is_fixed, value.shape)):
-        return None
-    return math.prod(map(int, value.shape)) * value.dtype.itemsize

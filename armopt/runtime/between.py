@@ -35,13 +35,15 @@ def _is_planned_in_bf16(layer: fx.Node) -> bool:
 
 
 def attend_in_fp32(source: fx.GraphModule, mapping: Mapping[fx.Node, fx.Node]) -> None:
-    """Attention planned in BF16, between casts: without a BF16 product in BLAS torch 2.13 calls oneDNN's ``ref`` for
-    each head, 27 times the instructions of FP32 (12 heads of 128x64)."""
+    """PyTorch's attention, where it is planned in BF16, between casts.
+
+    Without a BF16 product in BLAS torch 2.13 calls oneDNN's ``ref`` for each head, 27 times the instructions of FP32
+    (12 heads of 128x64).
+    """
     for old in g.calls_to(source.graph, ATTENTION):
-        made = producer(old.args[0])
-        if not is_layer(made) or not _is_planned_in_bf16(made):
+        made, node = producer(old.args[0]), mapping[old]
+        if node.target is not ATTENTION or not is_layer(made) or not _is_planned_in_bf16(made):
             continue
-        node = mapping[old]
         wide = tuple(cast(node, x, torch.float32) for x in operands(node))
         node.args = (*wide, *node.args[len(wide) :])
         users = list(node.users)

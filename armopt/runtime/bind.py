@@ -16,14 +16,16 @@ from armopt.bundle.program import Program
 from armopt.errors import first_line
 from armopt.ir import arena
 from armopt.ir import graph as g
+from armopt.ir.bf16_flow import ATTENTION
 from armopt.ir.calls import LayerCall, call_of, layers
 from armopt.ir.records import Op, Site
 from armopt.kernels import post_ops, sites, table
 from armopt.kernels.base import Kernel, KernelCall, Use
+from armopt.kernels.onednn.attention import Attention
 from armopt.kernels.onednn.layer import Layer
 from armopt.kernels.onednn.workspaces import Workspaces
 from armopt.kernels.timings import Timings
-from armopt.runtime import between, blas, numbers, own, packings, probe, probe_cache
+from armopt.runtime import attend, between, blas, numbers, own, packings, probe, probe_cache
 from armopt.runtime.python_calls import rebind
 
 _aten = torch.ops.aten
@@ -110,6 +112,10 @@ class Binder:
             if not isinstance(weight, torch.Tensor):
                 owned[old] = len(owned)
             _replace(layer, kernel, weight, bias, constants, calls)
+        for old in g.calls_to(source.graph, ATTENTION):
+            if (attention := self._attention(old, program)) is not None:
+                owned[old] = len(owned)
+                calls.emit_attention(mapping[old], attention)
         between.pool_as_integers(source, mapping, program.shapes)
         if not self.bf16_attention:
             between.attend_in_fp32(source, mapping)
@@ -173,13 +179,32 @@ class Binder:
         made = own.make(kernel, site, weight, bias, lambda layout: self.packed[(layout, *facts)], form)
         if made is None:
             return None
-        if key not in self.verdicts or key in self.remembered:
+
+        def probed() -> str | None:
             values = kernel.weight_values(weight(), site)
-            refusal = numbers.refusal(kernel, site, own.alone(made, site), values, bias, made.post_op)
+            return numbers.refusal(kernel, site, own.alone(made, site), values, bias, made.post_op)
+
+        said = f"{kernel.name} as {made.implementation} for {site.node}"
+        return made if self._judge(key, probed, said) is None else None
+
+    def _attention(self, node: fx.Node, program: Program) -> Attention | None:
+        """The attention of a node as primitives of its own, with right numbers; None where it can't be had."""
+        planned = attend.planned(node, program)
+        made = None if planned is None else attend.make(planned, multiplies_bf16=self.bf16_attention)
+        if planned is None or made is None:
+            return None
+        said = f"attention as {made.implementation} for {g.shown_name(node)}"
+        refused = self._judge(planned.key, functools.partial(attend.refusal, planned, made), said)
+        return made if refused is None else None
+
+    def _judge(self, key: str, probe: Callable[[], str | None], said: str) -> str | None:
+        """What a probe says, now or earlier."""
+        if key not in self.verdicts or key in self.remembered:
+            refusal = probe()
             self._compare(key, refusal)
             self.verdicts[key] = refusal
-            _log.debug("%s as %s for %s: %s", kernel.name, made.implementation, site.node, refusal or "proven")
-        return made if self.verdicts[key] is None else None
+            _log.debug("%s: %s", said, refusal or "proven")
+        return self.verdicts[key]
 
     def _prove(
         self, kernel: Kernel, layer: _Layer, constants: dict[str, torch.Tensor]
@@ -215,14 +240,14 @@ class Binder:
     ) -> str | None:
         """What the probe says, now or earlier, of a kernel with a weight that was packed for a shape."""
         key = probe_cache.key(kernel.name, layer.site, packed_for)
-        if key not in self.verdicts or key in self.remembered:
+
+        def probed() -> str | None:
             run = single(kernel, layer.site, weight, self._bias(layer, kernel, constants))
             refusal = probe.refusal(kernel, layer.site, run)
-            self._compare(key, refusal)
-            self.verdicts[key] = refusal
-            _log.debug("probe of %s for %s: %s", kernel.name, layer.site.node, refusal or "proven")
             del run.graph_module.weight  # a graph is a cycle: a refused kernel's weight would stay in memory
-        return self.verdicts[key]
+            return refusal
+
+        return self._judge(key, probed, f"probe of {kernel.name} for {layer.site.node}")
 
     def _compare(self, key: str, refusal: str | None) -> None:
         """Trusts what is remembered, or forgets it, after a probe of one of those verdicts."""

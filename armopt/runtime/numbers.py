@@ -38,7 +38,7 @@ def refusal(
         bias: In the kernel's dtype.
         post_op: What its result has gone through; empty for nothing.
     """
-    x = _input(site.shape).to(kernel.activations)
+    x = values(site.shape).to(kernel.activations)
     picked = torch.arange(0, site.n, max(1, site.n // _CHANNELS) if site.groups == 1 else 1)
     exact = _Exact(kernel, site, weight[picked], None if bias is None else bias[picked], post_op)
     try:
@@ -57,8 +57,8 @@ def _numbers() -> torch.Tensor:
     return torch.randn(65537, generator=torch.Generator().manual_seed(0))
 
 
-def _input(shape: Sequence[int]) -> torch.Tensor:
-    """An input of that shape: the same numbers again and again, because making them costs more than the product."""
+def values(shape: Sequence[int]) -> torch.Tensor:
+    """A tensor of that shape: the same numbers again and again, because making them costs more than the product."""
     numbers, size = _numbers(), math.prod(shape)
     return numbers.repeat(-(-size // numbers.numel()))[:size].view(*shape)
 

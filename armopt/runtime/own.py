@@ -7,15 +7,19 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import fx
 
+from armopt.bundle.program import Result
+from armopt.ir.bf16_flow import operands
 from armopt.ir.records import Op, Site
 from armopt.kernels import post_ops
 from armopt.kernels.base import Kernel, KernelCall
 from armopt.kernels.onednn import pointwise, primitives, views
 from armopt.kernels.onednn.any_size import AnySize
+from armopt.kernels.onednn.attention import Attention
 from armopt.kernels.onednn.layer import Description, Layer, Wanted, describe
 from armopt.kernels.onednn.workspaces import OneSize, Workspaces
 from armopt.runtime import blas, numbers, operations
@@ -202,11 +206,23 @@ class Calls:
         self._results[y] = len(layers) - 1
         return y if product.post_op else call.post_op(y)
 
+    def emit_attention(self, node: fx.Node, attention: Attention) -> None:
+        """Makes the call of an attention what a node calls."""
+        layers = self.workspaces.layers
+        layers.append(attention)
+        run = attention.function(len(layers) - 1)
+        run.__name__ = node.name
+        self._results[node] = len(layers) - 1
+        given: tuple[Any, ...] = operands(node)
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        node.target, node.kwargs = run, {}
+        node.args = (self._taken(), *given) if mask is None else (self._taken(), *given, mask)
+
     def place_operations(
         self,
         source: fx.Graph,
         mapping: Mapping[fx.Node, fx.Node],
-        sizes: Mapping[str, int],
+        results: Mapping[str, Result],
         layers: Collection[fx.Node],
     ) -> dict[fx.Node, int]:
         """Lets operations of PyTorch's write to places too; gives back the index of each by its node in `source`.
@@ -214,7 +230,7 @@ class Calls:
         Args:
             source: The graph of which this is a copy.
             mapping: From nodes of `source` to those of the copy.
-            sizes: Bytes of results by the names of nodes in `source`.
+            results: By the names of nodes in `source`.
             layers: Nodes in `source` whose results lie the same however their inputs do.
         """
         placed = {}
@@ -223,9 +239,9 @@ class Calls:
             if old.op == "get_attr" or (old.op == "call_function" and settled.issuperset(old.all_input_nodes)):
                 settled.add(old)
             node = mapping.get(old)
-            if old.op != "call_function" or old.name not in sizes or node is None or node.target is not old.target:
+            if old.op != "call_function" or old.name not in results or node is None or node.target is not old.target:
                 continue
-            operation = operations.of(node, sizes[old.name], settled=old in settled)
+            operation = operations.of(node, results[old.name].size, settled=old in settled)
             if operation is None:
                 continue
             placed[old] = self._results[node] = len(self.workspaces.layers)

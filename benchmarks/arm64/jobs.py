@@ -25,8 +25,10 @@ from armopt.kernels.base import KernelCall
 from armopt.kernels.geometry import output_size
 from armopt.kernels.onednn import pointwise as generated_code
 from armopt.kernels.onednn import primitives
+from armopt.kernels.onednn.attention import Attention, Wanted
+from armopt.kernels.onednn.workspaces import Workspaces
 from armopt.kernels.post_ops import UNARY
-from armopt.runtime import own
+from armopt.runtime import attend, host_check, own
 from armopt.runtime.bind import Single, finish, single
 from armopt.runtime.python_calls import BINDINGS, CASTS
 
@@ -267,12 +269,65 @@ def pointwise_in_onednn(operation: str, dtype: str, elements: int) -> Prepared:
     return generated_code.in_place(api, operation, torch.zeros(1, elements, dtype=_DTYPES[dtype]))
 
 
-def attention(dtype: str, batch: int, heads: int, tokens: int, size: int) -> Prepared:
-    """Attention on query, key and value as one projection gives them."""
-    qkv = torch.randn(batch, tokens, 3 * heads * size, generator=torch.Generator().manual_seed(0)).to(_DTYPES[dtype])
-    q, k, v = (part.unflatten(-1, (heads, size)).transpose(1, 2) for part in qkv.chunk(3, -1))
+def attention(dtype: str, batch: int, heads: int, tokens: int, size: int, mask: str = "") -> Prepared:
+    """Attention on query, key and value as one projection gives them, as bundles run it.
+
+    Args:
+        dtype: ``bf16`` or ``fp32``.
+        batch: Images or windows.
+        heads: Of each.
+        tokens: Rows.
+        size: Columns of a head.
+        mask: What is added to the scores: ``windows``, in FP32; ``causal``; or nothing.
+    """
+    made = attend.make(_planned(dtype, batch, heads, tokens, size, mask), multiplies_bf16=host_check.multiplies_bf16())
+    if made is not None:
+        return _own_attention(made, dtype, batch, heads, tokens, size, mask)
+    if dtype == "bf16" and not host_check.multiplies_bf16():
+        call = attention_in_pytorch("fp32", batch, heads, tokens, size, mask)
+        casts = [torch.zeros(batch, heads, tokens, size) for _ in range(4)]
+        return lambda: ([x.bfloat16() for x in casts], call())
+    return attention_in_pytorch(dtype, batch, heads, tokens, size, mask)
+
+
+def attention_in_pytorch(dtype: str, batch: int, heads: int, tokens: int, size: int, mask: str = "") -> Prepared:
+    """The same by PyTorch's operation."""
+    q, k, v = _query_key_value(dtype, batch, heads, tokens, size)
     call = BINDINGS[torch.ops.aten.scaled_dot_product_attention.default]
-    return lambda: call(q, k, v)
+    added = torch.zeros(batch, heads, tokens, tokens) if mask == "windows" else None
+    return lambda: call(q, k, v, added, is_causal=mask == "causal")
+
+
+def attention_in_onednn(dtype: str, batch: int, heads: int, tokens: int, size: int, mask: str = "") -> Prepared:
+    """The same by oneDNN's code, whether bundles take it or not.
+
+    Raises:
+        OneDnnError: It has none for this core.
+    """
+    api, planned = primitives.api(), _planned(dtype, batch, heads, tokens, size, mask)
+    assert isinstance(api, primitives.Api)
+    made = Attention(api, planned.wanted, hides_no_row=True)
+    return _own_attention(made, dtype, batch, heads, tokens, size, mask)
+
+
+def _planned(dtype: str, batch: int, heads: int, tokens: int, size: int, mask: str) -> attend.Planned:
+    wanted = Wanted(batch, heads, tokens, tokens, size, size, _DTYPES[dtype], size**-0.5, mask == "causal")
+    return attend.Planned(wanted, None, torch.float32, hides_no_row=True)
+
+
+def _own_attention(made: Attention, dtype: str, batch: int, heads: int, tokens: int, size: int, mask: str) -> Prepared:
+    q, k, v = _query_key_value(dtype, batch, heads, tokens, size)
+    added = torch.zeros(batch, heads, tokens, tokens) if mask == "windows" else None
+    workspaces = Workspaces()
+    workspaces.layers.append(made)
+    workspaces.arena, workspaces.places = made.size, {0: 0}
+    call, workspace = made.function(0), workspaces.take()
+    return lambda: call(workspace, q, k, v, added)
+
+
+def _query_key_value(dtype: str, batch: int, heads: int, tokens: int, size: int) -> Sequence[torch.Tensor]:
+    qkv = torch.randn(batch, tokens, 3 * heads * size, generator=torch.Generator().manual_seed(0)).to(_DTYPES[dtype])
+    return [part.unflatten(-1, (heads, size)).transpose(1, 2) for part in qkv.chunk(3, -1)]
 
 
 # --- what else users could call -------------------------------------------------------------------

@@ -19,11 +19,11 @@ from armopt.kernels.onednn import symbols
 #: DNNL_ARG_*: which tensor of a primitive a memory is.
 SRC, DST, WEIGHTS, BIAS, SCRATCHPAD = 1, 17, 33, 41, 80
 #: dnnl_query_*: descriptors of a primitive's tensors.
-WEIGHTS_DESC, SCRATCHPAD_DESC = 131, 136
+SRC_DESC, WEIGHTS_DESC, DST_DESC, SCRATCHPAD_DESC = 129, 131, 133, 136
 _IMPLEMENTATION, _DATA_TYPE = 8, 258
 _VERSION = 3
 _CPU, _IN_ORDER, _USER, _ANY = 1, 1, 1, 1
-_FORWARD_INFERENCE, _DIRECT = 96, 1
+_FORWARD_INFERENCE, _DIRECT, _SOFTMAX = 96, 1, 0x30000
 _STATUS = ("success", "out of memory", "invalid arguments", "unimplemented", "last implementation reached")
 _DTYPES = {torch.bfloat16: 2, torch.float32: 3}
 #: dnnl_eltwise_* with alpha and beta, by the names of post_ops.
@@ -57,6 +57,8 @@ _CREATE: dict[str, tuple[Any, ...]] = {
     "convolution_forward_primitive_desc_create": (_OUT, _P, _INT, _INT, *[_P] * 4, *[_DIMS] * 4, _P),
     "inner_product_forward_primitive_desc_create": (_OUT, _P, _INT, *[_P] * 4, _P),
     "eltwise_forward_primitive_desc_create": (_OUT, _P, _INT, _INT, _P, _P, c.c_float, c.c_float, _P),
+    "matmul_primitive_desc_create": (_OUT, *[_P] * 6),
+    "softmax_forward_primitive_desc_create": (_OUT, _P, _INT, _INT, _P, _P, _INT, _P),
 }
 _CALLS: dict[str, tuple[Any, ...]] = {
     "memory_set_data_handle": (_P, _P),
@@ -204,6 +206,18 @@ class Api:
         algorithm, *scalars = ELTWISE[name]
         create, how = "eltwise_forward_primitive_desc_create", (self.engine, _FORWARD_INFERENCE, algorithm)
         return self._new("primitive_desc", create, *how, desc, desc, *scalars, attributes)
+
+    def matmul(self, tensors: Sequence[Handle], attributes: Handle) -> Handle:
+        """The descriptor of a product of matrices, many at once: of source, weight and result."""
+        source, weight, result = tensors
+        return self._new(
+            "primitive_desc", "matmul_primitive_desc_create", self.engine, source, weight, None, result, attributes
+        )
+
+    def softmax(self, source: Handle, result: Handle, axis: int, attributes: Handle) -> Handle:
+        """The descriptor of a softmax along an axis."""
+        create, how = "softmax_forward_primitive_desc_create", (self.engine, _FORWARD_INFERENCE, _SOFTMAX)
+        return self._new("primitive_desc", create, *how, source, result, axis, attributes)
 
     def implementation(self, description: Handle) -> str:
         """Who does the arithmetic, as oneDNN names it."""

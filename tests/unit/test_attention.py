@@ -1,0 +1,238 @@
+"""Attention as primitives of its own, with the oneDNN of this machine's PyTorch."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from armopt.bundle.program import Program
+from armopt.kernels.onednn import attention, primitives
+from armopt.kernels.onednn.attention import Attention, Wanted, is_quicker
+from armopt.kernels.onednn.workspaces import Workspaces
+from armopt.plan.threshold_policy import ThresholdPolicy
+from armopt.runtime import attend, bind
+from tests.own_programs import found_api, lowered, random
+from tests.planning import programs
+
+Tensor = torch.Tensor
+WANTED = Wanted(2, 3, 40, 24, 16, 8, torch.float32, 0.3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def api() -> primitives.Api:
+    return found_api()
+
+
+class Net(nn.Module):
+    """One layer of attention of four heads; a mask is an input, a constant, or none."""
+
+    def __init__(self, *, causal: bool = False, constant: Tensor | None = None, scale: float | None = None) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.causal, self.scale = causal, scale
+        self.constant = constant
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        mask = self.constant if mask is None else mask
+        y = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, scale=self.scale)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def bound(program: Program) -> torch.fx.GraphModule:
+    """Bound as where BLAS has no product in BF16, so that attention of any size is quicker as primitives."""
+    return bind.Binder(False, bf16_attention=False).bind(program)[0]
+
+
+def is_own(module: torch.fx.GraphModule) -> bool:
+    return all(node.target is not functional.scaled_dot_product_attention for node in module.graph.nodes)
+
+
+TOKENS = 12
+LOWER = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+MASKS: dict[str, tuple[Callable[[], Net], tuple[Tensor, ...]]] = {
+    "none": (Net, ()),
+    "another scale": (lambda: Net(scale=0.3), ()),
+    "causal": (lambda: Net(causal=True), ()),
+    "a constant": (lambda: Net(constant=random(4, TOKENS, TOKENS)), ()),
+    "a constant of booleans": (lambda: Net(constant=LOWER), ()),
+    "an input": (Net, (random(3, 1, 1, TOKENS),)),
+    "an input with minus infinity": (Net, (torch.zeros(TOKENS, TOKENS).masked_fill(~LOWER, -math.inf),)),
+    "an input of booleans": (Net, (LOWER.expand(3, 1, -1, -1).clone(),)),
+    "an input that hides all from one": (Net, (LOWER & (torch.arange(TOKENS) > 0),)),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_program_gives_what_pytorch_gives(name: str) -> None:
+    make, given = MASKS[name]
+    torch.manual_seed(0)
+    net, x = make().eval(), random(3, TOKENS, 32)
+    module = bound(lowered(net, x, *given))
+    assert is_own(module)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(module(x, *given)[0], net(x, *given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_in_bf16_too(name: str) -> None:
+    make, given = MASKS[name]
+    torch.manual_seed(0)
+    net, x = make().eval(), random(3, TOKENS, 32)
+    (program,) = programs(net, x, *given, policy=ThresholdPolicy(1))
+    module = bound(program)
+    if not is_own(module):
+        pytest.skip("NOT TESTED: this core has no code for products in BF16")
+    with torch.no_grad():
+        expected = net(x, *given)
+        found = module(x, *given)[0]
+    assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_heads_may_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part takes its part of a mask."""
+    x, mask = random(3, TOKENS, 32), random(3, 4, TOKENS, TOKENS)
+    program = lowered(Net(), x, mask)
+    whole = bound(program)(x, mask)[0]
+    size = 4 * TOKENS * TOKENS
+    for heads in (1, 2, 4, 12):
+        monkeypatch.setattr(attention, "SCORES", heads * size)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        assert WANTED.together(1) >= 1
+        torch.testing.assert_close(bound(program)(x, mask)[0], whole, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_are_of_whole_batches_or_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = replace(WANTED, batch=4, heads=6)
+    size = 4 * wanted.queries * wanted.keys
+    found = []
+    for heads in (1, 2, 4, 5, 6, 11, 12, 23, 24, 99):
+        monkeypatch.setattr(attention, "SCORES", heads * size)
+        found.append(wanted.together(1))
+    assert found == [1, 2, 3, 3, 6, 6, 12, 12, 24, 24]
+
+
+@pytest.mark.parametrize("kind", ["float", "bool"])
+def test_nan_comes_out_where_pytorch_gives_it(kind: str) -> None:
+    x = random(3, TOKENS, 32)
+    x[1, 4, 3] = math.nan
+    mask = LOWER if kind == "bool" else torch.zeros(TOKENS, TOKENS).masked_fill(~LOWER, -math.inf)
+    for net, given in ((Net(), (mask,)), (Net(causal=True), ()), (Net(), ())):
+        module = bound(lowered(net, x, *given))
+        assert is_own(module)
+        with torch.no_grad():
+            assert torch.equal(module(x, *given)[0].isnan(), net(x, *given).isnan())
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_a_result_lies_as_that_of_pytorch(heads_first: bool) -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, k: Tensor) -> Tensor:
+            q = self.q(x)
+            q, k = (q, k) if heads_first else (q.transpose(1, 2), k.transpose(1, 2))
+            return functional.scaled_dot_product_attention(q, k, k)
+
+    net, x, k = Bare().eval(), random(2, 10, 10, 8), random(2, 10, 10, 8)
+    module = bound(lowered(net, x, k))
+    assert is_own(module)
+    with torch.no_grad():
+        found, expected = module(x, k)[0], net(x, k)
+    assert found.stride() == expected.stride()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class Grouped(nn.Module):
+    """More heads of queries than of keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        return functional.scaled_dot_product_attention(q, q[:, :2], q[:, :2], enable_gqa=True)
+
+
+class OfThree(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize("part", [Grouped(), OfThree()])
+def test_other_attention_is_left_to_pytorch(part: nn.Module) -> None:
+    net, x = nn.Sequential(nn.Linear(32, 32), part).eval(), random(2, TOKENS, 32)
+    module = bound(lowered(net, x))
+    assert not is_own(module)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x)[0], net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_small_attention_is_left_to_blas_that_has_a_product_in_bf16() -> None:
+    def taken(dtype: torch.dtype, keys: int, *, multiplies_bf16: bool) -> bool:
+        return is_quicker(replace(WANTED, dtype=dtype, keys=keys), multiplies_bf16=multiplies_bf16)
+
+    assert [taken(torch.bfloat16, keys, multiplies_bf16=True) for keys in (32, 64)] == [False, True]
+    assert [taken(torch.float32, keys, multiplies_bf16=True) for keys in (64, 256)] == [False, True]
+    assert all(taken(dtype, 8, multiplies_bf16=False) for dtype in (torch.bfloat16, torch.float32))
+    assert not is_quicker(replace(WANTED, queries=1, keys=512), multiplies_bf16=False)  # a step of decoding
+    assert not is_quicker(replace(WANTED, queries=8192, keys=8192), multiplies_bf16=False)  # 256 MB of scores
+
+
+def test_wrong_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = attend.Planned(WANTED, None, torch.float32, hides_no_row=True)
+    made = attend.make(planned, multiplies_bf16=False)
+    assert made is not None
+    assert attend.refusal(planned, made) is None
+    said = attend.refusal(replace(planned, wanted=replace(WANTED, scale=0.31)), made)
+    assert said is not None
+    assert "wrong numbers" in said
+    monkeypatch.setattr(attend, "refusal", lambda planned, made: "gives wrong numbers")
+    net, x = Net().eval(), random(3, TOKENS, 32)
+    module = bound(lowered(net, x))
+    assert not is_own(module)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x)[0], net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_threads_run_one_program_at_once() -> None:
+    module = bound(lowered(Net(), random(3, TOKENS, 32)))
+    inputs = [random(3, TOKENS, 32, seed=seed) for seed in range(4)]
+    expected = [module(x)[0] for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        wrong.extend(i for _ in range(50) if not torch.equal(module(inputs[i])[0], expected[i]))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_a_call_makes_nothing(api: primitives.Api) -> None:
+    """Memory of calls lies in a workspace, which calls share one after the other, or where the caller wants it."""
+    made, workspaces = Attention(api, WANTED, hides_no_row=True), Workspaces()
+    workspaces.layers.append(made)
+    workspaces.arena, workspaces.places = made.size, {0: 0}
+    q, k, v = random(2, 3, 40, 16), random(2, 3, 24, 16), random(2, 3, 24, 8)
+    workspace, call = workspaces.take(), made.function(0)
+    found = call(workspace, q, k, v)
+    exact = (q.double() @ k.double().mT * WANTED.scale).softmax(-1) @ v.double()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    assert call(workspace, q, k, v) is found
+    out = torch.zeros_like(found)
+    workspace.arguments[0].lend(out)
+    assert call(workspace, q, k, v) is out
+    assert torch.equal(out, found)
+    workspace.arguments[0].lend(torch.zeros(2, 3, 40, 8))  # which lies otherwise
+    assert call(workspace, q, k, v) is found
