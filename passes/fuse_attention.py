@@ -23,6 +23,7 @@ class FuseAttention:
     The scores never lie in memory, and all of it can work in BF16. A mask may be several, added one after another, also
     where the scores have an extra dimension meanwhile, as windows of an image have. A row of the mask that hides every
     key becomes NaN, which is the softmax of such a row and would be 0 otherwise; not where constant masks have none.
+    A constant mask that hides nothing and adds nothing is left out.
     Refuses products of other than four dimensions, scores or probabilities that are used elsewhere, and whatever else
     stands between product and softmax.
     """
@@ -41,6 +42,7 @@ class FuseAttention:
                 continue
             rewritten.append(product.name)
             _rewrite(graph_module, product, found)
+        rewritten += _drop_masks(graph_module)
         g.remove_unused(graph_module)
         return PassResult(graph_module, bool(rewritten), tuple(rewritten), tuple(skipped))
 
@@ -191,3 +193,19 @@ def _may_hide_a_row(graph_module: fx.GraphModule, masks: tuple[_Mask, ...]) -> b
     if len(values) == 1 and values[0] is not None and values[0].numel():
         return not bool(values[0].amax(-1).isfinite().all())
     return not all(value is not None and bool(value.isfinite().all()) for value in values)
+
+
+def _drop_masks(graph_module: fx.GraphModule) -> list[str]:
+    """Takes constant masks that change no score from attention; returns the names of the nodes."""
+    dropped = []
+    for node in g.calls_to(graph_module.graph, _ATTENTION):
+        place: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        mask = g.find_constant(graph_module, place)
+        if mask is None or not bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all()):
+            continue
+        if len(node.args) > 3:
+            node.update_arg(3, None)
+        else:
+            node.update_kwarg("attn_mask", None)
+        dropped.append(node.name)
+    return dropped

@@ -79,8 +79,6 @@ class ClockedCosts:
 
     def attention(self, dtype: str, heads: int, scores: int, products: int) -> float:
         """The time of attention; zero where it was not measured."""
-        if dtype == "bf16" and not costs.multiplies_bf16(self.table.attention_cycles):
-            return costs.between_casts(self, heads, scores, products)
         head, score, product = self.table.attention_cycles.get(dtype, (0.0, 0.0, 0.0))
         cycles = (head * heads + score * scores + product * products) / self.threads
         return self.clock.microseconds(Work(cycles), self.threads)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from armopt.ir import graph as g
 from armopt.ir.bf16_flow import ATTENTION, operands
 from armopt.kernels.onednn import primitives
 from armopt.kernels.onednn.attention import Attention, Wanted, is_quicker
-from armopt.kernels.onednn.attention_call import hides_a_row
+from armopt.kernels.onednn.attention_call import added, hides_a_row
 from armopt.kernels.onednn.primitives import OneDnnError
 from armopt.kernels.onednn.workspaces import Workspaces
 from armopt.runtime import numbers
@@ -32,20 +33,18 @@ class Planned:
 
     Attributes:
         wanted: The attention.
-        mask: The node of a mask.
-        dtype: Of the mask.
-        hides_no_row: Whether no row of it hides all keys, whatever a caller gives.
+        mask: Dtype of a mask; None where there is none.
+        constant: The mask, where it is the same in every call.
     """
 
     wanted: Wanted
-    mask: fx.Node | None
-    dtype: torch.dtype
-    hides_no_row: bool
+    mask: torch.dtype | None = None
+    constant: torch.Tensor | None = None
 
     @property
     def key(self) -> str:
         """What a verdict depends on."""
-        return f"attention {self.wanted} {self.mask is not None} {self.dtype}"
+        return json.dumps(["attention", *map(str, astuple(self.wanted)), str(self.mask)])
 
 
 def planned(node: fx.Node, program: Program) -> Planned | None:
@@ -56,12 +55,12 @@ def planned(node: fx.Node, program: Program) -> Planned | None:
         return None
     mask = given.get("attn_mask")
     if mask is None:
-        return Planned(wanted, None, torch.float32, hides_no_row=True)
-    found = program.results.get(mask.name)
+        return Planned(wanted)
+    constant = g.find_constant(program.graph_module, mask)
+    found = program.results.get(mask.name) if constant is None else Result.of(constant)
     if found is None or len(found.shape) > _DIMENSIONS or wanted.is_causal:
         return None
-    constant = g.find_constant(program.graph_module, mask)
-    return Planned(wanted, mask, found.dtype, hides_no_row=constant is not None and not hides_a_row(constant))
+    return None if constant is not None and hides_a_row(constant) else Planned(wanted, found.dtype, constant)
 
 
 def _wanted(given: Mapping[str, Any], results: Sequence[Result | None]) -> Wanted | None:
@@ -97,7 +96,7 @@ def make(planned: Planned, *, multiplies_bf16: bool) -> Attention | None:
     if isinstance(api, str) or not is_quicker(wanted, multiplies_bf16=multiplies_bf16):
         return None
     try:
-        return Attention(api, wanted, hides_no_row=planned.hides_no_row)
+        return Attention(api, wanted, planned.constant)
     except OneDnnError:
         return None
 
@@ -112,15 +111,16 @@ def refusal(planned: Planned, made: Attention) -> str | None:
         for at, shape in enumerate(rows)
     )
     q, k, v = (each.to(wanted.dtype) for each in (q, k, v))
-    mask = _mask(planned)
+    given = _mask(planned) if planned.constant is None else None
     workspaces = Workspaces()
     workspaces.layers.append(made)
     call, workspace = made.function(0), workspaces.take()
+    mask = planned.constant if given is None else given
     try:
-        error = _distance(planned, (q, k, v), call(workspace, q, k, v, mask), mask)
+        error = _distance(wanted, (q, k, v), call(workspace, q, k, v, given), mask)
         if error <= _MOST_APART[wanted.dtype]:
             k[0, 0, -1, 0] = math.nan
-            error = _distance(planned, (q, k, v), call(workspace, q, k, v, mask), mask)
+            error = _distance(wanted, (q, k, v), call(workspace, q, k, v, given), mask)
     except OneDnnError as failed:
         return f"fails on this build: {failed}"
     return None if error <= _MOST_APART[wanted.dtype] else f"gives wrong numbers: off by {error:.1e}"
@@ -132,24 +132,22 @@ def _mask(planned: Planned) -> torch.Tensor | None:
         return None
     shows = torch.ones(planned.wanted.queries, planned.wanted.keys, dtype=torch.bool)
     shows[:, 0] = planned.wanted.keys == 1
-    return shows if planned.dtype == torch.bool else torch.zeros(shows.shape).masked_fill(~shows, -math.inf)
+    return shows if planned.mask == torch.bool else added(shows)
 
 
 def _distance(
-    planned: Planned, tensors: tuple[torch.Tensor, ...], found: torch.Tensor, mask: torch.Tensor | None
+    wanted: Wanted, tensors: tuple[torch.Tensor, ...], found: torch.Tensor, mask: torch.Tensor | None
 ) -> float:
     """How far a result is off, relatively, in three rows of the first head and the last; infinite where NaN differ."""
-    wanted = planned.wanted
     picked = sorted({0, wanted.queries // 2, wanted.queries - 1})
-    if wanted.is_causal:
-        mask = torch.ones(wanted.queries, wanted.keys, dtype=torch.bool).tril()
     worst = 0.0
     for head in (0, -1):
         q, k, v = (each[head, head].double() for each in tensors)
         scores = q[picked] @ k.T * wanted.scale
+        if wanted.is_causal:
+            scores = scores.masked_fill(torch.tensor(picked)[:, None] < torch.arange(wanted.keys), -math.inf)
         if mask is not None:
-            part = mask[picked]
-            scores = scores.masked_fill(~part, -math.inf) if part.dtype == torch.bool else scores + part
+            scores = scores + added(mask).expand(wanted.batch, wanted.heads, wanted.queries, -1)[head, head, picked]
         exact, given = scores.softmax(-1) @ v, found[head, head, picked].double()
         if not torch.equal(given.isnan(), exact.isnan()):
             return math.inf

@@ -216,7 +216,8 @@ class Calls:
         given: tuple[Any, ...] = operands(node)
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         node.target, node.kwargs = run, {}
-        node.args = (self._taken(), *given) if mask is None else (self._taken(), *given, mask)
+        is_given = mask is not None and attention.mask is None
+        node.args = (self._taken(), *given, mask) if is_given else (self._taken(), *given)
 
     def place_operations(
         self,

@@ -282,7 +282,7 @@ def attention(dtype: str, batch: int, heads: int, tokens: int, size: int, mask: 
     """
     made = attend.make(_planned(dtype, batch, heads, tokens, size, mask), multiplies_bf16=host_check.multiplies_bf16())
     if made is not None:
-        return _own_attention(made, dtype, batch, heads, tokens, size, mask)
+        return _own_attention(made, dtype, batch, heads, tokens, size)
     if dtype == "bf16" and not host_check.multiplies_bf16():
         call = attention_in_pytorch("fp32", batch, heads, tokens, size, mask)
         casts = [torch.zeros(batch, heads, tokens, size) for _ in range(4)]
@@ -306,23 +306,23 @@ def attention_in_onednn(dtype: str, batch: int, heads: int, tokens: int, size: i
     """
     api, planned = primitives.api(), _planned(dtype, batch, heads, tokens, size, mask)
     assert isinstance(api, primitives.Api)
-    made = Attention(api, planned.wanted, hides_no_row=True)
-    return _own_attention(made, dtype, batch, heads, tokens, size, mask)
+    made = Attention(api, planned.wanted, planned.constant)
+    return _own_attention(made, dtype, batch, heads, tokens, size)
 
 
 def _planned(dtype: str, batch: int, heads: int, tokens: int, size: int, mask: str) -> attend.Planned:
     wanted = Wanted(batch, heads, tokens, tokens, size, size, _DTYPES[dtype], size**-0.5, mask == "causal")
-    return attend.Planned(wanted, None, torch.float32, hides_no_row=True)
+    added = torch.zeros(batch, heads, tokens, tokens)
+    return attend.Planned(wanted, torch.float32, added) if mask == "windows" else attend.Planned(wanted)
 
 
-def _own_attention(made: Attention, dtype: str, batch: int, heads: int, tokens: int, size: int, mask: str) -> Prepared:
+def _own_attention(made: Attention, dtype: str, batch: int, heads: int, tokens: int, size: int) -> Prepared:
     q, k, v = _query_key_value(dtype, batch, heads, tokens, size)
-    added = torch.zeros(batch, heads, tokens, tokens) if mask == "windows" else None
     workspaces = Workspaces()
     workspaces.layers.append(made)
     workspaces.arena, workspaces.places = made.size, {0: 0}
     call, workspace = made.function(0), workspaces.take()
-    return lambda: call(workspace, q, k, v, added)
+    return lambda: call(workspace, q, k, v)
 
 
 def _query_key_value(dtype: str, batch: int, heads: int, tokens: int, size: int) -> Sequence[torch.Tensor]:

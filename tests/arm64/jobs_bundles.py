@@ -180,7 +180,7 @@ if __name__ == "__main__":  # the script of a user: python jobs_bundles.py BUNDL
 
 
 def _attention_dtypes(model, inputs):
-    """The dtype of each query of attention, seen in a call."""
+    """The dtype of each query of PyTorch's attention, seen in a call."""
     from tests.attention import query_dtypes
 
     return query_dtypes(_call, model, inputs)[1]

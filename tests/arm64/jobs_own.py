@@ -3,11 +3,13 @@
 import warnings
 
 import torch
+from torch.nn import functional
 
 from armopt.kernels import post_ops
 from armopt.kernels.onednn import compute_library, pointwise, primitives
+from armopt.kernels.onednn.attention import Wanted
 from armopt.kernels.onednn.workspaces import Workspaces
-from armopt.runtime import blas
+from armopt.runtime import attend, blas
 from armopt.runtime.bind import Binder
 from tests.arm64 import jobs_bundles, kernel_cases
 
@@ -70,3 +72,37 @@ def functions():
             expected = post_ops.apply(name, x.double(), None)
             furthest = max(furthest, float((found - expected).norm() / expected.norm() / torch.finfo(dtype).eps))
     return taken, pointwise.is_quicker_apart("silu"), furthest
+
+
+#: Images, heads, queries, keys, size of a head and of the values, and what hides keys.
+ATTENTION = (
+    *((1, 12, 128, 128, 64, 64, ""), (1, 12, 64, 64, 64, 64, "causal"), (6, 3, 49, 49, 32, 32, "windows")),
+    *((2, 2, 10, 77, 40, 24, ""), (1, 2, 200, 197, 80, 80, "padding")),
+)
+
+
+def attention(dtype):
+    """Of each that oneDNN has code for: who multiplies, why it is refused, and how far it is from FP64."""
+    found = []
+    for batch, heads, queries, keys, size, width, mask in ATTENTION:
+        wanted = Wanted(batch, heads, queries, keys, size, width, dtype, size**-0.5, mask == "causal")
+        added = torch.randn(batch, heads, queries, keys) if mask == "windows" else None
+        kinds = {"padding": torch.bool, "windows": torch.float32}
+        planned = attend.Planned(wanted, kinds.get(mask), added)
+        made, workspaces = attend.make(planned, multiplies_bf16=False), Workspaces()
+        if made is None:
+            continue
+        workspaces.layers.append(made)
+        q, k, v = (
+            torch.randn(batch, rows, heads, columns).transpose(1, 2).to(dtype)
+            for rows, columns in ((queries, size), (keys, size), (keys, width))
+        )
+        given = torch.arange(keys).expand(batch, 1, 1, -1) < keys // 2 if mask == "padding" else None
+        result = made.function(0)(workspaces.take(), q, k, v, given)
+        other = added.double() if mask == "windows" else given
+        exact = functional.scaled_dot_product_attention(
+            q.double(), k.double(), v.double(), other, is_causal=mask == "causal"
+        )
+        error = float((result.double() - exact).norm() / exact.norm())
+        found.append((made.implementation, attend.refusal(planned, made), error))
+    return found

@@ -91,3 +91,16 @@ def test_functions_are_run_by_who_is_quicker(server, host, fp32, bf16, of_tanh):
     assert taken == {torch.float32: fp32, torch.bfloat16: bf16}
     assert apart == of_tanh
     assert furthest < 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("host", ["graviton3-no-fpmath", "graviton3-torch2.13", "graviton2"])
+def test_attention_multiplies_all_heads_at_once(server, host, dtype):
+    """By the Compute Library, whatever the environment and BLAS multiply with; in FP32 in FP32."""
+    if (host, dtype) == ("graviton2", torch.bfloat16):
+        pytest.skip("the core has no BF16")
+    found = server(host).call(f"{JOBS}:attention", dtype=dtype).value
+    assert len(found) == 5 - (host == "graviton2")  # where a small softmax is a reference
+    for implementation, refused, error in found:
+        assert (implementation, refused) == ("gemm:acl", None)
+        assert error < (4e-3 if dtype == torch.bfloat16 else 1e-6)

@@ -159,3 +159,31 @@ def test_a_row_without_a_key_is_nan(hidden: float) -> None:
     (found,), expected = fused(x, mask), model(x, mask)
     assert expected.isnan().flatten(2).any(2).sum() == 1
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+class _Masked(nn.Module):
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.linear, self.mask = nn.Linear(4, 4), nn.Buffer(mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return nn.functional.scaled_dot_product_attention(y, y, y, self.mask)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kept"),
+    [
+        (torch.ones(1, 1, 5, 5, dtype=torch.bool), False),
+        (torch.zeros(5, 5), False),
+        (torch.ones(5, 5, dtype=torch.bool).tril(), True),
+        (torch.full((5, 5), 0.5), True),
+    ],
+)
+def test_a_constant_mask_that_changes_nothing_is_left_out(mask: Tensor, kept: bool) -> None:
+    x = noise(2, 2, 5, 4)
+    captured = capture.module(_Masked(mask).eval(), (x,), batch=(), source="masked")
+    fused = pipeline.run(captured.graph_module, (*until(FuseAttention), FuseAttention()))[0]
+    (node,) = fused.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    assert (node.args[3] is not None) == kept
+    torch.testing.assert_close(fused(x)[0], captured.graph_module(x)[0], rtol=1e-5, atol=1e-6)

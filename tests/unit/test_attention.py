@@ -63,6 +63,7 @@ MASKS: dict[str, tuple[Callable[[], Net], tuple[Tensor, ...]]] = {
     "causal": (lambda: Net(causal=True), ()),
     "a constant": (lambda: Net(constant=random(4, TOKENS, TOKENS)), ()),
     "a constant of booleans": (lambda: Net(constant=LOWER), ()),
+    "a constant that hides nothing": (lambda: Net(constant=torch.ones(TOKENS, TOKENS, dtype=torch.bool)), ()),
     "an input": (Net, (random(3, 1, 1, TOKENS),)),
     "an input with minus infinity": (Net, (torch.zeros(TOKENS, TOKENS).masked_fill(~LOWER, -math.inf),)),
     "an input of booleans": (Net, (LOWER.expand(3, 1, -1, -1).clone(),)),
@@ -187,7 +188,7 @@ def test_small_attention_is_left_to_blas_that_has_a_product_in_bf16() -> None:
 
 
 def test_wrong_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = attend.Planned(WANTED, None, torch.float32, hides_no_row=True)
+    planned = attend.Planned(WANTED)
     made = attend.make(planned, multiplies_bf16=False)
     assert made is not None
     assert attend.refusal(planned, made) is None
@@ -221,7 +222,7 @@ def test_threads_run_one_program_at_once() -> None:
 
 def test_a_call_makes_nothing(api: primitives.Api) -> None:
     """Memory of calls lies in a workspace, which calls share one after the other, or where the caller wants it."""
-    made, workspaces = Attention(api, WANTED, hides_no_row=True), Workspaces()
+    made, workspaces = Attention(api, WANTED), Workspaces()
     workspaces.layers.append(made)
     workspaces.arena, workspaces.places = made.size, {0: 0}
     q, k, v = random(2, 3, 40, 16), random(2, 3, 24, 16), random(2, 3, 24, 8)

@@ -18,7 +18,7 @@ import torch
 
 from armopt.kernels.onednn import compute_library, implementations
 from armopt.kernels.onednn.arguments import kept_in
-from armopt.kernels.onednn.attention_call import Causal, Part, Steps
+from armopt.kernels.onednn.attention_call import Causal, Part, Steps, added
 from armopt.kernels.onednn.primitives import (
     DST,
     DST_DESC,
@@ -174,23 +174,25 @@ class Attention:
 
     Attributes:
         wanted: Its sizes.
+        mask: What is added to the scores in every call.
+        implementation: Who multiplies, as oneDNN names it.
     """
 
     packed: tuple[torch.Tensor, ...] = ()
 
-    def __init__(self, api: Api, wanted: Wanted, *, hides_no_row: bool) -> None:
+    def __init__(self, api: Api, wanted: Wanted, mask: torch.Tensor | None = None) -> None:
         """Makes the primitives.
 
         Args:
             api: oneDNN.
             wanted: Its sizes.
-            hides_no_row: Whether no row of a mask that a call gives hides all keys.
+            mask: That of every call, whose rows all show a key; it is copied. None where calls give it.
 
         Raises:
             OneDnnError: oneDNN has only references for it on this host.
         """
         self.wanted, self._api = wanted, api
-        self._hides_no_row = hides_no_row
+        self.mask = None if mask is None else added(mask.clone())
         self._causal = Causal.of(wanted.queries, wanted.keys) if wanted.is_causal else None
         self._like = wanted.like()
         self._made: dict[int, _Made] = {}
@@ -251,9 +253,7 @@ class Attention:
         parts = self._calls(made, copies, scores, weights if weights.numel() else scores, pad)
         # a query that is rounded is scaled by powers of two alone, which keep it what it is
         is_exact = wanted.dtype == torch.float32 or math.frexp(wanted.scale)[0] == 0.5
-        steps = Steps(
-            copies, scores, parts, self._like, wanted.scale, is_exact, self._causal, hides_no_row=self._hides_no_row
-        )
+        steps = Steps(copies, scores, parts, self._like, wanted.scale, is_exact, self._causal, self.mask)
         if place is not None:
             steps.kept = kept_in(place, self._like)
         return steps

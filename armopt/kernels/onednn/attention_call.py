@@ -53,7 +53,7 @@ class Steps:
         scale: By what scores are multiplied.
         scales_query: Whether queries may be instead.
         causal: What hides keys in every call.
-        hides_no_row: Whether no row of a mask that a call gives hides all keys.
+        mask: What is added to the scores in every call.
         kept: The result, where it has a place in the arena.
         lent: The result of this call, where its caller gave one that lies as results do.
     """
@@ -65,7 +65,7 @@ class Steps:
     scale: float
     scales_query: bool
     causal: Causal | None
-    hides_no_row: bool
+    mask: torch.Tensor | None
     kept: torch.Tensor | None = None
     lent: torch.Tensor | None = None
 
@@ -78,10 +78,12 @@ class Steps:
         y = self.kept if self.lent is None else self.lent
         if y is None:
             y = torch.empty_like(self.like)
+        if mask is None:
+            mask = self.mask
+        elif hides_a_row(mask):
+            return y.copy_(_in_fp32(q, k, v, mask, self.scale))
         if mask is not None:
-            if not self.hides_no_row and hides_a_row(mask):
-                return y.copy_(_in_fp32(q, k, v, mask, self.scale))
-            mask = _added(mask).expand(self.like.shape[0], self.like.shape[1], *self.scores.shape[2:])
+            mask = added(mask).expand(*self.like.shape[:2], *self.scores.shape[2:])
         query, key, value, result = self.copies
         query.copy_(q)
         key.copy_(k)
@@ -109,7 +111,7 @@ def hides_a_row(mask: torch.Tensor) -> bool:
     return not bool(shows.all())
 
 
-def _added(mask: torch.Tensor) -> torch.Tensor:
+def added(mask: torch.Tensor) -> torch.Tensor:
     """What a mask adds to scores."""
     if mask.dtype != torch.bool:
         return mask

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -137,33 +137,11 @@ class CostTable:
     def attention(self, dtype: str, heads: int, scores: int, products: int) -> float:
         """Instructions of attention; zero where it was not measured."""
         head, score, product = self.attention_costs.get(dtype, (0.0, 0.0, 0.0))
-        if dtype == "bf16" and not multiplies_bf16(self.attention_costs):
-            return between_casts(self, heads, scores, products)
         return head * heads + score * scores + product * products
 
     def of(self, sites: Sequence[Site]) -> CostTable:
         """The same, whatever the graph."""
         return self
-
-
-class _Attended(Protocol):
-    def pointwise(self, name: str, elements: int) -> float: ...
-
-    def attention(self, dtype: str, heads: int, scores: int, products: int) -> float: ...
-
-
-def multiplies_bf16(attention: Mapping[str, Sequence[float]]) -> bool:
-    """Whether BLAS has a product in BF16, by what a multiply-add of attention takes: without one it is a reference."""
-    return "bf16" not in attention or attention["bf16"][2] <= attention["fp32"][2]
-
-
-def between_casts(costs: _Attended, heads: int, scores: int, products: int) -> float:
-    """The cost of attention on values in BF16 that works in FP32, as programs are bound where BLAS has no product in
-    BF16. Query, keys, values and result are taken to be of one size.
-    """
-    elements = round(products / 2 / math.sqrt(scores / heads)) if scores else 0
-    casts = 3 * costs.pointwise("bf16:cast", elements) + costs.pointwise("fp32:cast", elements)
-    return costs.attention("fp32", heads, scores, products) + casts
 
 
 def unfused(kernel: Kernel, site: Site) -> list[str]:
