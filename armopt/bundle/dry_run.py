@@ -34,7 +34,7 @@ def check(program: Program, signature: Signature, sizes: Bucket, most: int, wher
     """Refuses a program that does not run, does other than it says, or takes too much memory.
 
     Returns:
-        What each node gives, where that is one tensor whose size is fixed.
+        What each node gives, where that is one tensor.
 
     Args:
         program: The program; nothing of it runs on data.
@@ -65,7 +65,7 @@ def check(program: Program, signature: Signature, sizes: Bucket, most: int, wher
             if run.node is None or not _may_depend_on_data(run.node.target):
                 break
         else:
-            return {} if signature.symbols else run.results
+            return run.results
     node = "" if run.node is None else f": node {g.shown_name(run.node)}"
     raise BundleError(what, where=f"{where}{node}", hint="Make the bundle again")
 

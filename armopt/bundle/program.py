@@ -45,7 +45,8 @@ class Program:
         sites: Every Linear and convolution by its node's name. In a graph that was read the nodes have names of
             armopt's own making; `site.node` is the name in the bundle, which people know.
         shapes: Output shape of each of them; None where dynamic.
-        results: What each node gives, where that is one tensor whose size is fixed.
+        results: What each node gives at the bucket's sizes, where that is one tensor.
+        is_fixed: Whether these are its only sizes.
         weights: Names in the bundle of the graph's constants, where they differ.
     """
 
@@ -55,6 +56,7 @@ class Program:
     shapes: Mapping[str, tuple[int | None, ...]]
     weights: Mapping[str, str] = field(default_factory=dict)
     results: Mapping[str, Result] = field(default_factory=dict)
+    is_fixed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

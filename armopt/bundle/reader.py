@@ -114,7 +114,9 @@ def _read(path: Path, stored: BundleFiles, *, reference: bool) -> Bundle:
 def _dry_run(part: Part, most: int, where: str) -> Part:
     """A part whose programs run, with the sizes of their results."""
     checked = [(each, dry_run.check(each, part.signature, each.bucket, most, where)) for each in part.programs]
-    return replace(part, programs=tuple(replace(program, results=results) for program, results in checked))
+    is_fixed = not part.signature.symbols
+    programs = (replace(program, results=results, is_fixed=is_fixed) for program, results in checked)
+    return replace(part, programs=tuple(programs))
 
 
 def _tied(tied: Mapping[str, str], weights: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:

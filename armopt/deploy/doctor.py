@@ -227,7 +227,7 @@ def _no_fast_math(failed: Mapping[str, str], environ: Mapping[str, str], late: S
 
 def _left_to_aten(missing: Difference) -> Difference:
     """Fast math by the environment, where layers have it by themselves."""
-    cost = "products that are no layers, as in attention, stay in FP32; layers are told by themselves"
+    cost = "products that are no layers stay in FP32; layers and attention are told by themselves"
     return replace(missing, severity="info", cost=cost)
 
 

@@ -60,6 +60,7 @@ def planned(node: fx.Node, program: Program) -> Planned | None:
     found = program.results.get(mask.name) if constant is None else Result.of(constant)
     if found is None or len(found.shape) > _DIMENSIONS or wanted.is_causal:
         return None
+    constant = constant if program.is_fixed else None  # which may be spread over another number of images
     return None if constant is not None and hides_a_row(constant) else Planned(wanted, found.dtype, constant)
 
 
@@ -85,15 +86,16 @@ def _is_fit(result: Result | None) -> bool:
     )
 
 
-def make(planned: Planned, *, multiplies_bf16: bool) -> Attention | None:
+def make(planned: Planned, *, multiplies_bf16: bool, of_any_size: bool = False) -> Attention | None:
     """The attention; None where oneDNN has only references for it on this host, or PyTorch's takes less.
 
     Args:
         planned: What a node asks for.
         multiplies_bf16: Whether PyTorch's BLAS has a product in BF16.
+        of_any_size: Whether it stands for other sizes too, for which PyTorch's may take more.
     """
     api, wanted = primitives.api(), planned.wanted
-    if isinstance(api, str) or not is_quicker(wanted, multiplies_bf16=multiplies_bf16):
+    if isinstance(api, str) or not (of_any_size or is_quicker(wanted, multiplies_bf16=multiplies_bf16)):
         return None
     try:
         return Attention(api, wanted, planned.constant)

@@ -21,7 +21,8 @@ from armopt.ir.calls import LayerCall, call_of, layers
 from armopt.ir.records import Op, Site
 from armopt.kernels import post_ops, sites, table
 from armopt.kernels.base import Kernel, KernelCall, Use
-from armopt.kernels.onednn.attention import Attention
+from armopt.kernels.onednn.attention import Attention, Wanted
+from armopt.kernels.onednn.attention_any_size import AnyAttention
 from armopt.kernels.onednn.layer import Layer
 from armopt.kernels.onednn.workspaces import Workspaces
 from armopt.kernels.timings import Timings
@@ -112,15 +113,12 @@ class Binder:
             if not isinstance(weight, torch.Tensor):
                 owned[old] = len(owned)
             _replace(layer, kernel, weight, bias, constants, calls)
-        for old in g.calls_to(source.graph, ATTENTION):
-            if (attention := self._attention(old, program)) is not None:
-                owned[old] = len(owned)
-                calls.emit_attention(mapping[old], attention)
+        owned |= self._attend(program, mapping, calls)
         between.pool_as_integers(source, mapping, program.shapes)
         if not self.bf16_attention:
             between.attend_in_fp32(source, mapping)
         if calls.workspaces.layers:
-            owned |= calls.place_operations(source.graph, mapping, program.results, owned)
+            owned |= calls.place_operations(source.graph, mapping, program.results if program.is_fixed else {}, owned)
         memory = arena.plan(source.graph, {old: calls.workspaces.layers[index].size for old, index in owned.items()})
         calls.finish(memory.size, {owned[old]: place for old, place in memory.places.items()})
         return finish(root, graph, constants), [bound[node] for node in found]
@@ -187,10 +185,28 @@ class Binder:
         said = f"{kernel.name} as {made.implementation} for {site.node}"
         return made if self._judge(key, probed, said) is None else None
 
+    def _attend(self, program: Program, mapping: Mapping[fx.Node, fx.Node], calls: own.Calls) -> dict[fx.Node, int]:
+        """Gives attention to primitives of its own; gives back the index of each whose result has one size."""
+        found: dict[fx.Node, int] = {}
+        sizes: dict[Wanted, Attention | None] = {}
+        first: int | None = None
+        for old in g.calls_to(program.graph_module.graph, ATTENTION):
+            attention = self._attention(old, program)
+            if attention is None:
+                continue
+            if program.is_fixed:
+                found[old] = calls.emit_attention(mapping[old], attention)
+                continue
+            first = len(calls.workspaces.layers) if first is None else first
+            of_any = AnyAttention(attention, sizes, first, multiplies_bf16=self.bf16_attention)
+            calls.emit_attention(mapping[old], of_any)
+        return found
+
     def _attention(self, node: fx.Node, program: Program) -> Attention | None:
         """The attention of a node as primitives of its own, with right numbers; None where it can't be had."""
         planned = attend.planned(node, program)
-        made = None if planned is None else attend.make(planned, multiplies_bf16=self.bf16_attention)
+        how = {"multiplies_bf16": self.bf16_attention, "of_any_size": not program.is_fixed}
+        made = None if planned is None else attend.make(planned, **how)
         if planned is None or made is None:
             return None
         said = f"attention as {made.implementation} for {g.shown_name(node)}"

@@ -22,7 +22,8 @@ def between_layers(program: Program) -> tuple[int, int]:
     sizes = {
         node: result.size
         for node in graph.nodes
-        if (result := program.results.get(node.name)) is not None
+        if program.is_fixed
+        and (result := program.results.get(node.name)) is not None
         and (operations.of(node, result.size) is not None or node.target is ATTENTION)
     } | {
         node: math.prod(sites.result_shape(program.sites[node.name]))

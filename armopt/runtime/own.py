@@ -20,6 +20,7 @@ from armopt.kernels.base import Kernel, KernelCall
 from armopt.kernels.onednn import pointwise, primitives, views
 from armopt.kernels.onednn.any_size import AnySize
 from armopt.kernels.onednn.attention import Attention
+from armopt.kernels.onednn.attention_any_size import AnyAttention
 from armopt.kernels.onednn.layer import Description, Layer, Wanted, describe
 from armopt.kernels.onednn.workspaces import OneSize, Workspaces
 from armopt.runtime import blas, numbers, operations
@@ -206,18 +207,20 @@ class Calls:
         self._results[y] = len(layers) - 1
         return y if product.post_op else call.post_op(y)
 
-    def emit_attention(self, node: fx.Node, attention: Attention) -> None:
-        """Makes the call of an attention what a node calls."""
+    def emit_attention(self, node: fx.Node, attention: Attention | AnyAttention) -> int:
+        """Makes the call of an attention what a node calls; gives back its index."""
         layers = self.workspaces.layers
         layers.append(attention)
         run = attention.function(len(layers) - 1)
         run.__name__ = node.name
-        self._results[node] = len(layers) - 1
+        if isinstance(attention, Attention):
+            self._results[node] = len(layers) - 1
         given: tuple[Any, ...] = operands(node)
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        node.target, node.kwargs = run, {}
         is_given = mask is not None and attention.mask is None
+        node.target, node.kwargs = run, {}
         node.args = (self._taken(), *given, mask) if is_given else (self._taken(), *given)
+        return len(layers) - 1
 
     def place_operations(
         self,

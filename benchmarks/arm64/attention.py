@@ -9,10 +9,8 @@ PyTorch's in BF16 is left out where its BLAS has no product in BF16: bundles the
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 #: Images or windows, heads, tokens, size of a head, and what is added to the scores.
 _SHAPES = (
@@ -20,27 +18,20 @@ _SHAPES = (
     *((1, 12, 384, 64, ""), (1, 12, 384, 64, "causal"), (1, 8, 256, 128, ""), (64, 3, 49, 32, "windows")),
 )
 _WAYS = {"PyTorch": "attention_in_pytorch", "oneDNN": "attention_in_onednn", "a bundle": "attention"}
+#: Wheels from this release on have a BLAS without a product in BF16.
+_WITHOUT_OPENBLAS = (2, 11)
 _SIZES = ("batch", "heads", "tokens", "size", "mask")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    from armopt import targets
-    from armopt.emulation.folder import DEFAULT_TORCH
-    from armopt.targets.emulated import core_named
-    from benchmarks.arm64 import counting, cycles, emulated_jobs, tables
-    from benchmarks.arm64.emulated_jobs import Job, Machine
+    from benchmarks.arm64 import tables
+    from benchmarks.arm64.emulated_jobs import Job
+    from benchmarks.arm64.ways import Counter
 
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.arm64.attention", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--target", default="graviton3")
-    parser.add_argument("--torch", default=DEFAULT_TORCH)
-    options = parser.parse_args(arguments)
-    target = targets.product(options.target).target
-    cpu = "yitian710" if target.core == "neoverse-v2" else options.target  # which runs the same code
-    has_openblas = options.torch <= DEFAULT_TORCH
-    rows = [(dtype, shape) for dtype in ("bf16", "fp32")[not target.bf16 :] for shape in _SHAPES]
+    counter = Counter.asked_for("attention", __doc__, arguments)
+    has_openblas = tuple(map(int, counter.torch.split("."))) < _WITHOUT_OPENBLAS
+    rows = [(dtype, shape) for dtype in ("bf16", "fp32")[not counter.target.bf16 :] for shape in _SHAPES]
     keys = [(*row, way) for row in rows for way in _WAYS if way != "PyTorch" or row[0] == "fp32" or has_openblas]
     jobs = [
         Job(
@@ -50,25 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for dtype, shape, way in keys
     ]
-    found: dict[Any, tuple[int, float]] = {}
-
-    def keep(index: int, result: Mapping[str, Any]) -> None:
-        if "error" in result:
-            if "OneDnnError" not in result["error"]:  # which says that it has no code
-                raise RuntimeError(result["error"])
-            return
-        ran = cycles.cycles(cycles.without_python(cycles.blocks_of(result, core_named(cpu).name)), target.core)
-        found[keys[index]] = ran.instructions, ran.cycles
-
-    machine = Machine(cpu, options.torch, counting.AS_RUN)
-    emulated_jobs.run(
-        jobs,
-        machine,
-        "benchmarks.arm64.clock_region",
-        lambda qemu: f"{qemu.clock},memory=off",
-        lambda line: None,
-        keep,
-    )
+    found = {keys[index]: counted for index, counted in counter.count(jobs).items()}
     cells = [
         [
             dtype.upper(),

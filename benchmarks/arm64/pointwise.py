@@ -9,7 +9,6 @@ thousands of instructions. Bundles run oneDNN's code where armopt/kernels/onednn
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,46 +20,19 @@ _WAYS = {"PyTorch": "pointwise_in_pytorch", "oneDNN": "pointwise_in_onednn", "a 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    from armopt import targets
-    from armopt.emulation.folder import DEFAULT_TORCH
     from armopt.kernels.onednn.pointwise import FUNCTIONS
-    from armopt.targets.emulated import core_named
-    from benchmarks.arm64 import counting, cycles, emulated_jobs, tables
-    from benchmarks.arm64.emulated_jobs import Job, Machine
+    from benchmarks.arm64 import tables
+    from benchmarks.arm64.emulated_jobs import Job
+    from benchmarks.arm64.ways import Counter
 
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.arm64.pointwise", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--target", default="graviton3")
-    parser.add_argument("--torch", default=DEFAULT_TORCH)
-    options = parser.parse_args(arguments)
-    target = targets.product(options.target).target
-    cpu = "yitian710" if target.core == "neoverse-v2" else options.target  # which runs the same code
-    functions = [(name, dtype) for dtype in ("fp32", "bf16")[: 1 + target.bf16] for name in sorted(FUNCTIONS)]
+    counter = Counter.asked_for("pointwise", __doc__, arguments)
+    functions = [(name, dtype) for dtype in ("fp32", "bf16")[: 1 + counter.target.bf16] for name in sorted(FUNCTIONS)]
     keys = [(*function, way, size) for function in functions for way in _WAYS for size in (_FEW, _MANY)]
     jobs = []
     for name, dtype, way, size in keys:
-        arguments = {"operation": name, "dtype": dtype, "elements": size}
-        jobs.append(Job(f"{name} {dtype} {way} {size}", f"benchmarks.arm64.jobs:{_WAYS[way]}", arguments))
-    found: dict[Any, tuple[int, float]] = {}
-
-    def keep(index: int, result: Mapping[str, Any]) -> None:
-        if "error" in result:
-            if "OneDnnError" not in result["error"]:  # which says that it has no code
-                raise RuntimeError(result["error"])
-            return
-        ran = cycles.cycles(cycles.without_python(cycles.blocks_of(result, core_named(cpu).name)), target.core)
-        found[keys[index]] = ran.instructions, ran.cycles
-
-    machine = Machine(cpu, options.torch, counting.AS_RUN)
-    emulated_jobs.run(
-        jobs,
-        machine,
-        "benchmarks.arm64.clock_region",
-        lambda qemu: f"{qemu.clock},memory=off",
-        lambda line: None,
-        keep,
-    )
+        sizes = {"operation": name, "dtype": dtype, "elements": size}
+        jobs.append(Job(f"{name} {dtype} {way} {size}", f"benchmarks.arm64.jobs:{_WAYS[way]}", sizes))
+    found = {keys[index]: counted for index, counted in counter.count(jobs).items()}
     rows = [[f"{name}, {dtype.upper()}", *_cells(found, name, dtype)] for name, dtype in functions]
     headers = ["function", *(f"{way}: {what}" for way in _WAYS for what in ("a call", "an element", "its cycles"))]
     print(tables.table(rows, headers))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+import armopt
+from armopt.bundle import reader
 from armopt.bundle.program import Program
 from armopt.kernels.onednn import attention, primitives
 from armopt.kernels.onednn.attention import Attention, Wanted, is_quicker
@@ -176,12 +182,15 @@ def test_other_attention_is_left_to_pytorch(part: nn.Module) -> None:
         torch.testing.assert_close(module(x)[0], net(x), rtol=1e-5, atol=1e-5)
 
 
-def test_small_attention_is_left_to_blas_that_has_a_product_in_bf16() -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_small_attention_is_left_to_openblas(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "has_wide_vectors", lambda: wide)
+
     def taken(dtype: torch.dtype, keys: int, *, multiplies_bf16: bool) -> bool:
         return is_quicker(replace(WANTED, dtype=dtype, keys=keys), multiplies_bf16=multiplies_bf16)
 
-    assert [taken(torch.bfloat16, keys, multiplies_bf16=True) for keys in (32, 64)] == [False, True]
-    assert [taken(torch.float32, keys, multiplies_bf16=True) for keys in (64, 256)] == [False, True]
+    assert [taken(torch.bfloat16, keys, multiplies_bf16=True) for keys in (32, 49, 64)] == [False, not wide, True]
+    assert [taken(torch.float32, keys, multiplies_bf16=True) for keys in (32, 64, 256)] == [False, not wide, True]
     assert all(taken(dtype, 8, multiplies_bf16=False) for dtype in (torch.bfloat16, torch.float32))
     assert not is_quicker(replace(WANTED, queries=1, keys=512), multiplies_bf16=False)  # a step of decoding
     assert not is_quicker(replace(WANTED, queries=8192, keys=8192), multiplies_bf16=False)  # 256 MB of scores
@@ -237,3 +246,84 @@ def test_a_call_makes_nothing(api: primitives.Api) -> None:
     assert torch.equal(out, found)
     workspace.arguments[0].lend(torch.zeros(2, 3, 40, 8))  # which lies otherwise
     assert call(workspace, q, k, v) is found
+
+
+class Layers(nn.Module):
+    """Two layers of attention, one with a mask of booleans, one causal, of any number of sentences and tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masked, self.causal = Net(), Net(causal=True)
+
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        mask = (torch.arange(x.shape[1]) < length[:, None])[:, None, None]
+        return self.causal(torch.relu(self.masked(x, mask)))
+
+
+@pytest.fixture(scope="module")
+def of_any_size() -> tuple[nn.Module, Program]:
+    """Sentences and tokens are dynamic."""
+    torch.manual_seed(0)
+    net, dynamic = Layers().eval(), {"x": {0: "batch", 1: "tokens"}, "length": {0: "batch"}}
+    x, length = random(3, TOKENS, 32), torch.tensor([12, 5, 9])
+    folder = Path(tempfile.mkdtemp())
+    exported = torch.export.export(net, (x, length), dynamic_shapes=named(dynamic))
+    torch.export.save(exported, folder / "model.pt2")
+    armopt.optimize(folder / "model.pt2", target="host", output=folder / "bundle", policy="threshold=1000000")
+    (program,) = reader.read(folder / "bundle").programs
+    shutil.rmtree(folder)
+    return net, program
+
+
+def named(dynamic: dict[str, dict[int, str]]) -> dict[str, dict[int, Any]]:
+    dims = {"batch": torch.export.Dim("batch", max=64), "tokens": torch.export.Dim("tokens", max=512)}
+    return {name: {at: dims[dim] for at, dim in each.items()} for name, each in dynamic.items()}
+
+
+SIZES = [(3, TOKENS), (1, 40), (5, 8), (2, 7), (3, TOKENS), (2, 300), (1, 40)]
+
+
+def test_attention_of_any_size(of_any_size: tuple[nn.Module, Program]) -> None:
+    """Seven queries are left to PyTorch; 300 tokens need more memory than was planned."""
+    net, program = of_any_size
+    module = bound(program)
+    assert is_own(module)
+    for batch, tokens in SIZES:
+        x, length = random(batch, tokens, 32), torch.arange(batch) + tokens // 2
+        with torch.no_grad():
+            expected = net(x, length)
+        assert (module(x, length)[0] - expected).norm() < 1e-2 * expected.norm()  # BF16 where this machine has it
+
+
+def test_sizes_of_attention_are_forgotten(
+    of_any_size: tuple[nn.Module, Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Wanted] = []
+    resized = Attention.resized
+    monkeypatch.setattr(Attention, "resized", lambda self, wanted: (made.append(wanted), resized(self, wanted))[1])
+    module = bound(of_any_size[1])
+    for _ in range(2):
+        for tokens in range(8, 70):
+            module(random(1, tokens, 32), torch.tensor([tokens]))
+    # one masked and one causal of each size, made anew once more than 32 were met since
+    assert len(made) == 2 * 2 * len(range(8, 70))
+    made.clear()
+    module(random(1, 69, 32), torch.tensor([69]))
+    assert not made
+
+
+def test_threads_run_one_program_of_any_size_at_once(of_any_size: tuple[nn.Module, Program]) -> None:
+    module = bound(of_any_size[1])
+    inputs = [(random(1 + i, 10 + 30 * i, 32), torch.arange(1 + i) + 8) for i in range(4)]
+    expected = [module(*each)[0] for each in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        wrong.extend(at for at in [*range(4)] * 12 if not torch.equal(module(*inputs[at])[0], expected[at]))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong

@@ -130,7 +130,7 @@ class AnySize:
         like = wanted.like(result, channels_last=self._channels_last)
         layer, arguments = self._layers.get(shape), None
         if layer is None and 0 not in (*shape, *result):
-            _drop_first(self._layers)
+            drop_first(self._layers)
             layer = self._layers[shape] = self.layer.resized(wanted)
         if layer is not None:
             need = layer.prepare(sizes.threads)
@@ -138,11 +138,13 @@ class AnySize:
                 sizes.scratch = buffer(1 << (need - 1).bit_length())
             arguments = layer.arguments(sizes.threads, sizes.scratch, like)
             arguments.keep(sizes.place)
-        _drop_first(sizes.known)
+        drop_first(sizes.known)
         entry = sizes.known[shape] = arguments, like
         return entry
 
 
-def _drop_first(known: dict[Shape, Any]) -> None:
+def drop_first(known: dict[Any, Any]) -> None:
+    """Makes room for another size; other threads may do so too."""
     if len(known) >= _MOST_SIZES:
-        known.pop(next(iter(known)), None)
+        for first in list(known)[:1]:
+            known.pop(first, None)

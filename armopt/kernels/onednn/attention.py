@@ -19,6 +19,7 @@ import torch
 from armopt.kernels.onednn import compute_library, implementations
 from armopt.kernels.onednn.arguments import kept_in
 from armopt.kernels.onednn.attention_call import Causal, Part, Steps, added
+from armopt.kernels.onednn.pointwise import has_wide_vectors
 from armopt.kernels.onednn.primitives import (
     DST,
     DST_DESC,
@@ -42,8 +43,9 @@ SCORES = 1 << 20
 _MOST_BYTES = 1 << 26
 #: Of fewer queries the copies of key and value take more than the products.
 _LEAST_QUERIES = 8
-#: Of fewer keys OpenBLAS is as quick.
-_LEAST_KEYS = {torch.bfloat16: 64, torch.float32: 192}
+#: Of fewer keys OpenBLAS is as quick: on vectors of 128 bits, and on those of 256.
+_LEAST_KEYS = 48
+_LEAST_KEYS_OF_WIDE = {torch.bfloat16: 64, torch.float32: 192}
 _ALIGNMENT = 64
 _DESCS = {SRC: SRC_DESC, WEIGHTS: WEIGHTS_DESC, DST: DST_DESC, SCRATCHPAD: SCRATCHPAD_DESC}
 
@@ -74,6 +76,11 @@ class Wanted:
     scale: float
     is_causal: bool = False
 
+    @property
+    def has_any(self) -> bool:
+        """Whether there is any score and any result."""
+        return min(self.batch, self.heads, self.queries, self.keys, self.size, self.width) > 0
+
     def like(self) -> torch.Tensor:
         """A result without memory. It lies as that of PyTorch does: heads inside of rows."""
         made = torch.empty(self.batch, self.queries, self.heads, self.width, dtype=self.dtype).transpose(1, 2)
@@ -101,7 +108,8 @@ def is_quicker(wanted: Wanted, *, multiplies_bf16: bool) -> bool:
         wanted: The attention.
         multiplies_bf16: Whether PyTorch's BLAS has a product in BF16, as OpenBLAS has on Arm: quick at small ones.
     """
-    least = _LEAST_KEYS[wanted.dtype] if multiplies_bf16 else 1
+    with_openblas = _LEAST_KEYS_OF_WIDE[wanted.dtype] if has_wide_vectors() else _LEAST_KEYS
+    least = with_openblas if multiplies_bf16 else 1
     return wanted.is_small and wanted.queries >= _LEAST_QUERIES and wanted.keys >= least
 
 
@@ -211,6 +219,14 @@ class Attention:
             else:
                 raise OneDnnError(f"nothing but a reference for {self.wanted}")
         return self._made[threads]
+
+    def resized(self, wanted: Wanted) -> Attention:
+        """This attention at other sizes.
+
+        Raises:
+            OneDnnError: oneDNN has only references for them on this host.
+        """
+        return Attention(self._api, wanted)
 
     @property
     def size(self) -> int:

@@ -31,7 +31,7 @@ def takes(name: str, dtype: torch.dtype) -> bool:
     if name not in FUNCTIONS or isinstance(api, str):
         return False
     of_tanh = name == "tanh" or (name == "silu" and dtype == torch.float32 and api.version < SHORT_SILU)
-    return not (of_tanh and _has_wide_vectors()) and is_right(api, name, dtype)
+    return not (of_tanh and has_wide_vectors()) and is_right(api, name, dtype)
 
 
 def is_quicker_apart(name: str) -> bool:
@@ -39,10 +39,10 @@ def is_quicker_apart(name: str) -> bool:
 
     Of silu, where it is made of a tanh (`python -m benchmarks.arm64.post_ops`).
     """
-    return name == "silu" and _has_wide_vectors() and not takes(name, torch.float32)
+    return name == "silu" and has_wide_vectors() and not takes(name, torch.float32)
 
 
-def _has_wide_vectors() -> bool:
+def has_wide_vectors() -> bool:
     """Whether PyTorch works on SVE's vectors of 256 bits here: its tanh of those takes a tenth of the instructions."""
     return torch.backends.cpu.get_cpu_capability() == "SVE256"
 
