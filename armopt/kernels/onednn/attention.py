@@ -39,8 +39,8 @@ from armopt.kernels.onednn.workspaces import Workspace
 
 #: Bytes of scores that one product gives, for each thread: more would leave the caches before the softmax reads them.
 SCORES = 1 << 20
-#: Scores of one head, or copies of all, beyond this would take much memory: PyTorch's attention takes none.
-_MOST_BYTES = 1 << 26
+#: Bytes of scores of one head, and of copies of all: beyond them PyTorch's attention, which keeps none, takes less memory.
+_MOST_SCORES, _MOST_COPIES = 1 << 22, 1 << 26
 #: Of fewer queries the copies of key and value take more than the products.
 _LEAST_QUERIES = 8
 #: Of fewer keys OpenBLAS is as quick: on vectors of 128 bits, and on those of 256.
@@ -98,7 +98,8 @@ class Wanted:
     def is_small(self) -> bool:
         """Whether it fits into memory that is kept for it."""
         columns = 2 * self.queries * self.size + self.keys * (self.size + self.width)
-        return 4 * max(self.queries * self.keys, self.batch * self.heads * columns) <= _MOST_BYTES
+        copies = 4 * self.batch * self.heads * columns
+        return 4 * self.queries * self.keys <= _MOST_SCORES and copies <= _MOST_COPIES
 
 
 def is_quicker(wanted: Wanted, *, multiplies_bf16: bool) -> bool:
@@ -134,7 +135,7 @@ class _Form:
 
 
 _FORMS = {
-    torch.bfloat16: (_Form(torch.float32, True, ("acl",)), _Form(torch.bfloat16, False, ("brg", "brgemm"))),
+    torch.bfloat16: (_Form(torch.float32, True, ("acl",)), _Form(torch.bfloat16, False, ("brg",))),
     torch.float32: (_Form(torch.float32, False, ("acl", "brg")),),
 }
 
