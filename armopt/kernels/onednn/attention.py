@@ -39,7 +39,7 @@ from armopt.kernels.onednn.workspaces import Workspace
 
 #: Bytes of scores that one product gives, for each thread: more would leave the caches before the softmax reads them.
 SCORES = 1 << 20
-#: Bytes of scores of one head, and of copies of all: beyond them PyTorch's attention, which keeps none, takes less memory.
+#: Bytes of scores of one head, and of copies of all. Beyond them PyTorch's attention runs, which keeps none.
 _MOST_SCORES, _MOST_COPIES = 1 << 22, 1 << 26
 #: Of fewer queries the copies of key and value take more than the products.
 _LEAST_QUERIES = 8
