@@ -405,6 +405,26 @@ def test_workers_end_where_nobody_is_left_to_end_them(bundles: list[Path]) -> No
     assert left == []
 
 
+def test_a_worker_that_is_just_starting_ends_too(bundles: list[Path]) -> None:
+    with served(bundles[0], "--drain", "2") as server:
+        (first,) = server.workers()
+        os.kill(first, signal.SIGKILL)
+        until = time.monotonic() + 15
+        while time.monotonic() < until and not (new := set(server.workers()) - {first}):
+            time.sleep(0.001)
+        (worker,) = new
+        os.kill(worker, signal.SIGSTOP)  # before it could ask who forked it
+        server.process.kill()
+        server.process.wait()
+        os.kill(worker, signal.SIGCONT)
+        while time.monotonic() < until and Path(f"/proc/{worker}").exists():
+            time.sleep(0.1)
+        is_left = Path(f"/proc/{worker}").exists()
+        if is_left:
+            os.kill(worker, signal.SIGKILL)
+    assert not is_left
+
+
 def test_connections_that_the_system_has_taken_are_answered_before_the_end(bundles: list[Path]) -> None:
     """A worker that is stopped for a moment has not accepted them when SIGTERM comes."""
     ask = LINE + b"Content-Length: %d\r\n\r\n%s" % (len(GOOD), GOOD)

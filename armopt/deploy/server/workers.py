@@ -183,7 +183,7 @@ class _Worker(Worker):
             backlog=_BACKLOG,
             timeout_graceful_shutdown=max(1, round(settings.drain_seconds * 0.6)),
         )
-        server = _Uvicorn(config, service, self.app.seats, self.seat)
+        server = _Uvicorn(config, service, self.app.seats, self.seat, self.ppid)
         try:
             server.run(sockets=self.sockets)
         finally:
@@ -207,11 +207,11 @@ class _Worker(Worker):
 class _Uvicorn(uvicorn.Server):
     """uvicorn, which shares connections out among workers, and tells clients of open ones before it closes them."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, seats: Seats, seat: int) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, seats: Seats, seat: int, arbiter: int) -> None:
         super().__init__(config)
         self._service = service
         self._seats, self._seat = seats, seat
-        self._parent = os.getppid()
+        self._arbiter = arbiter  # which may have ended before this worker could ask who forked it
         self._accepting: set[asyncio.Task[Any]] = set()
         service.connections = lambda: len(self.server_state.connections)
 
@@ -273,7 +273,7 @@ class _Uvicorn(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: connections also end, and so may the arbiter, with nobody left to end its workers."""
         self._tell()
-        self.should_exit |= os.getppid() != self._parent
+        self.should_exit |= os.getppid() != self._arbiter
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
