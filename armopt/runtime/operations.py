@@ -37,6 +37,7 @@ class Result:
     like: torch.Tensor | None = None
     operands: Any = None
 
+    @torch.inference_mode(False)  # as the memory of a workspace is
     def learn(self, y: torch.Tensor) -> None:
         """Takes from the first call's result how results lie."""
         if y.nbytes != self.size or y.untyped_storage().nbytes() != self.size:

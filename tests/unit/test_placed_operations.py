@@ -152,3 +152,13 @@ def test_what_one_caller_gave_does_not_lay_out_what_the_next_one_gets(forward: C
         for found, wanted in zip(placed(given), plain(given), strict=True):
             assert torch.equal(found, wanted)
             assert found.stride() == wanted.stride()
+
+
+def test_a_first_call_in_inference_mode_serves_later_ones_out_of_it() -> None:
+    """Nothing may write to a tensor of that mode outside of it."""
+    x = random(8, 16)
+    module = bound(lowered(Between(lambda y: y.sin() + y), x))
+    with torch.no_grad():
+        with torch.inference_mode():
+            (expected,) = module(x)
+        assert torch.equal(module(x)[0], expected)

@@ -124,6 +124,7 @@ class AnySize:
 
         return run
 
+    @torch.inference_mode(False)  # as the memory of a workspace is
     def _meet(self, sizes: _Sizes, shape: torch.Size) -> tuple[Arguments | None, torch.Tensor]:
         """The entry of a size that was not met in this workspace."""
         wanted, result = self._wanted(shape)

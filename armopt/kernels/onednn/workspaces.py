@@ -153,12 +153,17 @@ class Workspaces:
         try:
             workspace = self._free[threads].pop()
         except IndexError:
-            workspace = Workspace(self._arguments(threads), threads)
-            workspace.views = views.make(self.views, workspace.results)
+            workspace = self._new(threads)
         if out is not None:
             for index, output in self.outputs.items():
                 workspace.arguments[index].lend(out[output])
                 workspace.lent.append(workspace.arguments[index])
+        return workspace
+
+    @torch.inference_mode(False)  # in which what is made could not be written to out of it
+    def _new(self, threads: int) -> Workspace:
+        workspace = Workspace(self._arguments(threads), threads)
+        workspace.views = views.make(self.views, workspace.results)
         return workspace
 
     def _arguments(self, threads: int) -> list[Any]:
