@@ -212,9 +212,10 @@ class _DryRun:
                 values[node] = self._weight(str(node.target))
             elif node.op == "call_function":
                 args, kwargs = (fx.map_arg(each, values.__getitem__) for each in (node.args, node.kwargs))
-                values[node] = found = self._call(node, args, kwargs)
-                if isinstance(found, torch.Tensor) and all(isinstance(size, int) for size in found.shape):
-                    self.results[node.name] = Result(tuple(found.shape), found.dtype)
+                values[node] = self._call(node, args, kwargs)
+            found = values.get(node)
+            if isinstance(found, torch.Tensor) and all(isinstance(size, int) for size in found.shape):
+                self.results[node.name] = Result(tuple(found.shape), found.dtype)
             for source in node.all_input_nodes:
                 if last[source] is node:
                     del values[source]

@@ -283,10 +283,6 @@ def attention(dtype: str, batch: int, heads: int, tokens: int, size: int, mask: 
     made = attend.make(_planned(dtype, batch, heads, tokens, size, mask), multiplies_bf16=host_check.multiplies_bf16())
     if made is not None:
         return _own_attention(made, dtype, batch, heads, tokens, size)
-    if dtype == "bf16" and not host_check.multiplies_bf16():
-        call = attention_in_pytorch("fp32", batch, heads, tokens, size, mask)
-        casts = [torch.zeros(batch, heads, tokens, size) for _ in range(4)]
-        return lambda: ([x.bfloat16() for x in casts], call())
     return attention_in_pytorch(dtype, batch, heads, tokens, size, mask)
 
 
@@ -312,8 +308,9 @@ def attention_in_onednn(dtype: str, batch: int, heads: int, tokens: int, size: i
 
 def _planned(dtype: str, batch: int, heads: int, tokens: int, size: int, mask: str) -> attend.Planned:
     wanted = Wanted(batch, heads, tokens, tokens, size, size, _DTYPES[dtype], size**-0.5, mask == "causal")
-    added = torch.zeros(batch, heads, tokens, tokens)
-    return attend.Planned(wanted, torch.float32, added) if mask == "windows" else attend.Planned(wanted)
+    if mask != "windows":
+        return attend.Planned(wanted)
+    return attend.Planned(wanted, torch.float32, torch.zeros(batch, heads, tokens, tokens))
 
 
 def _own_attention(made: Attention, dtype: str, batch: int, heads: int, tokens: int, size: int) -> Prepared:

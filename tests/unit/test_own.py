@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from armopt.kernels.onednn.workspaces import Workspaces
 from armopt.plan.threshold_policy import ThresholdPolicy
 from armopt.runtime import bind, blas, numbers, own
 from armopt.runtime.own import Form
-from tests.own_programs import found_api, lowered, random
+from tests.own_programs import found_api, lowered, random, wrong_at_once
 from tests.planning import programs
 
 SITE = Site("fc", Op.LINEAR, 8, 32, 16, (8, 32), (16, 32))
@@ -331,19 +330,7 @@ def test_references_are_known_by_name(name: str) -> None:
 def test_threads_run_one_program_at_once() -> None:
     program = lowered(NET, IMAGE)
     module, _ = bind.Binder(False).bind(program)
-    inputs = [random(2, 3, 16, 16, seed=seed) for seed in range(4)]
-    expected = [module(x)[0] for x in inputs]
-    wrong: list[int] = []
-
-    def work(i: int) -> None:
-        wrong.extend(i for _ in range(50) if not torch.equal(module(inputs[i])[0], expected[i]))
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
+    assert not wrong_at_once(module, [(random(2, 3, 16, 16, seed=seed),) for seed in range(4)])
 
 
 def test_another_number_of_threads_is_honoured() -> None:

@@ -61,6 +61,8 @@ class AnyAttention:
         def run(
             workspace: Workspace, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
         ) -> torch.Tensor:
+            if not q.shape[:2] == k.shape[:2] == v.shape[:2]:  # spread, as one image over others
+                return self._by_pytorch(q, k, v, mask)
             sizes: _Sizes = workspace.arguments[first]
             (batch, heads, queries, size), (keys, width) = q.shape, v.shape[2:]
             wanted = Wanted(batch, heads, queries, keys, size, width, dtype, scale, is_causal)
@@ -74,6 +76,7 @@ class AnyAttention:
 
         return run
 
+    @torch.inference_mode(False)  # as the memory of a workspace is
     def _meet(self, sizes: _Sizes, wanted: Wanted) -> Steps | None:
         """The entry of a size that was not met in a workspace; None where PyTorch's takes less."""
         try:

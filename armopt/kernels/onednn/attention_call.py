@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,9 +37,15 @@ class Causal:
 
     @staticmethod
     def of(queries: int, keys: int) -> Causal:
-        """That of so many."""
-        shows = torch.ones(queries, keys, dtype=torch.bool).tril()
-        return Causal(shows.int().neg(), torch.zeros(queries, keys).masked_fill(~shows, -math.inf))
+        """That of so many: the first rows and columns of one for more, which all layers and sizes like it share."""
+        whole = _causal(1 << (queries - 1).bit_length(), 1 << (keys - 1).bit_length())
+        return Causal(whole.kept[:queries, :keys], whole.added[:queries, :keys])
+
+
+@functools.lru_cache(maxsize=16)
+def _causal(queries: int, keys: int) -> Causal:
+    shows = torch.ones(queries, keys, dtype=torch.bool).tril()
+    return Causal(shows.int().neg(), added(shows))
 
 
 @dataclass(slots=True)
